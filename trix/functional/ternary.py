@@ -1,0 +1,64 @@
+"""Ternary quantisers with a straight-through gradient.
+
+Source: absmean is the weight quantiser of BitNet b1.58 (Ma et al., 2024, arXiv:2402.17764, eq. 1-3), applied here per row
+instead of per matrix; the straight-through estimator is Bengio et al., 2013 (arXiv:1308.3432).
+"""
+
+import torch
+from torch import Tensor
+
+
+def absmean_codes(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Ternary codes and row scales of a weight, without gradient.
+
+    scale[n] = mean_k |w[n, k]|;  code[n, k] = clip(round(w[n, k] / scale[n]), -1, 1)
+
+    Args:
+        weight: float [..., N, K].
+
+    Returns:
+        codes [..., N, K] in {-1, 0, +1} in the dtype of weight, and scale [..., N]. A row of zeros has codes 0 and the smallest
+        positive scale of the dtype.
+    """
+    weight = weight.detach()
+    scale = weight.abs().mean(dim=-1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
+    return (weight / scale).round().clamp(-1.0, 1.0), scale.squeeze(-1)
+
+
+def absmean_ternary(weight: Tensor) -> Tensor:
+    """The value scale * code of :func:`absmean_codes`; its gradient passes straight through to ``weight`` [..., N, K]."""
+    codes, scale = absmean_codes(weight)
+    return straight_through(codes * scale.unsqueeze(-1), weight)
+
+
+def threshold_ternary(value: Tensor, threshold: float) -> Tensor:
+    """sign(v) where |v| > threshold, else 0; the gradient passes straight through. Any shape.
+
+    Raises:
+        ValueError: threshold < 0.
+    """
+    if threshold < 0:
+        raise ValueError(f"threshold ({threshold}) must be >= 0")
+    detached = value.detach()
+    return straight_through(detached.sign() * (detached.abs() > threshold), value)
+
+
+def straight_through(quantised: Tensor, value: Tensor) -> Tensor:
+    """Forward ``quantised`` exactly; backward as if it were ``value``."""
+    return _StraightThrough.apply(quantised, value)  # type: ignore[no-untyped-call]
+
+
+class _StraightThrough(torch.autograd.Function):
+    # value + (quantised - value).detach() would do, but its forward is off by a rounding: 0 and 1 would not stay 0 and 1.
+    @staticmethod
+    def forward(quantised: Tensor, value: Tensor) -> Tensor:
+        return quantised.to(value.dtype).clone()
+
+    @staticmethod
+    def setup_context(ctx: object, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        del ctx, inputs, output
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> tuple[None, Tensor]:
+        del ctx
+        return None, grad

@@ -1,0 +1,157 @@
+"""Products in which every token meets the matrix of its own tile.
+
+Tokens are sorted by tile once, and each product then runs over contiguous groups. In training the weights are float
+(:func:`grouped_linear`); a packed layer calls ``trix::ternary_tile_matmul`` and ``trix::signature_route``, custom operators
+that the exporter translates one to one into the onnxruntime operators of the same meaning.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trix.functional.packing import unpack_ternary
+from trix.functional.signatures import signature_scores
+
+
+class TokenGroups(NamedTuple):
+    """Tokens sorted by tile: ``order`` [S] sorts, ``inverse`` [S] undoes it, group e ends before row ``ends[e]`` (int32)."""
+
+    order: Tensor
+    inverse: Tensor
+    ends: Tensor
+
+
+def group_tokens(tile_idx: Tensor, num_tiles: int) -> TokenGroups:
+    """Sort assignments by tile, stably. tile_idx: int64 [S] in [0, num_tiles)."""
+    sorted_idx, order = torch.sort(tile_idx, stable=True)
+    tiles = torch.arange(num_tiles, device=tile_idx.device)
+    ends = torch.searchsorted(sorted_idx, tiles, right=True).to(torch.int32)
+    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
+    return TokenGroups(order, inverse, ends)
+
+
+def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """y[s] = weight[e] @ x[s] for the rows s of group e.
+
+    Args:
+        x: float [S, K], sorted by tile. weight: float [E, N, K]. ends: int32 [E], the row at which each group ends.
+
+    Returns:
+        [S, N] in the dtype of x, or in autocast's where it is enabled.
+
+    It is a custom operator because torch 2.13 can run ``torch.nn.functional.grouped_mm`` in float32 on a CPU but not trace it.
+    """
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        x, weight = x.to(dtype), weight.to(dtype)
+    return _grouped_linear(x, weight, ends)
+
+
+def _grouped_mm_takes(*matrices: Tensor) -> bool:
+    # torch's grouped product: three dtypes, and rows that start at multiples of 16 bytes.
+    return all(
+        m.dtype in (torch.float32, torch.bfloat16, torch.float16) and m.shape[-1] * m.element_size() % 16 == 0 for m in matrices
+    )
+
+
+def _group_bounds(ends: Tensor) -> list[tuple[int, int]]:
+    stops = ends.tolist()
+    return list(zip([0, *stops[:-1]], stops, strict=True))
+
+
+@torch.library.custom_op("trix::grouped_linear", mutates_args=())
+def _grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    if _grouped_mm_takes(x, weight, weight.mT):
+        return F.grouped_mm(x.contiguous(), weight.mT, offs=ends)
+    y = x.new_empty(x.shape[0], weight.shape[1])
+    for (start, stop), matrix_NK in zip(_group_bounds(ends), weight, strict=True):
+        torch.mm(x[start:stop], matrix_NK.T, out=y[start:stop])
+    return y
+
+
+@torch.library.custom_op("trix::grouped_linear_weight_grad", mutates_args=())
+def _grouped_linear_weight_grad(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    # One product per tile, from the rows of its group: [N, S_e] @ [S_e, K].
+    weight_grad = x.new_empty(ends.shape[0], grad.shape[1], x.shape[1])
+    for (start, stop), matrix_NK in zip(_group_bounds(ends), weight_grad, strict=True):
+        torch.mm(grad[start:stop].T, x[start:stop], out=matrix_NK)
+    return weight_grad
+
+
+@_grouped_linear.register_fake
+def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:  # noqa: ARG001
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+@_grouped_linear_weight_grad.register_fake
+def _(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty(ends.shape[0], grad.shape[1], x.shape[1])
+
+
+def _save_for_backward(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    del output
+    ctx.save_for_backward(*inputs)
+
+
+def _grouped_linear_backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    x, weight, ends = ctx.saved_tensors  # type: ignore[attr-defined]
+    grad = grad.contiguous()
+    return _grouped_linear(grad, weight.mT, ends), _grouped_linear_weight_grad(grad, x, ends), None
+
+
+_grouped_linear.register_autograd(_grouped_linear_backward, setup_context=_save_for_backward)
+
+
+@torch.library.custom_op("trix::ternary_tile_matmul", mutates_args=())
+def ternary_tile_matmul(x: Tensor, packed: Tensor, row_scale: Tensor, tile_idx: Tensor) -> Tensor:
+    """y[t, n] = row_scale[e, n] * sum_k code[e, n, k] * x[t, k] with e = tile_idx[t]. Inference only: no gradient.
+
+    Args:
+        x: float [T, K]. packed: uint8 [E, N, ceil(K / 4)]. row_scale: float [E, N]. tile_idx: int64 [T].
+
+    Returns:
+        [T, N] in the dtype of x.
+    """
+    codes = unpack_ternary(packed, x.shape[-1]).to(x.dtype)
+    if packed.shape[0] == 1:
+        return (x @ codes[0].T) * row_scale[0].to(x.dtype)
+    groups = group_tokens(tile_idx, packed.shape[0])
+    y = grouped_linear(x[groups.order], codes, groups.ends)[groups.inverse]
+    return y.to(x.dtype) * row_scale[tile_idx].to(x.dtype)
+
+
+@ternary_tile_matmul.register_fake
+def _(x: Tensor, packed: Tensor, row_scale: Tensor, tile_idx: Tensor) -> Tensor:  # noqa: ARG001
+    return x.new_empty(x.shape[0], packed.shape[1])
+
+
+@torch.library.custom_op("trix::signature_route", mutates_args=())
+def signature_route(x: Tensor, packed: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """The top_k tiles of each token by signature score + bias, best first, ties to the lowest index.
+
+    Args:
+        x: float [T, D]. packed: uint8 [E, ceil(D / 4)], the signatures. bias: float [E]. top_k: 1 <= top_k <= E.
+
+    Returns:
+        tile_idx int64 [T, top_k], and score [T, E] without the bias.
+    """
+    score = signature_scores(x, unpack_ternary(packed, x.shape[-1]).to(x.dtype))
+    return select_top_k(score + bias.to(score.dtype), top_k), score
+
+
+@signature_route.register_fake
+def _(x: Tensor, packed: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+    return x.new_empty(x.shape[0], top_k, dtype=torch.int64), x.new_empty(x.shape[0], packed.shape[0])
+
+
+def select_top_k(score: Tensor, top_k: int) -> Tensor:
+    """Indices of the top_k largest of score [..., E], best first, ties to the lowest index: int64 [..., top_k].
+
+    torch.topk leaves the order of ties open; a stable sort does not.
+    """
+    if top_k == 1:
+        return score.argmax(dim=-1, keepdim=True)
+    return torch.sort(score, dim=-1, descending=True, stable=True).indices[..., :top_k]

@@ -1,0 +1,109 @@
+"""TriXBlock and TriXStack: transformer blocks whose feed-forward layer is made of ternary tiles."""
+
+from typing import Literal, overload
+
+from torch import Tensor, nn
+
+from trix.nn.attention import RotaryAttention
+from trix.nn.ffn import FFNConfig, TriXFFN
+from trix.outputs import AuxLosses, RoutingInfo
+
+
+class TriXBlock(nn.Module):
+    """x + attention(norm(x)), then x + ffn(norm(x)), norm = RMSNorm.
+
+    Shape:
+        x_BTD: float [B, T, D] -> [B, T, D]; with ``return_routing`` also the layer's RoutingInfo and AuxLosses, which are None
+        where ``ffn.kind`` is a control without tiles.
+
+    Raises:
+        ValueError: as RotaryAttention and TriXFFN.
+    """
+
+    def __init__(
+        self,
+        d_model: int = 512,
+        n_heads: int = 8,
+        ffn: FFNConfig | None = None,
+        context_length: int = 1024,
+        ternary_attention: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(d_model)
+        self.attention = RotaryAttention(d_model, n_heads, context_length, ternary_attention, dropout)
+        self.ffn = (ffn or FFNConfig()).build(d_model)
+        self.ffn_norm = nn.RMSNorm(d_model) if self.ffn is not None else None
+        self.dropout = nn.Dropout(dropout)
+
+    @overload
+    def forward(self, x_BTD: Tensor, is_causal: bool = ..., return_routing: Literal[False] = ...) -> Tensor: ...
+    @overload
+    def forward(
+        self, x_BTD: Tensor, is_causal: bool = ..., *, return_routing: Literal[True]
+    ) -> tuple[Tensor, RoutingInfo | None, AuxLosses | None]: ...
+    def forward(
+        self, x_BTD: Tensor, is_causal: bool = True, return_routing: bool = False
+    ) -> Tensor | tuple[Tensor, RoutingInfo | None, AuxLosses | None]:
+        x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), is_causal))
+        info: RoutingInfo | None = None
+        aux: AuxLosses | None = None
+        if self.ffn is not None and self.ffn_norm is not None:
+            if isinstance(self.ffn, TriXFFN):
+                y_BTD, info, aux = self.ffn(self.ffn_norm(x_BTD), return_routing=True)
+            else:
+                y_BTD = self.ffn(self.ffn_norm(x_BTD))
+            x_BTD = x_BTD + self.dropout(y_BTD)
+        return (x_BTD, info, aux) if return_routing else x_BTD
+
+
+class TriXStack(nn.Module):
+    """num_layers TriXBlocks, one after the other.
+
+    Shape:
+        x_BTD: float -> [B, T, D]; with ``return_routing`` also the RoutingInfo of each routed layer, in order, and the summed
+        AuxLosses (None without routed layers).
+
+    Raises:
+        ValueError: num_layers < 1, and as TriXBlock.
+    """
+
+    def __init__(
+        self,
+        num_layers: int = 4,
+        d_model: int = 512,
+        n_heads: int = 8,
+        ffn: FFNConfig | None = None,
+        context_length: int = 1024,
+        ternary_attention: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if num_layers < 1:
+            raise ValueError(f"num_layers ({num_layers}) must be >= 1")
+        self.blocks = nn.ModuleList(
+            TriXBlock(d_model, n_heads, ffn, context_length, ternary_attention, dropout) for _ in range(num_layers)
+        )
+
+    @overload
+    def forward(self, x_BTD: Tensor, is_causal: bool = ..., return_routing: Literal[False] = ...) -> Tensor: ...
+    @overload
+    def forward(
+        self, x_BTD: Tensor, is_causal: bool = ..., *, return_routing: Literal[True]
+    ) -> tuple[Tensor, list[RoutingInfo], AuxLosses | None]: ...
+    def forward(
+        self, x_BTD: Tensor, is_causal: bool = True, return_routing: bool = False
+    ) -> Tensor | tuple[Tensor, list[RoutingInfo], AuxLosses | None]:
+        infos: list[RoutingInfo] = []
+        total: AuxLosses | None = None
+        for block in self.blocks:
+            x_BTD, info, aux = block(x_BTD, is_causal, return_routing=True)
+            if info is not None:
+                infos.append(info)
+            if aux is not None:
+                total = aux if total is None else _add(total, aux)
+        return (x_BTD, infos, total) if return_routing else x_BTD
+
+
+def _add(a: AuxLosses, b: AuxLosses) -> AuxLosses:
+    return {"balance": a["balance"] + b["balance"], "total_aux": a["total_aux"] + b["total_aux"]}

@@ -1,0 +1,49 @@
+"""The experts of a TriX layer: each a two-layer perceptron with ternary weights."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trix.functional.tile_matmul import group_tokens, grouped_linear, ternary_tile_matmul
+from trix.nn.ternary_weight import TernaryWeight
+
+
+class TernaryTiles(nn.Module):
+    """y[t] = sum_k weight[t, k] * down_e relu(up_e x[t])^2 with e = tile_idx[t, k].
+
+    Squared ReLU: So et al., 2021, "Primer" (arXiv:2109.08668).
+
+    Shape:
+        x_TD float, tile_idx_TK int64, weight_TK float -> [T, D], in the dtype of x.
+    """
+
+    def __init__(self, d_model: int, num_tiles: int, tile_width: int) -> None:
+        super().__init__()
+        self.up = TernaryWeight(num_tiles, tile_width, d_model)
+        self.down = TernaryWeight(num_tiles, d_model, tile_width)
+
+    def signatures(self) -> Tensor:
+        """What each tile's up rows respond to: [E, D] in {-1, 0, +1}, no gradient."""
+        return self.up.signatures()
+
+    def forward(self, x_TD: Tensor, tile_idx_TK: Tensor, weight_TK: Tensor) -> Tensor:
+        top_k = tile_idx_TK.shape[1]
+        tile_idx_S = tile_idx_TK.reshape(-1)  # S = T * K assignments
+        if self.up.is_packed:
+            x_SD = x_TD if top_k == 1 else x_TD.repeat_interleave(top_k, dim=0)
+            y_SD = self._packed(x_SD, tile_idx_S)
+        else:
+            groups = group_tokens(tile_idx_S, self.up.shape[0])
+            x_SD = x_TD[groups.order if top_k == 1 else groups.order // top_k]
+            hidden_SH = F.relu(grouped_linear(x_SD, self.up.ternary(), groups.ends)).square()
+            y_SD = grouped_linear(hidden_SH, self.down.ternary(), groups.ends)[groups.inverse]
+        y_TKD = y_SD.reshape(*tile_idx_TK.shape, -1) * weight_TK.unsqueeze(-1).to(y_SD.dtype)
+        return y_TKD.sum(dim=1)
+
+    def _packed(self, x_SD: Tensor, tile_idx_S: Tensor) -> Tensor:
+        up, down = self.up, self.down
+        assert up.packed is not None
+        assert up.row_scale is not None
+        assert down.packed is not None
+        assert down.row_scale is not None
+        hidden_SH = F.relu(ternary_tile_matmul(x_SD, up.packed, up.row_scale, tile_idx_S)).square()
+        return ternary_tile_matmul(hidden_SH, down.packed, down.row_scale, tile_idx_S)

@@ -1,0 +1,199 @@
+"""Routers: which tiles a token goes to, and how much each one counts."""
+
+import math
+from contextlib import nullcontext
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from trix.functional.packing import pack_ternary, packed_width, unpack_ternary
+from trix.functional.signatures import signature_scores
+from trix.functional.ternary import threshold_ternary
+from trix.functional.tile_matmul import select_top_k, signature_route
+from trix.outputs import RoutingDecision
+from trix.routing.balance import nudged_bias
+
+SIGNATURE_THRESHOLD = 0.3  # |raw| above it counts as +1 or -1
+
+
+class Router(nn.Module):
+    """What every router shares: exact top-k selection, the gate, and the balance bias.
+
+    tile_idx = top_k of score + balance_bias (ties to the lowest index);
+    weight[t, k] = softmax(score_t)[tile_idx[t, k]] * sqrt(E).
+
+    sqrt(E) keeps the weight near 1 at initialisation, where the softmax over E tiles is nearly flat. Routing itself
+    changes nothing; training calls :meth:`update_balance`.
+
+    Raises:
+        ValueError: top_k outside [1, num_tiles].
+    """
+
+    balance_bias: Tensor
+
+    def __init__(self, d_model: int, num_tiles: int, top_k: int = 1, balance_rate: float = 0.01) -> None:
+        super().__init__()
+        if d_model < 1 or num_tiles < 1:
+            raise ValueError(f"d_model ({d_model}) and num_tiles ({num_tiles}) must be >= 1")
+        if not 1 <= top_k <= num_tiles:
+            raise ValueError(f"top_k ({top_k}) must be >= 1 and <= num_tiles ({num_tiles})")
+        self.d_model, self.num_tiles, self.top_k, self.balance_rate = d_model, num_tiles, top_k, balance_rate
+        self.register_buffer("balance_bias", torch.zeros(num_tiles))
+
+    def _decide(self, score_TE: Tensor, tile_idx_TK: Tensor | None = None) -> RoutingDecision:
+        if tile_idx_TK is None:
+            tile_idx_TK = select_top_k(score_TE.detach() + self.balance_bias, self.top_k)
+        weight_TK = score_TE.softmax(dim=-1).gather(-1, tile_idx_TK) * math.sqrt(self.num_tiles)
+        return RoutingDecision(tile_idx_TK, weight_TK, score_TE)
+
+    @torch.no_grad()
+    def update_balance(self, tile_idx_TK: Tensor) -> None:
+        """Nudge ``balance_bias`` by ``balance_rate`` toward equal load; the layer calls it once per training batch."""
+        if self.balance_rate > 0 and tile_idx_TK.shape[0] > 0:
+            self.balance_bias.copy_(nudged_bias(self.balance_bias, tile_idx_TK, self.balance_rate))
+
+    def _check_width(self, x_TD: Tensor) -> None:
+        if x_TD.shape[-1] != self.d_model:
+            raise ValueError(f"last dimension of x ({x_TD.shape[-1]}) must equal d_model ({self.d_model})")
+
+    def extra_repr(self) -> str:
+        return f"d_model={self.d_model}, num_tiles={self.num_tiles}, top_k={self.top_k}"
+
+
+class SignatureRouter(Router):
+    """Send each token to the K tiles whose ternary signatures agree with it most.
+
+    score[t, e] = <x_t, s_e> / sqrt(nnz(s_e)): the agreement per active dimension (unit: activation standard deviations).
+
+    ``explicit`` signatures are parameters, ternarised by a threshold of 0.3 with a straight-through gradient that reaches them
+    through the gate. ``emergent`` signatures are read from the tiles' weights by the caller and take no gradient. A frozen
+    signature is a stored value that replaces either, so no optimizer can move it.
+
+    Shape:
+        x_TD: float; returns a RoutingDecision. Scores are computed in at least float32, whatever autocast says.
+
+    Raises:
+        ValueError: top_k > num_tiles; x or the emergent signatures of a wrong size; emergent ones missing or not wanted.
+
+    Ties go to the lowest tile index, so results agree across devices and instruction sets.
+    """
+
+    raw_signatures: nn.Parameter | None
+    is_frozen_E: Tensor
+    frozen_value_ED: Tensor
+    packed_signatures: Tensor | None
+
+    def __init__(
+        self,
+        d_model: int,
+        num_tiles: int,
+        top_k: int = 1,
+        balance_rate: float = 0.01,
+        source: Literal["explicit", "emergent"] = "explicit",
+    ) -> None:
+        super().__init__(d_model, num_tiles, top_k, balance_rate)
+        if source not in ("explicit", "emergent"):
+            raise ValueError(f"source ({source!r}) must be 'explicit' or 'emergent'")
+        self.source = source
+        explicit = nn.Parameter(torch.randn(num_tiles, d_model) * 0.5) if source == "explicit" else None
+        self.register_parameter("raw_signatures", explicit)
+        self.register_buffer("is_frozen_E", torch.zeros(num_tiles, dtype=torch.bool))
+        self.register_buffer("frozen_value_ED", torch.zeros(num_tiles, d_model))
+        self.register_buffer("packed_signatures", None)
+
+    def signatures(self, emergent_ED: Tensor | None = None) -> Tensor:
+        """The ternary signatures in force, [E, D] in {-1, 0, +1}; ``emergent_ED`` is what the tiles' weights say."""
+        if self.packed_signatures is not None:
+            return unpack_ternary(self.packed_signatures, self.d_model).to(self.frozen_value_ED.dtype)
+        return threshold_ternary(self._raw(emergent_ED), SIGNATURE_THRESHOLD)
+
+    def _raw(self, emergent_ED: Tensor | None) -> Tensor:
+        if (emergent_ED is None) != (self.source == "explicit"):
+            needs = "takes none" if self.source == "explicit" else "needs them"
+            raise ValueError(
+                f"emergent signatures given: {emergent_ED is not None}; a router of source {self.source!r} {needs}"
+            )
+        raw_ED = self.raw_signatures if emergent_ED is None else emergent_ED.to(self.frozen_value_ED.dtype)
+        assert raw_ED is not None
+        if raw_ED.shape != self.frozen_value_ED.shape:
+            raise ValueError(f"signatures {tuple(raw_ED.shape)} must have shape {tuple(self.frozen_value_ED.shape)}")
+        return torch.where(self.is_frozen_E.unsqueeze(-1), self.frozen_value_ED, raw_ED)
+
+    def freeze(self, tile_idx: int, emergent_ED: Tensor | None = None) -> None:
+        """Hold the signature of one tile at its present value, whatever the optimizer does. Idempotent."""
+        self._check_tile(tile_idx)
+        self.frozen_value_ED[tile_idx] = self._raw(emergent_ED)[tile_idx].detach()
+        self.is_frozen_E[tile_idx] = True
+
+    @torch.no_grad()
+    def unfreeze(self, tile_idx: int) -> None:
+        """Let one signature learn again: an explicit one goes on from the frozen value, an emergent one is read again."""
+        self._check_tile(tile_idx)
+        if self.raw_signatures is not None and bool(self.is_frozen_E[tile_idx]):
+            self.raw_signatures[tile_idx] = self.frozen_value_ED[tile_idx]
+        self.is_frozen_E[tile_idx] = False
+
+    def is_frozen(self, tile_idx: int) -> bool:
+        self._check_tile(tile_idx)
+        return bool(self.is_frozen_E[tile_idx])
+
+    def _check_tile(self, tile_idx: int) -> None:
+        if not 0 <= tile_idx < self.num_tiles:
+            raise ValueError(f"tile_idx ({tile_idx}) must be >= 0 and < num_tiles ({self.num_tiles})")
+        if self.packed_signatures is not None:
+            raise ValueError("the router is packed: unpack the layer before freezing or unfreezing")
+
+    def pack_signatures(self, emergent_ED: Tensor | None = None) -> None:
+        """Store the signatures in force as packed codes and route by ``trix::signature_route`` from now on."""
+        if self.packed_signatures is None:
+            self.packed_signatures = pack_ternary(self.signatures(emergent_ED).detach())
+
+    def unpack_signatures(self) -> None:
+        """Return to the signatures' own source."""
+        self.packed_signatures = None
+
+    def forward(self, x_TD: Tensor, emergent_ED: Tensor | None = None) -> RoutingDecision:
+        self._check_width(x_TD)
+        x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
+        if self.packed_signatures is not None:
+            tile_idx_TK, score_TE = signature_route(x_TD, self.packed_signatures, self.balance_bias, self.top_k)
+            return self._decide(score_TE, tile_idx_TK)
+        with _without_autocast(x_TD):
+            score_TE = signature_scores(x_TD, self.signatures(emergent_ED).to(x_TD.dtype))
+        return self._decide(score_TE)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
+        packed = state_dict.get(prefix + "packed_signatures")
+        # A buffer that is None is not loaded: take the mode of the state that comes.
+        self.packed_signatures = None
+        if packed is not None:
+            shape = (self.num_tiles, packed_width(self.d_model))
+            if tuple(packed.shape) != shape:
+                raise ValueError(f"packed signatures {tuple(packed.shape)} must have shape {shape}")
+            self.packed_signatures = torch.empty_like(packed, device=self.balance_bias.device)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, source={self.source}, frozen={int(self.is_frozen_E.sum())}"
+
+
+class LearnedRouter(Router):
+    """The control: a float gate matrix trained like any other, score = W x, everything else as in SignatureRouter."""
+
+    def __init__(self, d_model: int, num_tiles: int, top_k: int = 1, balance_rate: float = 0.01) -> None:
+        super().__init__(d_model, num_tiles, top_k, balance_rate)
+        self.gate_ED = nn.Parameter(torch.randn(num_tiles, d_model) / math.sqrt(d_model))
+
+    def forward(self, x_TD: Tensor) -> RoutingDecision:
+        self._check_width(x_TD)
+        x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
+        with _without_autocast(x_TD):
+            return self._decide(x_TD @ self.gate_ED.to(x_TD.dtype).T)
+
+
+def _without_autocast(x: Tensor) -> torch.autocast | nullcontext[None]:
+    # Entered only where autocast is on: an always-entered context would stand in every exported graph.
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return nullcontext()
