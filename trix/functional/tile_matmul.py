@@ -154,4 +154,4 @@ def select_top_k(score: Tensor, top_k: int) -> Tensor:
     """
     if top_k == 1:
         return score.argmax(dim=-1, keepdim=True)
-    return torch.sort(score, dim=-1, descending=True, stable=True).indices[..., :top_k]
+    return torch.sort(score, dim=-1, descending=True, stable=True).indices[..., :top_k].contiguous()

@@ -74,9 +74,9 @@ class TriXFFN(nn.Module):
         if not return_routing:
             return y
         info: RoutingInfo = {
-            "tile_idx": decision.tile_idx.reshape(*x.shape[:-1], -1),
-            "weight": decision.weight.reshape(*x.shape[:-1], -1),
-            "scores": decision.score.reshape(*x.shape[:-1], -1),
+            "tile_idx": _like(x, decision.tile_idx),
+            "weight": _like(x, decision.weight),
+            "scores": _like(x, decision.score),
         }
         return y, info, self._aux_losses(decision)
 
@@ -154,6 +154,11 @@ class TriXFFN(nn.Module):
             self.router.unpack_signatures()
         self.tiles.up.unpack()
         self.tiles.down.unpack()
+
+
+def _like(x: Tensor, value_TK: Tensor) -> Tensor:
+    """[T, K] in the leading dimensions of x."""
+    return value_TK.reshape(*x.shape[:-1], value_TK.shape[-1])
 
 
 class DenseFFN(nn.Module):

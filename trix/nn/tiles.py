@@ -36,7 +36,7 @@ class TernaryTiles(nn.Module):
             x_SD = x_TD[groups.order if top_k == 1 else groups.order // top_k]
             hidden_SH = F.relu(grouped_linear(x_SD, self.up.ternary(), groups.ends)).square()
             y_SD = grouped_linear(hidden_SH, self.down.ternary(), groups.ends)[groups.inverse]
-        y_TKD = y_SD.reshape(*tile_idx_TK.shape, -1) * weight_TK.unsqueeze(-1).to(y_SD.dtype)
+        y_TKD = y_SD.reshape(*tile_idx_TK.shape, x_TD.shape[-1]) * weight_TK.unsqueeze(-1).to(y_SD.dtype)
         return y_TKD.sum(dim=1)
 
     def _packed(self, x_SD: Tensor, tile_idx_S: Tensor) -> Tensor:

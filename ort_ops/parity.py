@@ -1,0 +1,72 @@
+"""Does an exported model compute and route as the torch model does? numpy only, so that a deployment can ask too."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+SCORE_ROUNDING = 1e-4  # scores are of order 1 (standard deviations); a smaller gap may close by float32 rounding
+
+
+@dataclass(frozen=True)
+class Parity:
+    """What a comparison found.
+
+    max_relative_difference: max |actual - expected| / max |expected| over all logits; infinite where one is not finite.
+    routing_agreement: share of (token, layer) pairs sent to the same tiles; 1 without routed layers.
+    num_near_ties: pairs whose last chosen and first unchosen tile score within SCORE_ROUNDING of each other.
+    num_unexplained: pairs routed differently although no near tie stands there or in the same sequence at an earlier layer.
+    """
+
+    num_tokens: int
+    max_relative_difference: float
+    routing_agreement: float = 1.0
+    num_near_ties: int = 0
+    num_unexplained: int = 0
+
+
+def relative_difference(actual: NDArray[np.floating], expected: NDArray[np.floating]) -> float:
+    """max |actual - expected| / max |expected|; infinite where a value is not finite.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if actual.shape != expected.shape:
+        raise ValueError(f"actual {actual.shape} and expected {expected.shape} must have the same shape")
+    difference = float(np.abs(actual - expected).max() / max(float(np.abs(expected).max()), np.finfo(np.float32).tiny))
+    return difference if np.isfinite(difference) else float("inf")
+
+
+def compare(
+    actual_logits: NDArray[np.floating],
+    expected_logits: NDArray[np.floating],
+    actual_idx: NDArray[np.int64] | None = None,
+    expected_idx: NDArray[np.int64] | None = None,
+    gap: NDArray[np.floating] | None = None,
+) -> Parity:
+    """Compare logits [B, T, V] (or [B, C]) and tile indices [B, T, L, K], gap [B, T, L] as in :func:`selection_gap`."""
+    difference = relative_difference(actual_logits, expected_logits)
+    if actual_idx is None or expected_idx is None or gap is None:
+        return Parity(int(np.prod(actual_logits.shape[:-1])), difference)
+    is_same_BTL = (np.sort(actual_idx, axis=-1) == np.sort(expected_idx, axis=-1)).all(axis=-1)
+    is_near_tie_BTL = gap <= SCORE_ROUNDING
+    # A token that goes elsewhere at one layer changes what it and, by attention, its sequence meet at the next.
+    is_excused_BTL = np.logical_or.accumulate(is_near_tie_BTL.any(axis=1, keepdims=True), axis=2)
+    is_own_or_earlier = is_near_tie_BTL | np.concatenate(
+        [np.zeros_like(is_excused_BTL[:, :, :1]), is_excused_BTL[:, :, :-1]], axis=2
+    )
+    return Parity(
+        num_tokens=int(np.prod(is_same_BTL.shape[:2])),
+        max_relative_difference=difference,
+        routing_agreement=float(is_same_BTL.mean()),
+        num_near_ties=int(is_near_tie_BTL.sum()),
+        num_unexplained=int((~is_same_BTL & ~is_own_or_earlier).sum()),
+    )
+
+
+def selection_gap(score: NDArray[np.floating], top_k: int) -> NDArray[np.floating]:
+    """Score of the last chosen tile minus that of the first unchosen one: [..., E] -> [...]; infinite where all are chosen."""
+    if score.shape[-1] <= top_k:
+        return np.full(score.shape[:-1], np.inf, dtype=score.dtype)
+    ordered = np.sort(score, axis=-1)
+    return np.asarray(ordered[..., -top_k] - ordered[..., -top_k - 1])

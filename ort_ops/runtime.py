@@ -1,0 +1,163 @@
+"""Run an exported model with onnxruntime and numpy alone: no torch, no trix."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from ort_ops.file_format import decode_array, from_properties
+from ort_ops.library import session_options
+from ort_ops.parity import Parity, compare
+
+
+class ModelFileError(ValueError):
+    """The file is missing, damaged, not an exported TriX model, or needs what this installation lacks."""
+
+
+class PromptError(ValueError):
+    """The prompt can't be encoded."""
+
+
+class ExportedModel:
+    """An exported model of any task in an onnxruntime session.
+
+    Args:
+        path: a file written by ``trix export``. use_library: run the native kernels; otherwise the portable functions in the
+            file. num_threads: of the session; None leaves the choice to onnxruntime.
+
+    Attributes:
+        metadata: what the exporter wrote (task, configuration, parity at export, ...).
+        file_bytes, float32_bytes: size of the file, and of the same parameters at 4 bytes each.
+
+    Raises:
+        ModelFileError: see there. LibraryNotFoundError: use_library without a native library.
+    """
+
+    def __init__(self, path: Path | str, use_library: bool = True, num_threads: int | None = None) -> None:
+        self.path, self.uses_library = Path(path), use_library
+        if not self.path.is_file():
+            raise ModelFileError(f"{path}: no such file")
+        options = session_options() if use_library else ort.SessionOptions()
+        if num_threads is not None:
+            if num_threads < 1:
+                raise ValueError(f"num_threads ({num_threads}) must be >= 1")
+            options.intra_op_num_threads = num_threads
+        options.log_severity_level = 3
+        try:
+            self.session = ort.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's exceptions share no base class of their own
+            raise ModelFileError(f"{path}: {_explain(error)}") from error
+        try:
+            self.metadata = from_properties(self.session.get_modelmeta().custom_metadata_map)
+        except ValueError as error:
+            raise ModelFileError(f"{path}: {error}") from error
+        self.file_bytes = self.path.stat().st_size
+        self.float32_bytes = int(self.metadata["float32_bytes"])
+
+    def run(self, inputs: NDArray[Any]) -> tuple[NDArray[np.float32], NDArray[np.int64] | None]:
+        """Logits, and tile_idx [B, T, L, K] where the model has routed layers."""
+        logits, *tile_idx = self.session.run(None, {self.session.get_inputs()[0].name: inputs})
+        return logits, tile_idx[0] if tile_idx else None
+
+    def check_parity(self) -> Parity:
+        """Run the held-out example that travels in the file and compare with the answer that torch gave at export."""
+        reference = self.metadata["reference"]
+        dtype = np.int64 if self.session.get_inputs()[0].type == "tensor(int64)" else np.float32
+        logits, tile_idx = self.run(np.asarray(reference["input"], dtype=dtype))
+        expected = decode_array(reference["logits"])
+        if tile_idx is None:
+            return compare(logits, expected)
+        expected_idx = np.asarray(reference["tile_idx"], dtype=np.int64)
+        return compare(logits, expected, tile_idx, expected_idx, decode_array(reference["gap"]))
+
+
+class LanguageModelSession(ExportedModel):
+    """A language model that answers character by character.
+
+    Attributes:
+        vocabulary: the character of each token, in order. context_length: how far it looks back, in tokens.
+
+    Raises:
+        ModelFileError: also for a model of another task.
+    """
+
+    def __init__(self, path: Path | str, use_library: bool = True, num_threads: int | None = None) -> None:
+        super().__init__(path, use_library, num_threads)
+        if self.metadata["task"] != "language_model":
+            raise ModelFileError(f"{path}: task ({self.metadata['task']}) must be language_model")
+        self.vocabulary: str = self.metadata["vocabulary"]
+        self.context_length: int = self.metadata["context_length"]
+        self._token_of = {character: token for token, character in enumerate(self.vocabulary)}
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a text.
+
+        Raises:
+            PromptError: the text is empty or holds a character outside the vocabulary.
+        """
+        if not text:
+            raise PromptError("the prompt must have at least 1 character, got 0")
+        unknown = sorted(set(text) - set(self._token_of))
+        if unknown:
+            raise PromptError(f"the prompt holds {''.join(unknown)!r}, outside the vocabulary {self.vocabulary!r}")
+        return [self._token_of[character] for character in text]
+
+    def generate(
+        self, prompt: str, num_tokens: int = 200, temperature: float = 0.8, top_p: float = 1.0, seed: int = 0
+    ) -> Iterator[str]:
+        """Yield num_tokens characters that follow the prompt, as they are drawn.
+
+        Args:
+            temperature: 0 takes the likeliest character, else logits are divided by it. top_p: draw from the smallest set of
+                characters whose probabilities reach it. seed: of the draws.
+
+        Raises:
+            PromptError, and ValueError for num_tokens < 0, temperature < 0 or top_p outside (0, 1]; at the call, not at the first
+            character.
+        """
+        if num_tokens < 0:
+            raise ValueError(f"num_tokens ({num_tokens}) must be >= 0")
+        if not (np.isfinite(temperature) and temperature >= 0):
+            raise ValueError(f"temperature ({temperature}) must be finite and >= 0")
+        if not 0 < top_p <= 1:
+            raise ValueError(f"top_p ({top_p}) must be > 0 and <= 1")
+        if seed < 0:
+            raise ValueError(f"seed ({seed}) must be >= 0")
+        return self._generate(self.encode(prompt), num_tokens, temperature, top_p, seed)
+
+    def _generate(self, tokens: list[int], num_tokens: int, temperature: float, top_p: float, seed: int) -> Iterator[str]:
+        random = np.random.default_rng(seed)
+        for _ in range(num_tokens):
+            window = np.asarray([tokens[-self.context_length :]], dtype=np.int64)
+            logits = self.session.run(["logits"], {"token": window})[0][0, -1]
+            tokens.append(draw(logits, temperature, top_p, random))
+            yield self.vocabulary[tokens[-1]]
+
+
+def draw(logits: NDArray[np.float32], temperature: float, top_p: float, random: np.random.Generator) -> int:
+    """One token from logits [V]: argmax at temperature 0, else from softmax(logits / temperature) cut to its top_p nucleus.
+
+    Source of top_p: Holtzman et al., 2019, nucleus sampling (arXiv:1904.09751).
+    """
+    if temperature == 0:
+        return int(logits.argmax())
+    scaled = logits.astype(np.float64) - float(logits.max())
+    probability = np.exp(scaled / temperature)
+    probability /= probability.sum()
+    order = np.argsort(-probability, kind="stable")
+    cumulative = np.cumsum(probability[order])
+    nucleus = order[: int(np.searchsorted(cumulative, top_p)) + 1]
+    kept = probability[nucleus]
+    return int(random.choice(nucleus, p=kept / kept.sum()))
+
+
+def _explain(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if "is not a registered function/op" in text:
+        return "it was exported without portable functions and needs the native library (leave out --no-library)"
+    if "Protobuf parsing failed" in text or "INVALID_PROTOBUF" in text:
+        return "not an ONNX file, or a damaged one"
+    return f"onnxruntime can't load it: {text}"

@@ -1,0 +1,78 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trix.functional.packing import pack_ternary
+from trix.functional.tile_matmul import (
+    group_tokens,
+    grouped_linear,
+    select_top_k,
+    signature_route,
+    ternary_tile_matmul,
+)
+
+
+def reference(x: torch.Tensor, weight: torch.Tensor, tile_idx: torch.Tensor) -> torch.Tensor:
+    return torch.einsum("tk,tnk->tn", x, weight[tile_idx])
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 30), st.integers(1, 6), st.integers(1, 20), st.integers(1, 20), st.integers(0, 9))
+def test_grouped_product_equals_gathering_each_tokens_matrix(tokens: int, tiles: int, n: int, k: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    tile_idx = torch.randint(0, tiles, (tokens,), generator=generator)
+    x = torch.randn(tokens, k, generator=generator, dtype=torch.float64)
+    weight = torch.randn(tiles, n, k, generator=generator, dtype=torch.float64)
+    groups = group_tokens(tile_idx, tiles)
+    y = grouped_linear(x[groups.order], weight, groups.ends)[groups.inverse]
+    torch.testing.assert_close(y, reference(x, weight, tile_idx))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("sizes", [(16, 32), (7, 5)])  # the second is not aligned to 16 bytes
+def test_grouped_product_in_every_dtype(dtype: torch.dtype, sizes: tuple[int, int]) -> None:
+    n, k = sizes
+    tile_idx = torch.tensor([2, 0, 2, 2, 0])  # tile 1 gets no token
+    x, weight = torch.randn(5, k).to(dtype), torch.randn(3, n, k).to(dtype)
+    groups = group_tokens(tile_idx, 3)
+    y = grouped_linear(x[groups.order], weight, groups.ends)[groups.inverse]
+    assert y.dtype == dtype
+    exact = reference(x.double(), weight.double(), tile_idx)
+    assert (y.double() - exact).abs().max() <= 2 * k * torch.finfo(dtype).eps * exact.abs().max()
+
+
+def test_gradients_of_the_grouped_product() -> None:
+    groups = group_tokens(torch.tensor([1, 0, 1, 3]), 4)
+    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(4, 2, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, w: grouped_linear(x, w, groups.ends), (x, weight))
+
+
+def test_custom_operators_pass_torchs_own_checks() -> None:
+    packed = pack_ternary(torch.randint(-1, 2, (3, 4, 6)))
+    tile_idx = torch.tensor([0, 2, 2])
+    torch.library.opcheck(ternary_tile_matmul, (torch.randn(3, 6), packed, torch.rand(3, 4), tile_idx))
+    torch.library.opcheck(signature_route, (torch.randn(3, 6), packed[0], torch.zeros(4), 2))
+
+
+def test_ternary_tile_matmul_is_codes_times_scale() -> None:
+    codes = torch.randint(-1, 2, (3, 4, 6))
+    x, scale, tile_idx = torch.randn(5, 6), torch.rand(3, 4), torch.tensor([0, 2, 2, 1, 0])
+    expected = reference(x, codes * scale[..., None], tile_idx)
+    torch.testing.assert_close(ternary_tile_matmul(x, pack_ternary(codes), scale, tile_idx), expected)
+    alone = ternary_tile_matmul(x, pack_ternary(codes[:1]), scale[:1], torch.zeros(5, dtype=torch.int64))
+    torch.testing.assert_close(alone, x @ (codes[0] * scale[0, :, None]).T)
+
+
+def test_ties_go_to_the_lowest_index() -> None:
+    score = torch.tensor([[1.0, 3.0, 3.0, 2.0, 3.0], [0.0, 0.0, 0.0, 0.0, 0.0]])
+    assert select_top_k(score, 1).tolist() == [[1], [0]]
+    assert select_top_k(score, 3).tolist() == [[1, 2, 4], [0, 1, 2]]
+
+
+def test_route_selects_with_the_bias_and_reports_without_it() -> None:
+    signatures = torch.tensor([[1, 0], [0, 1]])
+    tile_idx, score = signature_route(torch.tensor([[2.0, 1.0]]), pack_ternary(signatures), torch.tensor([0.0, 5.0]), 1)
+    assert tile_idx.tolist() == [[1]]
+    assert score.tolist() == [[2.0, 1.0]]

@@ -1,0 +1,50 @@
+import pytest
+import torch
+
+from trix.nn import RotaryAttention
+
+
+def test_causal_attention_does_not_see_the_future() -> None:
+    attention = RotaryAttention(16, 2, context_length=10).double()
+    x = torch.randn(1, 10, 16, dtype=torch.float64)
+    edited = x.clone()
+    edited[:, 6:] += 1.0
+    assert torch.equal(attention(x)[:, :6], attention(edited)[:, :6])
+    assert not torch.allclose(attention(x, is_causal=False)[:, :6], attention(edited, is_causal=False)[:, :6])
+
+
+def test_attention_equals_the_formula_with_complex_rotation() -> None:
+    """RoFormer's definition: a pair of coordinates is a complex number, turned by position times frequency."""
+    torch.manual_seed(0)
+    B, T, D, heads = 2, 5, 8, 2
+    attention = RotaryAttention(D, heads, context_length=8).double()
+    attention.cos, attention.sin = attention.cos.double(), attention.sin.double()
+    x = torch.randn(B, T, D, dtype=torch.float64)
+    q, k, v = (x @ attention.qkv.weight.T).chunk(3, dim=-1)
+    width = D // heads
+    angle = torch.arange(T)[:, None] * 10000.0 ** (-torch.arange(0, width, 2).double() / width)
+    turn = torch.polar(torch.ones_like(angle), angle)
+    out = torch.zeros(B, T, D, dtype=torch.float64)
+    for head in range(heads):
+        part = slice(head * width, (head + 1) * width)
+        qc, kc = (torch.complex(*m[..., part].chunk(2, dim=-1)) * turn for m in (q, k))
+        score = (qc @ kc.conj().mT).real / width**0.5
+        score = score.masked_fill(torch.ones(T, T).triu(1).bool(), float("-inf"))
+        out[..., part] = score.softmax(-1) @ v[..., part]
+    torch.testing.assert_close(attention(x), out @ attention.out.weight.T, rtol=1e-6, atol=1e-6)
+
+
+def test_sizes_are_checked() -> None:
+    with pytest.raises(ValueError, match=r"d_model \(12\) must be divisible by 2 \* n_heads \(8\)"):
+        RotaryAttention(12, 4, 8)
+    with pytest.raises(ValueError, match=r"sequence length \(9\) must be <= context_length \(8\)"):
+        RotaryAttention(16, 4, 8)(torch.randn(1, 9, 16))
+
+
+def test_ternary_projections_pack() -> None:
+    attention = RotaryAttention(16, 2, 8, ternary=True)
+    x = torch.randn(2, 8, 16)
+    before = attention(x)
+    attention.qkv.pack()
+    attention.out.pack()
+    torch.testing.assert_close(attention(x), before)

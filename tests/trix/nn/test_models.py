@@ -1,0 +1,136 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from trix import TriXBlock, TriXStack
+from trix.nn import Classifier, ClassifierConfig, FFNConfig, LanguageModel, LanguageModelConfig, pack_model, unpack_model
+
+SMALL = LanguageModelConfig(d_model=16, num_layers=2, n_heads=2, context_length=12, ffn=FFNConfig(num_tiles=4))
+KINDS = [
+    FFNConfig(num_tiles=4),
+    FFNConfig(num_tiles=4, top_k=2, routing="emergent"),
+    FFNConfig(num_tiles=4, routing="learned"),
+    FFNConfig(kind="dense"),
+    FFNConfig(kind="none"),
+]
+
+
+def small_model(ffn: FFNConfig = SMALL.ffn, ternary_attention: bool = False) -> LanguageModel:
+    return LanguageModel(11, LanguageModelConfig(16, 2, 2, 12, ternary_attention, 0.0, ffn))
+
+
+@pytest.mark.parametrize("ffn", KINDS, ids=lambda ffn: f"{ffn.kind}-{ffn.routing}")
+def test_language_model_is_causal_and_reports_its_routed_layers(ffn: FFNConfig) -> None:
+    model = small_model(ffn).double().eval()
+    token = torch.randint(0, 11, (3, 12))
+    logits, infos, aux = model(token, return_routing=True)
+    assert logits.shape == (3, 12, 11)
+    assert len(infos) == (2 if ffn.kind == "trix" else 0)
+    assert (aux is None) == (ffn.kind != "trix")
+    edited = token.clone()
+    edited[:, 7:] = (edited[:, 7:] + 1) % 11
+    torch.testing.assert_close(model(edited)[:, :7], logits[:, :7])
+
+
+def test_aux_losses_of_the_layers_add_up_and_vanish_in_evaluation() -> None:
+    model = small_model(FFNConfig(num_tiles=4, balance_weight=0.5, balance_rate=0.0))
+    token = torch.randint(0, 11, (3, 12))
+    _, _, aux = model.train()(token, return_routing=True)
+    x, total = model.embedding(token), 0.0
+    for block in model.stack.blocks:
+        x, _, layer_aux = block(x, return_routing=True)
+        total += layer_aux["balance"].item()
+    assert aux["total_aux"].item() == pytest.approx(total)
+    assert aux["balance"].item() >= 2 * 0.5 * 0.9  # each layer's balance loss is about 1 or more
+    _, _, aux = model.eval()(token, return_routing=True)
+    assert aux["total_aux"].item() == 0.0
+
+
+def test_model_learns_a_periodic_text() -> None:
+    torch.manual_seed(0)
+    model = small_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    token = (torch.arange(13) % 5).repeat(8, 1) + torch.arange(8)[:, None] % 3
+    for _ in range(120):
+        logits, _, aux = model(token[:, :-1], return_routing=True)
+        loss = F.cross_entropy(logits.flatten(0, 1), token[:, 1:].flatten()) + aux["total_aux"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert F.cross_entropy(model(token[:, :-1]).flatten(0, 1), token[:, 1:].flatten()).item() < 0.5
+
+
+@pytest.mark.parametrize("ffn", KINDS, ids=lambda ffn: f"{ffn.kind}-{ffn.routing}")
+def test_packing_a_model_keeps_it_and_unpacks(ffn: FFNConfig) -> None:
+    model = small_model(ffn, ternary_attention=True).eval()
+    token = torch.randint(0, 11, (2, 9))
+    before = model(token)
+    packed = pack_model(copy.deepcopy(model))
+    torch.testing.assert_close(packed(token), before)
+    loaded = small_model(ffn, ternary_attention=True).eval()
+    loaded.load_state_dict(packed.state_dict())
+    assert torch.equal(loaded(token), packed(token))
+    torch.testing.assert_close(unpack_model(packed)(token), before)
+
+
+def test_state_dict_round_trip_includes_the_balance_bias() -> None:
+    model = small_model().train()
+    model(torch.randint(0, 11, (4, 12)))
+    other = small_model()
+    other.load_state_dict(model.state_dict())
+    token = torch.randint(0, 11, (2, 12))
+    assert torch.equal(other.eval()(token), model.eval()(token))
+    assert any(block.ffn.router.balance_bias.abs().sum() > 0 for block in other.stack.blocks)
+
+
+def test_language_model_exports_and_compiles() -> None:
+    model = small_model().eval()
+    token = torch.randint(0, 11, (2, 8))
+    dims = {0: torch.export.Dim("batch"), 1: torch.export.Dim("time", max=12)}
+    program = torch.export.export(model, (token,), dynamic_shapes=(dims,))
+    other = torch.randint(0, 11, (5, 3))
+    torch.testing.assert_close(program.module()(other), model(other))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(token), model(token))
+
+
+def test_classifier_looks_both_ways_and_trains() -> None:
+    torch.manual_seed(0)
+    model = Classifier(6, 3, ClassifierConfig(d_model=16, n_heads=2, context_length=5, ffn=FFNConfig(num_tiles=4)))
+    x, y = torch.randn(30, 5, 6), torch.arange(30) % 3
+    x[torch.arange(30), y] += 3.0  # the class is the position of the large row
+    logits, infos, _ = model(x, return_routing=True)
+    assert logits.shape == (30, 3)
+    assert infos[0]["tile_idx"].shape == (30, 5, 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(80):
+        loss = F.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert model(x).argmax(-1).eq(y).float().mean() > 0.9
+
+
+def test_block_and_stack_agree_with_their_parts() -> None:
+    stack = TriXStack(num_layers=2, d_model=16, n_heads=2, ffn=FFNConfig(num_tiles=4), context_length=8).eval()
+    x = torch.randn(2, 8, 16)
+    y = x
+    for block in stack.blocks:
+        y = block(y)
+    assert torch.equal(stack(x), y)
+    block = TriXBlock(16, 2, FFNConfig(num_tiles=4), context_length=8).eval()
+    h = x + block.attention(block.attention_norm(x))
+    torch.testing.assert_close(block(x), h + block.ffn(block.ffn_norm(h)))
+
+
+def test_sizes_are_checked() -> None:
+    with pytest.raises(ValueError, match=r"vocab_size \(0\) must be >= 1"):
+        LanguageModel(0)
+    with pytest.raises(ValueError, match=r"num_layers \(0\) must be >= 1"):
+        TriXStack(num_layers=0)
+    with pytest.raises(ValueError, match=r"num_features \(0\) and num_classes \(3\) must be >= 1"):
+        Classifier(0, 3)
+    with pytest.raises(ValueError, match=r"sequence length \(13\) must be <= context_length \(12\)"):
+        small_model()(torch.zeros(1, 13, dtype=torch.int64))

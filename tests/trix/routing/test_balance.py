@@ -1,0 +1,31 @@
+import pytest
+import torch
+
+from trix.routing.balance import balance_loss, nudged_bias, tile_load
+
+
+def test_load_is_the_share_of_assignments() -> None:
+    assert tile_load(torch.tensor([[0, 2], [2, 2]]), 4).tolist() == [0.25, 0.0, 0.75, 0.0]
+    assert tile_load(torch.zeros(0, 1, dtype=torch.int64), 2).tolist() == [0.0, 0.0]
+
+
+def test_balance_loss_is_one_when_even_and_num_tiles_when_collapsed() -> None:
+    even = torch.eye(4) * 50
+    assert balance_loss(even, even.argmax(-1, keepdim=True)).item() == pytest.approx(1.0)
+    collapsed = torch.tensor([[50.0, 0, 0, 0]] * 4)
+    assert balance_loss(collapsed, collapsed.argmax(-1, keepdim=True)).item() == pytest.approx(4.0)
+    assert balance_loss(torch.zeros(0, 4), torch.zeros(0, 1, dtype=torch.int64)).item() == 0.0
+
+
+def test_a_step_down_the_balance_loss_evens_the_scores() -> None:
+    score = torch.randn(64, 4)
+    score[:, 1] += 2.0
+    score.requires_grad_()
+    balance_loss(score, score.argmax(-1, keepdim=True)).backward()
+    assert score.grad is not None
+    assert score.grad[:, 1].mean() > 0  # descent lowers the crowded tile's score
+
+
+def test_the_bias_moves_against_the_load() -> None:
+    bias = nudged_bias(torch.zeros(3), torch.tensor([[0], [0], [0], [1], [1], [2]]), rate=0.1)
+    assert bias.tolist() == pytest.approx([-0.1, 0.0, 0.1])
