@@ -86,8 +86,10 @@ class TriXFFN(nn.Module):
         return self.router(x_TD, self._emergent_signatures())
 
     def _emergent_signatures(self) -> Tensor | None:
-        is_emergent = isinstance(self.router, SignatureRouter) and self.router.source == "emergent"
-        return self.tiles.signatures() if is_emergent else None
+        router = self.router
+        if isinstance(router, LearnedRouter) or router.source == "explicit" or router.packed_signatures is not None:
+            return None
+        return self.tiles.signatures()
 
     def _aux_losses(self, decision: RoutingDecision) -> AuxLosses:
         zero = decision.score.new_zeros(())

@@ -1,0 +1,65 @@
+# Every target sets up .venv first where it is missing or out of date; nothing else has to be installed by hand.
+#   make test PYTHON=python3.12    another interpreter (3.11 or newer) for a new .venv
+# pip's own variables count: on Linux the default torch wheel brings CUDA; PIP_EXTRA_INDEX_URL can name PyTorch's index
+# of CPU builds, which are several GB smaller.
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+NATIVE := $(shell find ort_ops/native -type f 2>/dev/null)
+CPP := find ort_ops/native -name '*.cpp' -o -name '*.hpp'
+IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow lint format bench clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## Set up .venv with the exact versions that CI runs
+
+$(BIN)/python:
+	@for python in $(if $(PYTHON),"$(PYTHON)",python3.11 python3 python3.12 python3.13); do \
+	  if "$$python" -c '$(IS_NEW_ENOUGH)' 2>/dev/null; then found=$$python; break; fi; \
+	done; \
+	if [ -z "$${found:-}" ]; then \
+	  echo "make: $(if $(PYTHON),PYTHON ($(PYTHON)) must be Python >= 3.11,no Python >= 3.11 found; name one: make PYTHON=/path/to/python3)" >&2; exit 1; \
+	fi; \
+	"$$found" -m venv $(VENV) || { rm -rf $(VENV); echo "make: $$found cannot make a venv (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
+
+$(STAMP): pyproject.toml constraints.txt $(NATIVE) | $(BIN)/python
+	@command -v "$${CXX:-c++}" >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || \
+	  echo "No C++ compiler found: the native kernels are left out, exported models run on the portable path."
+	@echo "Setting up $(VENV) (the first time: about three minutes, 1.6 GB; several GB more with the CUDA build of torch)"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP) ## Train a character model, export it to ONNX, let it write
+	$(BIN)/trix fit --config configs/char_lm.yaml
+	$(BIN)/trix export --ckpt runs/char_lm/best.ckpt --output runs/char_lm/model.onnx
+	$(BIN)/trix generate runs/char_lm/model.onnx --prompt "The "
+
+test: $(STAMP) ## Run the tests, without the full-length ones
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(STAMP) ## Run the full-length tests
+	$(BIN)/python -m pytest -m slow
+
+lint: $(STAMP) ## Check style, types and the direction of imports
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(CPP) | xargs $(BIN)/clang-format --dry-run -Werror
+
+format: $(STAMP) ## Mend what `make lint` can mend by itself
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(CPP) | xargs $(BIN)/clang-format -i
+
+bench: $(STAMP) ## Run the benchmarks and record benchmarks/results
+	$(BIN)/python benchmarks/run.py
+
+clean: ## Remove build products and caches (keeps .venv and runs)
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find trix lightning_modules ort_ops tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

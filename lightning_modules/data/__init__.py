@@ -1,0 +1,1 @@
+"""What networks are trained on: one DataModule a file, each resumable exactly."""

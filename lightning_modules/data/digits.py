@@ -1,0 +1,118 @@
+"""Handwritten digits as short sequences: each of the eight rows of an image is a token of eight pixels.
+
+Shape suffixes: B batch, N images, T rows (8), D pixels of a row (8).
+"""
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_modules.data.checks import check_at_least, check_fraction
+from lightning_modules.data.loader import ResumableLoader, evaluation_loader, rank_and_world_size
+from lightning_modules.errors import DataError
+
+ImageBatch = tuple[Tensor, Tensor]
+
+MAX_PIXEL = 16.0
+
+
+class DigitsDataModule(L.LightningDataModule):
+    """The 1797 handwritten digits (8x8 pixels) that come with scikit-learn: no download.
+
+    The split is stratified: both parts have the classes in equal proportion. Training: epoch e is the permutation
+    of `numpy.random.default_rng((seed, e))`, cut into batches; the images that do not fill the last batch are
+    dropped, others in each epoch. Under ddp each process takes its own part of every cut. Validation, test and
+    prediction: all validation images in order.
+
+    Shape:
+        batches: (image_BTD, label_B): float32 [B, 8, 8] in [0, 1] and int64 [B] in [0, 10).
+
+    Args:
+        batch_size: B, images in a batch (of each process).
+        validation_fraction: the part of the images that is held out, in (0, 1), rounded to whole images.
+        seed: of the split and of the order of training images, >= 0.
+
+    Attributes:
+        class_names: the ten digits as text, by label.
+        num_classes: 10.
+
+    Raises:
+        DataError: a value is out of range, or a split is smaller than the number of classes or than a batch.
+    """
+
+    def __init__(self, batch_size: int = 64, validation_fraction: float = 0.2, seed: int = 0) -> None:
+        super().__init__()
+        check_at_least(1, batch_size=batch_size)
+        check_at_least(0, seed=seed)
+        check_fraction(validation_fraction=validation_fraction)
+        self.save_hyperparameters({"batch_size": batch_size, "validation_fraction": validation_fraction, "seed": seed})
+        self.batch_size = batch_size
+        self.seed = seed
+        self._validation_fraction = validation_fraction
+        self._load()
+
+    def _load(self) -> None:
+        # Takes seconds to import, which only this data needs.
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
+        digits = load_digits()
+        self.class_names = tuple(str(name) for name in digits.target_names)
+        self.num_classes = len(self.class_names)
+        num_images = len(digits.target)
+        num_validation = round(num_images * self._validation_fraction)
+        for split, count in (("training", num_images - num_validation), ("validation", num_validation)):
+            if count < self.num_classes:
+                raise DataError(f"number of {split} images ({count}) must be >= classes ({self.num_classes})")
+        if self.batch_size > num_images - num_validation:
+            raise DataError(f"batch_size ({self.batch_size}) must be <= training images ({num_images - num_validation})")
+        train_idx, validation_idx = train_test_split(
+            np.arange(num_images), test_size=num_validation, stratify=digits.target, random_state=self.seed
+        )
+        image_NTD = torch.from_numpy(digits.images.astype(np.float32) / np.float32(MAX_PIXEL))
+        label_N = torch.from_numpy(digits.target.astype(np.int64))
+        self._train = (image_NTD[train_idx], label_N[train_idx])
+        self._validation = (image_NTD[validation_idx], label_N[validation_idx])
+
+    def train_dataloader(self) -> ResumableLoader[ImageBatch]:
+        """Whole batches of each epoch's permutation, resumable within an epoch."""
+        rank, world_size = rank_and_world_size()
+        num_images = len(self._train[1])
+        num_batches = num_images // (self.batch_size * world_size)
+        if num_batches == 0:
+            raise DataError(
+                f"batch_size * processes ({self.batch_size} * {world_size}) must be <= training images ({num_images})"
+            )
+
+        def make_batch(epoch: int, batch_idx: int) -> ImageBatch:
+            order_N = np.random.default_rng((self.seed, epoch)).permutation(num_images)
+            head = (batch_idx * world_size + rank) * self.batch_size
+            chosen_B = torch.from_numpy(order_N[head : head + self.batch_size])
+            image_NTD, label_N = self._train
+            return image_NTD[chosen_B], label_N[chosen_B]
+
+        return ResumableLoader(
+            make_batch,
+            num_batches,
+            settings={
+                "num_images": num_images,
+                "seed": self.seed,
+                "batch_size": self.batch_size,
+                "world_size": world_size,
+            },
+            trainer=self.trainer,
+        )
+
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        """All validation images once, in order; the last batch may be smaller."""
+        return evaluation_loader(*self._validation, self.batch_size)
+
+    def test_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        """The same images as validation."""
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        """The same images as validation."""
+        return self.val_dataloader()

@@ -1,0 +1,77 @@
+"""The operators of domain `ai.trix`: names, inputs, outputs and attributes, as plain data.
+
+This is the only copy on the Python side. The C++ side has one table per op in `native/ops/`; a test compares the two.
+
+Legend: T tokens, K columns of x, D model width, E tiles, N rows of a tile. A packed row holds 2-bit codes, column
+4p + i at bits 2i of byte p (00 = 0, 01 = +1, 10 = -1, 11 reserved), padded with 00 to whole bytes.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+DOMAIN = "ai.trix"
+OPSET_VERSION = 1
+
+ElementType = Literal["float32", "uint8", "int64"]
+
+
+@dataclass(frozen=True)
+class TensorSchema:
+    """Name, element type and named dimensions of an input or output."""
+
+    name: str
+    element_type: ElementType
+    shape: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class IntAttribute:
+    """An optional integer attribute."""
+
+    name: str
+    default: int
+
+
+@dataclass(frozen=True)
+class OpSchema:
+    """One operator, all inputs required."""
+
+    name: str
+    inputs: tuple[TensorSchema, ...]
+    outputs: tuple[TensorSchema, ...]
+    attributes: tuple[IntAttribute, ...]
+    doc: str
+
+
+TERNARY_TILE_MATMUL = OpSchema(
+    name="TernaryTileMatMul",
+    inputs=(
+        TensorSchema("x", "float32", ("T", "K")),
+        TensorSchema("packed", "uint8", ("E", "N", "ceil(K/4)")),
+        TensorSchema("row_scale", "float32", ("E", "N")),
+        TensorSchema("tile_idx", "int64", ("T",)),
+    ),
+    outputs=(TensorSchema("y", "float32", ("T", "N")),),
+    attributes=(),
+    doc="y[t, n] = row_scale[e, n] * sum_k x[t, k] * code[e, n, k] with e = tile_idx[t], 0 <= e < E.",
+)
+
+SIGNATURE_ROUTE = OpSchema(
+    name="SignatureRoute",
+    inputs=(
+        TensorSchema("x", "float32", ("T", "D")),
+        TensorSchema("signatures", "uint8", ("E", "ceil(D/4)")),
+        TensorSchema("bias", "float32", ("E",)),
+    ),
+    outputs=(
+        TensorSchema("tile_idx", "int64", ("T", "top_k")),
+        TensorSchema("score", "float32", ("T", "E")),
+    ),
+    attributes=(IntAttribute("top_k", 1),),
+    doc=(
+        "score[t, e] = sum_d x[t, d] * s[e, d] / sqrt(max(nnz(s_e), 1)); tile_idx holds the top_k tiles by "
+        "score + bias, best first, ties to the lowest index. score is without the bias."
+    ),
+)
+
+OPS = (TERNARY_TILE_MATMUL, SIGNATURE_ROUTE)

@@ -1,0 +1,125 @@
+from pathlib import Path
+
+import exported_models
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+
+from ort_ops import file_format, schema
+from ort_ops.export import ExportError, export_classifier, export_language_model
+from ort_ops.library import session_options
+from ort_ops.runtime import ExportedModel
+from trix.nn import Classifier, ClassifierConfig, FFNConfig
+
+TOP2 = FFNConfig(num_tiles=5, d_ff=5 * 9, top_k=2)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> exported_models.Exported:
+    return exported_models.export(tmp_path_factory.mktemp("export"), TOP2)
+
+
+@pytest.mark.parametrize(
+    "ffn",
+    [
+        FFNConfig(num_tiles=4),
+        FFNConfig(num_tiles=4, top_k=2, routing="emergent"),
+        FFNConfig(num_tiles=4, routing="learned"),
+        FFNConfig(kind="dense"),
+        FFNConfig(kind="none"),
+    ],
+    ids=lambda ffn: f"{ffn.kind}-{ffn.routing}",
+)
+def test_every_kind_of_layer_exports_within_float_rounding(ffn: FFNConfig, tmp_path: Path) -> None:
+    report = exported_models.export(tmp_path, ffn).report
+    assert report.used_library
+    assert report.parity.max_relative_difference < 1e-5
+    assert report.parity.num_unexplained == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_logits_and_tiles_match_torch_at_other_batch_sizes_and_lengths(exported: exported_models.Exported) -> None:
+    session = ort.InferenceSession(exported.path, session_options())
+    for shape in [(1, 1), (3, 7), (5, exported_models.CONTEXT)]:
+        token = torch.randint(0, len(exported_models.VOCABULARY), shape)
+        logits, tile_idx = session.run(None, {"token": token.numpy()})
+        expected, infos, _ = exported.model(token, return_routing=True)
+        np.testing.assert_allclose(logits, expected.detach().numpy(), rtol=1e-4, atol=1e-4)
+        assert np.array_equal(tile_idx, torch.stack([info["tile_idx"] for info in infos], dim=2).numpy())
+
+
+def test_the_model_given_is_left_as_it_was(tmp_path: Path) -> None:
+    model = exported_models.make_model(TOP2)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    export_language_model(model, exported_models.VOCABULARY, torch.zeros(24, dtype=torch.int64), tmp_path / "m.onnx")
+    assert before.keys() == model.state_dict().keys()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_weights_are_packed_and_operators_are_ours(exported: exported_models.Exported) -> None:
+    proto = onnx.load(exported.path)
+    ours = [node.op_type for node in proto.graph.node if node.domain == schema.DOMAIN]
+    assert sorted(set(ours)) == ["SignatureRoute", "TernaryTileMatMul"]
+    assert ours.count("SignatureRoute") == 2
+    packed = [i for i in proto.graph.initializer if i.data_type == onnx.TensorProto.UINT8]
+    assert len(packed) == 2 * (2 + 1 + 2)  # per layer: up, down, signatures, attention in and out
+    largest_float = max(np.prod(i.dims) for i in proto.graph.initializer if i.data_type == onnx.TensorProto.FLOAT)
+    assert largest_float <= len(exported_models.VOCABULARY) * 20  # the embedding; no float matrix of a tile
+
+
+def test_the_file_says_what_it_is_and_no_path_of_this_machine(exported: exported_models.Exported) -> None:
+    proto = onnx.load(exported.path)
+    metadata = file_format.from_properties({p.key: p.value for p in proto.metadata_props})
+    assert metadata["vocabulary"] == exported_models.VOCABULARY
+    assert metadata["config"]["ffn"]["top_k"] == 2
+    assert metadata["export_parity"]["num_tokens"] == 240
+    assert str(Path(torch.__file__).parent).encode() not in exported.path.read_bytes()
+
+
+def test_without_fallback_the_file_needs_the_library(tmp_path: Path) -> None:
+    path = exported_models.export(tmp_path, TOP2, fallback=False).path
+    assert not onnx.load(path).functions
+    with pytest.raises(Exception, match="is not a registered function/op"):
+        ort.InferenceSession(path)
+
+
+def test_classifier_exports(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Classifier(6, 3, ClassifierConfig(16, 2, 2, 5, ffn=FFNConfig(num_tiles=4))).eval()
+    held_out = torch.randn(40, 5, 6)
+    path = tmp_path / "classifier.onnx"
+    report = export_classifier(model, ["a", "b", "c"], held_out, path)
+    assert report.parity.num_tokens == 200
+    logits, tile_idx = ExportedModel(path).run(held_out[:7].numpy())
+    np.testing.assert_allclose(logits, model(held_out[:7]).detach().numpy(), rtol=1e-4, atol=1e-5)
+    assert tile_idx is not None
+    assert tile_idx.shape == (7, 5, 2, 1)
+    with pytest.raises(ExportError, match=r"class_names \(2\) must name each of the 3 classes"):
+        export_classifier(model, ["a", "b"], held_out, path)
+
+
+def test_a_model_that_computes_something_else_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoiled(packed: torch.nn.Module) -> torch.nn.Module:
+        packed.stack.blocks[0].ffn.tiles.up.row_scale.mul_(1.01)  # type: ignore[union-attr, operator]
+        return packed
+
+    from trix.nn import pack_model
+
+    monkeypatch.setattr("ort_ops.export.pack_model", lambda model: spoiled(pack_model(model)))
+    with pytest.raises(ExportError, match=r"max relative difference to torch \(.*\) must be < 1e-04"):
+        exported_models.export(tmp_path, TOP2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_errors_state_the_rule_and_both_values(tmp_path: Path) -> None:
+    model = exported_models.make_model(TOP2)
+    token = torch.zeros(24, dtype=torch.int64)
+    with pytest.raises(ExportError, match=r"vocabulary \(2 characters\) must have vocab_size \(11\) characters"):
+        export_language_model(model, "ab", token, tmp_path / "m.onnx")
+    with pytest.raises(ExportError, match=r"held-out text \(1 tokens\) must have at least 2 tokens"):
+        export_language_model(model, exported_models.VOCABULARY, token[:1], tmp_path / "m.onnx")
+    with pytest.raises(ExportError, match=r"the folder of the output \(.*missing\) must exist"):
+        export_language_model(model, exported_models.VOCABULARY, token, tmp_path / "missing" / "m.onnx")
+    assert list(tmp_path.iterdir()) == []

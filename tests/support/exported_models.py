@@ -1,0 +1,39 @@
+"""Small exported models that several tests share; made once a session."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ort_ops.export import ExportReport, export_language_model
+from trix.nn import FFNConfig, LanguageModel, LanguageModelConfig
+
+VOCABULARY = "abcdefghijk"
+CONTEXT = 12
+
+
+@dataclass(frozen=True)
+class Exported:
+    model: LanguageModel
+    held_out: torch.Tensor
+    path: Path
+    report: ExportReport
+
+
+def make_model(ffn: FFNConfig, ternary_attention: bool = True, seed: int = 0) -> LanguageModel:
+    torch.manual_seed(seed)
+    config = LanguageModelConfig(20, 2, 2, CONTEXT, ternary_attention, 0.0, ffn)
+    model = LanguageModel(len(VOCABULARY), config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)  # far from initialisation: logits and gates are of all sizes
+    for block in model.stack.blocks:
+        if hasattr(block.ffn, "router"):
+            torch.nn.init.normal_(block.ffn.router.balance_bias, std=0.1)
+    return model
+
+
+def export(folder: Path, ffn: FFNConfig, fallback: bool = True) -> Exported:
+    model = make_model(ffn)
+    held_out = torch.randint(0, len(VOCABULARY), (20 * CONTEXT,))
+    path = folder / "model.onnx"
+    return Exported(model, held_out, path, export_language_model(model, VOCABULARY, held_out, path, fallback))
