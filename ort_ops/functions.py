@@ -5,6 +5,7 @@ take precedence, without it the functions are inlined. They need opset 18 and ir
 
 Differences from the kernels: float sums have another order (results agree to rounding); nothing is validated: a
 reserved code gives NaN, and a tile_idx outside [0, E) is not an error of ours; a NaN routing key counts as -inf.
+x without columns (K = 0) needs a newer onnxruntime than 1.17.
 """
 
 from collections.abc import Sequence
@@ -105,7 +106,7 @@ def _signature_route() -> FunctionProto:
         *_pad_columns("signatures"),
         *_decode("signatures", "signature"),
         _node("Abs", ["signature"], ["is_active"]),
-        _node("Constant", [], ["columns_axis"], value_ints=[1]),
+        _int_vector("columns_axis", [1]),
         _node("ReduceSum", ["is_active", "columns_axis"], ["nnz"], keepdims=0),
         _node("Constant", [], ["one"], value_float=1.0),
         _node("Max", ["nnz", "one"], ["nnz_at_least_one"]),
@@ -118,9 +119,15 @@ def _signature_route() -> FunctionProto:
         _node("Constant", [], ["lowest"], value_float=float("-inf")),
         _node("Where", ["is_nan", "lowest", "key"], ["ranked_key"]),
         _attribute_value("top_k", "top_k_scalar"),
-        _node("Constant", [], ["one_dimension"], value_ints=[1]),
+        _int_vector("one_dimension", [1]),
         _node("Reshape", ["top_k_scalar", "one_dimension"], ["num_chosen"]),
-        _node("TopK", ["ranked_key", "num_chosen"], ["chosen_key", "tile_idx"], axis=1),
+        # One row more for TopK: in onnxruntime 1.17 it divides by the number of rows, so no tokens would crash it.
+        _int_vector("row_below", [0, 0, 1, 0]),
+        _node("Pad", ["ranked_key", "row_below"], ["key_with_row_below"]),
+        _node("TopK", ["key_with_row_below", "num_chosen"], ["chosen_key", "choice_with_row_below"], axis=1),
+        _int_vector("first_row", [0]),
+        _int_vector("last_row", [-1]),
+        _node("Slice", ["choice_with_row_below", "first_row", "last_row", "first_row"], ["tile_idx"]),
     ]
     return _function(SIGNATURE_ROUTE, nodes)
 
@@ -146,15 +153,20 @@ def _pad_columns(packed: str) -> list[NodeProto]:
     return [
         _node("Shape", ["x"], ["num_columns"], start=1),
         _node("Shape", [packed], ["row_bytes"], start=-1),
-        _node("Constant", [], ["codes_per_byte"], value_ints=[4]),
+        _int_vector("codes_per_byte", [4]),
         _node("Mul", ["row_bytes", "codes_per_byte"], ["num_codes"]),
         _node("Sub", ["num_codes", "num_columns"], ["num_padding"]),
-        _node("Constant", [], ["no_padding"], value_ints=[0, 0, 0]),
+        _int_vector("no_padding", [0, 0, 0]),
         _node("Concat", ["no_padding", "num_padding"], ["paddings"], axis=0),
         _node("Pad", ["x", "paddings"], ["x_padded"]),
         _node("Shape", [packed], ["num_decoded_rows"], start=-2, end=-1),
         _node("Concat", ["num_decoded_rows", "num_codes"], ["decoded_shape"], axis=0),
     ]
+
+
+def _int_vector(output: str, values: Sequence[int]) -> NodeProto:
+    """A constant int64 vector. As a tensor: the shape inference of onnxruntime 1.17 misreads `value_ints`."""
+    return _node("Constant", [], [output], value=numpy_helper.from_array(np.array(values, dtype=np.int64), output))
 
 
 def _attribute_value(attribute: str, output: str) -> NodeProto:

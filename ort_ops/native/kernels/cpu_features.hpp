@@ -1,0 +1,17 @@
+// The instruction sets kernels are written for, and which of them this CPU has.
+#pragma once
+
+namespace trix {
+
+/// Ordered from the baseline up; a kernel variant is written for exactly one of them.
+enum class Isa { kScalar = 0, kAvx2 = 1 };
+
+inline constexpr Isa kAllIsas[] = {Isa::kScalar, Isa::kAvx2};
+
+/// The name used in TRIX_ORT_ISA and in the log: "scalar", "avx2".
+const char* isa_name(Isa isa);
+
+/// True if this CPU and operating system can run code compiled for `isa`.
+bool cpu_supports(Isa isa);
+
+}  // namespace trix

@@ -1,0 +1,33 @@
+// How a routed product is cut into independent pieces: tokens grouped by tile, then blocks of tokens x rows.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace trix {
+
+/// Token indices sorted by tile (stable: order of index within a tile). Tile e owns order[begin[e] .. begin[e
+/// + 1]).
+struct TokenGroups {
+    std::vector<std::int64_t> order;
+    std::vector<std::size_t> begin;
+};
+
+/// Counting sort of tokens by tile, O(T + E). Every tile_idx must lie in [0, num_tiles).
+TokenGroups group_tokens(const std::int64_t* tile_idx, std::size_t num_tokens, std::size_t num_tiles);
+
+/// Rows [row_begin, row_end) of one tile for the tokens order[token_begin .. token_end).
+struct WorkUnit {
+    std::size_t tile;
+    std::size_t token_begin;
+    std::size_t token_end;
+    std::size_t row_begin;
+    std::size_t row_end;
+};
+
+/// Units that together cover every (token, row) once, each of about 256 thousand multiply-adds. Every sum is
+/// computed inside one unit, so results do not depend on how the units are spread over threads.
+std::vector<WorkUnit> plan_units(const TokenGroups& groups, std::size_t num_rows, std::size_t num_columns);
+
+}  // namespace trix

@@ -1,0 +1,147 @@
+// ai.trix::SignatureRoute: score[t, e] = <x_t, s_e> / sqrt(max(nnz(s_e), 1)); tile_idx = the top_k tiles by
+// score + bias.
+#include <numeric>
+
+#include "kernels/dispatch.hpp"
+#include "kernels/packed_codes.hpp"
+#include "kernels/work_plan.hpp"
+#include "ops/custom_op.hpp"
+#include "ops/packed_input.hpp"
+
+namespace trix {
+namespace {
+
+// clang-format off
+constexpr TensorSpec kInputTable[] = {
+    {"x", ElementType::kFloat, 2, "[T, D]"},
+    {"signatures", ElementType::kUint8, 2, "[E, ceil(D/4)]"},
+    {"bias", ElementType::kFloat, 1, "[E]"},
+};
+constexpr TensorSpec kOutputTable[] = {
+    {"tile_idx", ElementType::kInt64, 2, "[T, top_k]"},
+    {"score", ElementType::kFloat, 2, "[T, E]"},
+};
+// clang-format on
+
+constexpr const char* kTopKAttribute = "top_k";
+constexpr std::int64_t kTopKDefault = 1;
+constexpr std::size_t kTokensPerSelection = 64;
+
+enum Input : std::size_t { kX, kSignatures, kBias };
+enum Output : std::size_t { kTileIdx, kScore };
+
+class SignatureRoute {
+  public:
+    static constexpr const char* kName = "SignatureRoute";
+    static constexpr auto& kInputs = kInputTable;
+    static constexpr auto& kOutputs = kOutputTable;
+
+    explicit SignatureRoute(const KernelInfo& info)
+        : top_k_(info.int_attribute(kTopKAttribute, kTopKDefault)),
+          signatures_(info, kSignatures, kInputs[kSignatures]) {
+        if (top_k_ < 1) reject("top_k (", top_k_, ") must be >= 1");
+        if (signatures_.is_constant()) {
+            check_top_k(signatures_.constant());
+            constant_norms_ = inverse_norms(signatures_.constant());
+        }
+    }
+
+    void compute(KernelContext& context) const {
+        const TensorView x = context.input(kX, kInputs[kX]);
+        const TensorView signatures = context.input(kSignatures, kInputs[kSignatures]);
+        const TensorView bias = context.input(kBias, kInputs[kBias]);
+        check_sizes(x, signatures, bias);
+
+        auto* tile_idx = context.output<std::int64_t>(kTileIdx, kOutputs[kTileIdx].name, {x.dim(0), top_k_});
+        auto* score = context.output<float>(kScore, kOutputs[kScore].name, {x.dim(0), signatures.dim(0)});
+        const std::vector<float> run_norms =
+            signatures_.is_constant() ? std::vector<float>{} : inverse_norms(signatures);
+        compute_scores(context, x, signatures, signatures_.is_constant() ? constant_norms_ : run_norms,
+                       score);
+        choose_tiles(context, x.size(0), signatures.size(0), score, bias.as<float>(), tile_idx);
+    }
+
+    static void infer_shapes(const ShapeContext& context) {
+        const Dimension tokens = context.input_dimension(kX, kInputs[kX], 0);
+        const std::int64_t top_k = context.int_attribute(kTopKAttribute, kTopKDefault);
+        if (top_k >= 1) context.set_output(kTileIdx, kOutputs[kTileIdx].type, {tokens, {top_k, ""}});
+        context.set_output(kScore, kOutputs[kScore].type,
+                           {tokens, context.input_dimension(kSignatures, kInputs[kSignatures], 0)});
+    }
+
+  private:
+    void check_top_k(const TensorView& signatures) const {
+        if (top_k_ > signatures.dim(0)) {
+            reject("top_k (", top_k_, ") must be <= the number of tiles in signatures (", signatures.dim(0),
+                   ")");
+        }
+    }
+
+    void check_sizes(const TensorView& x, const TensorView& signatures, const TensorView& bias) const {
+        check_top_k(signatures);
+        signatures_.check_rows(signatures, x.dim(1));
+        if (bias.dim(0) != signatures.dim(0)) {
+            reject("length of bias (", bias.dim(0), ") must be the number of tiles in signatures (",
+                   signatures.dim(0), ")");
+        }
+    }
+
+    static std::vector<float> inverse_norms(const TensorView& signatures) {
+        std::vector<float> norms(signatures.size(0));
+        inverse_row_norms(signatures.as<std::uint8_t>(), norms.size(), signatures.size(1), norms.data());
+        return norms;
+    }
+
+    // The table of signatures is a ternary matrix with one row per tile, and the norms are its row scales.
+    static void compute_scores(const KernelContext& context, const TensorView& x,
+                               const TensorView& signatures, const std::vector<float>& norms, float* score) {
+        TokenGroups all_tokens{std::vector<std::int64_t>(x.size(0)), {0, x.size(0)}};
+        std::iota(all_tokens.order.begin(), all_tokens.order.end(), std::int64_t{0});
+        const std::vector<WorkUnit> units = plan_units(all_tokens, norms.size(), x.size(1));
+        const TernaryTileMatMulKernel kernel = kernels().ternary_tile_matmul;
+        context.parallel_for(units.size(), [&](std::size_t i) noexcept {
+            const WorkUnit& unit = units[i];
+            TernaryTileMatMulJob job{};
+            job.x = x.as<float>();
+            job.packed = signatures.as<std::uint8_t>();
+            job.row_scale = norms.data();
+            job.token_idx = all_tokens.order.data() + unit.token_begin;
+            job.y = score;
+            job.num_tokens = unit.token_end - unit.token_begin;
+            job.num_columns = x.size(1);
+            job.num_rows = norms.size();
+            job.row_begin = unit.row_begin;
+            job.row_end = unit.row_end;
+            kernel(job);
+        });
+    }
+
+    void choose_tiles(const KernelContext& context, std::size_t num_tokens, std::size_t num_tiles,
+                      const float* score, const float* bias, std::int64_t* tile_idx) const {
+        const SignatureRouteKernel kernel = kernels().signature_route;
+        const std::size_t num_blocks = (num_tokens + kTokensPerSelection - 1) / kTokensPerSelection;
+        context.parallel_for(num_blocks, [&](std::size_t block) noexcept {
+            SignatureRouteJob job{};
+            job.score = score;
+            job.bias = bias;
+            job.tile_idx = tile_idx;
+            job.num_tiles = num_tiles;
+            job.top_k = static_cast<std::size_t>(top_k_);
+            job.token_begin = block * kTokensPerSelection;
+            job.token_end = std::min(job.token_begin + kTokensPerSelection, num_tokens);
+            kernel(job);
+        });
+    }
+
+    std::int64_t top_k_;
+    PackedInput signatures_;
+    std::vector<float> constant_norms_;
+};
+
+}  // namespace
+
+std::unique_ptr<ort_abi::OrtCustomOp> make_signature_route_op(const OrtApi* api) {
+    return std::make_unique<CustomOp<SignatureRoute>>(api);
+}
+
+}  // namespace trix

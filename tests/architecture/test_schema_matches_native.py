@@ -1,0 +1,54 @@
+"""The Python schema and the tables in the C++ sources say the same."""
+
+import re
+from pathlib import Path
+
+import ort_ops
+from ort_ops import schema
+
+NATIVE_OPS = Path(ort_ops.__file__).parent / "native" / "ops"
+ELEMENT_TYPES = {"kFloat": "float32", "kUint8": "uint8", "kInt64": "int64"}
+
+
+def table(source: str, name: str) -> list[schema.TensorSchema]:
+    """The rows of `constexpr TensorSpec <name>[] = {...};`, e.g. {"x", ElementType::kFloat, 2, "[T, K]"}."""
+    body = re.search(rf"TensorSpec {name}\[\] = \{{(.*?)\n\}};", source, re.DOTALL)
+    assert body is not None, name
+    rows = re.findall(r'\{"(\w+)", ElementType::(\w+), (\d+), "\[(.*?)\]"\}', body[1])
+    tensors = [
+        schema.TensorSchema(row[0], ELEMENT_TYPES[row[1]], tuple(row[3].split(", ")))  # type: ignore[arg-type]
+        for row in rows
+    ]
+    assert [len(tensor.shape) for tensor in tensors] == [int(row[2]) for row in rows]
+    return tensors
+
+
+def native_sources() -> dict[str, str]:
+    """Source text by op name."""
+    sources = [path.read_text() for path in sorted(NATIVE_OPS.glob("*_op.cpp"))]
+    return {re.search(r'kName = "(\w+)"', source)[1]: source for source in sources}  # type: ignore[index]
+
+
+def test_op_names_agree() -> None:
+    assert sorted(native_sources()) == sorted(op.name for op in schema.OPS)
+
+
+def test_inputs_and_outputs_agree() -> None:
+    for op in schema.OPS:
+        source = native_sources()[op.name]
+        assert table(source, "kInputTable") == list(op.inputs)
+        assert table(source, "kOutputTable") == list(op.outputs)
+
+
+def test_attributes_agree() -> None:
+    for op in schema.OPS:
+        source = native_sources()[op.name]
+        names = re.findall(r'k\w+Attribute = "(\w+)"', source)
+        defaults = [int(value) for value in re.findall(r"k\w+Default = (-?\d+)", source)]
+        assert list(zip(names, defaults, strict=True)) == [(a.name, a.default) for a in op.attributes]
+
+
+def test_domain_and_version_agree() -> None:
+    assert f'kDomainName = "{schema.DOMAIN}"' in (NATIVE_OPS / "register.cpp").read_text()
+    custom_op = (NATIVE_OPS / "custom_op.hpp").read_text()
+    assert f"GetStartVersion = [](const Base*) {{ return {schema.OPSET_VERSION}; }}" in custom_op

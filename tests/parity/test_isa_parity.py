@@ -1,0 +1,199 @@
+"""Scalar = AVX2 bit for bit, kernel = ONNX function to rounding, and the kernel is what really runs."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from packed_models import (
+    make_model,
+    portable_session,
+    rank_tiles,
+    route_inputs,
+    run_route,
+    run_tile_matmul,
+    tile_matmul_inputs,
+)
+
+from ort_ops.library import session_options
+from ort_ops.schema import OPS, SIGNATURE_ROUTE, TERNARY_TILE_MATMUL, OpSchema
+
+pytestmark = pytest.mark.usefixtures("native_library")
+
+
+class IsaWorker:
+    """A subprocess that runs cases with TRIX_ORT_ISA set to one value."""
+
+    def __init__(self, isa: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).parents[1] / "support" / "isa_worker.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"TRIX_ORT_ISA": isa},
+        )
+
+    def run(self, case: Path) -> dict[str, np.ndarray]:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(f"{case}\n")
+        self.process.stdin.flush()
+        with np.load(self.process.stdout.readline().strip()) as outputs:
+            return {name: outputs[name] for name in outputs.files}
+
+    def close(self) -> None:
+        self.process.communicate(timeout=60)
+
+
+def has_instruction_set(isa: str) -> bool:
+    finished = subprocess.run(
+        [sys.executable, "-c", "from ort_ops.library import session_options; session_options()"],
+        capture_output=True,
+        env=os.environ | {"TRIX_ORT_ISA": isa},
+    )
+    return finished.returncode == 0
+
+
+@pytest.fixture(scope="module")
+def workers(native_library: None) -> Iterator[tuple[IsaWorker, IsaWorker]]:
+    if not has_instruction_set("avx2"):
+        pytest.skip("this CPU or build lacks AVX2: there is one instruction set, nothing to compare")
+    pair = IsaWorker("scalar"), IsaWorker("avx2")
+    yield pair
+    for worker in pair:
+        worker.close()
+
+
+def assert_same_bits(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
+    """Equal bit patterns; NaN equals NaN, whose payload the contract leaves open."""
+    assert one.keys() == other.keys()
+    for name, array in one.items():
+        np.testing.assert_array_equal(array, other[name], strict=True, err_msg=name)
+        if array.dtype == np.float32:
+            is_number = ~np.isnan(array)
+            assert array[is_number].tobytes() == other[name][is_number].tobytes(), name
+
+
+def with_specials(rng: np.random.Generator, x: np.ndarray) -> np.ndarray:
+    specials = np.array([np.inf, -np.inf, np.nan, -0.0, 1e-42, 3e38], np.float32)
+    return np.where(rng.random(x.shape) < 0.02, rng.choice(specials, x.shape), x).astype(np.float32)
+
+
+sizes = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+
+
+@sizes
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    num_tokens=st.integers(0, 40),
+    num_tiles=st.integers(1, 6),
+    num_rows=st.integers(0, 40),
+    num_columns=st.one_of(st.integers(0, 70), st.integers(200, 2100)),
+    is_special=st.booleans(),
+)
+def test_tile_matmul_has_the_same_bits_on_every_instruction_set(
+    workers: tuple[IsaWorker, IsaWorker],
+    tmp_path: Path,
+    seed: int,
+    num_tokens: int,
+    num_tiles: int,
+    num_rows: int,
+    num_columns: int,
+    is_special: bool,
+) -> None:
+    rng = np.random.default_rng(seed)
+    inputs, _ = tile_matmul_inputs(rng, num_tokens, num_tiles, num_rows, num_columns)
+    if is_special:
+        inputs["x"] = with_specials(rng, inputs["x"])
+    case = tmp_path / "case.npz"
+    np.savez(case, **inputs)
+    assert_same_bits(*(worker.run(case) for worker in workers))
+
+
+@sizes
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    num_tokens=st.integers(0, 40),
+    num_tiles=st.integers(1, 90),
+    num_columns=st.integers(0, 150),
+    top_k=st.integers(1, 6),
+    is_special=st.booleans(),
+)
+def test_route_has_the_same_bits_on_every_instruction_set(
+    workers: tuple[IsaWorker, IsaWorker],
+    tmp_path: Path,
+    seed: int,
+    num_tokens: int,
+    num_tiles: int,
+    num_columns: int,
+    top_k: int,
+    is_special: bool,
+) -> None:
+    rng = np.random.default_rng(seed)
+    inputs, _ = route_inputs(rng, num_tokens, num_tiles, num_columns)
+    if is_special:
+        inputs["x"] = with_specials(rng, inputs["x"])
+    case = tmp_path / "case.npz"
+    np.savez(case, **inputs, top_k=min(top_k, num_tiles))
+    assert_same_bits(*(worker.run(case) for worker in workers))
+
+
+@pytest.mark.parametrize(("num_tokens", "num_columns"), [(1, 64), (33, 130), (128, 1000)])
+def test_function_and_kernel_agree_to_rounding(num_tokens: int, num_columns: int) -> None:
+    inputs, _ = tile_matmul_inputs(np.random.default_rng(num_tokens), num_tokens, 7, 50, num_columns)
+    portable = portable_session(make_model(TERNARY_TILE_MATMUL, with_functions=True)).run(None, inputs)[0]
+    bound = 4e-6 * num_columns**0.5
+    np.testing.assert_allclose(run_tile_matmul(inputs), portable, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_function_and_kernel_route_alike_where_the_gap_exceeds_rounding(top_k: int) -> None:
+    inputs, _ = route_inputs(np.random.default_rng(top_k), 2000, 64, 200)
+    model = make_model(SIGNATURE_ROUTE, with_functions=True, top_k=top_k)
+    portable_idx, portable_score = portable_session(model).run(None, inputs)
+    kernel_idx, kernel_score = run_route(inputs, top_k)
+    rounding = 1e-5
+    np.testing.assert_allclose(kernel_score, portable_score, rtol=0, atol=rounding)
+    key = kernel_score + inputs["bias"]
+    best = np.take_along_axis(key, rank_tiles(key, top_k + 1), axis=1)
+    is_clear = (best[:, :-1] - best[:, 1:] > 2 * rounding).all(axis=1)
+    assert is_clear.mean() > 0.99
+    np.testing.assert_array_equal(portable_idx[is_clear], kernel_idx[is_clear])
+
+
+def profiled_node_names(model: bytes, options: ort.SessionOptions, inputs: dict[str, np.ndarray], folder: Path) -> set[str]:
+    """The op types that a run executed."""
+    options.enable_profiling = True
+    options.profile_file_prefix = str(folder / "profile")
+    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    session.run(None, inputs)
+    events = json.loads(Path(session.end_profiling()).read_text())
+    return {event["args"]["op_name"] for event in events if "op_name" in event.get("args", {})}
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+@pytest.mark.parametrize("level", ["ORT_DISABLE_ALL", "ORT_ENABLE_ALL"])
+def test_registered_kernel_takes_precedence_over_the_function(op: OpSchema, level: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    inputs = (tile_matmul_inputs(rng, 4, 2, 3, 8) if op is TERNARY_TILE_MATMUL else route_inputs(rng, 4, 2, 8))[0]
+    model = make_model(op, with_functions=True).SerializeToString()
+    native, portable = session_options(), ort.SessionOptions()
+    for options in (native, portable):
+        options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, level)
+    assert profiled_node_names(model, native, inputs, tmp_path) == {op.name}
+    portable_ops = profiled_node_names(model, portable, inputs, tmp_path)
+    assert op.name not in portable_ops
+    assert "Gemm" in portable_ops
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_without_functions_the_library_is_needed(op: OpSchema) -> None:
+    with pytest.raises(Exception, match="is not a registered function/op"):
+        portable_session(make_model(op))

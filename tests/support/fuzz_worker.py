@@ -1,0 +1,102 @@
+"""Feed a sanitized build of the library byte-mutated models and inputs of random shapes.
+
+Usage: fuzz_worker.py LIBRARY SEED NUM_MODELS NUM_RUNS. Every rejection is fine; a sanitizer report or a crash ends the
+process. Prints how many models loaded and how many runs gave a result.
+"""
+
+import sys
+
+import numpy as np
+import onnxruntime as ort
+from packed_models import make_model, route_inputs, tile_matmul_inputs
+
+from ort_ops.schema import SIGNATURE_ROUTE, TERNARY_TILE_MATMUL, OpSchema
+
+Inputs = dict[str, np.ndarray]
+UNKNOWN_RANKS = {tensor.name: None for op in (TERNARY_TILE_MATMUL, SIGNATURE_ROUTE) for tensor in op.inputs}
+
+
+def options_for(library: str) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.register_custom_ops_library(library)
+    options.log_severity_level = 4
+    options.intra_op_num_threads = 2
+    # Each tensor gets its own heap block, whose borders the sanitizer watches.
+    options.enable_cpu_mem_arena = False
+    options.enable_mem_pattern = False
+    return options
+
+
+def valid_case(rng: np.random.Generator) -> tuple[OpSchema, Inputs, dict[str, int]]:
+    if rng.random() < 0.5:
+        sizes = (rng.integers(0, 9), rng.integers(1, 5), rng.integers(0, 20), rng.integers(0, 70))
+        return TERNARY_TILE_MATMUL, tile_matmul_inputs(rng, *map(int, sizes))[0], {}
+    num_tiles = int(rng.integers(1, 30))
+    inputs, _ = route_inputs(rng, int(rng.integers(0, 9)), num_tiles, int(rng.integers(0, 70)))
+    return SIGNATURE_ROUTE, inputs, {"top_k": int(rng.integers(1, num_tiles + 1))}
+
+
+def spoil(rng: np.random.Generator, inputs: Inputs) -> Inputs:
+    """Replace some inputs by others of random rank, size and content."""
+    spoiled = dict(inputs)
+    for name, array in inputs.items():
+        if rng.random() < 0.4:
+            shape = rng.integers(0, 9, size=rng.integers(0, 4) if rng.random() < 0.3 else array.ndim)
+            if array.dtype == np.float32:
+                spoiled[name] = rng.standard_normal(shape).astype(np.float32)
+            else:
+                low = -2 if array.dtype == np.int64 else 0
+                spoiled[name] = rng.integers(low, 5, size=shape).astype(array.dtype)
+        elif rng.random() < 0.2 and array.size > 0:
+            raw = bytearray(array.tobytes())
+            raw[int(rng.integers(len(raw)))] = int(rng.integers(256))
+            spoiled[name] = np.frombuffer(bytes(raw), array.dtype).reshape(array.shape)
+    return spoiled
+
+
+def mutate(rng: np.random.Generator, model: bytes) -> bytes:
+    raw = bytearray(model)
+    for _ in range(int(rng.integers(1, 5))):
+        raw[int(rng.integers(len(raw)))] = int(rng.integers(256))
+    return bytes(raw)
+
+
+def session_or_none(model: bytes, library: str) -> ort.InferenceSession | None:
+    try:
+        return ort.InferenceSession(model, options_for(library), providers=["CPUExecutionProvider"])
+    except Exception:  # any rejection, and UnicodeDecodeError for messages that hold mutated bytes
+        return None
+
+
+def has_result(session: ort.InferenceSession, inputs: Inputs) -> bool:
+    try:
+        session.run(None, {value.name: inputs[value.name] for value in session.get_inputs()})
+    except Exception:
+        return False
+    return True
+
+
+def main(library: str, seed: int, num_models: int, num_runs: int) -> None:
+    rng = np.random.default_rng(seed)
+    num_loaded = num_results = 0
+    for _ in range(num_models):
+        op, inputs, attributes = valid_case(rng)
+        weights = {name: inputs[name] for name in ("packed", "row_scale", "signatures", "bias") if name in inputs}
+        constants = weights if rng.random() < 0.5 else {}
+        model = make_model(op, constants=constants, **attributes).SerializeToString()
+        session = session_or_none(mutate(rng, model), library)
+        if session is not None:
+            num_loaded += 1
+            num_results += has_result(session, inputs)
+    for _ in range(num_runs):
+        op, inputs, attributes = valid_case(rng)
+        model = make_model(op, dims=UNKNOWN_RANKS, **attributes).SerializeToString()
+        session = session_or_none(model, library)
+        assert session is not None
+        num_results += has_result(session, inputs)
+        num_results += has_result(session, spoil(rng, inputs))
+    print(f"loaded {num_loaded} of {num_models} mutated models, {num_results} runs gave a result")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], *map(int, sys.argv[2:]))

@@ -1,0 +1,143 @@
+"""Small models around one operator, numpy packing and float64 references, for the tests of the native operators."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from onnx import TensorProto, helper, numpy_helper
+
+from ort_ops.functions import fallback_functions
+from ort_ops.library import session_options
+from ort_ops.schema import DOMAIN, OPSET_VERSION, SIGNATURE_ROUTE, TERNARY_TILE_MATMUL, OpSchema
+
+ELEMENT_TYPES = {"float32": TensorProto.FLOAT, "uint8": TensorProto.UINT8, "int64": TensorProto.INT64}
+Arrays = Mapping[str, np.ndarray]
+
+
+def pack(ternary: np.ndarray) -> np.ndarray:
+    """Pack the last axis of an array of {-1, 0, 1}: column 4p + i at bits 2i of byte p."""
+    codes = np.where(ternary < 0, 2, ternary).astype(np.uint8)
+    padding = [(0, 0)] * (codes.ndim - 1) + [(0, -codes.shape[-1] % 4)]
+    groups = np.pad(codes, padding).reshape(*codes.shape[:-1], -(-codes.shape[-1] // 4), 4)
+    return (groups << np.array([0, 2, 4, 6], dtype=np.uint8)).sum(-1, dtype=np.uint8)
+
+
+def random_ternary(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    return rng.integers(-1, 2, size=shape, dtype=np.int8)
+
+
+def tile_matmul_inputs(
+    rng: np.random.Generator, num_tokens: int, num_tiles: int, num_rows: int, num_columns: int
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Random valid inputs of TernaryTileMatMul and the unpacked weights."""
+    weight = random_ternary(rng, num_tiles, num_rows, num_columns)
+    inputs = {
+        "x": rng.standard_normal((num_tokens, num_columns), dtype=np.float32),
+        "packed": pack(weight),
+        "row_scale": rng.uniform(0.1, 2.0, (num_tiles, num_rows)).astype(np.float32),
+        "tile_idx": rng.integers(0, num_tiles, num_tokens),
+    }
+    return inputs, weight
+
+
+def route_inputs(
+    rng: np.random.Generator, num_tokens: int, num_tiles: int, num_columns: int
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Random valid inputs of SignatureRoute and the unpacked signatures."""
+    signatures = random_ternary(rng, num_tiles, num_columns)
+    inputs = {
+        "x": rng.standard_normal((num_tokens, num_columns), dtype=np.float32),
+        "signatures": pack(signatures),
+        "bias": rng.standard_normal(num_tiles, dtype=np.float32) * np.float32(0.1),
+    }
+    return inputs, signatures
+
+
+def tile_matmul_reference(inputs: Arrays, weight: np.ndarray) -> np.ndarray:
+    """y in float64."""
+    tile_idx = inputs["tile_idx"]
+    product = np.einsum("tk,tnk->tn", inputs["x"].astype(np.float64), weight[tile_idx].astype(np.float64))
+    return product * inputs["row_scale"][tile_idx]
+
+
+def score_reference(inputs: Arrays, signatures: np.ndarray) -> np.ndarray:
+    """Scores in float64."""
+    nnz = np.maximum(np.abs(signatures).sum(-1, dtype=np.int64), 1)
+    return inputs["x"].astype(np.float64) @ signatures.T.astype(np.float64) / np.sqrt(nnz)
+
+
+def rank_tiles(key_TE: np.ndarray, top_k: int) -> np.ndarray:
+    """Best first, ties to the lowest index, NaN last."""
+    is_nan = np.isnan(key_TE)
+    order = np.lexsort((np.where(is_nan, 0, -key_TE), is_nan), axis=-1)
+    return order[:, :top_k]
+
+
+def make_model(
+    op: OpSchema,
+    *,
+    constants: Arrays | None = None,
+    dims: Mapping[str, list[Any] | None] | None = None,
+    with_functions: bool = False,
+    output_shapes: bool = True,
+    **attributes: object,
+) -> onnx.ModelProto:
+    """One node of `op`. Inputs named in `constants` become initializers; `dims` overrides an input's dimensions
+    (None: unknown rank). `output_shapes=False` declares no shapes of outputs, so that inference must find them."""
+    constants = constants or {}
+    dims = dims or {}
+    inputs = [
+        helper.make_tensor_value_info(
+            tensor.name, ELEMENT_TYPES[tensor.element_type], dims.get(tensor.name, list(tensor.shape))
+        )
+        for tensor in op.inputs
+        if tensor.name not in constants
+    ]
+    outputs = [
+        helper.make_tensor_value_info(
+            tensor.name,
+            ELEMENT_TYPES[tensor.element_type],
+            [f"{tensor.name}_{axis}" for axis in range(len(tensor.shape))] if output_shapes else None,
+        )
+        for tensor in op.outputs
+    ]
+    node = helper.make_node(
+        op.name,
+        [tensor.name for tensor in op.inputs],
+        [tensor.name for tensor in op.outputs],
+        domain=DOMAIN,
+        name=f"the_{op.name}",
+        **attributes,
+    )
+    initializers = [numpy_helper.from_array(array, name) for name, array in constants.items()]
+    graph = helper.make_graph([node], "one_op", inputs, outputs, initializers)
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid(DOMAIN, OPSET_VERSION)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
+    if with_functions:
+        model.functions.extend(fallback_functions())
+    return model
+
+
+def native_session(model: onnx.ModelProto, *, num_threads: int = 1) -> ort.InferenceSession:
+    options = session_options(intra_op_num_threads=num_threads)
+    options.log_severity_level = 4
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def portable_session(model: onnx.ModelProto) -> ort.InferenceSession:
+    """A session without the native library."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def run_tile_matmul(inputs: Arrays, *, num_threads: int = 1) -> np.ndarray:
+    return native_session(make_model(TERNARY_TILE_MATMUL), num_threads=num_threads).run(None, dict(inputs))[0]
+
+
+def run_route(inputs: Arrays, top_k: int = 1, *, num_threads: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    model = make_model(SIGNATURE_ROUTE, top_k=top_k)
+    tile_idx, score = native_session(model, num_threads=num_threads).run(None, dict(inputs))
+    return tile_idx, score
