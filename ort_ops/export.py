@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ort_ops import schema
-from ort_ops.file_format import encode_array, to_properties
+from ort_ops.file_format import describe_size, encode_array, to_properties
 from ort_ops.functions import fallback_functions, register_schemas
 from ort_ops.library import LibraryNotFoundError, session_options
 from ort_ops.parity import Parity, compare, selection_gap
@@ -53,14 +53,8 @@ class ExportReport:
     float32_bytes: int
 
     def __str__(self) -> str:
-        parity, ratio = self.parity, self.float32_bytes / self.file_bytes
         kernels = "native kernels" if self.used_library else "portable functions, the native library was not found"
-        return (
-            f"size    {self.file_bytes / 1e6:.2f} MB; the float32 parameters take {self.float32_bytes / 1e6:.2f} MB ({ratio:.1f}x)\n"
-            f"parity  with torch on {parity.num_tokens} held-out tokens ({kernels}): max relative difference "
-            f"{parity.max_relative_difference:.1e}, routed the same {parity.routing_agreement:.2%}, "
-            f"near ties {parity.num_near_ties}"
-        )
+        return f"size    {describe_size(self.file_bytes, self.float32_bytes)}\nparity  {self.parity} ({kernels})"
 
 
 def export_language_model(

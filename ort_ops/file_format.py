@@ -1,7 +1,7 @@
 """What an exported file says about itself, beside the graph: JSON values in the ONNX metadata, under one prefix.
 
-Keys: format, task, config, float32_bytes, reference (an example with torch's answer), export_parity, and per task vocabulary and
-context_length, or class_names.
+Keys: format, task, config, float32_bytes, reference (an example with torch's answer), export_parity; and by task vocabulary
+and context_length, or class_names.
 """
 
 import base64
@@ -31,6 +31,12 @@ def from_properties(properties: Mapping[str, str]) -> dict[str, Any]:
     if metadata.get("format") != FORMAT_VERSION:
         raise ValueError(f"file format ({metadata.get('format')}) must be {FORMAT_VERSION}: was it written by `trix export`?")
     return metadata
+
+
+def describe_size(file_bytes: int, float32_bytes: int) -> str:
+    """Size of a file beside that of its parameters at 4 bytes each, for people."""
+    ratio = float32_bytes / file_bytes
+    return f"{file_bytes / 1e6:.2f} MB; the float32 parameters take {float32_bytes / 1e6:.2f} MB ({ratio:.1f}x)"
 
 
 def encode_array(values: NDArray[np.floating]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-SCORE_ROUNDING = 1e-4  # scores are of order 1 (standard deviations); a smaller gap may close by float32 rounding
+SCORE_ROUNDING = 1e-5  # scores are of order 1 (standard deviations); a smaller gap may close by float32 rounding
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,12 @@ class Parity:
     routing_agreement: float = 1.0
     num_near_ties: int = 0
     num_unexplained: int = 0
+
+    def __str__(self) -> str:
+        return (
+            f"with torch on {self.num_tokens} held-out tokens: max relative difference {self.max_relative_difference:.1e}, "
+            f"routed the same {self.routing_agreement:.2%}, near ties {self.num_near_ties}"
+        )
 
 
 def relative_difference(actual: NDArray[np.floating], expected: NDArray[np.floating]) -> float:

@@ -115,8 +115,8 @@ class LanguageModelSession(ExportedModel):
                 characters whose probabilities reach it. seed: of the draws.
 
         Raises:
-            PromptError, and ValueError for num_tokens < 0, temperature < 0 or top_p outside (0, 1]; at the call, not at the first
-            character.
+            PromptError, and ValueError for num_tokens < 0, temperature < 0 or top_p outside (0, 1]; at the call, before the
+            first character.
         """
         if num_tokens < 0:
             raise ValueError(f"num_tokens ({num_tokens}) must be >= 0")

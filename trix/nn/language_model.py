@@ -47,7 +47,7 @@ class LanguageModel(nn.Module):
         self.vocab_size, self.config = vocab_size, config or LanguageModelConfig()
         c = self.config
         self.embedding = nn.Embedding(vocab_size, c.d_model)
-        nn.init.normal_(self.embedding.weight, std=0.02)
+        nn.init.normal_(self.embedding.weight, std=c.d_model**-0.5)  # logits of unit scale: the head shares the matrix
         self.stack = TriXStack(c.num_layers, c.d_model, c.n_heads, c.ffn, c.context_length, c.ternary_attention, c.dropout)
         self.norm = nn.RMSNorm(c.d_model)
         self.head = nn.Linear(c.d_model, vocab_size, bias=False)
