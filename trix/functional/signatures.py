@@ -1,7 +1,10 @@
 """Signatures: short ternary vectors that say what a tile responds to. Reading them, scoring with them, comparing them."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from trix.functional.ternary import straight_through, threshold_ternary
 
 
 def signatures_from_codes(codes: Tensor) -> Tensor:
@@ -51,3 +54,57 @@ def signature_diversity(signatures: Tensor) -> Tensor:
     if num_tiles < 2:
         return torch.zeros((), device=signatures.device)
     return pairwise_difference(signatures).sum() / (num_tiles * (num_tiles - 1))
+
+
+def differentiable_diversity(raw: Tensor, threshold: float) -> Tensor:
+    """:func:`signature_diversity` of the raw signatures' ternary form, exactly, with a gradient that the sign does not have.
+
+    The gradient is that of the expected diversity when position d of tile e is +1 with probability q((raw - threshold) /
+    temperature), -1 with q((-raw - threshold) / temperature) and 0 otherwise, q(z) = (1 + z / (1 + |z|)) / 2 and temperature =
+    max(root mean square of raw, threshold). The slope of q falls with 1 / z^2 only, so that it still reaches signatures which
+    have collapsed far from the threshold; there a logistic curve would be flat. The other tiles count by the value they have
+    now: a position moves away from the value that most tiles share. Tiles that are equal to the bit get equal gradients and
+    stay equal: those are re-seeded instead (:mod:`trix.routing.diversity`).
+
+    Args:
+        raw: float [E, D]; its ternary form is its sign where |raw| > threshold, else 0.
+
+    Returns:
+        A scalar in [0, 1], in at least float32; 0 for fewer than two tiles.
+    """
+    num_tiles, width = raw.shape
+    raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
+    if num_tiles < 2:
+        return raw.new_zeros(())
+    ternary = threshold_ternary(raw.detach(), threshold)
+    temperature = raw.detach().square().mean().sqrt().clamp_min(threshold)
+    positive, negative = _soft_step((raw - threshold) / temperature), _soft_step((-raw - threshold) / temperature)
+    probability_VED = torch.stack([negative, 1.0 - positive - negative, positive])
+    value_VED = straight_through(torch.stack([ternary == value for value in (-1, 0, 1)]), probability_VED)
+    # sum over pairs i != j of <v_i, v_j> = |sum_i v_i|^2 - sum_i |v_i|^2: no E x E product.
+    num_equal = value_VED.sum(dim=1).square().sum() - value_VED.square().sum()
+    return 1.0 - num_equal / (num_tiles * (num_tiles - 1) * width)
+
+
+def _soft_step(z: Tensor) -> Tensor:
+    return 0.5 + 0.5 * F.softsign(z)
+
+
+def signature_diversity_loss(raw: Tensor, threshold: float, target_diversity: float = 0.5) -> Tensor:
+    """relu(target_diversity - diversity), see :func:`differentiable_diversity`: a scalar, exactly 0 from the target on.
+
+    A single tile has nothing to differ from: its loss is 0.
+
+    Raises:
+        ValueError: target_diversity outside [0, 1].
+    """
+    check_target_diversity(target_diversity)
+    if raw.shape[0] < 2:
+        return raw.new_zeros(())
+    return F.relu(target_diversity - differentiable_diversity(raw, threshold))
+
+
+def check_target_diversity(target_diversity: float) -> None:
+    """Raises ValueError where it is outside [0, 1]."""
+    if not 0.0 <= target_diversity <= 1.0:
+        raise ValueError(f"target_diversity ({target_diversity}) must be >= 0 and <= 1")

@@ -32,14 +32,15 @@ def group_tokens(tile_idx: Tensor, num_tiles: int) -> TokenGroups:
     return TokenGroups(order, inverse, ends)
 
 
-def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor, has_rest: bool = False) -> Tensor:
     """y[s] = weight[e] @ x[s] for the rows s of group e.
 
     Args:
         x: float [S, K], sorted by tile. weight: float [E, N, K]. ends: int32 [E], the row at which each group ends.
+        has_rest: rows may follow the last group: no product is computed for them. Without it, ends[-1] must be S.
 
     Returns:
-        [S, N] in the dtype of x, or in autocast's where it is enabled.
+        [S, N] in the dtype of x, or in autocast's where it is enabled; 0 in the rows after the last group.
 
     It is a custom operator because torch 2.13 can run ``torch.nn.functional.grouped_mm`` in float32 on a CPU but not trace it.
     """
@@ -47,7 +48,7 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         x, weight = x.to(dtype), weight.to(dtype)
-    return _grouped_linear(x, weight, ends)
+    return _grouped_linear(x, weight, ends, has_rest)
 
 
 def _grouped_mm_takes(*matrices: Tensor) -> bool:
@@ -63,12 +64,15 @@ def _group_bounds(ends: Tensor) -> list[tuple[int, int]]:
 
 
 @torch.library.custom_op("trix::grouped_linear", mutates_args=())
-def _grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+def _grouped_linear(x: Tensor, weight: Tensor, ends: Tensor, has_rest: bool) -> Tensor:
     if _grouped_mm_takes(x, weight, weight.mT):
-        return F.grouped_mm(x.contiguous(), weight.mT, offs=ends)
-    y = x.new_empty(x.shape[0], weight.shape[1])
-    for (start, stop), matrix_NK in zip(_group_bounds(ends), weight, strict=True):
-        torch.mm(x[start:stop], matrix_NK.T, out=y[start:stop])
+        y = F.grouped_mm(x.contiguous(), weight.mT, offs=ends)
+    else:
+        y = x.new_empty(x.shape[0], weight.shape[1])
+        for (start, stop), matrix_NK in zip(_group_bounds(ends), weight, strict=True):
+            torch.mm(x[start:stop], matrix_NK.T, out=y[start:stop])
+    if has_rest:  # what no group wrote is whatever the memory held
+        y.masked_fill_((torch.arange(y.shape[0], device=y.device) >= ends[-1]).unsqueeze(-1), 0.0)
     return y
 
 
@@ -82,7 +86,7 @@ def _grouped_linear_weight_grad(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor
 
 
 @_grouped_linear.register_fake
-def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:  # noqa: ARG001
+def _(x: Tensor, weight: Tensor, ends: Tensor, has_rest: bool) -> Tensor:  # noqa: ARG001
     return x.new_empty(x.shape[0], weight.shape[1])
 
 
@@ -91,15 +95,19 @@ def _(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     return x.new_empty(ends.shape[0], grad.shape[1], x.shape[1])
 
 
-def _save_for_backward(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+def _save_for_backward(
+    ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, Tensor, Tensor, bool], output: Tensor
+) -> None:
     del output
-    ctx.save_for_backward(*inputs)
+    x, weight, ends, ctx.has_rest = inputs  # type: ignore[attr-defined]
+    ctx.save_for_backward(x, weight, ends)
 
 
-def _grouped_linear_backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+def _grouped_linear_backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
     x, weight, ends = ctx.saved_tensors  # type: ignore[attr-defined]
     grad = grad.contiguous()
-    return _grouped_linear(grad, weight.mT, ends), _grouped_linear_weight_grad(grad, x, ends), None
+    grad_x = _grouped_linear(grad, weight.mT, ends, ctx.has_rest)  # type: ignore[attr-defined]
+    return grad_x, _grouped_linear_weight_grad(grad, x, ends), None, None
 
 
 _grouped_linear.register_autograd(_grouped_linear_backward, setup_context=_save_for_backward)

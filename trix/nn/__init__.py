@@ -3,10 +3,15 @@
 from trix.nn.attention import RotaryAttention
 from trix.nn.block import TriXBlock, TriXStack
 from trix.nn.classifier import Classifier, ClassifierConfig
+from trix.nn.controls import GatedFFN, HashFFN
 from trix.nn.ffn import DenseFFN, FFNConfig, TriXFFN
+from trix.nn.hierarchical import HierarchicalTriXFFN
 from trix.nn.language_model import LanguageModel, LanguageModelConfig
 from trix.nn.linear import TriXLinear
+from trix.nn.magnitudes import GridSplines, HingeSplines
 from trix.nn.packing import pack_model, unpack_model
+from trix.nn.sparse_lookup import SparseLookupBlock, SparseLookupFFN
+from trix.nn.sparse_lookup_v2 import SparseLookupBlockV2, SparseLookupFFNv2
 from trix.nn.ternary_weight import TernaryWeight
 from trix.nn.tiles import TernaryTiles
 
@@ -15,9 +20,18 @@ __all__ = [
     "ClassifierConfig",
     "DenseFFN",
     "FFNConfig",
+    "GatedFFN",
+    "GridSplines",
+    "HashFFN",
+    "HierarchicalTriXFFN",
+    "HingeSplines",
     "LanguageModel",
     "LanguageModelConfig",
     "RotaryAttention",
+    "SparseLookupBlock",
+    "SparseLookupBlockV2",
+    "SparseLookupFFN",
+    "SparseLookupFFNv2",
     "TernaryTiles",
     "TernaryWeight",
     "TriXBlock",

@@ -14,7 +14,7 @@ class TriXBlock(nn.Module):
 
     Shape:
         x_BTD: float [B, T, D] -> [B, T, D]; with ``return_routing`` also the layer's RoutingInfo and AuxLosses, which are None
-        where ``ffn.kind`` is a control without tiles.
+        where ``ffn.kind`` is a control without tiles. token_BT: int64, the ids of the tokens, for routing by ``hash``.
 
     Raises:
         ValueError: as RotaryAttention and TriXFFN.
@@ -37,20 +37,22 @@ class TriXBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     @overload
-    def forward(self, x_BTD: Tensor, is_causal: bool = ..., return_routing: Literal[False] = ...) -> Tensor: ...
+    def forward(
+        self, x_BTD: Tensor, is_causal: bool = ..., return_routing: Literal[False] = ..., token_BT: Tensor | None = ...
+    ) -> Tensor: ...
     @overload
     def forward(
-        self, x_BTD: Tensor, is_causal: bool = ..., *, return_routing: Literal[True]
+        self, x_BTD: Tensor, is_causal: bool = ..., *, return_routing: Literal[True], token_BT: Tensor | None = ...
     ) -> tuple[Tensor, RoutingInfo | None, AuxLosses | None]: ...
     def forward(
-        self, x_BTD: Tensor, is_causal: bool = True, return_routing: bool = False
+        self, x_BTD: Tensor, is_causal: bool = True, return_routing: bool = False, token_BT: Tensor | None = None
     ) -> Tensor | tuple[Tensor, RoutingInfo | None, AuxLosses | None]:
         x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), is_causal))
         info: RoutingInfo | None = None
         aux: AuxLosses | None = None
         if self.ffn is not None and self.ffn_norm is not None:
             if isinstance(self.ffn, TriXFFN):
-                y_BTD, info, aux = self.ffn(self.ffn_norm(x_BTD), return_routing=True)
+                y_BTD, info, aux = self.ffn(self.ffn_norm(x_BTD), return_routing=True, token_idx=token_BT)
             else:
                 y_BTD = self.ffn(self.ffn_norm(x_BTD))
             x_BTD = x_BTD + self.dropout(y_BTD)
@@ -62,7 +64,7 @@ class TriXStack(nn.Module):
 
     Shape:
         x_BTD: float -> [B, T, D]; with ``return_routing`` also the RoutingInfo of each routed layer, in order, and the summed
-        AuxLosses (None without routed layers).
+        AuxLosses (None without routed layers). token_BT: as TriXBlock.
 
     Raises:
         ValueError: num_layers < 1, and as TriXBlock.
@@ -86,18 +88,20 @@ class TriXStack(nn.Module):
         )
 
     @overload
-    def forward(self, x_BTD: Tensor, is_causal: bool = ..., return_routing: Literal[False] = ...) -> Tensor: ...
+    def forward(
+        self, x_BTD: Tensor, is_causal: bool = ..., return_routing: Literal[False] = ..., token_BT: Tensor | None = ...
+    ) -> Tensor: ...
     @overload
     def forward(
-        self, x_BTD: Tensor, is_causal: bool = ..., *, return_routing: Literal[True]
+        self, x_BTD: Tensor, is_causal: bool = ..., *, return_routing: Literal[True], token_BT: Tensor | None = ...
     ) -> tuple[Tensor, list[RoutingInfo], AuxLosses | None]: ...
     def forward(
-        self, x_BTD: Tensor, is_causal: bool = True, return_routing: bool = False
+        self, x_BTD: Tensor, is_causal: bool = True, return_routing: bool = False, token_BT: Tensor | None = None
     ) -> Tensor | tuple[Tensor, list[RoutingInfo], AuxLosses | None]:
         infos: list[RoutingInfo] = []
         total: AuxLosses | None = None
         for block in self.blocks:
-            x_BTD, info, aux = block(x_BTD, is_causal, return_routing=True)
+            x_BTD, info, aux = block(x_BTD, is_causal, return_routing=True, token_BT=token_BT)
             if info is not None:
                 infos.append(info)
             if aux is not None:
@@ -106,4 +110,10 @@ class TriXStack(nn.Module):
 
 
 def _add(a: AuxLosses, b: AuxLosses) -> AuxLosses:
-    return {"balance": a["balance"] + b["balance"], "total_aux": a["total_aux"] + b["total_aux"]}
+    return {
+        "balance": a["balance"] + b["balance"],
+        "ternary": a["ternary"] + b["ternary"],
+        "sparsity": a["sparsity"] + b["sparsity"],
+        "diversity": a["diversity"] + b["diversity"],
+        "total_aux": a["total_aux"] + b["total_aux"],
+    }

@@ -1,40 +1,50 @@
 """TriXFFN: a feed-forward layer of ternary tiles, routed by signatures. And its dense control."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trix.functional.signatures import signature_diversity
+from trix.functional.signatures import check_target_diversity, signature_diversity_loss
 from trix.nn.tiles import TernaryTiles
 from trix.outputs import AuxLosses, RoutingDecision, RoutingInfo
 from trix.routing.balance import balance_loss, tile_load
-from trix.routing.router import LearnedRouter, SignatureRouter
+from trix.routing.confidence import routing_confidence
+from trix.routing.diversity import collapsed_tiles, reseeded
+from trix.routing.hash_router import HashRouter
+from trix.routing.router import SIGNATURE_THRESHOLD, LearnedRouter, SignatureRouter
+from trix.routing.surgery import SignatureSurgery
 
-Routing = Literal["explicit", "emergent", "learned"]
+Routing = Literal["explicit", "emergent", "learned", "hash"]
 
 
-class TriXFFN(nn.Module):
+class TriXFFN(SignatureSurgery):
     """Each token is computed by the top_k tiles whose signatures agree with it most.
 
     y[t] = sum_k weight[t, k] * tile_{tile_idx[t, k]}(x[t]); the tiles are :class:`~trix.nn.tiles.TernaryTiles`, the routing
-    is :class:`~trix.routing.router.SignatureRouter`, or the learned gate as a control.
+    is :class:`~trix.routing.router.SignatureRouter`, or a learned gate or a hash of the token's id as controls.
 
     Args:
         d_model: width of input and output.
         num_tiles: number of tiles E.
         d_ff: hidden width of all tiles together; each gets d_ff / num_tiles. Default: d_model for each tile.
         top_k: tiles per token.
-        routing: ``emergent`` reads signatures from the up weights, ``explicit`` learns them, ``learned`` is a float gate.
+        routing: ``emergent`` reads signatures from the up weights, ``explicit`` learns them, ``learned`` is a float gate,
+            ``hash`` looks at the token's id alone.
         balance_weight: weight of the balance loss. balance_rate: step of the balance bias, per training batch.
+        max_k: adaptive k: one tile where the confidence exceeds ``confidence_threshold``, else more, up to max_k.
+        diversity_weight: weight of relu(target_diversity - diversity of the signatures). Where routing has none (``learned``,
+            ``hash``), of those that :meth:`get_tile_signatures` reads from the tiles.
 
     Shape:
-        x: float [B, D] or [B, T, D] (any leading dimensions) -> the same shape and dtype.
+        x: float [B, D] or [B, T, D] (any leading dimensions) -> the same shape and dtype. token_idx: int64, the shape of x less
+        its last dimension, the ids of the tokens; only ``hash`` reads them.
 
     Raises:
-        ValueError: d_ff not divisible by num_tiles, top_k > num_tiles, or a wrong last dimension of x.
+        ValueError: d_ff not divisible by num_tiles, top_k or max_k > num_tiles, diversity_weight < 0, target_diversity outside
+            [0, 1], a wrong last dimension of x, or ``hash`` without token ids or with more than one tile per token.
     """
 
     def __init__(
@@ -46,31 +56,49 @@ class TriXFFN(nn.Module):
         routing: Routing = "emergent",
         balance_weight: float = 0.01,
         balance_rate: float = 0.01,
+        max_k: int | None = None,
+        confidence_threshold: float = 0.3,
+        diversity_weight: float = 0.0,
+        target_diversity: float = 0.5,
     ) -> None:
         super().__init__()
         d_ff = d_model * num_tiles if d_ff is None else d_ff
         if num_tiles < 1 or d_ff < 1 or d_ff % num_tiles:
             raise ValueError(f"d_ff ({d_ff}) must be divisible by num_tiles ({num_tiles}), both >= 1")
-        if routing not in ("explicit", "emergent", "learned"):
-            raise ValueError(f"routing ({routing!r}) must be 'explicit', 'emergent' or 'learned'")
+        if routing not in ("explicit", "emergent", "learned", "hash"):
+            raise ValueError(f"routing ({routing!r}) must be 'explicit', 'emergent', 'learned' or 'hash'")
+        if diversity_weight < 0:
+            raise ValueError(f"diversity_weight ({diversity_weight}) must be >= 0")
+        check_target_diversity(target_diversity)
         self.d_model, self.num_tiles, self.balance_weight = d_model, num_tiles, balance_weight
-        self.router: SignatureRouter | LearnedRouter
-        if routing == "learned":
-            self.router = LearnedRouter(d_model, num_tiles, top_k, balance_rate)
+        self.diversity_weight, self.target_diversity = diversity_weight, target_diversity
+        self.router: SignatureRouter | LearnedRouter | HashRouter
+        if routing == "hash":
+            if top_k != 1 or max_k is not None:
+                raise ValueError(f"top_k ({top_k}) must be 1 and max_k ({max_k}) None under routing ('hash')")
+            self.router = HashRouter(d_model, num_tiles)
+        elif routing == "learned":
+            self.router = LearnedRouter(d_model, num_tiles, top_k, balance_rate, max_k, confidence_threshold)
         else:
-            self.router = SignatureRouter(d_model, num_tiles, top_k, balance_rate, source=routing)
+            self.router = SignatureRouter(d_model, num_tiles, top_k, balance_rate, routing, max_k, confidence_threshold)
         self.tiles = TernaryTiles(d_model, num_tiles, d_ff // num_tiles)
 
     @overload
-    def forward(self, x: Tensor, return_routing: Literal[False] = ...) -> Tensor: ...
+    def forward(self, x: Tensor, return_routing: Literal[False] = ..., token_idx: Tensor | None = ...) -> Tensor: ...
     @overload
-    def forward(self, x: Tensor, return_routing: Literal[True]) -> tuple[Tensor, RoutingInfo, AuxLosses]: ...
-    def forward(self, x: Tensor, return_routing: bool = False) -> Tensor | tuple[Tensor, RoutingInfo, AuxLosses]:
+    def forward(
+        self, x: Tensor, return_routing: Literal[True], token_idx: Tensor | None = ...
+    ) -> tuple[Tensor, RoutingInfo, AuxLosses]: ...
+    def forward(
+        self, x: Tensor, return_routing: bool = False, token_idx: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, RoutingInfo, AuxLosses]:
         x_TD = x.reshape(-1, x.shape[-1])
-        decision = self._route(x_TD)
+        decision = self._route(x_TD, token_idx)
         if self.training:
-            self.router.update_balance(decision.tile_idx)
-        y = self.tiles(x_TD, decision.tile_idx, decision.weight).to(x.dtype).reshape(x.shape)
+            self.surgery_log.count_step()
+            self.router.update_balance(decision.tile_idx, decision.weight)
+        y_TD = self.tiles(x_TD, decision.tile_idx, decision.weight, skip_unused=self.router.is_adaptive)
+        y = y_TD.to(x.dtype).reshape(x.shape)
         if not return_routing:
             return y
         info: RoutingInfo = {
@@ -80,68 +108,92 @@ class TriXFFN(nn.Module):
         }
         return y, info, self._aux_losses(decision)
 
-    def _route(self, x_TD: Tensor) -> RoutingDecision:
+    def _route(self, x_TD: Tensor, token_idx: Tensor | None = None) -> RoutingDecision:
+        if isinstance(self.router, HashRouter):
+            return self.router(x_TD, None if token_idx is None else token_idx.reshape(-1))
         if isinstance(self.router, LearnedRouter):
             return self.router(x_TD)
         return self.router(x_TD, self._emergent_signatures())
 
     def _emergent_signatures(self) -> Tensor | None:
         router = self.router
-        if isinstance(router, LearnedRouter) or router.source == "explicit" or router.packed_signatures is not None:
+        if not isinstance(router, SignatureRouter) or router.source == "explicit" or router.packed_signatures is not None:
             return None
         return self.tiles.signatures()
 
     def _aux_losses(self, decision: RoutingDecision) -> AuxLosses:
-        zero = decision.score.new_zeros(())
-        is_on = self.training and self.balance_weight > 0
-        balance = self.balance_weight * balance_loss(decision.score, decision.tile_idx) if is_on else zero
-        return {"balance": balance, "total_aux": balance}
+        balance = diversity = zero = decision.score.new_zeros(())
+        if self.training and self.balance_weight > 0:
+            balance = self.balance_weight * balance_loss(decision.score, decision.tile_idx, decision.weight)
+        if self.training and self.diversity_weight > 0:
+            diversity = self.diversity_weight * self._diversity_loss()
+        return {
+            "balance": balance,
+            "ternary": zero,
+            "sparsity": zero,
+            "diversity": diversity,
+            "total_aux": balance + diversity,
+        }
+
+    def _diversity_loss(self) -> Tensor:
+        if not isinstance(self.router, SignatureRouter):
+            return signature_diversity_loss(self.tiles.votes(), SIGNATURE_THRESHOLD, self.target_diversity)
+        votes_ED = self.tiles.votes() if self.router.source == "emergent" else None
+        return self.router.diversity_loss(self.target_diversity, votes_ED)
 
     def get_tile_signatures(self) -> Tensor:
-        """Signatures in force: [E, D] in {-1, 0, +1}. Under the learned gate, those that the tiles' weights would give."""
-        if isinstance(self.router, LearnedRouter):
+        """Signatures in force: [E, D] in {-1, 0, +1}. Under a control's routing, those that the tiles' weights would give."""
+        if not isinstance(self.router, SignatureRouter):
             return self.tiles.signatures()
-        return self.router.signatures(self._emergent_signatures()).detach()
-
-    def get_signature_diversity(self) -> float:
-        """Mean over pairs of tiles of the fraction of positions at which their signatures differ, in [0, 1]."""
-        return float(signature_diversity(self.get_tile_signatures()))
+        return super().get_tile_signatures()
 
     @torch.no_grad()
-    def get_routing_stats(self, x: Tensor) -> dict[str, float | int | list[float]]:
+    def get_routing_stats(self, x: Tensor, token_idx: Tensor | None = None) -> dict[str, float | int | list[float]]:
         """Where the tokens of x go.
 
         Returns:
             usage: share of assignments per tile; balance: min / max of usage; entropy: of usage, in nats; dominant_tile;
-            confidence: mean gap between the best two scores (0 with a single tile).
+            confidence: mean gap between the best two scores (0 with a single tile), and its quartiles in
+            confidence_quartiles; mean_k: tiles per token that carry weight. An empty x gives zeros.
         """
-        decision = self._route(x.reshape(-1, x.shape[-1]))
-        usage = tile_load(decision.tile_idx, self.num_tiles)
-        best = decision.score.float().topk(min(2, self.num_tiles), dim=-1).values
-        gap = best[:, 0] - best[:, -1]
+        decision = self._route(x.reshape(-1, x.shape[-1]), token_idx)
+        usage = tile_load(decision.tile_idx, self.num_tiles, decision.weight)
+        gap = routing_confidence(decision.score.float())
+        levels = torch.tensor([0.25, 0.5, 0.75], device=gap.device)
         return {
             "usage": usage.tolist(),
             "balance": float(usage.min() / usage.max().clamp_min(torch.finfo(usage.dtype).tiny)),
             "entropy": float(torch.special.entr(usage).sum()),
             "dominant_tile": int(usage.argmax()),
             "confidence": float(gap.mean()) if len(gap) else 0.0,
+            "confidence_quartiles": gap.quantile(levels).tolist() if len(gap) else [0.0, 0.0, 0.0],
+            "mean_k": float((decision.weight != 0).sum() / max(len(gap), 1)),
         }
 
-    def freeze_signature(self, tile_idx: int) -> None:
-        """Hold one tile's signature at its present value: no optimizer can move it."""
-        self._signature_router().freeze(tile_idx, self._emergent_signatures())
+    @torch.no_grad()
+    def reseed_collapsed_tiles(self, min_difference: float = 0.05, tag: str = "") -> list[int]:
+        """Draw anew what the signatures of collapsed tiles come from: the signatures (explicit) or the up weights (emergent).
 
-    def unfreeze_signature(self, tile_idx: int) -> None:
-        """Let one tile's signature learn (explicit) or follow its weights (emergent) again."""
-        self._signature_router().unfreeze(tile_idx)
+        Collapsed is what :func:`~trix.routing.diversity.collapsed_tiles` says; a frozen signature never is. An optimizer's
+        momentum for these values is the caller's to reset.
 
-    def is_frozen(self, tile_idx: int) -> bool:
-        return self._signature_router().is_frozen(tile_idx)
+        Returns:
+            The tiles drawn anew; each is in the surgery history as "reseed".
 
-    def _signature_router(self) -> SignatureRouter:
-        if isinstance(self.router, LearnedRouter):
-            raise ValueError("routing ('learned') has no signatures to freeze; use 'explicit' or 'emergent'")
-        return self.router
+        Raises:
+            ValueError: routing without signatures, a packed layer, or min_difference outside [0, 1).
+        """
+        router = self._signature_router()
+        source = router if router.source == "explicit" else self.tiles.up
+        value = router.raw_signatures if router.source == "explicit" else self.tiles.up.weight
+        if value is None or router.packed_signatures is not None:
+            raise ValueError("the layer is packed: unpack it before changing its signatures")
+        is_collapsed_E = collapsed_tiles(self.get_tile_signatures(), min_difference, router.is_frozen_E)
+        value.copy_(reseeded(value, is_collapsed_E, source.draw().to(value.device)))
+        collapsed: list[int] = is_collapsed_E.nonzero().flatten().tolist()
+        for tile_idx in collapsed:
+            self.surgery_log.record("reseed", tile_idx, tag)
+        return collapsed
 
     def pack(self) -> None:
         """Replace float weights and signatures by their 2-bit form; inference only afterwards. Idempotent."""
@@ -181,8 +233,7 @@ class FFNConfig:
 
     Args:
         kind: ``trix`` (tiles), or a control: ``dense`` (float, width d_ff) or ``none`` (no feed-forward layer at all).
-        num_tiles, d_ff, top_k, routing, balance_weight, balance_rate: see :class:`TriXFFN`; a dense layer reads only d_ff
-            (default 4 * d_model).
+        All others: see :class:`TriXFFN`; a dense layer reads only d_ff (default 4 * d_model). ``hash`` needs a model of tokens.
     """
 
     kind: Literal["trix", "dense", "none"] = "trix"
@@ -192,6 +243,10 @@ class FFNConfig:
     routing: Routing = "explicit"
     balance_weight: float = 0.01
     balance_rate: float = 0.01
+    max_k: int | None = None
+    confidence_threshold: float = 0.3
+    diversity_weight: float = 0.0
+    target_diversity: float = 0.5
 
     def build(self, d_model: int) -> nn.Module | None:
         if self.kind == "none":
@@ -200,12 +255,5 @@ class FFNConfig:
             return DenseFFN(d_model, 4 * d_model if self.d_ff is None else self.d_ff)
         if self.kind != "trix":
             raise ValueError(f"kind ({self.kind!r}) must be 'trix', 'dense' or 'none'")
-        return TriXFFN(
-            d_model,
-            self.num_tiles,
-            self.d_ff,
-            self.top_k,
-            self.routing,
-            self.balance_weight,
-            self.balance_rate,
-        )
+        arguments = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "kind"}
+        return TriXFFN(d_model, **arguments)

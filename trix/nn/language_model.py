@@ -62,6 +62,6 @@ class LanguageModel(nn.Module):
     def forward(
         self, token_BT: Tensor, return_routing: bool = False
     ) -> Tensor | tuple[Tensor, list[RoutingInfo], AuxLosses | None]:
-        x_BTD, infos, aux = self.stack(self.embedding(token_BT), is_causal=True, return_routing=True)
+        x_BTD, infos, aux = self.stack(self.embedding(token_BT), is_causal=True, return_routing=True, token_BT=token_BT)
         logits = self.head(self.norm(x_BTD))
         return (logits, infos, aux) if return_routing else logits

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from trix.functional.packing import check_packed, pack_ternary, packed_width, unpack_ternary
 from trix.functional.signatures import signatures_from_codes
-from trix.functional.ternary import absmean_codes, absmean_ternary
+from trix.functional.ternary import absmean_codes, absmean_ternary, straight_through
 
 
 class TernaryWeight(nn.Module):
@@ -31,10 +31,14 @@ class TernaryWeight(nn.Module):
         if len(shape) < 2 or min(shape) < 1:
             raise ValueError(f"shape {shape} must have at least two dimensions, each >= 1")
         self.shape = torch.Size(shape)
-        bound = 1.0 / math.sqrt(shape[-1])
-        self.weight = nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
+        self.weight = nn.Parameter(self.draw())
         self.register_buffer("packed", None)
         self.register_buffer("row_scale", None)
+
+    def draw(self) -> Tensor:
+        """Fresh initial values: [..., N, K], uniform within 1 / sqrt(K)."""
+        bound = 1.0 / math.sqrt(self.shape[-1])
+        return torch.empty(self.shape).uniform_(-bound, bound)
 
     @property
     def is_packed(self) -> bool:
@@ -58,6 +62,13 @@ class TernaryWeight(nn.Module):
     def signatures(self) -> Tensor:
         """sign of the column sums of the codes: [..., K] in {-1, 0, +1}, no gradient."""
         return signatures_from_codes(self.codes_and_scale()[0])
+
+    def votes(self) -> Tensor:
+        """The column sums of the codes, whose signs are the signatures: [..., K]; gradient as of sum_n weight[n] / scale[n]."""
+        codes, scale = self.codes_and_scale()
+        if self.weight is not None:
+            codes = straight_through(codes, self.weight / scale.unsqueeze(-1))
+        return codes.sum(dim=-2)
 
     def pack(self) -> None:
         """Drop the float weight for its packed form. A second call does nothing."""

@@ -1,5 +1,6 @@
 """The experts of a TriX layer: each a two-layer perceptron with ternary weights."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -14,6 +15,9 @@ class TernaryTiles(nn.Module):
 
     Shape:
         x_TD float, tile_idx_TK int64, weight_TK float -> [T, D], in the dtype of x.
+
+    ``skip_unused``: assignments of weight 0 are not multiplied, forward or backward; they cost only their share of the sort and
+    of the [T * K, D] buffers. The packed form computes them like any other, for its operator has no rows without a tile.
     """
 
     def __init__(self, d_model: int, num_tiles: int, tile_width: int) -> None:
@@ -25,17 +29,24 @@ class TernaryTiles(nn.Module):
         """What each tile's up rows respond to: [E, D] in {-1, 0, +1}, no gradient."""
         return self.up.signatures()
 
-    def forward(self, x_TD: Tensor, tile_idx_TK: Tensor, weight_TK: Tensor) -> Tensor:
+    def votes(self) -> Tensor:
+        """The column sums behind the signatures: [E, D], with a straight-through gradient to the up weights."""
+        return self.up.votes()
+
+    def forward(self, x_TD: Tensor, tile_idx_TK: Tensor, weight_TK: Tensor, skip_unused: bool = False) -> Tensor:
         top_k = tile_idx_TK.shape[1]
         tile_idx_S = tile_idx_TK.reshape(-1)  # S = T * K assignments
         if self.up.is_packed:
             x_SD = x_TD if top_k == 1 else x_TD.repeat_interleave(top_k, dim=0)
             y_SD = self._packed(x_SD, tile_idx_S)
         else:
-            groups = group_tokens(tile_idx_S, self.up.shape[0])
+            num_tiles = self.up.shape[0]
+            if skip_unused:  # sorted behind all tiles, as the rest that belongs to no group
+                tile_idx_S = torch.where(weight_TK.reshape(-1) == 0, num_tiles, tile_idx_S)
+            groups = group_tokens(tile_idx_S, num_tiles)
             x_SD = x_TD[groups.order if top_k == 1 else groups.order // top_k]
-            hidden_SH = F.relu(grouped_linear(x_SD, self.up.ternary(), groups.ends)).square()
-            y_SD = grouped_linear(hidden_SH, self.down.ternary(), groups.ends)[groups.inverse]
+            hidden_SH = F.relu(grouped_linear(x_SD, self.up.ternary(), groups.ends, skip_unused)).square()
+            y_SD = grouped_linear(hidden_SH, self.down.ternary(), groups.ends, skip_unused)[groups.inverse]
         y_TKD = y_SD.reshape(*tile_idx_TK.shape, x_TD.shape[-1]) * weight_TK.unsqueeze(-1).to(y_SD.dtype)
         return y_TKD.sum(dim=1)
 

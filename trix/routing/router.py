@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from trix.functional.packing import pack_ternary, packed_width, unpack_ternary
-from trix.functional.signatures import signature_scores
+from trix.functional.signatures import signature_diversity_loss, signature_scores
 from trix.functional.ternary import threshold_ternary
 from trix.functional.tile_matmul import select_top_k, signature_route
 from trix.outputs import RoutingDecision
 from trix.routing.balance import nudged_bias
+from trix.routing.confidence import adaptive_weight
 
 SIGNATURE_THRESHOLD = 0.3  # |raw| above it counts as +1 or -1
 
@@ -26,39 +27,64 @@ class Router(nn.Module):
     sqrt(E) keeps the weight near 1 at initialisation, where the softmax over E tiles is nearly flat. Routing itself
     changes nothing; training calls :meth:`update_balance`.
 
+    With ``max_k``, k is chosen token by token: 1 where the gap between the best two scores exceeds ``confidence_threshold``,
+    else 2, up to max_k (see :mod:`trix.routing.confidence`). A decision then always names max_k tiles; the unused ones have
+    weight 0, and the weights of the used ones are a softmax among themselves: they sum to 1. So a token that is sure of its
+    tile sends no gradient through the gate.
+
     Raises:
-        ValueError: top_k outside [1, num_tiles].
+        ValueError: top_k or max_k outside [1, num_tiles], both given, or confidence_threshold < 0.
     """
 
     balance_bias: Tensor
 
-    def __init__(self, d_model: int, num_tiles: int, top_k: int = 1, balance_rate: float = 0.01) -> None:
+    def __init__(
+        self,
+        d_model: int,
+        num_tiles: int,
+        top_k: int = 1,
+        balance_rate: float = 0.01,
+        max_k: int | None = None,
+        confidence_threshold: float = 0.3,
+    ) -> None:
         super().__init__()
         if d_model < 1 or num_tiles < 1:
             raise ValueError(f"d_model ({d_model}) and num_tiles ({num_tiles}) must be >= 1")
         if not 1 <= top_k <= num_tiles:
             raise ValueError(f"top_k ({top_k}) must be >= 1 and <= num_tiles ({num_tiles})")
-        self.d_model, self.num_tiles, self.top_k, self.balance_rate = d_model, num_tiles, top_k, balance_rate
+        if max_k is not None and (top_k != 1 or not 1 <= max_k <= num_tiles):
+            raise ValueError(f"max_k ({max_k}) must be >= 1 and <= num_tiles ({num_tiles}), and top_k ({top_k}) 1 beside it")
+        if confidence_threshold < 0:
+            raise ValueError(f"confidence_threshold ({confidence_threshold}) must be >= 0")
+        self.d_model, self.num_tiles, self.balance_rate = d_model, num_tiles, balance_rate
+        self.is_adaptive, self.confidence_threshold = max_k is not None, confidence_threshold
+        self.top_k = top_k if max_k is None else max_k
         self.register_buffer("balance_bias", torch.zeros(num_tiles))
 
     def _decide(self, score_TE: Tensor, tile_idx_TK: Tensor | None = None) -> RoutingDecision:
         if tile_idx_TK is None:
             tile_idx_TK = select_top_k(score_TE.detach() + self.balance_bias, self.top_k)
+        if self.is_adaptive:
+            return RoutingDecision(tile_idx_TK, adaptive_weight(score_TE, tile_idx_TK, self.confidence_threshold), score_TE)
         weight_TK = score_TE.softmax(dim=-1).gather(-1, tile_idx_TK) * math.sqrt(self.num_tiles)
         return RoutingDecision(tile_idx_TK, weight_TK, score_TE)
 
     @torch.no_grad()
-    def update_balance(self, tile_idx_TK: Tensor) -> None:
-        """Nudge ``balance_bias`` by ``balance_rate`` toward equal load; the layer calls it once per training batch."""
+    def update_balance(self, tile_idx_TK: Tensor, weight_TK: Tensor | None = None) -> None:
+        """Nudge ``balance_bias`` by ``balance_rate`` toward equal load; the layer calls it once per training batch.
+
+        Assignments of weight 0 are not counted.
+        """
         if self.balance_rate > 0 and tile_idx_TK.shape[0] > 0:
-            self.balance_bias.copy_(nudged_bias(self.balance_bias, tile_idx_TK, self.balance_rate))
+            self.balance_bias.copy_(nudged_bias(self.balance_bias, tile_idx_TK, self.balance_rate, weight_TK))
 
     def _check_width(self, x_TD: Tensor) -> None:
         if x_TD.shape[-1] != self.d_model:
             raise ValueError(f"last dimension of x ({x_TD.shape[-1]}) must equal d_model ({self.d_model})")
 
     def extra_repr(self) -> str:
-        return f"d_model={self.d_model}, num_tiles={self.num_tiles}, top_k={self.top_k}"
+        k = f"max_k={self.top_k}" if self.is_adaptive else f"top_k={self.top_k}"
+        return f"d_model={self.d_model}, num_tiles={self.num_tiles}, {k}"
 
 
 class SignatureRouter(Router):
@@ -91,12 +117,14 @@ class SignatureRouter(Router):
         top_k: int = 1,
         balance_rate: float = 0.01,
         source: Literal["explicit", "emergent"] = "explicit",
+        max_k: int | None = None,
+        confidence_threshold: float = 0.3,
     ) -> None:
-        super().__init__(d_model, num_tiles, top_k, balance_rate)
+        super().__init__(d_model, num_tiles, top_k, balance_rate, max_k, confidence_threshold)
         if source not in ("explicit", "emergent"):
             raise ValueError(f"source ({source!r}) must be 'explicit' or 'emergent'")
         self.source = source
-        explicit = nn.Parameter(torch.randn(num_tiles, d_model) * 0.5) if source == "explicit" else None
+        explicit = nn.Parameter(self.draw()) if source == "explicit" else None
         self.register_parameter("raw_signatures", explicit)
         self.register_buffer("is_frozen_E", torch.zeros(num_tiles, dtype=torch.bool))
         self.register_buffer("frozen_value_ED", torch.zeros(num_tiles, d_model))
@@ -106,9 +134,10 @@ class SignatureRouter(Router):
         """The ternary signatures in force, [E, D] in {-1, 0, +1}; ``emergent_ED`` is what the tiles' weights say."""
         if self.packed_signatures is not None:
             return unpack_ternary(self.packed_signatures, self.d_model).to(self.frozen_value_ED.dtype)
-        return threshold_ternary(self._raw(emergent_ED), SIGNATURE_THRESHOLD)
+        return threshold_ternary(self.raw(emergent_ED), SIGNATURE_THRESHOLD)
 
-    def _raw(self, emergent_ED: Tensor | None) -> Tensor:
+    def raw(self, emergent_ED: Tensor | None = None) -> Tensor:
+        """What the ternary signatures are taken from, [E, D], with the frozen values in their places."""
         if (emergent_ED is None) != (self.source == "explicit"):
             needs = "takes none" if self.source == "explicit" else "needs them"
             raise ValueError(
@@ -120,29 +149,72 @@ class SignatureRouter(Router):
             raise ValueError(f"signatures {tuple(raw_ED.shape)} must have shape {tuple(self.frozen_value_ED.shape)}")
         return torch.where(self.is_frozen_E.unsqueeze(-1), self.frozen_value_ED, raw_ED)
 
+    def draw(self) -> Tensor:
+        """Fresh initial values of explicit signatures, [E, D]: about half of the positions are active."""
+        return torch.randn(self.num_tiles, self.d_model) * 0.5
+
+    def diversity_loss(self, target_diversity: float = 0.5, votes_ED: Tensor | None = None) -> Tensor:
+        """relu(target_diversity - diversity of the signatures in force), with gradient to all that are not frozen.
+
+        Args:
+            votes_ED: for emergent signatures, the column sums whose signs they are (:meth:`TernaryTiles.votes`).
+        """
+        # Column sums are whole numbers: the threshold of explicit signatures tells 0 from the others there, too.
+        return signature_diversity_loss(self.raw(votes_ED), SIGNATURE_THRESHOLD, target_diversity)
+
+    @torch.no_grad()
+    def insert(self, tile_idx: int, signature_D: Tensor, freeze: bool = True) -> None:
+        """Replace the signature of one tile; see :meth:`trix.routing.surgery.SignatureSurgery.insert_signature`.
+
+        The balance bias that the old signature had earned is dropped for the mean of all tiles.
+        """
+        self._check_change(tile_idx)
+        if tuple(signature_D.shape) != (self.d_model,):
+            raise ValueError(f"signature {tuple(signature_D.shape)} must have shape {(self.d_model,)}")
+        is_bad_D = ~((signature_D == 0) | (signature_D == 1) | (signature_D == -1))
+        if bool(is_bad_D.any()):
+            position = int(is_bad_D.nonzero()[0])
+            raise ValueError(f"signature[{position}] ({signature_D[position].item()}) must be -1, 0 or 1")
+        if not freeze and self.raw_signatures is None:
+            raise ValueError(
+                f"freeze ({freeze}) must be True for a router of source {self.source!r}: "
+                "its signatures are read from the tiles' weights, which an inserted one does not change"
+            )
+        if freeze or self.raw_signatures is None:
+            self.frozen_value_ED[tile_idx] = signature_D.to(self.frozen_value_ED)
+        else:
+            self.raw_signatures[tile_idx] = signature_D.to(self.raw_signatures)
+        self.is_frozen_E[tile_idx] = freeze
+        self.balance_bias[tile_idx] = self.balance_bias.mean()
+
+    @torch.no_grad()
     def freeze(self, tile_idx: int, emergent_ED: Tensor | None = None) -> None:
         """Hold the signature of one tile at its present value, whatever the optimizer does. Idempotent."""
-        self._check_tile(tile_idx)
-        self.frozen_value_ED[tile_idx] = self._raw(emergent_ED)[tile_idx].detach()
+        self._check_change(tile_idx)
+        self.frozen_value_ED[tile_idx] = self.raw(emergent_ED)[tile_idx]
         self.is_frozen_E[tile_idx] = True
 
     @torch.no_grad()
     def unfreeze(self, tile_idx: int) -> None:
         """Let one signature learn again: an explicit one goes on from the frozen value, an emergent one is read again."""
-        self._check_tile(tile_idx)
+        self._check_change(tile_idx)
         if self.raw_signatures is not None and bool(self.is_frozen_E[tile_idx]):
             self.raw_signatures[tile_idx] = self.frozen_value_ED[tile_idx]
         self.is_frozen_E[tile_idx] = False
 
     def is_frozen(self, tile_idx: int) -> bool:
-        self._check_tile(tile_idx)
+        self.check_tile(tile_idx)
         return bool(self.is_frozen_E[tile_idx])
 
-    def _check_tile(self, tile_idx: int) -> None:
+    def check_tile(self, tile_idx: int) -> None:
+        """Raises ValueError unless the tile exists."""
         if not 0 <= tile_idx < self.num_tiles:
             raise ValueError(f"tile_idx ({tile_idx}) must be >= 0 and < num_tiles ({self.num_tiles})")
+
+    def _check_change(self, tile_idx: int) -> None:
+        self.check_tile(tile_idx)
         if self.packed_signatures is not None:
-            raise ValueError("the router is packed: unpack the layer before freezing or unfreezing")
+            raise ValueError("the router is packed: unpack the layer before changing its signatures")
 
     def pack_signatures(self, emergent_ED: Tensor | None = None) -> None:
         """Store the signatures in force as packed codes and route by ``trix::signature_route`` from now on."""
@@ -153,15 +225,28 @@ class SignatureRouter(Router):
         """Return to the signatures' own source."""
         self.packed_signatures = None
 
+    @torch.no_grad()
+    def update_balance(self, tile_idx_TK: Tensor, weight_TK: Tensor | None = None) -> None:
+        """As in :class:`Router`, but a frozen tile keeps its standing: it gets the mean nudge, whatever tokens it claims."""
+        before_E = self.balance_bias.clone()
+        super().update_balance(tile_idx_TK, weight_TK)
+        mean_nudge = (self.balance_bias - before_E).mean()
+        self.balance_bias.copy_(torch.where(self.is_frozen_E, before_E + mean_nudge, self.balance_bias))
+
     def forward(self, x_TD: Tensor, emergent_ED: Tensor | None = None) -> RoutingDecision:
+        tile_idx_TK, score_TE = self.select(x_TD, emergent_ED)
+        return self._decide(score_TE, tile_idx_TK)
+
+    def select(self, x_TD: Tensor, emergent_ED: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The choice without the gate: tile_idx int64 [T, K], and score [T, E] without the bias."""
         self._check_width(x_TD)
         x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
         if self.packed_signatures is not None:
             tile_idx_TK, score_TE = signature_route(x_TD, self.packed_signatures, self.balance_bias, self.top_k)
-            return self._decide(score_TE, tile_idx_TK)
-        with _without_autocast(x_TD):
+            return tile_idx_TK, score_TE
+        with without_autocast(x_TD):
             score_TE = signature_scores(x_TD, self.signatures(emergent_ED).to(x_TD.dtype))
-        return self._decide(score_TE)
+        return select_top_k(score_TE.detach() + self.balance_bias, self.top_k), score_TE
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         packed = state_dict.get(prefix + "packed_signatures")
@@ -181,18 +266,26 @@ class SignatureRouter(Router):
 class LearnedRouter(Router):
     """The control: a float gate matrix trained like any other, score = W x, everything else as in SignatureRouter."""
 
-    def __init__(self, d_model: int, num_tiles: int, top_k: int = 1, balance_rate: float = 0.01) -> None:
-        super().__init__(d_model, num_tiles, top_k, balance_rate)
+    def __init__(
+        self,
+        d_model: int,
+        num_tiles: int,
+        top_k: int = 1,
+        balance_rate: float = 0.01,
+        max_k: int | None = None,
+        confidence_threshold: float = 0.3,
+    ) -> None:
+        super().__init__(d_model, num_tiles, top_k, balance_rate, max_k, confidence_threshold)
         self.gate_ED = nn.Parameter(torch.randn(num_tiles, d_model) / math.sqrt(d_model))
 
     def forward(self, x_TD: Tensor) -> RoutingDecision:
         self._check_width(x_TD)
         x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
-        with _without_autocast(x_TD):
+        with without_autocast(x_TD):
             return self._decide(x_TD @ self.gate_ED.to(x_TD.dtype).T)
 
 
-def _without_autocast(x: Tensor) -> torch.autocast | nullcontext[None]:
+def without_autocast(x: Tensor) -> torch.autocast | nullcontext[None]:
     # Entered only where autocast is on: an always-entered context would stand in every exported graph.
     if torch.is_autocast_enabled(x.device.type):
         return torch.autocast(x.device.type, enabled=False)

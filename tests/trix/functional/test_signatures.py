@@ -4,11 +4,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trix.functional.signatures import (
+    differentiable_diversity,
     pairwise_difference,
     signature_diversity,
+    signature_diversity_loss,
     signature_scores,
     signatures_from_codes,
 )
+from trix.functional.ternary import threshold_ternary
 
 
 def ternary(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -56,3 +59,44 @@ def test_diversity_equals_the_loop_over_pairs(num_tiles: int, width: int, seed: 
 def test_diversity_of_copies_and_of_one_tile_is_zero() -> None:
     assert signature_diversity(ternary(1, 16).repeat(5, 1)).item() == pytest.approx(0.0, abs=1e-6)
     assert signature_diversity(ternary(1, 16)).item() == 0.0
+
+
+@given(st.integers(2, 7), st.integers(1, 20), st.integers(0, 99))
+def test_differentiable_diversity_has_the_true_value(num_tiles: int, width: int, seed: int) -> None:
+    raw = torch.randn(num_tiles, width, generator=torch.Generator().manual_seed(seed), requires_grad=True)
+    value = differentiable_diversity(raw, 0.3)
+    assert value.item() == pytest.approx(signature_diversity(threshold_ternary(raw, 0.3)).item(), abs=1e-5)
+    value.backward()
+    assert raw.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("centre", [0.0, 1.0, 30.0])
+def test_steps_on_the_diversity_loss_raise_the_true_diversity(centre: float) -> None:
+    torch.manual_seed(0)
+    common = centre * torch.randn(1, 64).sign()
+    raw = (common + 0.05 * torch.randn(8, 64)).requires_grad_()  # near copies of one tile, some far from the threshold
+    optimizer = torch.optim.Adam([raw], lr=max(0.02, 0.01 * centre))
+    history = []
+    for _ in range(400):
+        loss = signature_diversity_loss(raw, 0.3)
+        history.append(signature_diversity(threshold_ternary(raw.detach(), 0.3)).item())
+        assert loss.item() == pytest.approx(max(0.0, 0.5 - history[-1]), abs=1e-5)
+        if loss.item() == 0.0:
+            break
+        optimizer.zero_grad()
+        loss.backward()
+        assert raw.grad.abs().sum() > 0
+        optimizer.step()
+    assert history[0] < 0.2
+    assert history[-1] >= 0.5
+
+
+def test_diversity_loss_leaves_diverse_signatures_alone() -> None:
+    raw = torch.randn(6, 50, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    loss = signature_diversity_loss(raw, 0.3, target_diversity=0.5)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert raw.grad.eq(0).all()
+    assert signature_diversity_loss(raw[:1], 0.3).item() == 0.0  # one tile has nothing to differ from
+    with pytest.raises(ValueError, match=r"target_diversity \(1.5\) must be >= 0 and <= 1"):
+        signature_diversity_loss(raw, 0.3, target_diversity=1.5)

@@ -29,3 +29,10 @@ def test_a_step_down_the_balance_loss_evens_the_scores() -> None:
 def test_the_bias_moves_against_the_load() -> None:
     bias = nudged_bias(torch.zeros(3), torch.tensor([[0], [0], [0], [1], [1], [2]]), rate=0.1)
     assert bias.tolist() == pytest.approx([-0.1, 0.0, 0.1])
+
+
+def test_padding_counts_neither_in_the_load_nor_in_the_probability() -> None:
+    score, tile_idx = torch.randn(9, 4), torch.randint(0, 4, (9, 1))
+    mask = torch.tensor([True] * 6 + [False] * 3)
+    torch.testing.assert_close(balance_loss(score, tile_idx, mask.unsqueeze(-1)), balance_loss(score[:6], tile_idx[:6]))
+    assert balance_loss(score, tile_idx, torch.zeros(9, 1)) == 0.0

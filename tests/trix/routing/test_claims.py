@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -46,3 +48,59 @@ def test_counts_of_two_parts_add_up_and_reset() -> None:
     assert torch.equal(whole.count_EC, parts.count_EC)
     parts.reset()
     assert parts.count_EC.sum() == 0
+
+
+def test_undeclared_classes_grow_with_the_labels() -> None:
+    claims = ClaimMatrix(3)
+    claims.update(torch.tensor([[0], [2]]), torch.tensor([1, 1]))
+    claims.update(torch.tensor([[1], [1]]), torch.tensor([6, -100]))
+    assert claims.num_classes == 7
+    assert claims.count_EC[:, 1].tolist() == [1, 0, 1]
+    assert claims.dominant_class().tolist() == [1, 6, 1]
+    with pytest.raises(ValueError, match=r"label \(-1\) must be >= 0 or -100"):
+        claims.update(torch.tensor([[0]]), torch.tensor([-1]))
+    claims.reset()
+    assert claims.num_classes == 1
+    assert claims.dominant_class().tolist() == [-1, -1, -1]
+
+
+def test_masked_tokens_do_not_count_even_if_their_label_is_no_class() -> None:
+    claims = ClaimMatrix(2, 3)
+    label = torch.tensor([[0, 1, 99], [2, -1, -1]])
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    claims.update(torch.tensor([[[0], [1], [1]], [[1], [1], [1]]]), label, mask)
+    assert claims.count_EC.tolist() == [[1, 0, 0], [0, 1, 1]]
+
+
+def test_persistent_counts_survive_a_state_dict_and_grow_on() -> None:
+    claims, loaded, plain = ClaimMatrix(2, is_persistent=True), ClaimMatrix(2, is_persistent=True), ClaimMatrix(2)
+    claims.update(torch.tensor([[0], [1]]), torch.tensor([4, 0]))
+    loaded.load_state_dict(claims.state_dict())
+    assert torch.equal(loaded.count_EC, claims.count_EC)
+    loaded.update(torch.tensor([[0]]), torch.tensor([9]))
+    assert claims.num_classes == 5
+    assert plain.state_dict() == {}
+    with pytest.raises(ValueError, match=r"counts \(2, 5\) must have shape \(3, 1\)"):
+        ClaimMatrix(3, is_persistent=True).load_state_dict(claims.state_dict())
+    with pytest.raises(ValueError, match=r"counts \(2, 5\) must have shape \(2, 6\)"):
+        ClaimMatrix(2, 6, is_persistent=True).load_state_dict(claims.state_dict())
+
+
+def count_on_rank(rank: int, store: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    try:
+        claims = ClaimMatrix(2)
+        if rank == 1:  # classes that rank 0 never met
+            claims.update(torch.tensor([[0], [1], [1]]), torch.tensor([0, 3, 3]))
+        else:
+            claims.update(torch.tensor([[0]]), torch.tensor([0]))
+        assert claims.compute().tolist() == [[1, 0, 0, 0], [0, 0, 0, 1]]
+        with claims.sync_context():
+            assert claims.count_EC.tolist() == [[2, 0, 0, 0], [0, 0, 0, 2]]
+        assert int(claims.count_EC.sum()) == (3 if rank == 1 else 1)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_ranks_that_met_different_classes_add_up(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(count_on_rank, (str(tmp_path / "store"),), nprocs=2)

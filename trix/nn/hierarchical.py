@@ -1,0 +1,71 @@
+"""TriXFFN for many tiles: routed by a search over clusters of signatures."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from trix.nn.ffn import TriXFFN
+from trix.routing.hierarchical_router import HierarchicalRouter
+
+
+class HierarchicalTriXFFN(TriXFFN):
+    """TriXFFN whose router visits clusters of tiles: exact by default, approximate with ``num_probes``.
+
+    The weight of a chosen tile is sigmoid(score), not a softmax over all scores: see
+    :class:`~trix.routing.hierarchical_router.HierarchicalRouter`. Clusters are part of the state_dict; :meth:`recluster` renews
+    them as training moves the signatures, say every hundred steps.
+
+    Args:
+        tiles_per_cluster: default ceil(sqrt(num_tiles)); num_tiles need not divide by it. num_probes: clusters to visit per
+            token; None for the exact search. Others: see :class:`~trix.nn.ffn.TriXFFN`.
+
+    Shape and errors: as TriXFFN and HierarchicalRouter.
+    """
+
+    router: HierarchicalRouter
+
+    def __init__(
+        self,
+        d_model: int = 512,
+        num_tiles: int = 64,
+        d_ff: int | None = None,
+        top_k: int = 1,
+        routing: Literal["explicit", "emergent"] = "explicit",
+        balance_weight: float = 0.01,
+        balance_rate: float = 0.01,
+        diversity_weight: float = 0.0,
+        target_diversity: float = 0.5,
+        tiles_per_cluster: int | None = None,
+        num_probes: int | None = None,
+    ) -> None:
+        if routing not in ("explicit", "emergent"):
+            raise ValueError(f"routing ({routing!r}) must be 'explicit' or 'emergent' in a hierarchical layer")
+        super().__init__(
+            d_model,
+            num_tiles,
+            d_ff,
+            top_k,
+            routing,
+            balance_weight,
+            balance_rate,
+            diversity_weight=diversity_weight,
+            target_diversity=target_diversity,
+        )
+        self.router = HierarchicalRouter(d_model, num_tiles, top_k, balance_rate, routing, tiles_per_cluster, num_probes)
+        self.recluster()
+
+    def recluster(self) -> None:
+        """Cluster the present signatures anew. The exact choice never depends on it; its cost does, and recall with probes."""
+        self.router.recluster(self._emergent_signatures())
+
+    @torch.no_grad()
+    def get_routing_stats(self, x: Tensor, token_idx: Tensor | None = None) -> dict[str, float | int | list[float]]:
+        """As :meth:`TriXFFN.get_routing_stats`, with recall: the share of the exact choices that the search finds (1 when it is
+        exact), and scored_share: the scores it computes, as a share of all.
+        """
+        stats = super().get_routing_stats(x, token_idx)
+        x_TD, emergent_ED = x.reshape(-1, x.shape[-1]), self._emergent_signatures()
+        stats["recall"] = self.router.recall(x_TD, emergent_ED)
+        stats["scored_share"] = self.router.scored_share(x_TD, emergent_ED)
+        return stats

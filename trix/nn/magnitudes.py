@@ -1,0 +1,88 @@
+"""How strongly a tile answers: functions of a point in the plane [-1, 1]^2, one for each tile, all tiles in one tensor.
+
+Both read only the parameters of the tiles that the tokens chose, so the cost of a token does not depend on the number of tiles.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trix.functional.ternary import absmean_ternary
+
+
+class GridSplines(nn.Module):
+    """Bilinear splines on a grid of grid_size x grid_size cells: m[t] interpolates the four corners of the cell of p[t].
+
+    Corner values are float, or ternary with one scale for each tile (absmean, straight-through gradient).
+
+    Args:
+        num_tiles, grid_size: E, and the cells along each side. is_ternary: see above.
+
+    Shape:
+        point_T2: float in [-1, 1], tile_idx_T int64 -> magnitude [T], in the promoted dtype of points and parameters.
+
+    Raises:
+        ValueError: a size below 1.
+    """
+
+    def __init__(self, num_tiles: int, grid_size: int = 16, is_ternary: bool = True) -> None:
+        super().__init__()
+        _check_sizes(num_tiles, grid_size)
+        self.grid_size, self.is_ternary = grid_size, is_ternary
+        self.corner_EV = nn.Parameter(torch.randn(num_tiles, (grid_size + 1) ** 2))  # V corners, row by row
+
+    def values(self) -> Tensor:
+        """The corner values in force: [E, V]."""
+        return absmean_ternary(self.corner_EV) if self.is_ternary else self.corner_EV
+
+    def forward(self, point_T2: Tensor, tile_idx_T: Tensor) -> Tensor:
+        position_T2 = (point_T2 + 1.0) * (0.5 * self.grid_size)
+        cell_T2 = position_T2.detach().long().clamp(0, self.grid_size - 1)
+        high_T2 = position_T2 - cell_T2
+        low_T2 = 1.0 - high_T2
+        corners = self.grid_size + 1
+        first_T = tile_idx_T * corners**2 + cell_T2[:, 0] * corners + cell_T2[:, 1]
+        step_2 = torch.arange(2, device=first_T.device)
+        index_T22 = first_T[:, None, None] + step_2[:, None] * corners + step_2
+        value_T22 = self.values().flatten()[index_T22]
+        weight_T22 = torch.stack([low_T2, high_T2], dim=-1)  # [T, axis, low or high]
+        return (weight_T22[:, 0, :, None] * weight_T22[:, 1, None, :] * value_T22).sum(dim=(1, 2))
+
+    def extra_repr(self) -> str:
+        return f"num_tiles={self.corner_EV.shape[0]}, grid_size={self.grid_size}, is_ternary={self.is_ternary}"
+
+
+class HingeSplines(nn.Module):
+    """A perceptron 2 -> grid_size -> 1 for each tile: m[t] = base_e + sum_g height_eg relu(<slope_eg, p[t]> + offset_eg).
+
+    That is a piecewise linear function whose creases are grid_size lines, drawn so that they cross the plane [-1, 1]^2.
+
+    Shape:
+        point_T2: float in [-1, 1], tile_idx_T int64 -> magnitude [T], in the promoted dtype of points and parameters.
+
+    Raises:
+        ValueError: a size below 1.
+    """
+
+    def __init__(self, num_tiles: int, grid_size: int = 16) -> None:
+        super().__init__()
+        _check_sizes(num_tiles, grid_size)
+        self.slope_EGI = nn.Parameter(F.normalize(torch.randn(num_tiles, grid_size, 2), dim=-1))
+        self.offset_EG = nn.Parameter(torch.empty(num_tiles, grid_size).uniform_(-1.0, 1.0))
+        self.height_EG = nn.Parameter(torch.randn(num_tiles, grid_size) * (2.0 / grid_size) ** 0.5)
+        self.base_E = nn.Parameter(torch.zeros(num_tiles))
+
+    def forward(self, point_T2: Tensor, tile_idx_T: Tensor) -> Tensor:
+        # embedding is a row look-up whose backward adds each token's gradient into its tile's row.
+        slope_TGI = F.embedding(tile_idx_T, self.slope_EGI.flatten(1)).reshape(-1, *self.slope_EGI.shape[1:])
+        crease_TG = (slope_TGI * point_T2.unsqueeze(1)).sum(dim=-1) + F.embedding(tile_idx_T, self.offset_EG)
+        height_TG = F.embedding(tile_idx_T, self.height_EG)
+        return (F.relu(crease_TG) * height_TG).sum(dim=-1) + self.base_E[tile_idx_T]
+
+    def extra_repr(self) -> str:
+        return f"num_tiles={self.offset_EG.shape[0]}, grid_size={self.offset_EG.shape[1]}"
+
+
+def _check_sizes(num_tiles: int, grid_size: int) -> None:
+    if num_tiles < 1 or grid_size < 1:
+        raise ValueError(f"num_tiles ({num_tiles}) and grid_size ({grid_size}) must be >= 1")

@@ -1,0 +1,269 @@
+"""SparseLookupFFN: a feed-forward layer without matrix products inside the tiles. Each token looks up a direction."""
+
+from typing import TypedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trix.functional.ternary import straight_through
+from trix.nn.attention import RotaryAttention
+from trix.nn.magnitudes import GridSplines, HingeSplines
+from trix.outputs import AuxLosses, LookupInfo
+from trix.routing.balance import balance_loss
+from trix.routing.claims import ClaimMatrix
+from trix.routing.router import SignatureRouter
+from trix.routing.surgery import SignatureSurgery
+
+
+class LookupStats(TypedDict):
+    """Usage since the last reset. active_tiles: those that got a token. usage_mean, usage_std: of the tiles' shares."""
+
+    num_tiles: int
+    num_clusters: int
+    active_tiles: int
+    frozen_tiles: int
+    usage_mean: float
+    usage_std: float
+
+
+class SparseLookupFFN(SignatureSurgery):
+    """The winning tile adds its direction to the token, as far as its spline says.
+
+    h = LayerNorm(x);  e = argmax_e <h, s_e> / sqrt(nnz(s_e)), s_e = sign(direction_e);
+    p = tanh(W_2 gelu(W_1 h)), a point in the plane;  y = x + dropout(spline_e(p) * direction_e * output_scale).
+
+    The signatures' gradient passes straight through the sign to the directions (from the balance loss; the task reaches the
+    directions themselves). All tiles' parameters are stacked and each token reads one tile's, so the cost of a token does not
+    depend on the number of tiles, but for the scores.
+
+    Args:
+        d_model, num_tiles: D, E.
+        tiles_per_cluster: tiles in a cluster of a two-level search; as routing is exact, it changes no result.
+        grid_size: cells of a spline along each axis. compress_hidden: rows of W_1; default d_model // 4, at least 1.
+        ternary_splines: splines with ternary corner values and one scale per tile, instead of float ones.
+        balance_weight: weight of the balance loss. balance_rate: step of the router's balance bias, per training batch; 0, the
+            default, leaves the choice to the signatures alone.
+        num_classes: of the labels; by default the claims grow to the largest label seen.
+
+    Shape:
+        x: float [B, D] or [B, T, D] (any leading dimensions). labels: int64, one for each token or for each entry of the first
+        dimension; -100 is ignored. mask: bool, one for each token, False for padding: computed like the others, but counted
+        neither in losses nor in statistics. Returns (output, LookupInfo, AuxLosses), output in the shape and dtype of x.
+
+    Forward in training counts steps and usage, and with labels, in any mode, claims; otherwise it is pure. Labels are read on
+    the host: leave them out under torch.compile and export.
+
+    Raises:
+        ValueError: a size below 1, a negative weight, a wrong last dimension of x, or a mask or labels that do not fit.
+    """
+
+    router: SignatureRouter
+    usage_E: Tensor
+
+    def __init__(
+        self,
+        d_model: int = 128,
+        num_tiles: int = 64,
+        tiles_per_cluster: int = 8,
+        grid_size: int = 16,
+        compress_hidden: int | None = None,
+        dropout: float = 0.1,
+        ternary_splines: bool = True,
+        balance_weight: float = 0.01,
+        balance_rate: float = 0.0,
+        num_classes: int | None = None,
+    ) -> None:
+        super().__init__()
+        compress_hidden = max(d_model // 4, 1) if compress_hidden is None else compress_hidden
+        if compress_hidden < 1 or tiles_per_cluster < 1:
+            raise ValueError(f"compress_hidden ({compress_hidden}) and tiles_per_cluster ({tiles_per_cluster}) must be >= 1")
+        check_weights(balance_weight=balance_weight)
+        self.d_model, self.num_tiles, self.tiles_per_cluster = d_model, num_tiles, tiles_per_cluster
+        self.balance_weight = balance_weight
+        self.router = self._make_router(balance_rate)
+        self.magnitude = self._make_magnitude(grid_size, ternary_splines)
+        self.norm = nn.LayerNorm(d_model)
+        self.compress = nn.Sequential(nn.Linear(d_model, compress_hidden), nn.GELU(), nn.Linear(compress_hidden, 2), nn.Tanh())
+        self.direction_ED = nn.Parameter(torch.randn(num_tiles, d_model) / d_model**0.5)
+        self.output_scale = nn.Parameter(torch.ones(()))
+        self.dropout = nn.Dropout(dropout)
+        self.claims = ClaimMatrix(num_tiles, num_classes, is_persistent=True)
+        self.register_buffer("usage_E", torch.zeros(num_tiles, dtype=torch.int64))
+
+    def _make_router(self, balance_rate: float) -> SignatureRouter:
+        return SignatureRouter(self.d_model, self.num_tiles, balance_rate=balance_rate, source="emergent")
+
+    def _make_magnitude(self, grid_size: int, ternary_splines: bool) -> GridSplines | HingeSplines:
+        return GridSplines(self.num_tiles, grid_size, ternary_splines)
+
+    def forward(
+        self, x: Tensor, labels: Tensor | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, LookupInfo, AuxLosses]:
+        if x.shape[-1] != self.d_model:
+            raise ValueError(f"last dimension of x ({x.shape[-1]}) must equal d_model ({self.d_model})")
+        if mask is not None and (mask.shape != x.shape[:-1] or mask.dtype != torch.bool):
+            raise ValueError(f"mask {tuple(mask.shape)} {mask.dtype} must have shape {tuple(x.shape[:-1])} torch.bool")
+        h_TD = self.norm(x.reshape(-1, self.d_model))
+        tile_idx_T1, score_TE = self.router.select(h_TD, self._emergent_signatures())
+        tile_idx_T = tile_idx_T1.squeeze(-1)
+        point_T2 = self.compress(h_TD)
+        gate_T = self._gate(score_TE.gather(-1, tile_idx_T1).squeeze(-1))
+        size_T = gate_T * self.magnitude(point_T2, tile_idx_T) * self.output_scale
+        update_TD = size_T.unsqueeze(-1) * F.embedding(tile_idx_T, self.direction_ED)
+        y = x + self.dropout(update_TD).reshape(x.shape).to(x.dtype)
+        self._count(tile_idx_T1, labels, mask, x.shape[:-1])
+        info: LookupInfo = {
+            "tile_idx": tile_idx_T.reshape(x.shape[:-1]),
+            "weight": gate_T.reshape(x.shape[:-1]),
+            "compressed": point_T2.reshape(*x.shape[:-1], 2),
+            "scores": score_TE.reshape(*x.shape[:-1], self.num_tiles),
+        }
+        return y, info, self._aux_losses(score_TE, tile_idx_T1, mask)
+
+    def _emergent_signatures(self) -> Tensor | None:
+        if self.router.packed_signatures is not None:
+            return None
+        return straight_through(self.direction_ED.detach().sign(), self.direction_ED)
+
+    def _gate(self, score_T: Tensor) -> Tensor:
+        """The factor on the chosen tile's output, by its score."""
+        return torch.ones_like(score_T)
+
+    def _count(self, tile_idx_T1: Tensor, labels: Tensor | None, mask: Tensor | None, shape: torch.Size) -> None:
+        if self.training:
+            with torch.no_grad():
+                ones_T = torch.ones_like(tile_idx_T1).squeeze(-1) if mask is None else mask.reshape(-1).to(torch.int64)
+                self.usage_E.scatter_add_(0, tile_idx_T1.squeeze(-1), ones_T)
+            self.router.update_balance(tile_idx_T1, None if mask is None else mask.reshape(-1, 1))
+            self.surgery_log.count_step()
+        if labels is not None:
+            self.claims.update(tile_idx_T1.reshape(*shape, 1), labels, mask)
+
+    def _aux_losses(self, score_TE: Tensor, tile_idx_T1: Tensor, mask: Tensor | None) -> AuxLosses:
+        zero = score_TE.new_zeros(())
+        balance = zero
+        if self.training and self.balance_weight > 0:
+            weight_T1 = None if mask is None else mask.reshape(-1, 1)
+            balance = self.balance_weight * balance_loss(score_TE, tile_idx_T1, weight_T1)
+        return {"balance": balance, "ternary": zero, "sparsity": zero, "diversity": zero, "total_aux": balance}
+
+    @torch.no_grad()
+    def get_claim_rate(self, tile_idx: int, target_class: int) -> float:
+        """Share of the labelled tokens of target_class that went to the tile; 0.0 for a class never seen. All ranks together.
+
+        Raises:
+            ValueError: a tile that does not exist, or target_class < 0.
+        """
+        self.router.check_tile(tile_idx)
+        if target_class < 0:
+            raise ValueError(f"target_class ({target_class}) must be >= 0")
+        with self.claims.sync_context():
+            count_EC = self.claims.count_EC
+            if target_class >= count_EC.shape[1]:
+                return 0.0
+            return float(count_EC[tile_idx, target_class] / count_EC[:, target_class].sum().clamp_min(1))
+
+    @torch.no_grad()
+    def get_tile_purity(self, tile_idx: int) -> tuple[int, float]:
+        """(dominant class, its share of the tile's labelled tokens); (-1, 0.0) for a tile that got none. All ranks together.
+
+        Raises:
+            ValueError: a tile that does not exist.
+        """
+        self.router.check_tile(tile_idx)
+        with self.claims.sync_context():
+            return int(self.claims.dominant_class()[tile_idx]), float(self.claims.purity()[tile_idx])
+
+    def reset_claim_tracking(self) -> None:
+        self.claims.reset()
+
+    def get_routing_stats(self) -> LookupStats:
+        """How the tokens of the training batches were spread over the tiles, on this rank."""
+        share_E = self.usage_E / self.usage_E.sum().clamp_min(1)
+        return {
+            "num_tiles": self.num_tiles,
+            "num_clusters": -(-self.num_tiles // self.tiles_per_cluster),
+            "active_tiles": int((self.usage_E > 0).sum()),
+            "frozen_tiles": int(self.router.is_frozen_E.sum()),
+            "usage_mean": float(share_E.mean()),
+            "usage_std": float(share_E.std(correction=0)),
+        }
+
+    def reset_stats(self) -> None:
+        """Forget usage and claims; the surgery history and its step counter stay."""
+        self.usage_E.zero_()
+        self.reset_claim_tracking()
+
+    def pack(self) -> None:
+        """Hold the signatures as 2-bit codes and route by ``trix::signature_route``; inference only afterwards. Idempotent."""
+        self.router.pack_signatures(self._emergent_signatures())
+
+    def unpack(self) -> None:
+        """Undo :meth:`pack`."""
+        self.router.unpack_signatures()
+
+
+class LookupBlock(nn.Module):
+    """x + attention(norm(x)), then a sparse lookup layer, which has a norm and a residual of its own.
+
+    Shape:
+        x_BTD: float; labels and mask as in SparseLookupFFN (attention does not read the mask) -> (x [B, T, D], LookupInfo,
+        AuxLosses).
+
+    Raises:
+        ValueError: as RotaryAttention and SparseLookupFFN.
+    """
+
+    def __init__(self, ffn: SparseLookupFFN, n_heads: int, dropout: float, context_length: int) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(ffn.d_model)
+        self.attention = RotaryAttention(ffn.d_model, n_heads, context_length, dropout=dropout)
+        self.dropout = nn.Dropout(dropout)
+        self.ffn = ffn
+
+    def forward(
+        self, x_BTD: Tensor, is_causal: bool = True, labels: Tensor | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, LookupInfo, AuxLosses]:
+        x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), is_causal))
+        return self.ffn(x_BTD, labels, mask)
+
+
+class SparseLookupBlock(LookupBlock):
+    """A LookupBlock with :class:`SparseLookupFFN`; n_heads and context_length: see RotaryAttention, all others there."""
+
+    def __init__(
+        self,
+        d_model: int = 128,
+        n_heads: int = 4,
+        num_tiles: int = 64,
+        tiles_per_cluster: int = 8,
+        grid_size: int = 16,
+        compress_hidden: int | None = None,
+        dropout: float = 0.1,
+        ternary_splines: bool = True,
+        balance_weight: float = 0.01,
+        balance_rate: float = 0.0,
+        num_classes: int | None = None,
+        context_length: int = 1024,
+    ) -> None:
+        ffn = SparseLookupFFN(
+            d_model,
+            num_tiles,
+            tiles_per_cluster,
+            grid_size,
+            compress_hidden,
+            dropout,
+            ternary_splines,
+            balance_weight,
+            balance_rate,
+            num_classes,
+        )
+        super().__init__(ffn, n_heads, dropout, context_length)
+
+
+def check_weights(**weights: float) -> None:
+    """Raises ValueError for a negative one."""
+    for name, weight in weights.items():
+        if not weight >= 0:
+            raise ValueError(f"{name} ({weight}) must be >= 0")
