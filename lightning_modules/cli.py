@@ -87,9 +87,9 @@ def _dispatch(arguments: list[str]) -> int:
     if command == "--version":
         print(f"trix {version()}")
         return 0
+    # Before torch is loaded: threads that spin while they wait slow each other down many times over on a busy machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if command in TRAINING_COMMANDS:
-        # Before torch is loaded: threads that spin while they wait slow each other down many times over on a busy machine.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         from lightning_modules.lightning_cli import run_training_command
 
         return run_training_command(arguments)

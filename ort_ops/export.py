@@ -24,12 +24,11 @@ from torch import Tensor, nn
 
 from ort_ops import schema
 from ort_ops.file_format import describe_size, encode_array, to_properties
-from ort_ops.functions import fallback_functions, register_schemas
+from ort_ops.functions import ONNX_OPSET, fallback_functions, register_schemas
 from ort_ops.library import LibraryNotFoundError, session_options
 from ort_ops.parity import Parity, compare, selection_gap
 from trix.nn import Classifier, LanguageModel, TriXFFN, pack_model
 
-ONNX_OPSET = 18
 ONNX_IR_VERSION = 9  # the newest that onnxruntime 1.17 reads
 MAX_RELATIVE_DIFFERENCE = 1e-4
 CHECK_BATCH = 16

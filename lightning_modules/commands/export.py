@@ -1,7 +1,5 @@
 """``trix export``: write a checkpoint as one ONNX file with packed ternary weights, checked against torch."""
 
-import os
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +15,6 @@ def run_export(arguments: list[str]) -> int:
     options = _parser().parse_strictly(arguments)
     output = Path(options.output)
     _check_output(output, options.held_out_tokens)
-    # As in training: threads that spin while they wait slow each other down on a busy machine.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         report = export_checkpoint(
             options.ckpt, output, fallback=not options.no_fallback, held_out_tokens=options.held_out_tokens
@@ -62,7 +58,7 @@ def export_checkpoint(ckpt: Path | str, output: Path, fallback: bool, held_out_t
         import torch
 
         digits = DigitsDataModule(**_data_settings(checkpoint, ckpt, DigitsDataModule))
-        inputs = torch.cat([inputs for inputs, _ in islice(digits.val_dataloader(), held_out_tokens)])
+        inputs = torch.cat([inputs for inputs, _ in digits.val_dataloader()])
         num_examples = max(held_out_tokens // inputs.shape[1], 1)
         return export_classifier(task.network, list(task.class_names), inputs[:num_examples], output, fallback)
     raise UserError(
@@ -72,8 +68,10 @@ def export_checkpoint(ckpt: Path | str, output: Path, fallback: bool, held_out_t
 
 def _data_settings(checkpoint: dict[str, Any], path: Path | str, kind: type) -> dict[str, Any]:
     """The settings of the data module that the network was trained on, for held-out data."""
+    from lightning_modules.tasks.routed_task import CHECKPOINT_KEY
+
     settings = checkpoint.get("datamodule_hyper_parameters")
-    name = checkpoint["trix"].get("data")
+    name = checkpoint[CHECKPOINT_KEY].get("data")
     if not isinstance(settings, dict) or name != kind.__name__:
         raise UserError(f"{path}: data module ({name}) must be {kind.__name__}, from which held-out data is taken")
     return settings

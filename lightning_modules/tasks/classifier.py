@@ -1,8 +1,7 @@
 """Classification of sequences."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +13,10 @@ from lightning_modules.tasks.routed_task import (
     LRSchedulerCallable,
     OptimizerCallable,
     RoutedTask,
+    as_config,
     default_lr_scheduler,
 )
-from trix.nn import Classifier, ClassifierConfig, FFNConfig
+from trix.nn import Classifier, ClassifierConfig
 
 
 class ClassifierTask(RoutedTask):
@@ -54,7 +54,7 @@ class ClassifierTask(RoutedTask):
             raise ValueError(f"num_classes ({num_classes}) must be an int: a classifier needs data with classes")
         if class_names is not None and len(class_names) != num_classes:
             raise ValueError(f"number of class_names ({len(class_names)}) must equal num_classes ({num_classes})")
-        network = as_classifier_config(network)
+        network = as_config(ClassifierConfig, network)
         super().__init__(Classifier(num_features, num_classes, network), optimizer, lr_scheduler)
         self.class_names = tuple(str(index) for index in range(num_classes)) if class_names is None else tuple(class_names)
         # "macro" averages over classes; "micro" is the share of all images, as people expect of an accuracy.
@@ -82,10 +82,3 @@ class ClassifierTask(RoutedTask):
         """The most probable label, int64 [B], and the probability of every class, [B, C]."""
         probability = torch.softmax(self(batch[0]), dim=-1)
         return {"label": probability.argmax(dim=-1), "probability": probability}
-
-
-def as_classifier_config(values: ClassifierConfig | Mapping[str, Any]) -> ClassifierConfig:
-    """The configuration that a checkpoint stores as nested dicts."""
-    if isinstance(values, ClassifierConfig):
-        return values
-    return ClassifierConfig(**{**values, "ffn": FFNConfig(**values.get("ffn", {}))})

@@ -1,8 +1,6 @@
 """Next-token prediction."""
 
-from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
 
 import lightning as L
 import torch
@@ -16,9 +14,10 @@ from lightning_modules.tasks.routed_task import (
     LRSchedulerCallable,
     OptimizerCallable,
     RoutedTask,
+    as_config,
     default_lr_scheduler,
 )
-from trix.nn import FFNConfig, LanguageModel, LanguageModelConfig
+from trix.nn import LanguageModel, LanguageModelConfig
 
 
 class LanguageModelTask(RoutedTask):
@@ -55,7 +54,7 @@ class LanguageModelTask(RoutedTask):
             raise ValueError(
                 f"vocabulary ({len(vocabulary)} characters, {len(set(vocabulary))} distinct) must be >= 1 distinct characters"
             )
-        network = as_language_model_config(network)
+        network = as_config(LanguageModelConfig, network)
         super().__init__(LanguageModel(len(vocabulary), network), optimizer, lr_scheduler)
         self.vocabulary = vocabulary
         self.save_hyperparameters({"vocabulary": vocabulary, "network": asdict(network)})
@@ -78,10 +77,3 @@ class LanguageModelTask(RoutedTask):
         """After each token of the batch, the most probable next one and its probability, both [B, T]."""
         probability, next_token = torch.softmax(self(batch[0]), dim=-1).max(dim=-1)
         return {"next_token": next_token, "probability": probability}
-
-
-def as_language_model_config(values: LanguageModelConfig | Mapping[str, Any]) -> LanguageModelConfig:
-    """The configuration that a checkpoint stores as nested dicts."""
-    if isinstance(values, LanguageModelConfig):
-        return values
-    return LanguageModelConfig(**{**values, "ffn": FFNConfig(**values.get("ffn", {}))})

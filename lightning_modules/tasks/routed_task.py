@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, TypedDict, cast
+from typing import Any, ClassVar, TypedDict, TypeVar, cast
 
 import lightning as L
 import torch.nn.functional as F
@@ -15,11 +15,13 @@ from torchmetrics import MeanMetric
 
 from lightning_modules.errors import UserError
 from lightning_modules.routed_layers import layer_name
+from trix.nn import ClassifierConfig, FFNConfig, LanguageModelConfig
 from trix.outputs import AuxLosses, RoutingInfo
 
 OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
 LRSchedulerCallable = Callable[[Optimizer, int], LRScheduler]
 Batch = tuple[Tensor, Tensor]
+ConfigT = TypeVar("ConfigT", LanguageModelConfig, ClassifierConfig)
 
 CHECKPOINT_KEY = "trix"
 CHECKPOINT_VERSION = 1
@@ -39,6 +41,14 @@ class StepOutput(TypedDict):
     loss: Tensor
     routing: dict[str, RoutingInfo]
     label: Tensor
+
+
+def as_config(kind: type[ConfigT], values: ConfigT | Mapping[str, Any]) -> ConfigT:
+    """A network's configuration, from itself or from the nested dicts that a checkpoint stores."""
+    if isinstance(values, kind):
+        return values
+    stored = cast(Mapping[str, Any], values)
+    return kind(**{**stored, "ffn": FFNConfig(**stored.get("ffn", {}))})
 
 
 def default_lr_scheduler(optimizer: Optimizer, num_steps: int) -> LRScheduler:

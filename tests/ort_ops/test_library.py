@@ -53,14 +53,6 @@ def test_missing_library_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> 
         session_options()
 
 
-def test_loader_imports_nothing_heavy() -> None:
-    code = (
-        "import sys, ort_ops.library, ort_ops.schema;"
-        "print(sorted({'torch', 'onnx', 'onnxscript', 'trix', 'lightning'} & set(sys.modules)))"
-    )
-    assert run_python(code).stdout.strip() == "[]"
-
-
 def test_session_options_take_threads_and_reject_zero() -> None:
     assert session_options(intra_op_num_threads=3).intra_op_num_threads == 3
     with pytest.raises(ValueError, match=r"intra_op_num_threads \(0\) must be >= 1"):
