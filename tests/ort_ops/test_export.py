@@ -13,6 +13,7 @@ from ort_ops.library import session_options
 from ort_ops.runtime import ExportedModel
 from trix.nn import Classifier, ClassifierConfig, FFNConfig
 
+pytestmark = pytest.mark.usefixtures("native_library")
 TOP2 = FFNConfig(num_tiles=5, d_ff=5 * 9, top_k=2)
 
 

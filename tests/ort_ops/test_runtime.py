@@ -12,6 +12,8 @@ import pytest
 from ort_ops.runtime import LanguageModelSession, ModelFileError, PromptError, draw
 from trix.nn import FFNConfig
 
+pytestmark = pytest.mark.usefixtures("native_library")
+
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
