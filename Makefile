@@ -7,6 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := $(shell find ort_ops/native -type f 2>/dev/null)
+CASE := $(notdir $(basename $(wildcard benchmarks/cases/*.py)))
 CPP := find ort_ops/native -name '*.cpp' -o -name '*.hpp'
 IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
@@ -57,8 +58,8 @@ format: $(STAMP) ## Mend what `make lint` can mend by itself
 	$(BIN)/ruff format
 	$(CPP) | xargs $(BIN)/clang-format -i
 
-bench: $(STAMP) ## Run the benchmarks and record benchmarks/results
-	$(BIN)/python benchmarks/run.py
+bench: $(STAMP) ## Run all benchmarks (hours), or CASE=packed_matmul; record benchmarks/results
+	@set -e; for case in $(CASE); do $(BIN)/python benchmarks/run.py $$case; done
 
 clean: ## Remove build products and caches (keeps .venv and runs)
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

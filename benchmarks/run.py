@@ -43,6 +43,7 @@ def main() -> int:
         return 2
     options = {key: value for key, value in vars(arguments).items() if key not in ("case", "output")}
     case = cases[arguments.case]
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)  # now: a case may run for an hour
     record = {"case": arguments.case, "options": options, "machine": machine(), "results": case.run(**options)}
     print(case.table(record["results"]))
     write_json(arguments.output, record)

@@ -7,7 +7,6 @@ definition in standard ONNX (:mod:`ort_ops.functions`), so that it runs where th
 import copy
 import logging
 import os
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -25,12 +24,11 @@ from torch import Tensor, nn
 
 from ort_ops import schema
 from ort_ops.file_format import describe_size, encode_array, to_properties
-from ort_ops.functions import fallback_functions, register_schemas
+from ort_ops.functions import ONNX_OPSET, fallback_functions, register_schemas
 from ort_ops.library import LibraryNotFoundError, session_options
 from ort_ops.parity import Parity, compare, selection_gap
 from trix.nn import Classifier, LanguageModel, TriXFFN, pack_model
 
-ONNX_OPSET = 18
 ONNX_IR_VERSION = 9  # the newest that onnxruntime 1.17 reads
 MAX_RELATIVE_DIFFERENCE = 1e-4
 CHECK_BATCH = 16
@@ -68,10 +66,16 @@ def export_language_model(
         output: written whole or not at all. fallback: also write the portable definition of each operator.
 
     Raises:
-        ExportError: the vocabulary does not fit the model, too little held-out text, or parity is not reached.
+        ExportError: the vocabulary does not fit the model or repeats a character, too little held-out text, or no parity.
     """
     if len(vocabulary) != model.vocab_size:
         raise ExportError(f"vocabulary ({len(vocabulary)} characters) must have vocab_size ({model.vocab_size}) characters")
+    if len(set(vocabulary)) != len(vocabulary):
+        raise ExportError(f"vocabulary ({len(vocabulary)} characters, {len(set(vocabulary))} different) must hold each once")
+    if held_out_tokens.dtype != torch.int64 or held_out_tokens.dim() != 1:
+        raise ExportError(
+            f"held_out_tokens ({held_out_tokens.dtype}, {held_out_tokens.dim()} axes) must be int64 with one axis"
+        )
     length = min(model.config.context_length, held_out_tokens.shape[0])
     if length < 2:
         raise ExportError(f"held-out text ({held_out_tokens.shape[0]} tokens) must have at least 2 tokens")
@@ -119,16 +123,15 @@ def _export(
 ) -> ExportReport:
     if not output.parent.is_dir():
         raise ExportError(f"the folder of the output ({output.parent}) must exist")
+    if output.is_dir():
+        raise ExportError(f"the output ({output}) must be a file, it is a folder")
     model = copy.deepcopy(model).to(device="cpu", dtype=torch.float32).eval()
     proto = _to_onnx(pack_model(copy.deepcopy(model)), input_name, held_out[:2], dynamic_axes)
     if fallback:
         proto.functions.extend(fallback_functions())
-    handle, name = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}.", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
+    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     try:
         report = _write_verified(model, proto, input_name, held_out, metadata, temporary)
-        temporary.chmod(0o644)
         temporary.replace(output)
     finally:
         with suppress(FileNotFoundError):

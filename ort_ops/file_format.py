@@ -27,7 +27,11 @@ def from_properties(properties: Mapping[str, str]) -> dict[str, Any]:
     Raises:
         ValueError: a value is not JSON, or the format is not the one of this version.
     """
-    metadata = {key.removeprefix(_PREFIX): json.loads(value) for key, value in properties.items() if key.startswith(_PREFIX)}
+    ours = {key.removeprefix(_PREFIX): value for key, value in properties.items() if key.startswith(_PREFIX)}
+    try:
+        metadata = {key: json.loads(value) for key, value in ours.items()}
+    except RecursionError as error:
+        raise ValueError("metadata must be JSON of ordinary depth, a value is nested too deeply") from error
     if metadata.get("format") != FORMAT_VERSION:
         raise ValueError(f"file format ({metadata.get('format')}) must be {FORMAT_VERSION}: was it written by `trix export`?")
     return metadata

@@ -39,14 +39,17 @@ def session_options(*, intra_op_num_threads: int | None = None) -> onnxruntime.S
 
     Raises:
         LibraryNotFoundError: see `get_library_path`.
-        ValueError: intra_op_num_threads < 1.
-        Exception: from onnxruntime, if it is older than 1.17 or the environment variable TRIX_ORT_ISA names an
-            instruction set (scalar, avx2) that is unknown or that this machine lacks.
+        ValueError: intra_op_num_threads < 1, onnxruntime is older than 1.17, or the environment variable TRIX_ORT_ISA
+            names an instruction set (scalar, avx2) that is unknown or that this machine lacks.
     """
     if intra_op_num_threads is not None and intra_op_num_threads < 1:
         raise ValueError(f"intra_op_num_threads ({intra_op_num_threads}) must be >= 1")
     options = onnxruntime.SessionOptions()
-    options.register_custom_ops_library(str(get_library_path()))
+    path = get_library_path()
+    try:
+        options.register_custom_ops_library(str(path))
+    except Exception as error:  # onnxruntime's exceptions share no base class of their own
+        raise ValueError(f"onnxruntime can't use the native operators: {' '.join(str(error).split())}") from error
     if intra_op_num_threads is not None:
         options.intra_op_num_threads = intra_op_num_threads
     return options

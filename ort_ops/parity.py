@@ -50,10 +50,19 @@ def compare(
     expected_idx: NDArray[np.int64] | None = None,
     gap: NDArray[np.floating] | None = None,
 ) -> Parity:
-    """Compare logits [B, T, V] (or [B, C]) and tile indices [B, T, L, K], gap [B, T, L] as in :func:`selection_gap`."""
+    """Compare logits [B, T, V] (or [B, C]) and tile indices [B, T, L, K], gap [B, T, L] as in :func:`selection_gap`.
+
+    Raises:
+        ValueError: shapes that should be the same differ.
+    """
     difference = relative_difference(actual_logits, expected_logits)
     if actual_idx is None or expected_idx is None or gap is None:
         return Parity(int(np.prod(actual_logits.shape[:-1])), difference)
+    if actual_idx.shape != expected_idx.shape or gap.shape != actual_idx.shape[:-1]:
+        raise ValueError(
+            f"tile indices, actual {actual_idx.shape} and expected {expected_idx.shape}, must have the same shape, "
+            f"and gap {gap.shape} theirs without the last axis"
+        )
     is_same_BTL = (np.sort(actual_idx, axis=-1) == np.sort(expected_idx, axis=-1)).all(axis=-1)
     is_near_tie_BTL = gap <= SCORE_ROUNDING
     # A token that goes elsewhere at one layer changes what it and, by attention, its sequence meet at the next.

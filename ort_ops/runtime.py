@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from ort_ops.file_format import decode_array, from_properties
 from ort_ops.library import session_options
 from ort_ops.parity import Parity, compare
+from ort_ops.schema import DOMAIN
 
 
 class ModelFileError(ValueError):
@@ -47,15 +48,22 @@ class ExportedModel:
             options.intra_op_num_threads = num_threads
         options.log_severity_level = 3
         try:
-            self.session = ort.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
+            # Without enable_fallback=0 onnxruntime answers some damaged files by printing to stdout and trying again.
+            self.session = ort.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"], enable_fallback=0)
         except Exception as error:  # onnxruntime's exceptions share no base class of their own
-            raise ModelFileError(f"{path}: {_explain(error)}") from error
+            raise ModelFileError(f"{path}: {_explain(error, use_library)}") from error
         try:
             self.metadata = from_properties(self.session.get_modelmeta().custom_metadata_map)
         except ValueError as error:
             raise ModelFileError(f"{path}: {error}") from error
         self.file_bytes = self.path.stat().st_size
-        self.float32_bytes = int(self.metadata["float32_bytes"])
+        self.float32_bytes: int = self._checked_metadata("float32_bytes", int)
+
+    def _checked_metadata(self, key: str, kind: type) -> Any:
+        value = self.metadata.get(key)
+        if type(value) is not kind:  # not isinstance: true is no number
+            raise ModelFileError(f"{self.path}: metadata {key} ({value!r:.40}) must be of type {kind.__name__}")
+        return value
 
     def run(self, inputs: NDArray[Any]) -> tuple[NDArray[np.float32], NDArray[np.int64] | None]:
         """Logits, and tile_idx [B, T, L, K] where the model has routed layers."""
@@ -63,8 +71,20 @@ class ExportedModel:
         return logits, tile_idx[0] if tile_idx else None
 
     def check_parity(self) -> Parity:
-        """Run the held-out example that travels in the file and compare with the answer that torch gave at export."""
-        reference = self.metadata["reference"]
+        """Run the held-out example that travels in the file and compare with the answer that torch gave at export.
+
+        Raises:
+            ModelFileError: the example is damaged.
+        """
+        try:
+            return self._compare_with(self._checked_metadata("reference", dict))
+        except ModelFileError:
+            raise
+        except Exception as error:  # a damaged example fails in as many places as it is used, onnxruntime among them
+            cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise ModelFileError(f"{self.path}: the reference example can't be checked: {cause}") from error
+
+    def _compare_with(self, reference: dict[str, Any]) -> Parity:
         dtype = np.int64 if self.session.get_inputs()[0].type == "tensor(int64)" else np.float32
         logits, tile_idx = self.run(np.asarray(reference["input"], dtype=dtype))
         expected = decode_array(reference["logits"])
@@ -86,11 +106,23 @@ class LanguageModelSession(ExportedModel):
 
     def __init__(self, path: Path | str, use_library: bool = True, num_threads: int | None = None) -> None:
         super().__init__(path, use_library, num_threads)
-        if self.metadata["task"] != "language_model":
-            raise ModelFileError(f"{path}: task ({self.metadata['task']}) must be language_model")
-        self.vocabulary: str = self.metadata["vocabulary"]
-        self.context_length: int = self.metadata["context_length"]
+        if self.metadata.get("task") != "language_model":
+            raise ModelFileError(f"{path}: task ({self.metadata.get('task')}) must be language_model")
+        self.vocabulary: str = self._checked_metadata("vocabulary", str)
+        self.context_length: int = self._checked_metadata("context_length", int)
+        self._check_language_model()
         self._token_of = {character: token for token, character in enumerate(self.vocabulary)}
+
+    def _check_language_model(self) -> None:
+        if self.context_length < 1:
+            raise ModelFileError(f"{self.path}: context_length ({self.context_length}) must be >= 1")
+        inputs = [value.name for value in self.session.get_inputs()]
+        shape_of = {value.name: value.shape for value in self.session.get_outputs()}
+        if inputs != ["token"] or "logits" not in shape_of:
+            raise ModelFileError(f"{self.path}: inputs ({inputs}) must be ['token'] and outputs ({[*shape_of]}) hold 'logits'")
+        if shape_of["logits"][-1:] != [len(self.vocabulary)]:
+            rule = f"vocabulary ({len(self.vocabulary)} characters) must be as long as the last axis of logits"
+            raise ModelFileError(f"{self.path}: {rule} {shape_of['logits']}")
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text.
@@ -116,7 +148,7 @@ class LanguageModelSession(ExportedModel):
 
         Raises:
             PromptError, and ValueError for num_tokens < 0, temperature < 0 or top_p outside (0, 1]; at the call, before the
-            first character.
+            first character. ModelFileError, while drawing, if the weights are so damaged that a logit is NaN.
         """
         if num_tokens < 0:
             raise ValueError(f"num_tokens ({num_tokens}) must be >= 0")
@@ -133,6 +165,8 @@ class LanguageModelSession(ExportedModel):
         for _ in range(num_tokens):
             window = np.asarray([tokens[-self.context_length :]], dtype=np.int64)
             logits = self.session.run(["logits"], {"token": window})[0][0, -1]
+            if np.isnan(logits).any():
+                raise ModelFileError(f"{self.path}: logits must be numbers, {np.isnan(logits).sum()} of {logits.size} are NaN")
             tokens.append(draw(logits, temperature, top_p, random))
             yield self.vocabulary[tokens[-1]]
 
@@ -154,10 +188,10 @@ def draw(logits: NDArray[np.float32], temperature: float, top_p: float, random: 
     return int(random.choice(nucleus, p=kept / kept.sum()))
 
 
-def _explain(error: Exception) -> str:
+def _explain(error: Exception, use_library: bool) -> str:
     text = " ".join(str(error).split())
-    if "is not a registered function/op" in text:
+    if f"{DOMAIN}:" in text and "is not a registered function/op" in text and not use_library:
         return "it was exported without portable functions and needs the native library (leave out --no-library)"
-    if "Protobuf parsing failed" in text or "INVALID_PROTOBUF" in text:
+    if isinstance(error, UnicodeDecodeError) or "Protobuf parsing failed" in text or "INVALID_PROTOBUF" in text:
         return "not an ONNX file, or a damaged one"
     return f"onnxruntime can't load it: {text}"

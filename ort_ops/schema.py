@@ -2,8 +2,8 @@
 
 This is the only copy on the Python side. The C++ side has one table per op in `native/ops/`; a test compares the two.
 
-Legend: T tokens, K columns of x, D model width, E tiles, N rows of a tile. A packed row holds 2-bit codes, column
-4p + i at bits 2i of byte p (00 = 0, 01 = +1, 10 = -1, 11 reserved), padded with 00 to whole bytes.
+Legend: T tokens, K columns of x, D model width, E tiles, N rows of a tile. Packed rows are laid out as
+trix/functional/packing.py says.
 """
 
 from dataclasses import dataclass

@@ -53,7 +53,7 @@ def train_and_validate(name: str, data: TextDataModule, seed: int, steps: int, l
     model = LanguageModel(data.vocab_size, LanguageModelConfig(d_model=D_MODEL, ffn=LAYERS[name]))
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    lowest_diversity = 1.0
+    diversities: list[float] = []
     start = time.perf_counter()
     for step, (token_BT, target_BT) in enumerate(track(data.train_dataloader(), f"{name}, seed {seed}", total=steps)):
         logits, _, aux = model(token_BT, return_routing=True)
@@ -64,9 +64,9 @@ def train_and_validate(name: str, data: TextDataModule, seed: int, steps: int, l
         optimizer.step()
         schedule.step()
         if step % 50 == 0:
-            lowest_diversity = min([lowest_diversity, *(ffn.get_signature_diversity() for ffn in routed(model))])
-    seconds = time.perf_counter() - start
-    return {"seed": seed, "seconds": seconds, "lowest_diversity": lowest_diversity, **validate(model, data), **sizes(model)}
+            diversities += [ffn.get_signature_diversity() for ffn in routed(model)]
+    figures = {"seconds": time.perf_counter() - start, "lowest_diversity": min(diversities, default=None)}
+    return {"seed": seed, **figures, **validate(model, data), **sizes(model)}
 
 
 def routed(model: LanguageModel) -> list[TriXFFN]:
@@ -74,7 +74,8 @@ def routed(model: LanguageModel) -> list[TriXFFN]:
 
 
 @torch.no_grad()
-def validate(model: LanguageModel, data: TextDataModule) -> dict[str, float]:
+def validate(model: LanguageModel, data: TextDataModule) -> dict[str, float | None]:
+    """Loss and the spread of tokens over tiles, in the worst layer; None without tiles."""
     model.eval()
     losses, usage = [], torch.zeros(len(routed(model)), NUM_TILES)
     for token_BT, target_BT in data.val_dataloader():
@@ -86,8 +87,8 @@ def validate(model: LanguageModel, data: TextDataModule) -> dict[str, float]:
     entropy = torch.special.entr(usage).sum(1) / torch.tensor(float(NUM_TILES)).log()
     return {
         "loss_nats": torch.cat(losses).mean().item(),
-        "max_over_mean_load": float(usage.max() * NUM_TILES) if len(usage) else 0.0,
-        "lowest_relative_entropy": float(entropy.min()) if len(usage) else 0.0,
+        "max_over_mean_load": float(usage.max() * NUM_TILES) if len(usage) else None,
+        "lowest_relative_entropy": float(entropy.min()) if len(usage) else None,
     }
 
 

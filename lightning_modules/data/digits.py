@@ -35,7 +35,7 @@ class DigitsDataModule(L.LightningDataModule):
         seed: of the split and of the order of training images, >= 0.
 
     Attributes:
-        class_names: the ten digits as text, by label.
+        class_names: the ten digits as text, by label. num_features: pixels of a row, 8.
         num_classes: 10.
 
     Raises:
@@ -61,6 +61,7 @@ class DigitsDataModule(L.LightningDataModule):
         digits = load_digits()
         self.class_names = tuple(str(name) for name in digits.target_names)
         self.num_classes = len(self.class_names)
+        self.num_features = digits.images.shape[-1]
         num_images = len(digits.target)
         num_validation = round(num_images * self._validation_fraction)
         for split, count in (("training", num_images - num_validation), ("validation", num_validation)):

@@ -13,6 +13,7 @@ from ort_ops.library import session_options
 from ort_ops.runtime import ExportedModel
 from trix.nn import Classifier, ClassifierConfig, FFNConfig
 
+pytestmark = pytest.mark.usefixtures("native_library")
 TOP2 = FFNConfig(num_tiles=5, d_ff=5 * 9, top_k=2)
 
 
@@ -120,6 +121,12 @@ def test_errors_state_the_rule_and_both_values(tmp_path: Path) -> None:
         export_language_model(model, "ab", token, tmp_path / "m.onnx")
     with pytest.raises(ExportError, match=r"held-out text \(1 tokens\) must have at least 2 tokens"):
         export_language_model(model, exported_models.VOCABULARY, token[:1], tmp_path / "m.onnx")
+    with pytest.raises(ExportError, match=r"held_out_tokens \(torch.int32, 1 axes\) must be int64 with one axis"):
+        export_language_model(model, exported_models.VOCABULARY, token.int(), tmp_path / "m.onnx")
     with pytest.raises(ExportError, match=r"the folder of the output \(.*missing\) must exist"):
         export_language_model(model, exported_models.VOCABULARY, token, tmp_path / "missing" / "m.onnx")
+    with pytest.raises(ExportError, match=r"vocabulary \(11 characters, 1 different\) must hold each once"):
+        export_language_model(model, "a" * 11, token, tmp_path / "m.onnx")
+    with pytest.raises(ExportError, match=r"the output \(.*\) must be a file, it is a folder"):
+        export_language_model(model, exported_models.VOCABULARY, token, tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -53,14 +53,6 @@ def test_missing_library_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> 
         session_options()
 
 
-def test_loader_imports_nothing_heavy() -> None:
-    code = (
-        "import sys, ort_ops.library, ort_ops.schema;"
-        "print(sorted({'torch', 'onnx', 'onnxscript', 'trix', 'lightning'} & set(sys.modules)))"
-    )
-    assert run_python(code).stdout.strip() == "[]"
-
-
 def test_session_options_take_threads_and_reject_zero() -> None:
     assert session_options(intra_op_num_threads=3).intra_op_num_threads == 3
     with pytest.raises(ValueError, match=r"intra_op_num_threads \(0\) must be >= 1"):
@@ -99,7 +91,9 @@ def test_instruction_set_is_chosen_by_environment_and_logged_once(isa: str) -> N
 def test_unknown_instruction_set_is_an_error_at_registration() -> None:
     finished = run_python("from ort_ops.library import session_options; session_options()", TRIX_ORT_ISA="mmx")
     assert finished.returncode != 0
-    assert "TRIX_ORT_ISA (mmx) must be one of: scalar, avx2" in finished.stderr
+    last_line = finished.stderr.strip().split("\n")[-1]
+    assert last_line.startswith("ValueError: onnxruntime can't use the native operators: ")
+    assert last_line.endswith("TRIX_ORT_ISA (mmx) must be one of: scalar, avx2")
 
 
 def test_old_runtime_gets_a_clean_status() -> None:

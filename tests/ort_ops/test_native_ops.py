@@ -84,6 +84,14 @@ def test_tile_matmul_of_empty_sizes(num_tokens: int, num_tiles: int, num_rows: i
     np.testing.assert_array_equal(y, np.zeros((num_tokens, num_rows), np.float32))
 
 
+def test_tiles_without_rows_cost_no_memory() -> None:
+    """Such tiles hold no bytes, so that any number of them fits into a model."""
+    num_tiles = 2**60
+    session = native_session(make_model(TERNARY_TILE_MATMUL, dims=UNKNOWN_RANKS))
+    inputs = {"x": f32(3, 8), "packed": u8(num_tiles, 0, 2), "row_scale": f32(num_tiles, 0), "tile_idx": np.zeros(3, np.int64)}
+    assert session.run(None, inputs)[0].shape == (3, 0)
+
+
 def test_infinity_and_nan_follow_multiplication() -> None:
     weight = np.array([[[1, 0, -1], [0, 0, 0], [1, 1, 1]]])
     inputs = {

@@ -37,3 +37,11 @@ def test_a_difference_is_explained_by_its_own_tie_or_by_one_at_an_earlier_layer(
     assert routed((1, 0), near_tie_at=(0, 0)) == 1  # another token, same layer: no excuse
     assert routed((2, 1), near_tie_at=(0, 0)) == 0  # passed on by attention
     assert routed((1, 0), near_tie_at=(1, 1)) == 1  # a later layer
+
+
+def test_shapes_that_only_broadcast_are_refused() -> None:
+    logits, tile_idx, gap = np.ones((1, 3, 4)), np.zeros((1, 3, 2, 1), dtype=np.int64), np.ones((1, 3, 2))
+    with pytest.raises(ValueError, match=r"actual \(1, 3, 2, 1\) and expected \(1,\), must have the same shape"):
+        compare(logits, logits, tile_idx, tile_idx[0, 0, 0], gap)
+    with pytest.raises(ValueError, match=r"and gap \(3, 2\) theirs without the last axis"):
+        compare(logits, logits, tile_idx, tile_idx, gap[0])

@@ -1,5 +1,7 @@
+import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import exported_models
@@ -9,6 +11,8 @@ import pytest
 
 from ort_ops.runtime import LanguageModelSession, ModelFileError, PromptError, draw
 from trix.nn import FFNConfig
+
+pytestmark = pytest.mark.usefixtures("native_library")
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +77,92 @@ def test_a_model_of_another_origin_is_refused(tmp_path: Path) -> None:
     onnx.save(model, tmp_path / "other.onnx")
     with pytest.raises(ModelFileError, match=r"file format \(None\) must be 1: was it written by `trix export`\?"):
         LanguageModelSession(tmp_path / "other.onnx")
+
+
+def edited(path: Path, folder: Path, edit: Callable[[onnx.ModelProto, dict[str, str]], object]) -> Path:
+    """A copy of the file after `edit(model, metadata properties)`."""
+    model = onnx.load(path)
+    properties = {entry.key: entry.value for entry in model.metadata_props}
+    edit(model, properties)
+    onnx.helper.set_model_props(model, properties)
+    onnx.save(model, folder / "edited.onnx")
+    return folder / "edited.onnx"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("task", None, r"task \(None\) must be language_model"),
+        ("float32_bytes", '"many"', r"metadata float32_bytes \('many'\) must be of type int"),
+        ("vocabulary", None, r"metadata vocabulary \(None\) must be of type str"),
+        ("vocabulary", '"abc"', r"vocabulary \(3 characters\) must be as long as the last axis of logits .*11\]"),
+        ("context_length", "true", r"metadata context_length \(True\) must be of type int"),
+        ("context_length", "0", r"context_length \(0\) must be >= 1"),
+        ("config", "[" * 100_000, ".* a value is nested too deeply"),
+    ],
+)
+def test_damaged_metadata_is_named_when_loading(path: Path, tmp_path: Path, key: str, value: str | None, message: str) -> None:
+    def edit(model: onnx.ModelProto, properties: dict[str, str]) -> None:
+        del properties[f"trix.{key}"]
+        properties |= {} if value is None else {f"trix.{key}": value}
+
+    with pytest.raises(ModelFileError, match=f"edited.onnx: {message}"):
+        LanguageModelSession(edited(path, tmp_path, edit))
+
+
+@pytest.mark.parametrize("key", ["input", "logits", "tile_idx", "gap"])
+@pytest.mark.parametrize("value", [None, 7, [[99]], [[1], [1, 2]], {"shape": [1], "float32_base64": "AAAA"}])
+def test_a_damaged_reference_does_not_pass_for_parity(path: Path, tmp_path: Path, key: str, value: object) -> None:
+    def edit(model: onnx.ModelProto, properties: dict[str, str]) -> None:
+        properties["trix.reference"] = json.dumps(json.loads(properties["trix.reference"]) | {key: value})
+
+    session = LanguageModelSession(edited(path, tmp_path, edit))
+    with pytest.raises(ModelFileError, match=r"edited.onnx: the reference example can't be checked: \w+"):
+        session.check_parity()
+
+
+def test_a_missing_reference_is_named(path: Path, tmp_path: Path) -> None:
+    session = LanguageModelSession(edited(path, tmp_path, lambda _, properties: properties.pop("trix.reference")))
+    with pytest.raises(ModelFileError, match=r"metadata reference \(None\) must be of type dict"):
+        session.check_parity()
+
+
+def test_another_graph_with_the_metadata_of_a_language_model_is_refused(path: Path, tmp_path: Path) -> None:
+    def edit(model: onnx.ModelProto, properties: dict[str, str]) -> None:
+        token = onnx.numpy_helper.from_array(np.zeros((1, 3), dtype=np.int64), "token")
+        model.graph.initializer.append(token)
+        del model.graph.input[:]
+
+    with pytest.raises(ModelFileError, match=r"inputs \(\[\]\) must be \['token'\] and outputs \(.*\) hold 'logits'"):
+        LanguageModelSession(edited(path, tmp_path, edit))
+
+
+def test_nan_weights_end_in_an_error_not_in_text(path: Path, tmp_path: Path) -> None:
+    def edit(model: onnx.ModelProto, properties: dict[str, str]) -> None:
+        for tensor in model.graph.initializer:
+            if tensor.data_type == onnx.TensorProto.FLOAT:
+                values = np.full(tuple(tensor.dims), np.nan, dtype=np.float32)
+                tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+
+    session = LanguageModelSession(edited(path, tmp_path, edit))
+    for temperature in (0.0, 1.0):
+        with pytest.raises(ModelFileError, match="logits must be numbers, 11 of 11 are NaN"):
+            list(session.generate("abc", 1, temperature=temperature))
+
+
+def test_an_unknown_operator_is_not_blamed_on_the_library(path: Path, tmp_path: Path) -> None:
+    (tmp_path / "other.onnx").write_bytes(path.read_bytes().replace(b"Gather", b"Gothic"))
+    for use_library in (True, False):
+        with pytest.raises(ModelFileError, match=r"other\.onnx: onnxruntime can't load it: .*Gothic"):
+            LanguageModelSession(tmp_path / "other.onnx", use_library=use_library)
+
+
+def test_a_damaged_file_prints_nothing(path: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """onnxruntime's message then holds bytes that are no text, which its Python side takes for a provider's fault."""
+    (tmp_path / "damaged.onnx").write_bytes(path.read_bytes().replace(b"Gather", b"Gathe\xff"))
+    with pytest.raises(ModelFileError, match=r"damaged\.onnx: not an ONNX file, or a damaged one"):
+        LanguageModelSession(tmp_path / "damaged.onnx")
+    assert capfd.readouterr().out == ""
 
 
 def test_a_model_without_portable_functions_says_what_it_needs(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import onnxruntime as ort
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from native_fixtures import has_instruction_set
 from packed_models import (
     make_model,
     portable_session,
@@ -50,15 +51,6 @@ class IsaWorker:
 
     def close(self) -> None:
         self.process.communicate(timeout=60)
-
-
-def has_instruction_set(isa: str) -> bool:
-    finished = subprocess.run(
-        [sys.executable, "-c", "from ort_ops.library import session_options; session_options()"],
-        capture_output=True,
-        env=os.environ | {"TRIX_ORT_ISA": isa},
-    )
-    return finished.returncode == 0
 
 
 @pytest.fixture(scope="module")

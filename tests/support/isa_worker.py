@@ -5,13 +5,9 @@ is the path of a .npz with the outputs. TRIX_ORT_ISA is read once per process, h
 """
 
 import sys
-from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "ort_ops"))
-
 from packed_models import make_model, native_session
 
 from ort_ops.schema import SIGNATURE_ROUTE, TERNARY_TILE_MATMUL

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -31,3 +33,13 @@ def native_library() -> None:
         if find_compiler() is None:
             pytest.skip(f"no C++ compiler on this machine: {error}")
         raise
+
+
+def has_instruction_set(isa: str) -> bool:
+    """Whether the library and this CPU can run these kernels."""
+    finished = subprocess.run(
+        [sys.executable, "-c", "from ort_ops.library import session_options; session_options()"],
+        capture_output=True,
+        env=os.environ | {"TRIX_ORT_ISA": isa},
+    )
+    return finished.returncode == 0

@@ -1,4 +1,4 @@
-"""The 2-bit layout of ternary codes. This is the only place that documents the bit order.
+"""The 2-bit layout of ternary codes. The C++ side states the same in its contract, ternary_tile_matmul.hpp.
 
 code  0 -> 00    +1 -> 01    -1 -> 10    (11 is reserved and an error when read)
 

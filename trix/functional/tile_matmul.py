@@ -125,7 +125,7 @@ def ternary_tile_matmul(x: Tensor, packed: Tensor, row_scale: Tensor, tile_idx: 
     """
     codes = unpack_ternary(packed, x.shape[-1]).to(x.dtype)
     if packed.shape[0] == 1:
-        return (x @ codes[0].T) * row_scale[0].to(x.dtype)
+        return (x @ codes[0].T).to(x.dtype) * row_scale[0].to(x.dtype)
     groups = group_tokens(tile_idx, packed.shape[0])
     y = grouped_linear(x[groups.order], codes, groups.ends)[groups.inverse]
     return y.to(x.dtype) * row_scale[tile_idx].to(x.dtype)

@@ -15,7 +15,7 @@ class TriXLinear(TernaryWeight):
     The output rows are cut into ``num_tiles`` equal groups, each with a signature of its own that can be read.
 
     Shape:
-        x: float [..., in_features] -> [..., out_features], in the dtype of x (autocast's, where enabled).
+        x: float [..., in_features] -> [..., out_features], in the dtype of x (autocast's, where enabled and not packed).
 
     Raises:
         ValueError: out_features is not divisible by num_tiles, or a size is below 1.

@@ -15,7 +15,7 @@ class TernaryWeight(nn.Module):
     """Float weight [..., N, K] seen through the absmean quantiser, or its packed form.
 
     Float mode holds the parameter ``weight``; packed mode holds the buffers ``packed`` (uint8 [..., N, ceil(K / 4)]) and
-    ``row_scale`` (float32 [..., N]) and no float weight, so nothing can go stale and the memory is really saved. A
+    ``row_scale`` (the weight's dtype, [..., N]) and no float weight, so nothing can go stale and the memory is really saved. A
     state_dict of either mode loads into either: the module takes the mode of what it is given.
 
     Raises:
@@ -76,7 +76,7 @@ class TernaryWeight(nn.Module):
             return
         codes, scale = absmean_codes(self.weight)
         self.weight = None
-        self.packed, self.row_scale = pack_ternary(codes), scale.to(torch.float32)
+        self.packed, self.row_scale = pack_ternary(codes), scale
 
     def unpack(self) -> None:
         """Return to a float weight whose ternary form is the packed one. The float values behind it are not recovered.
@@ -107,10 +107,11 @@ class TernaryWeight(nn.Module):
                 f"packed {tuple(packed.shape)} and row_scale {tuple(scale.shape)} must be {expected} and {expected[:-1]}"
             )
         check_packed(packed, self.shape[-1])
-        device = self.weight.device if self.weight is not None else packed.device
+        present = self.weight if self.weight is not None else self.row_scale
+        assert present is not None
         self.weight = None
-        self.packed = torch.empty_like(packed, device=device)
-        self.row_scale = torch.empty_like(scale, device=device)
+        self.packed = torch.empty_like(packed, device=present.device)
+        self.row_scale = torch.empty_like(scale, device=present.device)
 
     def extra_repr(self) -> str:
         return f"shape={tuple(self.shape)}, packed={self.is_packed}"

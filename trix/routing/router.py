@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from trix.functional.packing import pack_ternary, packed_width, unpack_ternary
+from trix.functional.packing import check_packed, pack_ternary, packed_width, unpack_ternary
 from trix.functional.signatures import signature_diversity_loss, signature_scores
 from trix.functional.ternary import threshold_ternary
 from trix.functional.tile_matmul import select_top_k, signature_route
@@ -241,10 +241,10 @@ class SignatureRouter(Router):
         """The choice without the gate: tile_idx int64 [T, K], and score [T, E] without the bias."""
         self._check_width(x_TD)
         x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
-        if self.packed_signatures is not None:
-            tile_idx_TK, score_TE = signature_route(x_TD, self.packed_signatures, self.balance_bias, self.top_k)
-            return tile_idx_TK, score_TE
         with without_autocast(x_TD):
+            if self.packed_signatures is not None:
+                tile_idx_TK, score_TE = signature_route(x_TD, self.packed_signatures, self.balance_bias, self.top_k)
+                return tile_idx_TK, score_TE
             score_TE = signature_scores(x_TD, self.signatures(emergent_ED).to(x_TD.dtype))
         return select_top_k(score_TE.detach() + self.balance_bias, self.top_k), score_TE
 
@@ -256,6 +256,7 @@ class SignatureRouter(Router):
             shape = (self.num_tiles, packed_width(self.d_model))
             if tuple(packed.shape) != shape:
                 raise ValueError(f"packed signatures {tuple(packed.shape)} must have shape {shape}")
+            check_packed(packed, self.d_model)
             self.packed_signatures = torch.empty_like(packed, device=self.balance_bias.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
 

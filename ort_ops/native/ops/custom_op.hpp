@@ -1,8 +1,8 @@
 // The C face of an op. `CustomOp<Op>` fills the runtime's OrtCustomOp from a class that has
 //   static constexpr const char* kName;   static constexpr TensorSpec kInputs[], kOutputs[];
-//   Op(const KernelInfo&)                                     checks what is known when a session is created
-//   void compute(KernelContext&) const                        checks everything else and runs; called from
-//   any thread static void infer_shapes(const ShapeContext&)
+//   Op(const KernelInfo&)               checks what is known when a session is created
+//   void compute(KernelContext&) const  checks everything else and runs; called from any thread
+//   static void infer_shapes(const ShapeContext&)
 // All inputs are required: omitted optional ones crash shape inference in onnxruntime 1.17 to 1.22.
 #pragma once
 

@@ -40,6 +40,8 @@ class TernaryTileMatMul {
         const std::size_t num_rows = packed.size(1);
         const std::size_t num_columns = x.size(1);
         float* y = context.output<float>(0, kOutputs[0].name, {x.dim(0), packed.dim(1)});
+        // Tiles without rows hold no bytes, so there may be any number of them: keep no list of them.
+        if (num_rows == 0) return;
 
         const TokenGroups groups = group_tokens(tile_idx.as<std::int64_t>(), x.size(0), packed.size(0));
         const std::vector<WorkUnit> units = plan_units(groups, num_rows, num_columns);

@@ -111,14 +111,23 @@ def test_tinyshakespeare_is_one_text(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (corpus.train_text, corpus.validation_text, corpus.sha256) == (CONTENT.decode(), None, SHA256)
 
 
-def test_pydoc_is_the_topics_in_key_order() -> None:
-    from pydoc_data.topics import topics
-
+def test_pydoc_is_the_topics_in_key_order_each_paragraph_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("pydoc_data.topics")
+    module.topics = {"b": "two\n\none", "a": "one\n\n three"}  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", module)
+    monkeypatch.setattr(corpora, "MIN_PYDOC_TOPICS", 2)
+    monkeypatch.setattr(corpora, "MIN_PYDOC_CHARACTERS", 1)
     corpus = load_corpus("pydoc")
+    assert corpus.train_text == "one\n\n three\n\ntwo"
     assert corpus.validation_text is None
-    assert corpus.train_text == "\n\n".join(topics[key] for key in sorted(topics))
     assert corpus.sha256 == hashlib.sha256(corpus.train_text.encode()).hexdigest()
-    assert len(corpus.train_text) > 400_000
+
+
+def test_validation_text_of_pydoc_does_not_stand_in_its_training_text() -> None:
+    text = load_corpus("pydoc").train_text
+    num_train = len(text) * 9 // 10
+    train, windows = text[:num_train], [text[head : head + 64] for head in range(num_train, len(text), 64)]
+    assert sum(window in train for window in windows) < 0.01 * len(windows)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +137,7 @@ def test_pydoc_is_the_topics_in_key_order() -> None:
         (["assert"], r"^pydoc_data.topics.topics \(list\) must be a dict of str to str$"),
         ({"assert": 3}, r"^pydoc_data.topics.topics \(dict\) must be a dict of str to str$"),
         ({"assert": "text"}, r"^number of pydoc topics \(1\) must be >= 60$"),
-        ({str(i): "x" * 10 for i in range(60)}, r"^number of pydoc characters \(718\) must be >= 300,000$"),
+        ({str(i): f"{i:010}" for i in range(60)}, r"^number of pydoc characters \(718\) must be >= 300,000$"),
     ],
 )
 def test_unexpected_pydoc_is_an_error(topics: object, message: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,10 +33,8 @@ def test_output_equals_the_definition(routing: str, top_k: int) -> None:
 
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_training_and_evaluation_compute_the_same(routing: str) -> None:
-    ffn = TriXFFN(16, 4, routing=routing)
+    ffn = TriXFFN(16, 4, routing=routing, balance_rate=0.0)  # the balance bias moves between the two otherwise
     x = torch.randn(2, 6, 16)
-    assert torch.equal(ffn.train()(x), ffn.eval()(x)) or ffn.router.balance_bias.abs().sum() > 0
-    ffn.router.balance_rate = 0.0
     assert torch.equal(ffn.train()(x), ffn.eval()(x))
 
 

@@ -38,6 +38,26 @@ def test_packing_keeps_the_function_and_drops_the_float_weight(in_features: int)
     assert torch.equal(layer.codes_and_scale()[0], codes)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_packing_keeps_the_dtype(dtype: torch.dtype) -> None:
+    layer = TriXLinear(16, 8).to(dtype)
+    x = torch.randn(4, 16).to(dtype)
+    before = layer(x)
+    layer.pack()
+    torch.testing.assert_close(layer(x), before)
+    layer.unpack()
+    torch.testing.assert_close(layer(x), before)
+
+
+@pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter")
+def test_a_packed_state_loads_to_where_the_layer_is() -> None:
+    source, target = TriXLinear(8, 8), TriXLinear(8, 8)
+    source.pack()
+    target.pack()
+    target.to("meta").load_state_dict(source.state_dict())
+    assert {value.device.type for value in target.state_dict().values()} == {"meta"}
+
+
 def test_packed_weights_take_a_sixteenth() -> None:
     layer = TriXLinear(4096, 256)
     float_bytes = layer.weight.numel() * 4

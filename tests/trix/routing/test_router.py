@@ -145,6 +145,17 @@ def test_packed_routing_is_the_same_and_unpacks() -> None:
     assert torch.equal(router(x).tile_idx, before.tile_idx)
 
 
+def test_a_foreign_packed_state_is_refused() -> None:
+    router = SignatureRouter(8, 4)
+    router.pack_signatures()
+    state = router.state_dict()
+    with pytest.raises(ValueError, match=r"packed signatures \(4, 2\) must have shape \(4, 3\)"):
+        SignatureRouter(12, 4).load_state_dict(state)
+    state["packed_signatures"][0, 0] = 0b11
+    with pytest.raises(ValueError, match="reserved field 11"):
+        SignatureRouter(8, 4).load_state_dict(state)
+
+
 def test_sizes_are_checked() -> None:
     with pytest.raises(ValueError, match=r"top_k \(5\) must be >= 1 and <= num_tiles \(4\)"):
         SignatureRouter(8, 4, top_k=5)
@@ -161,11 +172,14 @@ def test_the_learned_gate_receives_gradient() -> None:
     assert router.gate_ED.grad.abs().sum() > 0
 
 
-def test_scores_stay_in_float32_under_autocast() -> None:
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_scores_stay_in_float32_under_autocast(is_packed: bool) -> None:
     router = SignatureRouter(64, 8)
+    if is_packed:
+        router.pack_signatures()
     x = torch.randn(100, 64)
     expected = router(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         decision = router(x)
     assert decision.score.dtype == torch.float32
-    assert torch.equal(decision.tile_idx, expected.tile_idx)
+    assert torch.equal(decision.score, expected.score)

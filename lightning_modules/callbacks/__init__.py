@@ -1,0 +1,18 @@
+"""What watches or changes a network while it trains: one callback a file, each reading the outputs of the steps."""
+
+from lightning_modules.callbacks.claims import ClaimMonitor
+from lightning_modules.callbacks.diversity import DiversityMonitor
+from lightning_modules.callbacks.freezing import FreezingEvent, FreezingSchedule
+from lightning_modules.callbacks.prediction_writer import PredictionWriter
+from lightning_modules.callbacks.routing_monitor import RoutingMonitor
+from lightning_modules.callbacks.run_report import RunReport
+
+__all__ = [
+    "ClaimMonitor",
+    "DiversityMonitor",
+    "FreezingEvent",
+    "FreezingSchedule",
+    "PredictionWriter",
+    "RoutingMonitor",
+    "RunReport",
+]

@@ -1,0 +1,100 @@
+"""Figures for TensorBoard: drawn on figures of their own, so pyplot's global state is never touched.
+
+Shape suffixes: E tiles, D model width, C classes.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import lightning as L
+from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import BoundaryNorm, ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+# Blue and orange stay apart for colour-blind readers; grey recedes.
+SIGNATURE_COLOURS = {-1: "#2166ac", 0: "#eeeeee", 1: "#e08214"}
+MAX_CELLS_WITH_TEXT = 400
+
+
+def add_figure(trainer: L.Trainer, tag: str, figure: Figure) -> None:
+    """Write the figure to each TensorBoard logger, at the present step; other loggers get nothing."""
+    if not trainer.is_global_zero:
+        return
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_figure(tag, figure, global_step=trainer.global_step, close=False)
+
+
+def has_tensorboard(trainer: L.Trainer) -> bool:
+    return any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers)
+
+
+def signature_figure(signatures: Mapping[str, Tensor]) -> Figure:
+    """A heat map [E, D] of -1, 0 and +1 for each layer, given its signatures in force."""
+    heights = [0.9 + 0.11 * len(signature_ED) for signature_ED in signatures.values()]
+    figure, axes = _rows(heights, width=8.0)
+    colours = ListedColormap(list(SIGNATURE_COLOURS.values()))
+    norm = BoundaryNorm([-1.5, -0.5, 0.5, 1.5], colours.N)
+    for axis, (name, signature_ED) in zip(axes, signatures.items(), strict=True):
+        values = signature_ED.detach().cpu().numpy()
+        axis.imshow(values, aspect="auto", cmap=colours, norm=norm, interpolation="nearest")
+        axis.set(title=name, ylabel="tile")
+        axis.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[-1].set_xlabel("model dimension")
+    legend = [
+        Patch(facecolor=colour, edgecolor="#999999", label=f"{value:+d}" if value else "0")
+        for value, colour in SIGNATURE_COLOURS.items()
+    ]
+    figure.suptitle("Signatures of the tiles")
+    figure.legend(handles=legend, loc="upper right", ncols=3, frameon=False)
+    return figure
+
+
+def usage_figure(usage: Mapping[str, Tensor]) -> Figure:
+    """Bars of the share of assignments that each tile gets, [E] for each layer, with the equal share as a line."""
+    figure, axes = _rows([1.7] * len(usage), width=8.0)
+    for axis, (name, usage_E) in zip(axes, usage.items(), strict=True):
+        num_tiles = len(usage_E)
+        axis.bar(range(num_tiles), usage_E.cpu().numpy(), color="#4477aa")
+        axis.axhline(1 / num_tiles, color="#cc3311", linewidth=1, linestyle="--", label=f"equal share, 1/{num_tiles}")
+        axis.set(title=name, ylabel="share", xlim=(-0.6, num_tiles - 0.4))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[0].legend(loc="upper right", frameon=False)
+    axes[-1].set_xlabel("tile")
+    figure.suptitle("Share of the tokens of the validation that each tile got")
+    return figure
+
+
+def claim_figure(claims: Mapping[str, Tensor], class_names: Sequence[str]) -> Figure:
+    """A heat map [C, E] for each layer: the share of a class's tokens that went to a tile, given claim rates [E, C]."""
+    figure, axes = _rows([1.0 + 0.28 * len(class_names)] * len(claims), width=max(6.0, 2.0 + 0.42 * _num_tiles(claims)))
+    for axis, (name, rate_EC) in zip(axes, claims.items(), strict=True):
+        rate_CE = rate_EC.T.cpu().numpy()
+        image = axis.imshow(rate_CE, aspect="auto", cmap="Blues", vmin=0.0, vmax=1.0, interpolation="nearest")
+        axis.set(title=name, ylabel="class")
+        axis.set_yticks(range(len(class_names)), class_names)
+        axis.set_xticks(range(rate_CE.shape[1]))
+        if rate_CE.size <= MAX_CELLS_WITH_TEXT:
+            for row, column in zip(*(rate_CE >= 0.05).nonzero(), strict=True):
+                share = rate_CE[row, column]
+                colour = "white" if share > 0.6 else "black"
+                axis.text(column, row, f"{share:.0%}", ha="center", va="center", fontsize=7, color=colour)
+        figure.colorbar(image, ax=axis, label="share of the class")
+    axes[-1].set_xlabel("tile")
+    figure.suptitle("Which class goes to which tile")
+    return figure
+
+
+def _num_tiles(claims: Mapping[str, Tensor]) -> int:
+    return max(len(rate_EC) for rate_EC in claims.values())
+
+
+def _rows(heights: Sequence[float], width: float) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(width, 0.8 + sum(heights)), dpi=80, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)
+    return figure, list(axes[:, 0])

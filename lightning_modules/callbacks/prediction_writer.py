@@ -1,0 +1,45 @@
+"""Keep what a network predicts."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import BasePredictionWriter
+from rich import get_console
+from typing_extensions import override
+
+
+class PredictionWriter(BasePredictionWriter):
+    """Write the predictions of ``trix predict`` to one file: a dict of tensors, concatenated over batches.
+
+    ``torch.load(path, weights_only=True)`` reads it. With several processes each writes its own part, with its rank before the
+    suffix of the name.
+
+    Args:
+        output: the file; replaced whole, at the end.
+    """
+
+    def __init__(self, output: Path | str = "predictions.pt") -> None:
+        interval: Literal["epoch"] = "epoch"
+        super().__init__(interval)
+        self.output = Path(output)
+
+    @override
+    def write_on_epoch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
+    ) -> None:
+        output = self.output
+        if trainer.world_size > 1:
+            output = output.with_suffix(f".rank{trainer.global_rank}{output.suffix}")
+        joined = {name: torch.cat([batch[name] for batch in predictions]).cpu() for name in predictions[0]}
+        output.parent.mkdir(parents=True, exist_ok=True)
+        partial = output.with_name(f".{output.name}.partial")
+        try:
+            torch.save(joined, partial)
+            partial.replace(output)
+        finally:
+            partial.unlink(missing_ok=True)
+        shapes = ", ".join(f"{name} {list(values.shape)}" for name, values in joined.items())
+        get_console().print(f"wrote   {output}: {shapes}", highlight=False, markup=False, soft_wrap=True)

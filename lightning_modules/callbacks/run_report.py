@@ -1,0 +1,100 @@
+"""What a person at the terminal sees of a run: a few lines at its start, one line a validation, one at its end."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from rich import get_console
+from typing_extensions import override
+
+from lightning_modules.routed_layers import routed_layers
+
+
+class RunReport(L.Callback):
+    """Print the size of the network and where things are written; then the metrics of each validation; then the best.
+
+    ``trix`` adds it to every ``fit``; it holds no state. Lines go to rich's console, which draws the progress bar too, so the
+    two do not disturb each other, and they also serve where there is no terminal.
+    """
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._start = time.monotonic()
+        num_parameters = sum(parameter.numel() for parameter in pl_module.parameters())
+        tiles = [layer.num_tiles for layer in routed_layers(pl_module).values()]
+        routed = f"{len(tiles)} routed layers of {_listed(tiles)} tiles" if tiles else "no routed layers"
+        self._print(trainer, f"network      {num_parameters / 1e6:.2f} M parameters, {routed}")
+        length = f"{trainer.max_steps} steps" if trainer.max_steps > 0 else f"{trainer.max_epochs} epochs"
+        resumed = f", going on after step {trainer.global_step}" if trainer.global_step else ""
+        self._print(trainer, f"training     {length} on {trainer.strategy.root_device.type}{resumed}")
+        for place in _log_places(trainer):
+            self._print(trainer, f"logs         {place}")
+
+    @override
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        shown = {
+            name: float(value)
+            for name, value in trainer.progress_bar_metrics.items()
+            if name.startswith(("train/", "val/")) and not name.endswith("_step")
+        }
+        self._print(trainer, f"step {trainer.global_step:<7} {_metrics_text(shown)}  ({time.monotonic() - self._start:.0f} s)")
+
+    @override
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.best_model_path:
+                path = _relative(callback.best_model_path)
+                score = (
+                    f" ({callback.monitor} {float(callback.best_model_score):.4f})"
+                    if callback.best_model_score is not None
+                    else ""
+                )
+                self._print(trainer, f"checkpoint   {path}{score}")
+
+    def _print(self, trainer: L.Trainer, text: str) -> None:
+        if trainer.is_global_zero:
+            get_console().print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+class StepProgressBar(RichProgressBar):
+    """Lightning's rich progress bar; a run measured in steps has no number of epochs to show."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        # Lightning would say "Epoch 0/-2". Should it rename this method, that is what comes back.
+        if self.trainer.max_epochs is None or self.trainer.max_epochs > 0:
+            return super()._get_train_description(current_epoch)
+        return f"{f'Epoch {current_epoch}':{len(self.validation_description)}}"
+
+    @override
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        return metrics
+
+
+def _metrics_text(metrics: Mapping[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+
+
+def _log_places(trainer: L.Trainer) -> list[str]:
+    places = (getattr(logger, "log_dir", None) for logger in trainer.loggers)
+    return [_relative(place) for place in places if place]
+
+
+def _relative(path: str) -> str:
+    try:
+        return str(Path(path).resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return path
+
+
+def _listed(numbers: list[int]) -> str:
+    return str(numbers[0]) if len(set(numbers)) == 1 else ", ".join(str(number) for number in numbers)

@@ -1,0 +1,112 @@
+"""The ``trix`` command. Light: help and the deployment commands never import torch."""
+
+import os
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+from importlib import metadata
+
+from lightning_modules.error_text import one_line
+from lightning_modules.errors import UserError
+
+HELP = """\
+usage: trix COMMAND [OPTIONS]
+
+Sparse networks you can read: train them, export them, run them.
+
+training (trix COMMAND --help lists every option)
+  fit         train a model, as one or several YAML files say
+  validate    measure a checkpoint on the validation data
+  test        measure a checkpoint on the test data
+  predict     write the predictions of a checkpoint to a file
+deployment
+  export      write a checkpoint as one ONNX file with packed ternary weights
+  generate    continue a text with an exported model (needs no torch)
+
+options
+  -h, --help  show this help
+  --version   show the version
+
+examples
+  trix fit --config configs/char_lm.yaml
+  trix fit --config configs/char_lm.yaml --trainer.max_steps 100 --print_config
+  trix fit --config configs/char_lm.yaml --ckpt_path runs/char_lm/last.ckpt
+  trix validate --config configs/char_lm.yaml --ckpt_path runs/char_lm/best.ckpt
+  trix export --ckpt runs/char_lm/best.ckpt --output runs/char_lm/model.onnx
+  trix generate runs/char_lm/model.onnx --prompt "The "
+"""
+TRAINING_COMMANDS = ("fit", "validate", "test", "predict")
+DEPLOYMENT_COMMANDS = ("export", "generate")
+EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
+TRACEBACK_VARIABLE = "TRIX_TRACEBACK"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code.
+
+    What a user can mend is told in one line on stderr, with exit code 2; TRIX_TRACEBACK=1 shows where it came from. An error
+    of the program itself keeps its traceback. Ctrl-C gives 130.
+    """
+    try:
+        return _dispatch(list(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        if os.environ.get(TRACEBACK_VARIABLE, "0") not in ("", "0"):
+            raise
+        print(f"trix: error: {one_line(error)}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        return _interrupted()
+    except SystemExit as stop:
+        # Lightning turns Ctrl-C into an exit of its own.
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            return _interrupted()
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except BrokenPipeError:
+        # The reader of the output has gone, as in `trix generate ... | head`: nothing more can be written, also not at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _interrupted() -> int:
+    print("trix: interrupted", file=sys.stderr)
+    return EXIT_INTERRUPTED
+
+
+def version() -> str:
+    try:
+        return metadata.version("trix")
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _dispatch(arguments: list[str]) -> int:
+    command = arguments[0] if arguments else "--help"
+    if command in ("-h", "--help"):
+        print(HELP, end="")
+        return 0
+    if command == "--version":
+        print(f"trix {version()}")
+        return 0
+    # Before torch is loaded: threads that spin while they wait slow each other down many times over on a busy machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if command in TRAINING_COMMANDS:
+        from lightning_modules.lightning_cli import run_training_command
+
+        return run_training_command(arguments)
+    if command == "export":
+        from lightning_modules.commands.export import run_export
+
+        return run_export(arguments[1:])
+    if command == "generate":
+        from lightning_modules.commands.generate import run_generate
+
+        return run_generate(arguments[1:])
+    if command.startswith("-"):
+        raise UserError(f"the command must come first, got {command}; see `trix --help`")
+    nearest = get_close_matches(command, (*TRAINING_COMMANDS, *DEPLOYMENT_COMMANDS), n=1)
+    hint = f"did you mean {nearest[0]}?" if nearest else "see `trix --help`"
+    raise UserError(f"unknown command {command!r}; {hint}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

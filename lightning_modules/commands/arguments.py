@@ -1,0 +1,35 @@
+"""The argument parser of the light commands: strict, with errors in one line."""
+
+import argparse
+from difflib import get_close_matches
+from typing import Any, NoReturn
+
+from lightning_modules.errors import UserError
+
+
+class CommandParser(argparse.ArgumentParser):
+    """argparse without abbreviations, whose errors are UserErrors that name the nearest option."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+        self._known_options: list[str] = []
+
+    def add_argument(self, *names: str, **settings: Any) -> argparse.Action:
+        action = super().add_argument(*names, **settings)
+        if not hasattr(self, "_known_options"):  # argparse adds --help while it is being made
+            self._known_options = []
+        self._known_options.extend(action.option_strings)
+        return action
+
+    def parse_strictly(self, arguments: list[str]) -> argparse.Namespace:
+        # Before argparse looks: it would first miss the required option that a misspelt one was to be.
+        for argument in arguments:
+            name = argument.split("=")[0]
+            if name.startswith("--") and name not in ("--", *self._known_options):
+                nearest = get_close_matches(name, self._known_options, n=1)
+                hint = f"; did you mean {nearest[0]}?" if nearest else ""
+                raise UserError(f"unknown option {name} of `{self.prog}`{hint}")
+        return self.parse_args(arguments)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see `{self.prog} --help`")

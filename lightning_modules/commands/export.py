@@ -1,0 +1,107 @@
+"""``trix export``: write a checkpoint as one ONNX file with packed ternary weights, checked against torch."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_modules.commands.arguments import CommandParser
+from lightning_modules.errors import DataError, UserError
+
+if TYPE_CHECKING:
+    from ort_ops.export import ExportReport
+
+
+def run_export(arguments: list[str]) -> int:
+    """Export, and print what was written and how it compares with torch on held-out data."""
+    options = _parser().parse_strictly(arguments)
+    output = Path(options.output)
+    _check_output(output, options.held_out_tokens)
+    try:
+        report = export_checkpoint(
+            options.ckpt, output, fallback=not options.no_fallback, held_out_tokens=options.held_out_tokens
+        )
+    except OSError as error:  # reading has errors of its own
+        raise UserError(f"output {output} cannot be written: {error.strerror or error}") from error
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    print(f"wrote   {output}")
+    print(report)
+    return 0
+
+
+def export_checkpoint(ckpt: Path | str, output: Path, fallback: bool, held_out_tokens: int) -> "ExportReport":
+    """Rebuild the task and the data of a checkpoint, and export its network.
+
+    Args:
+        ckpt: a file written by `trix fit`. output: the file to write. fallback: also write the operators' portable definition.
+        held_out_tokens: at most so many tokens of the validation data are used to compare with torch.
+
+    Raises:
+        CheckpointError, DataError, and what ``ort_ops.export`` raises.
+    """
+    from lightning_modules.data.digits import DigitsDataModule
+    from lightning_modules.data.text import TextDataModule
+    from lightning_modules.tasks import ClassifierTask, LanguageModelTask, load_checkpoint
+    from ort_ops.export import export_classifier, export_language_model
+
+    task, checkpoint = load_checkpoint(ckpt)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(task, LanguageModelTask):
+        text = TextDataModule(**_data_settings(checkpoint, ckpt, TextDataModule))
+        if text.vocabulary != task.vocabulary:
+            raise DataError(
+                f"the text's vocabulary ({text.vocab_size} characters) must equal the checkpoint's "
+                f"({len(task.vocabulary)} characters): the text has changed since the training"
+            )
+        num_tokens = min(held_out_tokens, len(text.val_dataloader().dataset) * text.context_length)  # type: ignore[arg-type]
+        return export_language_model(task.network, task.vocabulary, text.held_out_tokens(num_tokens), output, fallback)
+    if isinstance(task, ClassifierTask):
+        import torch
+
+        digits = DigitsDataModule(**_data_settings(checkpoint, ckpt, DigitsDataModule))
+        inputs = torch.cat([inputs for inputs, _ in digits.val_dataloader()])
+        num_examples = max(held_out_tokens // inputs.shape[1], 1)
+        return export_classifier(task.network, list(task.class_names), inputs[:num_examples], output, fallback)
+    raise UserError(
+        f"task ({task.task_name}) must be {LanguageModelTask.task_name} or {ClassifierTask.task_name} to be exported"
+    )
+
+
+def _data_settings(checkpoint: dict[str, Any], path: Path | str, kind: type) -> dict[str, Any]:
+    """The settings of the data module that the network was trained on, for held-out data."""
+    from lightning_modules.tasks.routed_task import CHECKPOINT_KEY
+
+    settings = checkpoint.get("datamodule_hyper_parameters")
+    name = checkpoint[CHECKPOINT_KEY].get("data")
+    if not isinstance(settings, dict) or name != kind.__name__:
+        raise UserError(f"{path}: data module ({name}) must be {kind.__name__}, from which held-out data is taken")
+    return settings
+
+
+def _check_output(output: Path, held_out_tokens: int) -> None:
+    # Before anything slow: a mistyped output is told at once.
+    if output.is_dir():
+        raise UserError(f"output {output} must be a file, not a directory")
+    if held_out_tokens < 2:
+        raise UserError(f"--held-out-tokens ({held_out_tokens}) must be >= 2")
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser(
+        prog="trix export",
+        description="Write a checkpoint as one ONNX file with packed ternary weights, and compare it with torch.",
+        epilog="example:\n  trix export --ckpt runs/char_lm/best.ckpt --output runs/char_lm/model.onnx",
+    )
+    parser.add_argument("--ckpt", required=True, help="a checkpoint written by `trix fit`")
+    parser.add_argument("--output", required=True, help="the ONNX file to write")
+    parser.add_argument(
+        "--no-fallback",
+        action="store_true",
+        help="leave out the operators' portable definition: the file then needs the native operators",
+    )
+    parser.add_argument(
+        "--held-out-tokens",
+        type=int,
+        default=4096,
+        help="compare with torch on at most so many tokens of the validation data (default: %(default)s)",
+    )
+    return parser

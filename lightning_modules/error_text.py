@@ -1,0 +1,108 @@
+"""Long error texts made short: one line that names the key, the value, the nearest valid one and the file."""
+
+import re
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+
+MAX_LENGTH = 400
+
+# What jsonargparse says of a key that no parameter has.
+_UNKNOWN_KEY = (
+    re.compile(r"Option '(?P<key>[^']+)' is not accepted"),
+    re.compile(r"does not accept option '(?P<key>[^']+)'"),
+    re.compile(r"unrecognized arguments: (?P<key>\S+)"),
+)
+_UNKNOWN_CLASS = re.compile(r"Expected a dot import path string: (?P<key>\w+)\s*$", re.MULTILINE)
+_LITERAL = re.compile(r"Expected a typing\.Literal\[(?P<choices>[^\]]+)\]\. Got value: (?P<value>[^\n]*)")
+_TYPE = re.compile(r"Expected a <class '(?P<type>[\w.]+)'>\. Got value: (?P<value>[^\n]*)")
+_KEY = re.compile(r"Parser key \"(?P<key>[^\"]+)\":?")
+_NESTED_KEY = re.compile(r"NestedArg\(key='(?P<key>[^']+)'")
+# A value that fits none of several types: one reason for each, most of them beside the point.
+_UNION = "Does not validate against any of the Union subtypes"
+_REASON = re.compile(r"^\s*- (?P<reason>.+)$", re.MULTILINE)
+_UNION_TYPE = re.compile(r"Expected a <class '(?P<type>[\w.]+)'>$")
+_BESIDE_THE_POINT = ("Not a valid subclass", "a class path", "a dict with", "Expected a path but", _UNION)
+
+
+def one_line(message: object) -> str:
+    """The text without line breaks, cut where it gets long."""
+    text = " ".join(str(message).split())
+    return text if len(text) <= MAX_LENGTH else text[: MAX_LENGTH - 3] + "..."
+
+
+def shorten_parser_error(
+    message: str, known_keys: Iterable[str], known_classes: Iterable[str], config_files: Sequence[Path] = ()
+) -> str:
+    """A message of the configuration parser in one line.
+
+    Args:
+        message: what jsonargparse says. known_keys: every key there is, dotted or not. known_classes: names of classes that a
+            ``class_path`` may name. config_files: where a key may have come from.
+    """
+    for pattern in _UNKNOWN_KEY:
+        if match := pattern.search(message):
+            key = match["key"].split("=")[0]
+            if pattern.pattern.startswith("unrecognized") and not key.startswith("-"):
+                return f"unexpected argument {key!r}"
+            kind = "option" if key.startswith("-") else "key"
+            return f"unknown {kind} {key!r}" + _nearest(key, known_keys) + _place(key, config_files)
+    if match := _UNKNOWN_CLASS.search(message):
+        return f"unknown class {match['key']!r}" + _nearest(match["key"], known_classes) + _place(match["key"], config_files)
+    for pattern, rule in ((_LITERAL, "must be one of"), (_TYPE, "must be of type")):
+        if match := pattern.search(message):
+            key = _last_key(message, match.start())
+            wanted, value = match[1], match["value"].strip()
+            return one_line(f"{key} {rule} {wanted}, got {value!r}") + _place(key, config_files)
+    key, why = _last_key(message, len(message)), reason(message)
+    if "are required: " in message and not key:
+        why += "; a configuration file gives them: --config FILE"
+    return one_line(f"{key}{' ' if why.startswith('must') else ': '}{why}" if key else why) + _place(key, config_files)
+
+
+def reason(message: str) -> str:
+    """Why a value fits none of several types: the one reason that is of its own making, or the types."""
+    if _UNION not in message:
+        return _KEY.sub("", message).strip()
+    found = [match["reason"].strip() for match in _REASON.finditer(message)]
+    found = [text for text in found if not text.startswith(_BESIDE_THE_POINT)]
+    types = [match["type"] for text in found if (match := _UNION_TYPE.match(text)) and match["type"] != "NoneType"]
+    own = [text for text in found if not _UNION_TYPE.match(text)]
+    if own:
+        return own[0]
+    value = message.rpartition("Given value: ")[2].strip()
+    return f"must be of type {' or '.join(types)}, got {value!r}" if types else message
+
+
+def _last_key(message: str, end: int) -> str:
+    nested = _NESTED_KEY.search(message)
+    keys = [match["key"] for match in _KEY.finditer(message, 0, end)] + ([nested["key"]] if nested else [])
+    return keys[-1] if keys else ""
+
+
+def _nearest(key: str, candidates: Iterable[str]) -> str:
+    """The known key most like this one: compared by the last part, for a config nests what the command line spells out."""
+    wanted = key.lstrip("-").split(".")[-1]
+    leaf_of = {candidate: candidate.split(".")[-1] for candidate in candidates}
+    found = get_close_matches(wanted, sorted(set(leaf_of.values())), n=1, cutoff=0.6)
+    if not found:
+        return ""
+    full = sorted((candidate for candidate, leaf in leaf_of.items() if leaf == found[0]), key=lambda name: (len(name), name))
+    prefix = "--" if key.startswith("--") else ""
+    return f"; did you mean {prefix}{full[-1] if prefix else found[0]}?"
+
+
+def _place(key: str, config_files: Sequence[Path]) -> str:
+    """ " (in FILE, line N)" where a configuration file holds the word."""
+    word = key.split(".")[-1]
+    if key.startswith("-") or key in ("", "config"):
+        return ""
+    for path in config_files:
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError):
+            continue
+        for number, line in enumerate(lines, start=1):
+            if re.search(rf"(?<!\w){re.escape(word)}(?!\w)", line.split("#")[0]):
+                return f" (in {path}, line {number})"
+    return ""

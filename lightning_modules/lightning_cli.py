@@ -1,0 +1,231 @@
+"""``trix fit``, ``validate``, ``test`` and ``predict``: LightningCLI with strict keys and errors in one line."""
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any, NoReturn, get_args, get_type_hints
+
+import lightning as L
+import yaml  # type: ignore[import-untyped]
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+from lightning_modules.callbacks import FreezingSchedule
+from lightning_modules.callbacks.prediction_writer import PredictionWriter
+from lightning_modules.callbacks.run_report import RunReport, StepProgressBar
+from lightning_modules.data.digits import DigitsDataModule
+from lightning_modules.data.text import TextDataModule
+from lightning_modules.error_text import one_line, reason, shorten_parser_error
+from lightning_modules.errors import UserError
+from lightning_modules.quiet import quiet_lightning
+from lightning_modules.tasks import ClassifierTask, LanguageModelTask, RoutedTask, read_checkpoint
+
+# Short names in configurations work for imported classes; these are offered as corrections too.
+TASKS = (LanguageModelTask, ClassifierTask)
+DATA_MODULES = (TextDataModule, DigitsDataModule)
+# What a task takes from its data.
+LINKED_PARAMETERS = ("vocabulary", "num_features", "num_classes", "class_names")
+
+
+def run_training_command(arguments: list[str]) -> int:
+    """Run ``trix COMMAND OPTIONS``; returns the exit code.
+
+    Raises:
+        UserError: whatever the user can mend: a key, a value, a file, a setting that the trainer refuses.
+    """
+    with quiet_lightning():
+        try:
+            TrixCLI(arguments)
+        except (MisconfigurationException, ValueError, OSError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(one_line(error)) from error
+    return 0
+
+
+class ParserError(Exception):
+    """What jsonargparse says, at its length."""
+
+
+class RunConfigSaver(SaveConfigCallback):
+    """Save the configuration beside the logs; a run without logs leaves none."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if trainer.loggers:
+            super().setup(trainer, pl_module, stage)
+
+
+class TrixParser(LightningArgumentParser):
+    """Without abbreviations; it raises errors in place of printing its usage and leaving."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings, allow_abbrev=False)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise ParserError(message) from ex
+
+
+class TrixCLI(LightningCLI):
+    """LightningCLI for routed tasks.
+
+    Differences: the task takes its vocabulary or classes from the data; a checkpoint must be a file and fit the
+    configuration, which is checked before anything is written; validate, test and predict need a checkpoint.
+    """
+
+    model: RoutedTask
+
+    def __init__(self, arguments: list[str]) -> None:
+        self._arguments = arguments
+        self._checkpoint_path: str | None = None
+        self._callbacks: list[Callback] = []
+        super().__init__(
+            RoutedTask,
+            L.LightningDataModule,
+            args=arguments,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            # The task makes its own optimizer. Its hyperparameters are plain values, which need no instantiators.
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            seed_everything_default=0,
+            trainer_defaults={"enable_model_summary": False},
+            save_config_callback=RunConfigSaver,
+            save_config_kwargs={"overwrite": True},
+            parser_class=TrixParser,
+            parser_kwargs={"prog": "trix"},
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        for name in LINKED_PARAMETERS:
+            parser.link_arguments("data", f"model.init_args.{name}", compute_fn=_attribute(name), apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:  # noqa: ARG002
+        try:
+            self.config = parser.parse_args(self._arguments)
+        except ParserError as error:
+            files = _config_files(self._arguments)
+            message = str(error).replace('"<unicode string>"', _broken_file(files))
+            raise UserError(shorten_parser_error(message, _known_keys(), _class_names(), files)) from error
+        settings = self.config[self.config["subcommand"]]
+        for name in LINKED_PARAMETERS:
+            if settings.get(f"model.init_args.{name}") is not None:
+                raise UserError(f"model.{name} comes from the data and cannot be set")
+        # Nothing but tensors and plain values is ever loaded.
+        settings["weights_only"] = True
+        # Kept back until the classes are made: LightningCLI would let the checkpoint override the configuration in silence.
+        self._checkpoint_path = settings["ckpt_path"]
+        settings["ckpt_path"] = None
+
+    def before_instantiate_classes(self) -> None:
+        if self._checkpoint_path is None and self.subcommand != "fit":
+            raise UserError(f"`trix {self.subcommand}` needs a checkpoint: --ckpt_path FILE")
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except (TypeError, ValueError, ImportError, AttributeError) as error:
+            raise UserError(one_line(reason(str(error)))) from error
+
+    def instantiate_trainer(self, **settings: Any) -> L.Trainer:
+        config = self.config_init[self.subcommand]["trainer"]
+        callbacks: list[Callback] = config["callbacks"] if isinstance(config["callbacks"], list) else []
+        if isinstance(config["callbacks"], Callback):
+            callbacks = [config["callbacks"]]
+        if config["fast_dev_run"]:
+            # A trial would replace the last checkpoint of a real run.
+            callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
+            settings["enable_checkpointing"] = False
+        has_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
+        if not has_bar and config["enable_progress_bar"] is not False:
+            # Without a terminal a bar is noise; RunReport's lines are there in either case.
+            if sys.stdout.isatty():
+                callbacks.append(StepProgressBar())
+            else:
+                settings["enable_progress_bar"] = False
+        if self.subcommand == "fit":
+            callbacks.append(RunReport())
+        else:
+            settings["logger"] = False  # what these commands find is printed or written to a file
+        if self.subcommand == "predict" and not any(isinstance(callback, PredictionWriter) for callback in callbacks):
+            callbacks.append(PredictionWriter())
+        self._callbacks = callbacks
+        return super().instantiate_trainer(**settings, callbacks=callbacks)
+
+    def after_instantiate_classes(self) -> None:
+        # All that can be checked is checked here, before the logger makes its folder.
+        for callback in self._callbacks:
+            if isinstance(callback, FreezingSchedule):
+                callback.check_network(self.model)
+        self.model.check_data(self.datamodule)
+        if self.subcommand == "fit":
+            self.model.make_optimizer(self.trainer.max_steps)
+        if self._checkpoint_path is not None:
+            try:
+                checkpoint = read_checkpoint(self._checkpoint_path)
+                self.model.check_checkpoint(checkpoint)
+                self.model.load_state_dict(checkpoint["state_dict"])
+            except UserError as error:
+                text = str(error)
+                raise UserError(text if self._checkpoint_path in text else f"{self._checkpoint_path}: {text}") from error
+            self.config_init[self.subcommand]["ckpt_path"] = self._checkpoint_path
+
+
+def _attribute(name: str) -> Callable[[Any], Any]:
+    def get(data: Any) -> Any:
+        return getattr(data, name, None)
+
+    get.__name__ = name
+    return get
+
+
+def _config_files(arguments: list[str]) -> list[Path]:
+    """The files that --config names, the last (which overrides the others) first."""
+    files = []
+    for place, argument in enumerate(arguments):
+        option, _, value = argument.partition("=")
+        if option in ("--config", "-c"):
+            files.append(Path(value or "".join(arguments[place + 1 : place + 2])))
+    return files[::-1]
+
+
+def _broken_file(files: list[Path]) -> str:
+    """The first file that is not YAML, which the parser reads as a nameless text."""
+    for path in files:
+        try:
+            yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, OSError, UnicodeDecodeError):
+            return str(path)
+    return "the configuration"
+
+
+def _class_names() -> set[str]:
+    return {kind.__name__ for base in (RoutedTask, L.LightningDataModule, Callback) for kind in _subclasses(base)}
+
+
+def _subclasses(base: type) -> Iterator[type]:
+    kind: type
+    for kind in base.__subclasses__():
+        yield kind
+        yield from _subclasses(kind)
+
+
+def _known_keys() -> set[str]:
+    """The parameters of the trainer and of this project's classes, dotted as on the command line, for corrections."""
+    keys = {"seed_everything", "ckpt_path", "config"} | {f"trainer.{key}" for key in inspect.signature(L.Trainer).parameters}
+    keys |= {f"model.{key}" for task in TASKS for key in _parameters(task)}
+    keys |= {f"data.{key}" for kind in DATA_MODULES for key in _parameters(kind)}
+    project_callbacks = [kind for kind in _subclasses(Callback) if kind.__module__.startswith("lightning_modules.")]
+    return keys | {f"trainer.callbacks.{key}" for kind in project_callbacks for key in _parameters(kind)}
+
+
+def _parameters(kind: type) -> Iterator[str]:
+    """Names of the parameters of a class, and of the dataclasses among them: ``network``, ``network.d_model``, ..."""
+    hints = get_type_hints(kind if is_dataclass(kind) else inspect.getattr_static(kind, "__init__"))
+    for name in inspect.signature(kind).parameters:
+        yield name
+        for hint in (hints.get(name), *get_args(hints.get(name))):
+            if isinstance(hint, type) and is_dataclass(hint):
+                yield from (f"{name}.{inner}" for inner in _parameters(hint))

@@ -1,0 +1,50 @@
+"""Every YAML under configs/ runs for one batch, by the command that it opens with."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from lightning_modules.cli import main
+from lightning_modules.data import corpora
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+FILES = sorted(CONFIGS.rglob("*.yaml"))
+
+
+def opening_command(path: Path) -> list[str]:
+    """The arguments of the `trix` command in a file's first line."""
+    match = re.fullmatch(r"# trix (.*)", path.read_text().splitlines()[0])
+    assert match, f"{path} must open with its command"
+    return shlex.split(match[1])
+
+
+def test_there_are_configs() -> None:
+    assert {"char_lm.yaml", "digits.yaml"} <= {path.name for path in FILES}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_config_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = opening_command(path)
+    assert str(path.relative_to(CONFIGS.parent)) in arguments
+    stand_in = tmp_path / "stand_in.txt"
+    stand_in.write_text("The quick brown fox jumps over the lazy dog.\n" * 200)
+    monkeypatch.setattr(corpora, "fetch", lambda _file: stand_in)  # nothing is downloaded in tests
+    monkeypatch.chdir(tmp_path)
+    arguments = [str(CONFIGS.parent / text) if text.startswith("configs/") else text for text in arguments]
+    assert main([*arguments, "--trainer.fast_dev_run=1", "--data.batch_size=2"]) == 0
+    assert [item.name for item in tmp_path.iterdir()] == ["stand_in.txt"]  # a trial leaves nothing
+
+
+@pytest.mark.parametrize("name", ["char_lm", "digits"])
+def test_experiments_keep_all_they_write_in_one_folder(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    interval = ["--trainer.check_val_every_n_epoch=null", "--trainer.val_check_interval=1", "--trainer.limit_val_batches=1"]
+    small = ["--model.network.d_model=16", "--model.network.num_layers=1", "--data.batch_size=2"]
+    assert main(["fit", "--config", str(CONFIGS / f"{name}.yaml"), "--trainer.max_steps=1", *interval, *small]) == 0
+    assert [item.name for item in tmp_path.iterdir()] == ["runs"]
+    assert {item.name for item in (tmp_path / "runs" / name).iterdir()} == {"best.ckpt", "last.ckpt", "version_0"}
+    assert f"runs/{name}/best.ckpt" in capsys.readouterr().out

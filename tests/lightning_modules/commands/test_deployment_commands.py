@@ -1,0 +1,192 @@
+"""``trix export`` and ``trix generate``, on a small trained model."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning as L
+import pytest
+from small_runs import SENTENCE, small_network
+
+from lightning_modules.cli import main
+from lightning_modules.data.digits import DigitsDataModule
+from lightning_modules.data.text import TextDataModule
+from lightning_modules.tasks import ClassifierTask, LanguageModelTask
+from trix.nn import ClassifierConfig, FFNConfig
+
+
+def save(task: L.LightningModule, data: L.LightningDataModule | None, path: Path) -> Path:
+    trainer = L.Trainer(
+        max_steps=1,
+        accelerator="cpu",
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=path.parent,
+    )
+    if data is None:
+        trainer.fit(task, TextDataModule(context_length=8).train_dataloader())
+    else:
+        trainer.fit(task, data)
+    trainer.save_checkpoint(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds lm.ckpt and lm.onnx."""
+    folder = tmp_path_factory.mktemp("deployment")
+    (folder / "text.txt").write_text(SENTENCE * 30)
+    text = TextDataModule(path=folder / "text.txt", context_length=8, batch_size=4, batches_per_epoch=2)
+    L.seed_everything(0)
+    save(LanguageModelTask(text.vocabulary, small_network()), text, folder / "lm.ckpt")
+    assert main(["export", "--ckpt", str(folder / "lm.ckpt"), "--output", str(folder / "lm.onnx")]) == 0
+    return folder
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_export_says_what_it_wrote(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "new" / "lm.onnx"
+    assert main(["export", "--ckpt", str(folder / "lm.ckpt"), "--output", str(output), "--held-out-tokens", "64"]) == 0
+    printed = capsys.readouterr().out
+    assert f"wrote   {output}\n" in printed
+    assert "on 64 held-out tokens" in printed
+    assert names(output.parent) == {"lm.onnx"}
+
+
+def test_export_takes_the_held_out_text_there_is(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", "--ckpt", str(folder / "lm.ckpt"), "--output", str(tmp_path / "a.onnx"), "--no-fallback"]) == 0
+    assert "on 184 held-out tokens" in capsys.readouterr().out  # 23 windows of 8; the default asks for at most 4096
+    assert (tmp_path / "a.onnx").stat().st_size < (folder / "lm.onnx").stat().st_size
+
+
+def test_classifier_is_exported_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    digits = DigitsDataModule()
+    network = ClassifierConfig(16, 1, 2, context_length=8, ffn=FFNConfig(num_tiles=4))
+    task = ClassifierTask(8, digits.num_classes, digits.class_names, network)
+    save(task, digits, tmp_path / "c.ckpt")
+    assert main(["export", "--ckpt", str(tmp_path / "c.ckpt"), "--output", str(tmp_path / "c.onnx")]) == 0
+    assert "wrote" in capsys.readouterr().out
+    assert main(["generate", str(tmp_path / "c.onnx"), "--prompt", "a"]) == 2
+    assert "task (classifier) must be language_model" in capsys.readouterr().err
+
+
+def test_generate_needs_no_torch_and_repeats_itself(folder: Path) -> None:
+    code = (
+        "import sys; from lightning_modules.cli import main\n"
+        "arguments = ['generate', sys.argv[1], '--prompt', 'The ', '--num-tokens', '20', '--seed', '7', '--threads', '1']\n"
+        "assert main(arguments) == 0; assert main([*arguments, '--no-library']) == 0\n"
+        "heavy = [name for name in ('torch', 'lightning', 'onnx', 'trix') if name in sys.modules]\n"
+        "assert not heavy, heavy"
+    )
+    command = [sys.executable, "-c", code, str(folder / "lm.onnx")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    half = len(result.stdout) // 2
+    assert result.stdout[:half] == result.stdout[half:]
+    assert result.stdout.startswith("The ")
+    assert half == len("The ") + 20 + len("\n")
+    for text in (
+        "tokens/s (20 tokens, native operators)",
+        "(20 tokens, portable operators)",
+        "float32 parameters",
+        "routed the same",
+    ):
+        assert text in result.stderr
+
+
+def test_generate_goes_on_without_the_native_operators(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ort_ops.library.LIBRARY_NAME", "libmissing.so")
+    assert main(["generate", str(folder / "lm.onnx"), "--prompt", "The ", "--num-tokens", "2"]) == 0
+    assert "native operators are not installed: running the portable ones" in capsys.readouterr().err
+
+
+def test_generating_into_a_closed_pipe_is_no_error(folder: Path) -> None:
+    code = "import sys; from lightning_modules.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "generate", str(folder / "lm.onnx"), "--prompt", "The ", "--num-tokens", "500"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.read(5)
+    process.stdout.close()
+    assert process.wait(60) == 0
+    assert process.stderr.read() == ""
+
+
+GENERATE_MISTAKES = [
+    (["{lm}", "--prompt", "\u65e5"], "the prompt holds '\u65e5', outside the vocabulary"),
+    (["{lm}", "--prompt", ""], "the prompt must have at least 1 character"),
+    (["{lm}", "--prompt", "The", "--top-p", "3"], "top_p (3.0) must be > 0 and <= 1"),
+    (["{lm}", "--prompt", "The", "--temperature", "-1"], "temperature (-1.0) must be"),
+    (["{lm}", "--prompt", "The", "--threads", "0"], "num_threads (0) must be >= 1"),
+    (["{lm}", "--prompt", "The", "--num-tokens", "x"], "argument --num-tokens: invalid int value: 'x'"),
+    (["{lm}", "--promt", "The"], "unknown option --promt of `trix generate`; did you mean --prompt?"),
+    (["{lm}", "--prompt", "The", "--temp", "1"], "unknown option --temp of `trix generate`"),
+    (["{lm}"], "the following arguments are required: --prompt"),
+    (["{folder}/missing.onnx", "--prompt", "The"], "missing.onnx: no such file"),
+    (["{folder}", "--prompt", "The"], "no such file"),
+    (["{folder}/text.txt", "--prompt", "The"], "text.txt: not an ONNX file, or a damaged one"),
+    (["{folder}/lm.ckpt", "--prompt", "The"], "lm.ckpt: not an ONNX file, or a damaged one"),
+    (["{folder}/cut.onnx", "--prompt", "The"], "cut.onnx: not an ONNX file, or a damaged one"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), GENERATE_MISTAKES)
+def test_generate_tells_mistakes_in_one_line(
+    arguments: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = (folder / "lm.onnx").read_bytes()
+    (folder / "cut.onnx").write_bytes(content[: len(content) // 2])
+    assert main(["generate", *(text.format(lm=folder / "lm.onnx", folder=folder) for text in arguments)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith("trix: error: ")
+    assert message in err
+
+
+EXPORT_MISTAKES = [
+    (["--ckpt", "{folder}/missing.ckpt", "--output", "{out}/a.onnx"], "missing.ckpt cannot be read: No such file"),
+    (["--ckpt", "{folder}/lm.onnx", "--output", "{out}/a.onnx"], "lm.onnx is not a checkpoint that can be loaded safely"),
+    (["--ckpt", "{folder}/lm.ckpt", "--output", "{out}"], "must be a file, not a directory"),
+    (["--ckpt", "{folder}/lm.ckpt", "--output", "/proc/a.onnx"], "output /proc/a.onnx cannot be written"),
+    (
+        ["--ckpt", "{folder}/lm.ckpt", "--output", "{out}/a.onnx", "--held-out-tokens", "1"],
+        "--held-out-tokens (1) must be >= 2",
+    ),
+    (["--ckp", "{folder}/lm.ckpt", "--output", "{out}/a.onnx"], "unknown option --ckp of `trix export`; did you mean --ckpt?"),
+    (["--ckpt", "{folder}/no_data.ckpt", "--output", "{out}/a.onnx"], "data module (None) must be TextDataModule"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), EXPORT_MISTAKES)
+def test_export_tells_mistakes_in_one_line_and_leaves_nothing(
+    arguments: list[str], message: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if "no_data" in arguments[1]:
+        save(LanguageModelTask(TextDataModule().vocabulary, small_network()), None, folder / "no_data.ckpt")
+        capsys.readouterr()
+    assert main(["export", *(text.format(folder=folder, out=tmp_path) for text in arguments)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert message in err
+    assert names(tmp_path) == set()
+
+
+def test_export_notices_that_the_text_has_changed(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    original = (folder / "text.txt").read_text()
+    (folder / "text.txt").write_text(original + "~" * 300)
+    try:
+        assert main(["export", "--ckpt", str(folder / "lm.ckpt"), "--output", str(tmp_path / "a.onnx")]) == 2
+    finally:
+        (folder / "text.txt").write_text(original)
+    assert "the text has changed since the training" in capsys.readouterr().err
+    assert names(tmp_path) == set()

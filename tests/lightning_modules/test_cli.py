@@ -1,0 +1,236 @@
+"""The command line: what it answers, and that a mistake gives one line, exit code 2 and nothing left behind."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_modules.cli import main
+
+SMALL = """\
+model:
+  class_path: LanguageModelTask
+  init_args:
+    network: {d_model: 16, num_layers: 2, n_heads: 2, context_length: 8, ffn: {num_tiles: 4}}
+data:
+  class_path: TextDataModule
+  init_args: {path: text.txt, context_length: 8, batch_size: 4, batches_per_epoch: 6}
+trainer:
+  accelerator: cpu
+  max_steps: 6
+  val_check_interval: 3
+  num_sanity_val_steps: 0
+  logger:
+    class_path: TensorBoardLogger
+    init_args: {save_dir: runs, name: small, default_hp_metric: false}
+  callbacks:
+  - class_path: ModelCheckpoint
+    init_args: {dirpath: runs/small, filename: best, monitor: val/loss, save_last: true, enable_version_counter: false}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "small.yaml").write_text(SMALL)
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog.\n" * 20)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def test_top_help_and_version_are_light() -> None:
+    code = (
+        "import sys; from lightning_modules.cli import main; assert main(['--help']) == 0; assert main([]) == 0; "
+        "assert main(['--version']) == 0; assert main(['fitt']) == 2; "
+        "print([name for name in ('torch', 'lightning', 'numpy', 'onnxruntime') if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for command in ("fit", "validate", "test", "predict", "export", "generate"):
+        assert f"\n  {command} " in result.stdout
+    assert result.stdout.splitlines()[-1] == "[]"
+    assert result.stderr == "trix: error: unknown command 'fitt'; did you mean fit?\n"
+
+
+def test_fit_then_validate_then_predict_then_resume(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--config", "small.yaml"]) == 0
+    out, err = capfd.readouterr()
+    lines = out.splitlines()
+    assert lines[0].startswith("network      0.01 M parameters, 2 routed layers of 4 tiles")
+    assert lines[1].startswith("training     6 steps on cpu")
+    assert lines[2] == "logs         runs/small/version_0"
+    assert lines[3].startswith("step 3 ")
+    assert lines[4].startswith("step 6 ")
+    assert "val/loss" in lines[4]
+    assert lines[5].startswith("checkpoint   runs/small/best.ckpt (val/loss ")
+    assert len(lines) == 6
+    assert err == ""
+    assert {"runs/small/best.ckpt", "runs/small/last.ckpt", "runs/small/version_0/config.yaml"} <= files(folder)
+    assert not (folder / "lightning_logs").exists()
+
+    before = files(folder)
+    assert main(["validate", "--config", "small.yaml", "--ckpt_path", "runs/small/best.ckpt"]) == 0
+    assert "val/perplexity" in capfd.readouterr().out
+    assert main(["predict", "--config", "small.yaml", "--ckpt_path", "runs/small/best.ckpt"]) == 0
+    assert "wrote   predictions.pt: next_token [11, 8]" in capfd.readouterr().out
+    assert files(folder) - before == {"predictions.pt"}
+
+    # The run's own configuration starts the same run again; a checkpoint goes on where it was.
+    arguments = ["--trainer.max_steps", "8", "--ckpt_path", "runs/small/last.ckpt"]
+    assert main(["fit", "--config", "runs/small/version_0/config.yaml", *arguments]) == 0
+    out, err = capfd.readouterr()
+    assert "training     8 steps on cpu, going on after step 6" in out
+    assert err.startswith("trix: warning: trainer.max_steps (8) differs from the checkpoint's (6)")
+    assert torch.load("runs/small/last.ckpt", weights_only=True)["global_step"] >= 6
+
+
+def test_a_new_run_replaces_the_checkpoints_of_the_old(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        assert main(["fit", "--config", "small.yaml"]) == 0
+    assert {name for name in files(folder) if name.endswith(".ckpt")} == {"runs/small/best.ckpt", "runs/small/last.ckpt"}
+    assert (folder / "runs/small/version_1").is_dir()
+
+
+def test_print_config_shows_every_default(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (folder / "more.yaml").write_text("trainer:\n  callbacks+:\n  - class_path: DiversityMonitor\n")
+    assert main(["fit", "--config", "small.yaml", "--config", "more.yaml", "--model.optimizer.lr=0.5", "--print_config"]) == 0
+    printed = capfd.readouterr().out
+    for text in (
+        "seed_everything: 0",
+        "threshold: 0.4",
+        "lr: 0.5",
+        "weight_decay: 0.1",
+        "routing: explicit",
+        "ModelCheckpoint",
+    ):
+        assert text in printed
+
+
+def test_schedule_and_optimizer_are_configurable(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    base = ["fit", "--config", "small.yaml", "--trainer.logger=false", "--trainer.fast_dev_run=1"]
+    assert main([*base, "--model.optimizer=SGD", "--model.optimizer.lr=0.1", "--model.lr_scheduler=null"]) == 0
+    assert main([*base, "--model.lr_scheduler=CosineAnnealingLR", "--model.lr_scheduler.eta_min=1e-4"]) == 0
+
+
+MISTAKES = {
+    "--config missing.yaml": "config: File does not exist: '.*missing.yaml'",
+    "--config .": "config: Path is not a file: '.*'",
+    "--config broken.yaml": "Problems parsing config: .*broken.yaml",
+    "--config unknown_key.yaml": r"unknown key 'trainer.max_stps'; did you mean max_steps\? \(in unknown_key.yaml, line 3\)",
+    "--config unknown_class.yaml": r"unknown class 'DiversityMonitr'; did you mean DiversityMonitor\? \(in unknown_class.yaml",
+    "--config unknown_argument.yaml": r"unknown key 'treshold'; did you mean threshold\? \(in unknown_argument.yaml, line 4\)",
+    "--config unknown_event.yaml": r"action must be one of 'freeze', 'unfreeze', got 'freze' \(in unknown_event.yaml, line 4\)",
+    "--config wrong_tile.yaml": r"tile \(99\) must be < num_tiles \(4\) of layer 0",
+    "--trainer.max_step=3": r"unknown option '--trainer.max_step'; did you mean --trainer.max_steps\?",
+    "--data.batchsize=3": r"unknown key 'batchsize'; did you mean batch_size\?",
+    "--data.batch_size=x": "batch_size must be of type int, got 'x'",
+    "--data.batch_size=0": r"batch_size \(0\) must be >= 1",
+    "--data.corpus=poems": "corpus must be one of 'pydoc', 'tinyshakespeare', 'wikitext-2', got 'poems'",
+    "--data.path=missing.txt": "text file missing.txt cannot be read: No such file or directory",
+    "--data.path=empty.txt": "text file empty.txt is empty",
+    "--data.path=short.txt": r"training split of short.txt \(5 characters\) must be >= context_length \+ 1 \(9\)",
+    "--data=DigitsDataModule": r"vocabulary \(None\) must be a str",
+    "--model.vocabulary=abc": "model.vocabulary comes from the data",
+    "--model.network.d_model=10 --model.network.n_heads=3": r"d_model \(10\) must be divisible by 2 \* n_heads \(6\)",
+    "--model.network.context_length=4": r"data.context_length \(8\) must be <= network.context_length \(4\)",
+    "--model.optimizer.lr=-1": "Invalid learning rate: -1",
+    "--trainer.max_steps=-1 --trainer.max_epochs=1": r"trainer.max_steps \(-1\) must be >= 1",
+    "--seed_everything=x": "seed_everything must be of type bool or int, got 'x'",
+    "--ckpt_path=missing.ckpt": "checkpoint missing.ckpt cannot be read: No such file or directory",
+    "--ckpt_path=last": "checkpoint last cannot be read",
+    "--ckpt_path=text.txt": "text.txt is not a checkpoint",
+    "extra": "unexpected argument 'extra'",
+}
+
+
+@pytest.mark.parametrize("arguments", MISTAKES)
+def test_a_mistake_gives_one_line_and_leaves_nothing(arguments: str, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (folder / "broken.yaml").write_text("a: [")
+    (folder / "unknown_key.yaml").write_text("# a comment\ntrainer:\n  max_stps: 4\n")
+    callback = "trainer:\n  callbacks+:\n  - class_path: {}\n    init_args: {{{}}}\n"
+    (folder / "unknown_class.yaml").write_text(callback.format("DiversityMonitr", ""))
+    (folder / "unknown_argument.yaml").write_text(callback.format("DiversityMonitor", "treshold: 0.3"))
+    (folder / "unknown_event.yaml").write_text(
+        callback.format("FreezingSchedule", "events: [{action: freze, tiles: [0], step: 1}]")
+    )
+    (folder / "wrong_tile.yaml").write_text(
+        callback.format("FreezingSchedule", "events: [{action: freeze, tiles: [99], step: 1}]")
+    )
+    (folder / "empty.txt").touch()
+    (folder / "short.txt").write_text("short")
+    before = files(folder)
+    assert main(["fit", "--config", "small.yaml", *arguments.split()]) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith("trix: error: ")
+    assert re.search(MISTAKES[arguments], err), err
+    assert files(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fit"], "the following arguments are required: fit.data, fit.model; a configuration file gives them: --config FILE"),
+        (["--config", "small.yaml", "fit"], "the command must come first, got --config; see `trix --help`"),
+        (["validate", "--config", "small.yaml"], "`trix validate` needs a checkpoint: --ckpt_path FILE"),
+    ],
+)
+def test_commands_are_checked(arguments: list[str], message: str, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    assert capfd.readouterr().err == f"trix: error: {message}\n"
+
+
+def test_a_checkpoint_of_another_network_leaves_nothing(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--config", "small.yaml"]) == 0
+    before = files(folder)
+    capfd.readouterr()
+    arguments = ["--ckpt_path=runs/small/best.ckpt", "--model.network.d_model=32"]
+    assert main(["fit", "--config", "small.yaml", *arguments]) == 2
+    expected = "runs/small/best.ckpt: network.d_model (32) must equal the checkpoint's (16)"
+    assert capfd.readouterr().err == f"trix: error: {expected}\n"
+    assert files(folder) == before
+
+
+def test_traceback_on_request(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning_modules.errors import UserError
+
+    monkeypatch.setenv("TRIX_TRACEBACK", "1")
+    (folder / "empty.txt").touch()
+    with pytest.raises(UserError, match="empty"):
+        main(["fit", "--config", "small.yaml", "--data.path=empty.txt"])
+
+
+def test_an_error_of_the_program_keeps_its_traceback(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning_modules.tasks import LanguageModelTask
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(LanguageModelTask, "training_step", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["fit", "--config", "small.yaml"])
+
+
+def test_ctrl_c_ends_quietly_with_130(folder: Path) -> None:
+    command = [sys.executable, "-m", "lightning_modules.cli", "fit", "--config", "small.yaml", "--trainer.max_steps=100000"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    for line in process.stdout:
+        if line.startswith("step "):
+            break
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    process.stdout.read()
+    assert process.wait(60) == 130
+    assert process.stderr.read() == "trix: interrupted\n"
