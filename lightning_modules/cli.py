@@ -17,7 +17,7 @@ Sparse networks you can read: train them, export them, run them.
 training (trix COMMAND --help lists every option)
   fit         train a model, as one or several YAML files say
   validate    measure a checkpoint on the validation data
-  test        measure a checkpoint on the test data
+  test        measure a checkpoint on the test data (for the data sets here: the validation data)
   predict     write the predictions of a checkpoint to a file
 deployment
   export      write a checkpoint as one ONNX file with packed ternary weights

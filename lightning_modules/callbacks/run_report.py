@@ -22,10 +22,12 @@ class RunReport(L.Callback):
 
     def __init__(self) -> None:
         self._start = time.monotonic()
+        self._has_trained = False
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._start = time.monotonic()
+        self._has_trained = True
         num_parameters = sum(parameter.numel() for parameter in pl_module.parameters())
         tiles = [layer.num_tiles for layer in routed_layers(pl_module).values()]
         routed = f"{len(tiles)} routed layers of {_listed(tiles)} tiles" if tiles else "no routed layers"
@@ -49,8 +51,16 @@ class RunReport(L.Callback):
 
     @override
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self._has_trained:  # Lightning leaves out on_train_start, and says nothing
+            end = f"max_steps ({trainer.max_steps})" if trainer.max_steps > 0 else f"max_epochs ({trainer.max_epochs})"
+            text = f"nothing left to do: the run is at step {trainer.global_step} and ends at trainer.{end}"
+            self._print(trainer, f"training     {text}")
         for callback in trainer.checkpoint_callbacks:
-            if isinstance(callback, ModelCheckpoint) and callback.best_model_path:
+            if not isinstance(callback, ModelCheckpoint):
+                continue
+            if not callback.best_model_path and callback.last_model_path:  # too short for a validation
+                self._print(trainer, f"checkpoint   {_relative(callback.last_model_path)}")
+            if callback.best_model_path:
                 path = _relative(callback.best_model_path)
                 score = (
                     f" ({callback.monitor} {float(callback.best_model_score):.4f})"

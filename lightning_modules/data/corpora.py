@@ -141,7 +141,8 @@ def _download(file: RemoteFile) -> Path:
             progressbar=True,
         )
     except (OSError, ValueError) as error:  # requests' errors are OSErrors; another hash is a ValueError
-        reason = textwrap.shorten(f"{type(error).__name__}: {error}", width=200)
+        # Short, for a line is cut where it gets long, and the way out stands at its end.
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", width=80)
         raise DataError(
             f"downloading {file.url} failed ({reason}); with the file at hand, save it as {file.name} in a folder "
             f"and set {DATA_DIR_VARIABLE} to that folder, or choose corpus pydoc, which needs no download"

@@ -92,6 +92,19 @@ def test_fit_then_validate_then_predict_then_resume(folder: Path, capfd: pytest.
     assert torch.load("runs/small/last.ckpt", weights_only=True)["global_step"] >= 6
 
 
+def test_a_finished_run_says_that_nothing_is_left_to_do(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--config", "small.yaml"]) == 0
+    capfd.readouterr()
+    assert main(["fit", "--config", "small.yaml", "--ckpt_path", "runs/small/last.ckpt"]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0] == "training     nothing left to do: the run is at step 6 and ends at trainer.max_steps (6)"
+
+
+def test_a_run_without_a_validation_says_where_its_checkpoint_is(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--config", "small.yaml", "--trainer.max_steps", "2"]) == 0
+    assert capfd.readouterr().out.splitlines()[-1] == "checkpoint   runs/small/last.ckpt"
+
+
 def test_a_new_run_replaces_the_checkpoints_of_the_old(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for _ in range(2):
         assert main(["fit", "--config", "small.yaml"]) == 0

@@ -50,6 +50,13 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
+@pytest.mark.parametrize("command", ["export", "generate"])
+def test_help_lists_the_options(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for option in ("--help", "-h"):
+        assert main([command, option]) == 0
+        assert capsys.readouterr().out.startswith(f"usage: trix {command} ")
+
+
 def test_export_says_what_it_wrote(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "new" / "lm.onnx"
     assert main(["export", "--ckpt", str(folder / "lm.ckpt"), "--output", str(output), "--held-out-tokens", "64"]) == 0

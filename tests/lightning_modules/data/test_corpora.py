@@ -14,6 +14,7 @@ import pytest
 
 from lightning_modules.data import corpora
 from lightning_modules.data.corpora import RemoteFile, fetch, load_corpus, load_file
+from lightning_modules.error_text import one_line
 from lightning_modules.errors import DataError, UserError
 
 CONTENT = b"It was a bright cold day in April\n"
@@ -72,6 +73,17 @@ def test_unreachable_server_is_one_line(server: str) -> None:
         fetch(remote("http://127.0.0.1:9"))
     assert "\n" not in str(caught.value)
     assert isinstance(caught.value, UserError)
+
+
+def test_a_failed_download_of_a_long_address_keeps_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: object) -> None:
+        raise ConnectionError("Max retries exceeded with url " + "and so on " * 60)
+
+    monkeypatch.setattr("pooch.retrieve", refuse)
+    for file in (corpora.TINYSHAKESPEARE, corpora.WIKITEXT_TEST, corpora.WIKITEXT_VALID):
+        with pytest.raises(DataError) as caught:
+            corpora._download(file)
+        assert one_line(caught.value) == str(caught.value)
 
 
 def test_data_directory_comes_before_the_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
