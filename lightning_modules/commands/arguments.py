@@ -11,13 +11,11 @@ class CommandParser(argparse.ArgumentParser):
     """argparse without abbreviations, whose errors are UserErrors that name the nearest option."""
 
     def __init__(self, **settings: Any) -> None:
+        self._known_options: list[str] = []  # before argparse adds --help, while it is being made
         super().__init__(**settings, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-        self._known_options: list[str] = []
 
     def add_argument(self, *names: str, **settings: Any) -> argparse.Action:
         action = super().add_argument(*names, **settings)
-        if not hasattr(self, "_known_options"):  # argparse adds --help while it is being made
-            self._known_options = []
         self._known_options.extend(action.option_strings)
         return action
 
