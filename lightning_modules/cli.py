@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import metadata
+from pathlib import Path
 
 from lightning_modules.error_text import one_line
 from lightning_modules.errors import UserError
@@ -47,8 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     What a user can mend is told in one line on stderr, with exit code 2; TRIX_TRACEBACK=1 shows where it came from. An error
     of the program itself keeps its traceback. Ctrl-C gives 130.
     """
+    # A closed stdout or stderr is None in Python: what would have gone there is dropped.
+    sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115 (open until the end)
+    sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115 (open until the end)
     try:
-        return _dispatch(list(sys.argv[1:] if argv is None else argv))
+        code = _dispatch(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return code
     except UserError as error:
         if os.environ.get(TRACEBACK_VARIABLE, "0") not in ("", "0"):
             raise
@@ -60,11 +66,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Lightning turns Ctrl-C into an exit of its own.
         if isinstance(stop.__context__, KeyboardInterrupt):
             return _interrupted()
+        if isinstance(stop.__context__, BrokenPipeError):  # rich ends the program itself
+            return _output_failed(stop.__context__)
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except BrokenPipeError:
         # The reader of the output has gone, as in `trix generate ... | head`: nothing more can be written, also not at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 0
+    except OSError as error:
+        if error.filename is not None:  # not what writing to stdout gives
+            raise
+        return _output_failed(error)
+
+
+def _output_failed(error: OSError) -> int:
+    _drop_output()
+    print(f"trix: error: the output cannot be written: {error.strerror or error}", file=sys.stderr)
+    return EXIT_USER_ERROR
+
+
+def _drop_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _interrupted() -> int:

@@ -14,6 +14,8 @@ _UNKNOWN_KEY = (
     re.compile(r"unrecognized arguments: (?P<key>\S+)"),
 )
 _UNKNOWN_CLASS = re.compile(r"Expected a dot import path string: (?P<key>\w+)\s*$", re.MULTILINE)
+# A value of a plain type, for which a class would do too: it is the type that is wrong.
+_TYPE_OR_CLASS = re.compile(r"Expected a <class '\w+'>\n\s*- Expected a dot import path string: ")
 _LITERAL = re.compile(r"Expected a typing\.Literal\[(?P<choices>[^\]]+)\]\. Got value: (?P<value>[^\n]*)")
 _TYPE = re.compile(r"Expected a <class '(?P<type>[\w.]+)'>\. Got value: (?P<value>[^\n]*)")
 _KEY = re.compile(r"Parser key \"(?P<key>[^\"]+)\":?")
@@ -22,7 +24,17 @@ _NESTED_KEY = re.compile(r"NestedArg\(key='(?P<key>[^']+)'")
 _UNION = "Does not validate against any of the Union subtypes"
 _REASON = re.compile(r"^\s*- (?P<reason>.+)$", re.MULTILINE)
 _UNION_TYPE = re.compile(r"Expected a <class '(?P<type>[\w.]+)'>$")
-_BESIDE_THE_POINT = ("Not a valid subclass", "a class path", "a dict with", "Expected a path but", _UNION)
+_NO_MAPPING = re.compile(r"Parser key \"[^\"]+\": Unable to load config \"(?P<value>[^\"\n]*)\"")
+_GIVEN = re.compile(r"Given value: (?P<value>[^\n]*)")
+_BESIDE_THE_POINT = (
+    "Not a valid subclass",
+    "Expected a dot import path",
+    "Not of type Path",
+    "a class path",
+    "a dict with",
+    "Expected a path but",
+    _UNION,
+)
 
 
 def one_line(message: object) -> str:
@@ -32,45 +44,60 @@ def one_line(message: object) -> str:
 
 
 def shorten_parser_error(
-    message: str, known_keys: Iterable[str], known_classes: Iterable[str], config_files: Sequence[Path] = ()
+    message: str,
+    known_keys: Iterable[str],
+    known_classes: Iterable[str],
+    config_files: Sequence[Path] = (),
+    options: Sequence[str] = (),
 ) -> str:
     """A message of the configuration parser in one line.
 
     Args:
         message: what jsonargparse says. known_keys: every key there is, dotted or not. known_classes: names of classes that a
-            ``class_path`` may name. config_files: where a key may have come from.
+            ``class_path`` may name. config_files: where a key may have come from. options: those of the command line; what is
+            given there is not looked for in a file.
     """
+    text, key = _shorten(message, known_keys, known_classes)
+    is_option = any(option.split(".")[-1] == key.split(".")[-1] for option in options)
+    return text if is_option else text + _place(key, config_files)
+
+
+def _shorten(message: str, known_keys: Iterable[str], known_classes: Iterable[str]) -> tuple[str, str]:
+    """The line, and the key that it is about."""
     for pattern in _UNKNOWN_KEY:
         if match := pattern.search(message):
             key = match["key"].split("=")[0]
             if pattern.pattern.startswith("unrecognized") and not key.startswith("-"):
-                return f"unexpected argument {key!r}"
+                return f"unexpected argument {key!r}", ""
             kind = "option" if key.startswith("-") else "key"
-            return f"unknown {kind} {key!r}" + _nearest(key, known_keys) + _place(key, config_files)
-    if match := _UNKNOWN_CLASS.search(message):
-        return f"unknown class {match['key']!r}" + _nearest(match["key"], known_classes) + _place(match["key"], config_files)
+            return f"unknown {kind} {key!r}" + _nearest(key, known_keys), key
+    if (match := _UNKNOWN_CLASS.search(message)) and not _TYPE_OR_CLASS.search(message):
+        return f"unknown class {match['key']!r}" + _nearest(match["key"], known_classes), match["key"]
     for pattern, rule in ((_LITERAL, "must be one of"), (_TYPE, "must be of type")):
         if match := pattern.search(message):
             key = _last_key(message, match.start())
             wanted, value = match[1], match["value"].strip()
-            return one_line(f"{key} {rule} {wanted}, got {value!r}") + _place(key, config_files)
+            return one_line(f"{key} {rule} {wanted}, got {value!r}"), key
     key, why = _last_key(message, len(message)), reason(message)
     if "are required: " in message and not key:
         why += "; a configuration file gives them: --config FILE"
-    return one_line(f"{key}{' ' if why.startswith('must') else ': '}{why}" if key else why) + _place(key, config_files)
+    return one_line(f"{key}{' ' if why.startswith('must') else ': '}{why}" if key else why), key
 
 
 def reason(message: str) -> str:
     """Why a value fits none of several types: the one reason that is of its own making, or the types."""
     if _UNION not in message:
         return _KEY.sub("", message).strip()
-    found = [match["reason"].strip() for match in _REASON.finditer(message)]
-    found = [text for text in found if not text.startswith(_BESIDE_THE_POINT)]
+    if match := _NO_MAPPING.search(message):
+        return f"must be keys and values, got {match['value']!r}"
+    found = [_KEY.sub("", match["reason"]).strip() for match in _REASON.finditer(message)]
+    found = [text for text in found if text and not text.startswith(_BESIDE_THE_POINT)]
     types = [match["type"] for text in found if (match := _UNION_TYPE.match(text)) and match["type"] != "NoneType"]
     own = [text for text in found if not _UNION_TYPE.match(text)]
     if own:
         return own[0]
-    value = message.rpartition("Given value: ")[2].strip()
+    given = _GIVEN.search(message)  # the innermost comes first
+    value = given["value"].strip() if given else ""
     return f"must be of type {' or '.join(types)}, got {value!r}" if types else message
 
 
@@ -85,7 +112,7 @@ def _nearest(key: str, candidates: Iterable[str]) -> str:
     wanted = key.lstrip("-").split(".")[-1]
     leaf_of = {candidate: candidate.split(".")[-1] for candidate in candidates}
     found = get_close_matches(wanted, sorted(set(leaf_of.values())), n=1, cutoff=0.6)
-    if not found:
+    if not found or (found[0] == wanted and not key.startswith("--")):  # the key of another class
         return ""
     full = sorted((candidate for candidate, leaf in leaf_of.items() if leaf == found[0]), key=lambda name: (len(name), name))
     prefix = "--" if key.startswith("--") else ""

@@ -1,6 +1,7 @@
 """``trix fit``, ``validate``, ``test`` and ``predict``: LightningCLI with strict keys and errors in one line."""
 
 import inspect
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import is_dataclass
@@ -8,10 +9,12 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
 
 import lightning as L
+import torch
 import yaml  # type: ignore[import-untyped]
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_modules.callbacks import FreezingSchedule
 from lightning_modules.callbacks.prediction_writer import PredictionWriter
@@ -21,11 +24,13 @@ from lightning_modules.data.text import TextDataModule
 from lightning_modules.error_text import one_line, reason, shorten_parser_error
 from lightning_modules.errors import UserError
 from lightning_modules.quiet import quiet_lightning
-from lightning_modules.tasks import ClassifierTask, LanguageModelTask, RoutedTask, read_checkpoint
+from lightning_modules.tasks import ClassifierTask, LanguageModelTask, RoutedTask, check_resumable, read_checkpoint
+from lightning_modules.whole_files import WholeFileCheckpointIO
 
 # Short names in configurations work for imported classes; these are offered as corrections too.
 TASKS = (LanguageModelTask, ClassifierTask)
 DATA_MODULES = (TextDataModule, DigitsDataModule)
+EXIT_TERMINATED = 128 + signal.SIGTERM
 # What a task takes from its data.
 LINKED_PARAMETERS = ("vocabulary", "num_features", "num_classes", "class_names")
 
@@ -39,10 +44,14 @@ def run_training_command(arguments: list[str]) -> int:
     with quiet_lightning():
         try:
             TrixCLI(arguments)
+        except SIGTERMException:
+            return EXIT_TERMINATED
         except (MisconfigurationException, ValueError, OSError) as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(one_line(error)) from error
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise UserError(one_line(f"out of memory: {error}")) from error
     return 0
 
 
@@ -105,14 +114,21 @@ class TrixCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:  # noqa: ARG002
         try:
             self.config = parser.parse_args(self._arguments)
-        except ParserError as error:
+        except (ParserError, UnicodeDecodeError) as error:
             files = _config_files(self._arguments)
             message = str(error).replace('"<unicode string>"', _broken_file(files))
-            raise UserError(shorten_parser_error(message, _known_keys(), _class_names(), files)) from error
+            if isinstance(error, UnicodeDecodeError) or message.startswith("Unexpected config"):
+                raise UserError(f"{_broken_file(files)} must be YAML with keys and values") from error
+            options = [argument.split("=")[0] for argument in self._arguments if argument.startswith("--")]
+            raise UserError(shorten_parser_error(message, _known_keys(), _class_names(), files, options)) from error
+        except RecursionError as error:
+            raise UserError("a value of the configuration must not hold itself") from error
         settings = self.config[self.config["subcommand"]]
         for name in LINKED_PARAMETERS:
             if settings.get(f"model.init_args.{name}") is not None:
                 raise UserError(f"model.{name} comes from the data and cannot be set")
+        if isinstance(settings.get("model.init_args.network"), list):  # the parser takes it, and the default in its place
+            raise UserError(f"model.network ({settings['model.init_args.network']}) must be keys and values")
         # Nothing but tensors and plain values is ever loaded.
         settings["weights_only"] = True
         # Kept back until the classes are made: LightningCLI would let the checkpoint override the configuration in silence.
@@ -132,6 +148,9 @@ class TrixCLI(LightningCLI):
     def instantiate_trainer(self, **settings: Any) -> L.Trainer:
         config = self.config_init[self.subcommand]["trainer"]
         callbacks: list[Callback] = config["callbacks"] if isinstance(config["callbacks"], list) else []
+        for name in ("val_check_interval", "check_val_every_n_epoch", "accumulate_grad_batches"):
+            if config[name] == 0:  # Lightning would divide by it
+                raise UserError(f"trainer.{name} (0) must be > 0")
         if isinstance(config["callbacks"], Callback):
             callbacks = [config["callbacks"]]
         if config["fast_dev_run"]:
@@ -152,6 +171,8 @@ class TrixCLI(LightningCLI):
         if self.subcommand == "predict" and not any(isinstance(callback, PredictionWriter) for callback in callbacks):
             callbacks.append(PredictionWriter())
         self._callbacks = callbacks
+        if config["plugins"] is None:
+            settings["plugins"] = [WholeFileCheckpointIO()]
         return super().instantiate_trainer(**settings, callbacks=callbacks)
 
     def after_instantiate_classes(self) -> None:
@@ -166,6 +187,8 @@ class TrixCLI(LightningCLI):
             try:
                 checkpoint = read_checkpoint(self._checkpoint_path)
                 self.model.check_checkpoint(checkpoint)
+                if self.subcommand == "fit":
+                    check_resumable(checkpoint)
                 self.model.load_state_dict(checkpoint["state_dict"])
             except UserError as error:
                 text = str(error)
@@ -192,10 +215,11 @@ def _config_files(arguments: list[str]) -> list[Path]:
 
 
 def _broken_file(files: list[Path]) -> str:
-    """The first file that is not YAML, which the parser reads as a nameless text."""
+    """The first file that is not YAML with keys and values, which the parser reads as a nameless text."""
     for path in files:
         try:
-            yaml.safe_load(path.read_text(encoding="utf-8"))
+            if not isinstance(yaml.safe_load(path.read_text(encoding="utf-8")), dict):
+                return str(path)
         except (yaml.YAMLError, OSError, UnicodeDecodeError):
             return str(path)
     return "the configuration"

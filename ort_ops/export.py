@@ -125,6 +125,7 @@ def _export(
         raise ExportError(f"the folder of the output ({output.parent}) must exist")
     if output.is_dir():
         raise ExportError(f"the output ({output}) must be a file, it is a folder")
+    output = output.resolve()  # a link stays, the file that it names is replaced
     model = copy.deepcopy(model).to(device="cpu", dtype=torch.float32).eval()
     proto = _to_onnx(pack_model(copy.deepcopy(model)), input_name, held_out[:2], dynamic_axes)
     if fallback:

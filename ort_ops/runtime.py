@@ -13,6 +13,8 @@ from ort_ops.library import session_options
 from ort_ops.parity import Parity, compare
 from ort_ops.schema import DOMAIN
 
+MAX_THREADS = 1024  # beyond what any machine has, a session takes minutes to start, or cannot
+
 
 class ModelFileError(ValueError):
     """The file is missing, damaged, not an exported TriX model, or needs what this installation lacks."""
@@ -43,8 +45,8 @@ class ExportedModel:
             raise ModelFileError(f"{path}: no such file")
         options = session_options() if use_library else ort.SessionOptions()
         if num_threads is not None:
-            if num_threads < 1:
-                raise ValueError(f"num_threads ({num_threads}) must be >= 1")
+            if not 1 <= num_threads <= MAX_THREADS:
+                raise ValueError(f"num_threads ({num_threads}) must be >= 1 and <= {MAX_THREADS}")
             options.intra_op_num_threads = num_threads
         options.log_severity_level = 3
         try:

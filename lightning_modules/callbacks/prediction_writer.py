@@ -10,6 +10,8 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from rich import get_console
 from typing_extensions import override
 
+from lightning_modules.whole_files import replacing
+
 
 class PredictionWriter(BasePredictionWriter):
     """Write the predictions of ``trix predict`` to one file: a dict of tensors, concatenated over batches.
@@ -34,12 +36,7 @@ class PredictionWriter(BasePredictionWriter):
         if trainer.world_size > 1:
             output = output.with_suffix(f".rank{trainer.global_rank}{output.suffix}")
         joined = {name: torch.cat([batch[name] for batch in predictions]).cpu() for name in predictions[0]}
-        output.parent.mkdir(parents=True, exist_ok=True)
-        partial = output.with_name(f".{output.name}.partial")
-        try:
+        with replacing(output) as partial:
             torch.save(joined, partial)
-            partial.replace(output)
-        finally:
-            partial.unlink(missing_ok=True)
         shapes = ", ".join(f"{name} {list(values.shape)}" for name, values in joined.items())
         get_console().print(f"wrote   {output}: {shapes}", highlight=False, markup=False, soft_wrap=True)

@@ -11,7 +11,7 @@ class CommandParser(argparse.ArgumentParser):
     """argparse without abbreviations, whose errors are UserErrors that name the nearest option."""
 
     def __init__(self, **settings: Any) -> None:
-        self._known_options: list[str] = []  # first: argparse adds --help while it is being made
+        self._known_options: list[str] = []  # before argparse adds --help, while it is being made
         super().__init__(**settings, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def add_argument(self, *names: str, **settings: Any) -> argparse.Action:

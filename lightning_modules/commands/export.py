@@ -1,7 +1,9 @@
 """``trix export``: write a checkpoint as one ONNX file with packed ternary weights, checked against torch."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lightning_modules.commands.arguments import CommandParser
 from lightning_modules.errors import DataError, UserError
@@ -9,16 +11,19 @@ from lightning_modules.errors import DataError, UserError
 if TYPE_CHECKING:
     from ort_ops.export import ExportReport
 
+DataT = TypeVar("DataT")
+
 
 def run_export(arguments: list[str]) -> int:
     """Export, and print what was written and how it compares with torch on held-out data."""
     options = _parser().parse_strictly(arguments)
     output = Path(options.output)
-    _check_output(output, options.held_out_tokens)
+    _check_options(Path(options.ckpt), output, options.held_out_tokens)
     try:
-        report = export_checkpoint(
-            options.ckpt, output, fallback=not options.no_fallback, held_out_tokens=options.held_out_tokens
-        )
+        with _folder(output.parent):
+            report = export_checkpoint(
+                options.ckpt, output, fallback=not options.no_fallback, held_out_tokens=options.held_out_tokens
+            )
     except OSError as error:  # reading has errors of its own
         raise UserError(f"output {output} cannot be written: {error.strerror or error}") from error
     except ValueError as error:
@@ -32,7 +37,8 @@ def export_checkpoint(ckpt: Path | str, output: Path, fallback: bool, held_out_t
     """Rebuild the task and the data of a checkpoint, and export its network.
 
     Args:
-        ckpt: a file written by `trix fit`. output: the file to write. fallback: also write the operators' portable definition.
+        ckpt: a file written by `trix fit`. output: the file to write, in a folder that exists.
+        fallback: also write the operators' portable definition.
         held_out_tokens: at most so many tokens of the validation data are used to compare with torch.
 
     Raises:
@@ -44,9 +50,8 @@ def export_checkpoint(ckpt: Path | str, output: Path, fallback: bool, held_out_t
     from ort_ops.export import export_classifier, export_language_model
 
     task, checkpoint = load_checkpoint(ckpt)
-    output.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(task, LanguageModelTask):
-        text = TextDataModule(**_data_settings(checkpoint, ckpt, TextDataModule))
+        text = _make_data(TextDataModule, checkpoint, ckpt)
         if text.vocabulary != task.vocabulary:
             raise DataError(
                 f"the text's vocabulary ({text.vocab_size} characters) must equal the checkpoint's "
@@ -57,7 +62,7 @@ def export_checkpoint(ckpt: Path | str, output: Path, fallback: bool, held_out_t
     if isinstance(task, ClassifierTask):
         import torch
 
-        digits = DigitsDataModule(**_data_settings(checkpoint, ckpt, DigitsDataModule))
+        digits = _make_data(DigitsDataModule, checkpoint, ckpt)
         inputs = torch.cat([inputs for inputs, _ in digits.val_dataloader()])
         num_examples = max(held_out_tokens // inputs.shape[1], 1)
         return export_classifier(task.network, list(task.class_names), inputs[:num_examples], output, fallback)
@@ -66,21 +71,46 @@ def export_checkpoint(ckpt: Path | str, output: Path, fallback: bool, held_out_t
     )
 
 
-def _data_settings(checkpoint: dict[str, Any], path: Path | str, kind: type) -> dict[str, Any]:
-    """The settings of the data module that the network was trained on, for held-out data."""
+def _make_data(kind: Callable[..., DataT], checkpoint: dict[str, Any], path: Path | str) -> DataT:
+    """The data module that the network was trained on, for held-out data."""
     from lightning_modules.tasks.routed_task import CHECKPOINT_KEY
 
     settings = checkpoint.get("datamodule_hyper_parameters")
     name = checkpoint[CHECKPOINT_KEY].get("data")
-    if not isinstance(settings, dict) or name != kind.__name__:
-        raise UserError(f"{path}: data module ({name}) must be {kind.__name__}, from which held-out data is taken")
-    return settings
+    wanted = getattr(kind, "__name__", "")
+    if not isinstance(settings, dict) or name != wanted:
+        raise UserError(f"{path}: data module ({name}) must be {wanted}, from which held-out data is taken")
+    try:
+        return kind(**settings)
+    except TypeError as error:
+        raise UserError(f"{path}: the data settings of the checkpoint do not fit: {error}") from error
 
 
-def _check_output(output: Path, held_out_tokens: int) -> None:
-    # Before anything slow: a mistyped output is told at once.
-    if output.is_dir():
-        raise UserError(f"output {output} must be a file, not a directory")
+@contextmanager
+def _folder(path: Path) -> Iterator[None]:
+    """Make the folder and those above it; should the export fail, the new ones go again."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for folder in missing:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+def _check_options(ckpt: Path, output: Path, held_out_tokens: int) -> None:
+    # Before anything slow: a mistyped output is told at once, and nothing but a file is ever replaced.
+    try:
+        if output.is_dir():
+            raise UserError(f"output {output} must be a file, not a directory")
+        if output.exists() and not output.is_file():
+            raise UserError(f"output {output} must be a file, not a device or pipe")
+        if output.exists() and ckpt.exists() and output.samefile(ckpt):
+            raise UserError(f"output {output} must be another file than the checkpoint, which it would replace")
+    except OSError as error:
+        raise UserError(f"output {output} cannot be written: {error.strerror or error}") from error
     if held_out_tokens < 2:
         raise UserError(f"--held-out-tokens ({held_out_tokens}) must be >= 2")
 

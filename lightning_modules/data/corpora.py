@@ -95,8 +95,8 @@ def load_file(path: Path | str) -> Corpus:
     Raises:
         DataError: the file is missing, a directory, unreadable, not UTF-8 or empty.
     """
-    path = Path(path).expanduser()
     try:
+        path = Path(path).expanduser()
         content = path.read_bytes()
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -104,6 +104,8 @@ def load_file(path: Path | str) -> Corpus:
         raise DataError(f"text file {path} must be UTF-8: byte {byte:#04x} at {error.start} is not") from error
     except OSError as error:
         raise DataError(f"text file {path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, RuntimeError) as error:  # no file can have that name: a NUL in it, a home of nobody
+        raise DataError(f"text file {str(path)!r} cannot be read: {error}") from error
     if not text:
         raise DataError(f"text file {path} is empty")
     return Corpus(str(path), text, None, hashlib.sha256(content).hexdigest())

@@ -1,5 +1,6 @@
 """The command line: what it answers, and that a mistake gives one line, exit code 2 and nothing left behind."""
 
+import errno
 import os
 import re
 import signal
@@ -144,7 +145,22 @@ MISTAKES = {
     "--config wrong_tile.yaml": r"tile \(99\) must be < num_tiles \(4\) of layer 0",
     "--trainer.max_step=3": r"unknown option '--trainer.max_step'; did you mean --trainer.max_steps\?",
     "--data.batchsize=3": r"unknown key 'batchsize'; did you mean batch_size\?",
-    "--data.batch_size=x": "batch_size must be of type int, got 'x'",
+    "--data.batch_size=x": "batch_size must be of type int, got 'x'$",
+    "--data.context_length=x": "context_length must be of type int, got 'x'$",
+    "--data.batch_size=null": r"batch_size \(None\) must be an int",
+    "--data.batches_per_epoch=99999999999999999999": r"batches_per_epoch \(99999999999999999999\) must be <= ",
+    "--data.network=x": "unknown key 'network'$",
+    "--data.path=~no-such-user/a.txt": "text file '~no-such-user/a.txt' cannot be read",
+    "--data.path=[1]": r"path must be of type str, got '\[1\]'",
+    "--config list.yaml": "list.yaml must be YAML with keys and values",
+    "--config empty.txt": "empty.txt must be YAML with keys and values",
+    "--config binary.yaml": "binary.yaml must be YAML with keys and values",
+    "--config endless.yaml": "a value of the configuration must not hold itself",
+    "--model.network=3": "network must be keys and values, got '3'",
+    "--model.network=[1]": r"model.network \(\[1\]\) must be keys and values",
+    "--model.optimizer.lr=x": "optimizer.lr must be of type float, got 'x'",
+    "--trainer.val_check_interval=0": r"trainer.val_check_interval \(0\) must be > 0",
+    "--trainer.accumulate_grad_batches=0": r"trainer.accumulate_grad_batches \(0\) must be > 0",
     "--data.batch_size=0": r"batch_size \(0\) must be >= 1",
     "--data.corpus=poems": "corpus must be one of 'pydoc', 'tinyshakespeare', 'wikitext-2', got 'poems'",
     "--data.path=missing.txt": "text file missing.txt cannot be read: No such file or directory",
@@ -177,6 +193,9 @@ def test_a_mistake_gives_one_line_and_leaves_nothing(arguments: str, folder: Pat
     (folder / "wrong_tile.yaml").write_text(
         callback.format("FreezingSchedule", "events: [{action: freeze, tiles: [99], step: 1}]")
     )
+    (folder / "list.yaml").write_text("- 1\n")
+    (folder / "binary.yaml").write_bytes(b"\xff\xfe\xf9")
+    (folder / "endless.yaml").write_text("a: &a [*a]\n")
     (folder / "empty.txt").touch()
     (folder / "short.txt").write_text("short")
     before = files(folder)
@@ -213,6 +232,43 @@ def test_a_checkpoint_of_another_network_leaves_nothing(folder: Path, capfd: pyt
     assert files(folder) == before
 
 
+def test_a_checkpoint_without_the_optimizer_cannot_be_resumed(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--config", "small.yaml"]) == 0
+    checkpoint = torch.load(folder / "runs/small/last.ckpt", weights_only=True)
+    for key in ("callbacks", "optimizer_states", "lr_schedulers"):
+        del checkpoint[key]
+    torch.save(checkpoint, folder / "weights.ckpt")
+    before = files(folder)
+    capfd.readouterr()
+    assert main(["fit", "--config", "small.yaml", "--ckpt_path=weights.ckpt"]) == 2
+    assert "weights.ckpt: the checkpoint holds no callbacks, so no training can go on from it" in capfd.readouterr().err
+    assert files(folder) == before
+    assert main(["validate", "--config", "small.yaml", "--ckpt_path=weights.ckpt"]) == 0
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fit", "--config", "small.yaml"]) == 0
+    content = (folder / "runs/small/last.ckpt").read_bytes()
+    capfd.readouterr()
+
+    def fill_the_disk(checkpoint: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("lightning_modules.whole_files.torch.save", fill_the_disk)
+    assert main(["fit", "--config", "small.yaml"]) == 2
+    assert capfd.readouterr().err == "trix: error: [Errno 28] No space left on device\n"
+    assert (folder / "runs/small/last.ckpt").read_bytes() == content
+    assert {path.name for path in (folder / "runs/small").iterdir() if path.is_file()} == {"best.ckpt", "last.ckpt"}
+
+
+def test_too_little_memory_gives_one_line(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--config", "small.yaml", "--data.batch_size=1000000000000"]) == 2
+    assert re.fullmatch(r"trix: error: out of memory: Unable to allocate .*\n", capfd.readouterr().err)
+
+
 def test_traceback_on_request(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lightning_modules.errors import UserError
 
@@ -233,7 +289,11 @@ def test_an_error_of_the_program_keeps_its_traceback(folder: Path, monkeypatch: 
         main(["fit", "--config", "small.yaml"])
 
 
-def test_ctrl_c_ends_quietly_with_130(folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("sent", "code", "message"),
+    [(signal.SIGINT, 130, "trix: interrupted\n"), (signal.SIGTERM, 143, "[rank: 0] Received SIGTERM: 15\n")],
+)
+def test_a_signal_ends_the_run_without_success(sent: signal.Signals, code: int, message: str, folder: Path) -> None:
     command = [sys.executable, "-m", "lightning_modules.cli", "fit", "--config", "small.yaml", "--trainer.max_steps=100000"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
@@ -243,7 +303,7 @@ def test_ctrl_c_ends_quietly_with_130(folder: Path) -> None:
         if line.startswith("step "):
             break
     time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     process.stdout.read()
-    assert process.wait(60) == 130
-    assert process.stderr.read() == "trix: interrupted\n"
+    assert process.wait(60) == code
+    assert process.stderr.read() == message

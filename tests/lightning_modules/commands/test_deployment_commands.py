@@ -1,11 +1,13 @@
 """``trix export`` and ``trix generate``, on a small trained model."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import lightning as L
 import pytest
+import torch
 from small_runs import SENTENCE, small_network
 
 from lightning_modules.cli import main
@@ -133,6 +135,7 @@ GENERATE_MISTAKES = [
     (["{lm}", "--prompt", "The", "--top-p", "3"], "top_p (3.0) must be > 0 and <= 1"),
     (["{lm}", "--prompt", "The", "--temperature", "-1"], "temperature (-1.0) must be"),
     (["{lm}", "--prompt", "The", "--threads", "0"], "num_threads (0) must be >= 1"),
+    (["{lm}", "--prompt", "The", "--threads", "99999999999"], "num_threads (99999999999) must be >= 1 and <= 1024"),
     (["{lm}", "--prompt", "The", "--num-tokens", "x"], "argument --num-tokens: invalid int value: 'x'"),
     (["{lm}", "--promt", "The"], "unknown option --promt of `trix generate`; did you mean --prompt?"),
     (["{lm}", "--prompt", "The", "--temp", "1"], "unknown option --temp of `trix generate`"),
@@ -159,6 +162,32 @@ def test_generate_tells_mistakes_in_one_line(
     assert message in err
 
 
+@pytest.mark.parametrize("command", ["export", "generate"])
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_help(command: str, option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, option]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith(f"usage: trix {command}")
+    assert err == ""
+
+
+def test_output_that_takes_nothing_gives_one_line(folder: Path) -> None:
+    command = [sys.executable, "-m", "lightning_modules.cli", "generate", str(folder / "lm.onnx"), "--prompt", "The "]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment, check=False)
+    assert result.returncode == 2
+    assert result.stderr == "trix: error: the output cannot be written: No space left on device\n"
+
+
+def test_generating_with_closed_outputs_is_no_error(folder: Path) -> None:
+    code = (
+        "import sys; sys.stdout = sys.stderr = None; from lightning_modules.cli import main\n"
+        "raise SystemExit(main(['generate', sys.argv[1], '--prompt', 'The ', '--num-tokens', '2']))"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(folder / "lm.onnx")], check=False).returncode == 0
+
+
 EXPORT_MISTAKES = [
     (["--ckpt", "{folder}/missing.ckpt", "--output", "{out}/a.onnx"], "missing.ckpt cannot be read: No such file"),
     (["--ckpt", "{folder}/lm.onnx", "--output", "{out}/a.onnx"], "lm.onnx is not a checkpoint that can be loaded safely"),
@@ -169,6 +198,13 @@ EXPORT_MISTAKES = [
         "--held-out-tokens (1) must be >= 2",
     ),
     (["--ckp", "{folder}/lm.ckpt", "--output", "{out}/a.onnx"], "unknown option --ckp of `trix export`; did you mean --ckpt?"),
+    (["--ckpt", "{folder}/lm.ckpt", "--output", "{folder}/./lm.ckpt"], "must be another file than the checkpoint"),
+    (["--ckpt", "{folder}/lm.ckpt", "--output", "/dev/null"], "output /dev/null must be a file, not a device"),
+    (["--ckpt", "{folder}/lm.ckpt", "--output", "{out}/" + "a" * 256], "cannot be written: File name too long"),
+    (
+        ["--ckpt", "{folder}/changed.ckpt", "--output", "{out}/new/deep/a.onnx"],
+        "the data settings of the checkpoint do not",
+    ),
     (["--ckpt", "{folder}/no_data.ckpt", "--output", "{out}/a.onnx"], "data module (None) must be TextDataModule"),
 ]
 
@@ -180,12 +216,34 @@ def test_export_tells_mistakes_in_one_line_and_leaves_nothing(
     if "no_data" in arguments[1]:
         save(LanguageModelTask(TextDataModule().vocabulary, small_network()), None, folder / "no_data.ckpt")
         capsys.readouterr()
+    checkpoint = torch.load(folder / "lm.ckpt", weights_only=True)
+    checkpoint["datamodule_hyper_parameters"]["colour"] = "red"
+    torch.save(checkpoint, folder / "changed.ckpt")
     assert main(["export", *(text.format(folder=folder, out=tmp_path) for text in arguments)]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.count("\n") == 1
     assert message in err
     assert names(tmp_path) == set()
+
+
+def test_a_failed_export_leaves_the_old_file(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = torch.load(folder / "lm.ckpt", weights_only=True)
+    for value in checkpoint["state_dict"].values():
+        value.mul_(float("nan")) if value.is_floating_point() else None
+    torch.save(checkpoint, tmp_path / "nan.ckpt")
+    (tmp_path / "a.onnx").write_text("precious")
+    assert main(["export", "--ckpt", str(tmp_path / "nan.ckpt"), "--output", str(tmp_path / "a.onnx")]) == 2
+    assert (tmp_path / "a.onnx").read_text() == "precious"
+    assert names(tmp_path) == {"nan.ckpt", "a.onnx"}
+
+
+def test_a_linked_output_stays_a_link(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "real.onnx").touch()
+    (tmp_path / "link.onnx").symlink_to("real.onnx")
+    assert main(["export", "--ckpt", str(folder / "lm.ckpt"), "--output", str(tmp_path / "link.onnx")]) == 0
+    assert (tmp_path / "link.onnx").is_symlink()
+    assert (tmp_path / "real.onnx").stat().st_size > 0
 
 
 def test_export_notices_that_the_text_has_changed(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,3 +1,4 @@
+import pickle
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -82,6 +83,20 @@ def test_other_files_are_refused(write: Callable[[Path], None], tmp_path: Path) 
     assert "\n" not in str(caught.value)
 
 
+def test_code_in_a_file_is_never_run(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (tmp_path / "exploded",)
+
+    (tmp_path / "plain.ckpt").write_bytes(pickle.dumps(Bomb()))
+    torch.save({"trix": {"version": 1}, "bomb": Bomb()}, tmp_path / "zip.ckpt")
+    for name in ("plain.ckpt", "zip.ckpt"):
+        with pytest.raises(CheckpointError, match="can be loaded safely"):
+            read_checkpoint(tmp_path / name)
+    assert not (tmp_path / "exploded").exists()
+    assert not recwarn.list
+
+
 def test_truncated_checkpoint_is_refused(saved: Path) -> None:
     saved.write_bytes(saved.read_bytes()[:-1000])
     with pytest.raises(CheckpointError, match="cut short"):
@@ -101,7 +116,11 @@ def test_missing_file_and_directory_are_told_apart(tmp_path: Path) -> None:
         (lambda c: c.pop("trix"), "was not written by `trix fit`"),
         (lambda c: c["trix"].update(version=2), r"version \(2\) must be <= 1"),
         (lambda c: c["trix"].update(task="poetry"), r"task \('poetry'\) must be one of language_model, classifier"),
+        (lambda c: c["trix"].update(task=["poetry"]), "must be one of language_model, classifier"),
         (lambda c: c.pop("state_dict"), "lacks 'state_dict'"),
+        (lambda c: c.pop("pytorch-lightning_version"), "lacks 'pytorch-lightning_version'"),
+        (lambda c: c.update(callbacks=5), r"callbacks \(int\) of the checkpoint must be of type dict"),
+        (lambda c: c["state_dict"].update({3: torch.ones(1)}), "keys of state_dict of the checkpoint must be of type str"),
         (lambda c: c["hyper_parameters"].update(colour="red"), "hyperparameters of the checkpoint do not fit.*colour"),
         (lambda c: c["hyper_parameters"]["network"]["ffn"].update(num_tiles=3), "do not fit the network: size mismatch"),
         (lambda c: c["state_dict"].pop("network.head.weight"), "do not fit the network: Missing key.*network.head.weight"),
