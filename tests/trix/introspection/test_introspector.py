@@ -1,0 +1,107 @@
+import math
+
+import pytest
+import torch
+
+from trix import TriXFFN
+from trix.introspection import TriXIntrospector
+from trix.nn import FFNConfig, LanguageModel, LanguageModelConfig
+
+
+def model(routing: str = "explicit", num_tiles: int = 4) -> LanguageModel:
+    torch.manual_seed(0)
+    return LanguageModel(11, LanguageModelConfig(16, 2, 2, 12, ffn=FFNConfig(num_tiles=num_tiles, routing=routing)))
+
+
+TOKENS = torch.randint(0, 11, (3, 12), generator=torch.Generator().manual_seed(1))
+
+
+def test_layers_are_found_in_order_and_a_model_without_any_is_refused() -> None:
+    network = model()
+    introspector = TriXIntrospector(network)
+    assert introspector.layers == [block.ffn for block in network.stack.blocks]
+    assert torch.equal(introspector.tile_signatures(1), network.stack.blocks[1].ffn.get_tile_signatures())
+    with pytest.raises(ValueError, match=r"number of routed layers in the model \(0\) must be >= 1"):
+        TriXIntrospector(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"layer \(2\) must be >= 0 and < number of routed layers \(2\)"):
+        introspector.tile_signatures(2)
+
+
+def test_structure_by_hand() -> None:
+    ffn = TriXFFN(4, 3, d_ff=6, routing="explicit")
+    with torch.no_grad():
+        ffn.router.raw_signatures.copy_(torch.tensor([[1.0, 1, 0, 0], [1, 1, 0, 0], [-1, 0, 0, 1]]))
+        ffn.tiles.up.weight.zero_()
+        ffn.tiles.up.weight[0, :, 1] = 1.0  # tile 0 reads input 1 alone
+    introspector = TriXIntrospector(ffn)
+    similarity = introspector.signature_similarity_matrix()
+    torch.testing.assert_close(similarity, torch.tensor([[1.0, 1, -0.5], [1, 1, -0.5], [-0.5, -0.5, 1]]))
+    assert introspector.redundant_tiles(0.9) == [(0, 1, pytest.approx(1.0))]
+    assert introspector.redundant_tiles(1.1) == []
+    torch.testing.assert_close(introspector.consensus_features(), torch.tensor([1 / 3, 2 / 3, 0, 1 / 3]))
+    assert introspector.weight_density_map().tolist() == [[0, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
+    assert introspector.signature_diversity() == pytest.approx((0 + 3 / 4 + 3 / 4) / 3)
+    assert 0 < introspector.sparse_ratio() < 1
+
+
+def test_routing_is_what_the_model_does_and_changes_nothing() -> None:
+    network = model().train()
+    network.stack.blocks[0].eval()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    introspector = TriXIntrospector(network)
+    distribution = introspector.routing_distribution(TOKENS, layer=1)
+    _, infos, _ = network.eval()(TOKENS, return_routing=True)
+    network.train()
+    network.stack.blocks[0].eval()
+    expected = torch.bincount(infos[1]["tile_idx"].flatten(), minlength=4) / TOKENS.numel()
+    torch.testing.assert_close(distribution, expected)
+    assert introspector.routing_entropy(TOKENS, 1) == pytest.approx(float(torch.special.entr(expected).sum()))
+    assert introspector.routing_entropy(TOKENS, 1) <= math.log(4)
+    introspector.why(TOKENS)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert network.training
+    assert not network.stack.blocks[0].training
+
+
+def test_stability_is_one_without_noise_and_falls_with_it() -> None:
+    introspector = TriXIntrospector(model())
+    levels = [introspector.routing_stability(TOKENS, level) for level in (0.0, 0.1, 10.0)]
+    assert levels[0] == 1.0
+    assert levels[0] >= levels[1] > levels[2]
+    with pytest.raises(ValueError, match=r"noise_level \(-1\) must be >= 0"):
+        introspector.routing_stability(TOKENS, -1)
+
+
+@pytest.mark.parametrize("routing", ["explicit", "emergent", "learned"])
+def test_why_accounts_for_the_whole_difference(routing: str) -> None:
+    network = model(routing).double().eval()
+    torch.nn.init.normal_(network.stack.blocks[1].ffn.router.balance_bias, std=0.2)
+    introspector = TriXIntrospector(network)
+    chosen = introspector.decision(TOKENS, 1).tile_idx[:, 0]
+    explanations = introspector.why(TOKENS, layer=1, num_dims=16)  # all of the dimensions
+    assert [e.tile_idx for e in explanations] == chosen.tolist()
+    for e in explanations:
+        gap = sum(e.contributions) + e.bias - e.runner_up_bias
+        assert gap == pytest.approx(e.score - e.runner_up_score)
+        assert e.score >= e.runner_up_score
+        assert e.contributions == sorted(e.contributions, reverse=True)
+
+
+def test_a_single_tile_has_no_runner_up() -> None:
+    (explanation, *_) = TriXIntrospector(model(num_tiles=1)).why(TOKENS)
+    assert (explanation.tile_idx, explanation.runner_up_idx) == (0, -1)
+
+
+def test_a_hash_has_no_reasons() -> None:
+    with pytest.raises(ValueError, match=r"layer \(0\) is routed by a hash"):
+        TriXIntrospector(model("hash")).why(TOKENS)
+
+
+def test_figures_show_every_tile_and_token() -> None:
+    introspector = TriXIntrospector(model())
+    image = introspector.plot_signatures().axes[0].images[0]
+    assert image.get_array().shape == (4, 16)
+    axes = introspector.plot_routing_heatmap(TOKENS, labels=["$"] * TOKENS.numel()).axes[0]
+    assert axes.images[0].get_array().shape == (4, 36)
+    with pytest.raises(ValueError, match=r"number of labels \(1\) must equal the number of tokens \(36\)"):
+        introspector.plot_routing_heatmap(TOKENS, labels=["a"])

@@ -1,0 +1,209 @@
+"""Read what a model's structure says: signatures, density, routing, and why a token went where it went."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from trix.functional.signatures import inverse_sqrt_active, signature_diversity
+from trix.introspection import plots
+from trix.nn.ffn import TriXFFN
+from trix.outputs import RoutingDecision
+from trix.routing.balance import tile_load
+from trix.routing.hash_router import HashRouter
+from trix.routing.router import LearnedRouter, Router
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why one token went to its tile.
+
+    token_idx: place of the token in the flattened input. tile_idx, runner_up_idx: the best two tiles (-1 with a single tile).
+    score, runner_up_score: their scores with the balance bias, the figures that were compared; bias, runner_up_bias: what of
+    them is bias. decisive_dims: the dimensions that spoke most for the winner over the runner-up, strongest first;
+    contributions: how much each gave, in the unit of the scores. Over all dimensions, contributions and the difference of the
+    biases sum to score - runner_up_score.
+    """
+
+    token_idx: int
+    tile_idx: int
+    runner_up_idx: int
+    score: float
+    runner_up_score: float
+    bias: float
+    runner_up_bias: float
+    decisive_dims: list[int]
+    contributions: list[float]
+
+
+class TriXIntrospector:
+    """Reads a model with routed layers; changes nothing in it.
+
+    Every method takes ``layer``, the index of the routed layer in the order of the model (default 0). ``inputs`` are what the
+    model takes; methods that need no inputs read weights alone.
+
+    Args:
+        model: any module that holds TriXFFN layers, or is one.
+
+    Raises:
+        ValueError: the model has no routed layers; a layer that does not exist.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.layers = [module for module in model.modules() if isinstance(module, TriXFFN)]
+        if not self.layers:
+            raise ValueError("number of routed layers in the model (0) must be >= 1")
+
+    def tile_signatures(self, layer: int = 0) -> Tensor:
+        """[E, D] in {-1, 0, +1}."""
+        return self._layer(layer).get_tile_signatures()
+
+    def signature_diversity(self, layer: int = 0) -> float:
+        """Mean over pairs of tiles of the fraction of positions at which their signatures differ, in [0, 1]."""
+        return float(signature_diversity(self.tile_signatures(layer)))
+
+    def signature_similarity_matrix(self, layer: int = 0) -> Tensor:
+        """Cosine of each pair of signatures, float [E, E]; 0 with a signature that is all 0."""
+        signatures = self.tile_signatures(layer).float()
+        unit = signatures * inverse_sqrt_active(signatures).unsqueeze(-1)
+        return unit @ unit.T
+
+    def weight_density_map(self, layer: int = 0) -> Tensor:
+        """density[e, d] = share of tile e's up rows whose weight for input d is not 0: float [E, D]."""
+        return self._layer(layer).tiles.up.codes_and_scale()[0].ne(0).float().mean(dim=1)
+
+    def sparse_ratio(self, layer: int = 0) -> float:
+        """Share of zeros among all ternary weights of the layer's tiles, in [0, 1]."""
+        tiles = self._layer(layer).tiles
+        codes = [weight.codes_and_scale()[0].flatten() for weight in (tiles.up, tiles.down)]
+        return float(torch.cat(codes).eq(0).float().mean())
+
+    def consensus_features(self, layer: int = 0) -> Tensor:
+        """Mean of the signatures over tiles, float [D] in [-1, 1]: near +-1 where all tiles want the same sign."""
+        return self.tile_signatures(layer).float().mean(dim=0)
+
+    def redundant_tiles(self, threshold: float = 0.95, layer: int = 0) -> list[tuple[int, int, float]]:
+        """Pairs (i, j, cosine), i < j, whose signatures have a cosine above the threshold; most alike first."""
+        similarity = self.signature_similarity_matrix(layer)
+        above = (similarity.triu(diagonal=1) > threshold).nonzero().tolist()
+        pairs = [(i, j, float(similarity[i, j])) for i, j in above]
+        return sorted(pairs, key=lambda pair: -pair[2])
+
+    def routing_distribution(self, inputs: Any, layer: int = 0) -> Tensor:
+        """Share of the assignments that each tile gets: float [E], sums to 1."""
+        return tile_load(self.decision(inputs, layer).tile_idx, self._layer(layer).num_tiles)
+
+    def routing_entropy(self, inputs: Any, layer: int = 0) -> float:
+        """Entropy of :meth:`routing_distribution`, in nats: log E at equal load, 0 at collapse."""
+        return float(torch.special.entr(self.routing_distribution(inputs, layer)).sum())
+
+    @torch.no_grad()
+    def routing_stability(self, inputs: Any, noise_level: float = 0.1, layer: int = 0, seed: int = 0) -> float:
+        """Share of tokens that keep their best tile when the layer's input gets Gaussian noise, in [0, 1].
+
+        Args:
+            noise_level: deviation of the noise, in standard deviations of the layer's input. seed: of the noise.
+
+        Raises:
+            ValueError: noise_level < 0.
+        """
+        if noise_level < 0:
+            raise ValueError(f"noise_level ({noise_level}) must be >= 0")
+        x_TD, decision = self._capture(inputs, layer)
+        noise = torch.randn(x_TD.shape, generator=torch.Generator().manual_seed(seed)).to(x_TD)
+        noisy_TE = (x_TD + noise_level * x_TD.std() * noise) @ self._directions(layer).T + self._bias(layer)
+        return float((noisy_TE.argmax(dim=-1) == decision.tile_idx[:, 0]).float().mean())
+
+    def decision(self, inputs: Any, layer: int = 0) -> RoutingDecision:
+        """What the layer's router decides when the model runs on the inputs, tokens flattened."""
+        return self._capture(inputs, layer)[1]
+
+    @torch.no_grad()
+    def why(self, inputs: Any, layer: int = 0, num_dims: int = 5) -> list[Explanation]:
+        """For each token the winning and the runner-up tile, their scores, and the dimensions that decided.
+
+        contribution[d] = x[d] * (s_win[d] / sqrt(nnz_win) - s_runner_up[d] / sqrt(nnz_runner_up))
+        """
+        x_TD, decision = self._capture(inputs, layer)
+        direction_ED, bias_E = self._directions(layer), self._bias(layer)
+        num_tiles = direction_ED.shape[0]
+        order = torch.sort(decision.score + bias_E, dim=-1, descending=True, stable=True)
+        best, next_best = order.indices[:, 0], order.indices[:, min(1, num_tiles - 1)]
+        contribution_TD = x_TD * (direction_ED[best] - direction_ED[next_best])
+        top = contribution_TD.topk(min(num_dims, x_TD.shape[-1]), dim=-1)
+        is_alone = num_tiles == 1
+        return [
+            Explanation(
+                token_idx=t,
+                tile_idx=int(best[t]),
+                runner_up_idx=-1 if is_alone else int(next_best[t]),
+                score=float(order.values[t, 0]),
+                runner_up_score=float("-inf") if is_alone else float(order.values[t, 1]),
+                bias=float(bias_E[best[t]]),
+                runner_up_bias=0.0 if is_alone else float(bias_E[next_best[t]]),
+                decisive_dims=top.indices[t].tolist(),
+                contributions=top.values[t].tolist(),
+            )
+            for t in range(x_TD.shape[0])
+        ]
+
+    def plot_signatures(self, layer: int = 0) -> Figure:
+        """Tiles by dimensions, the three values in three colours."""
+        return plots.signature_heatmap(self.tile_signatures(layer), f"Signatures of layer {layer}")
+
+    def plot_routing_heatmap(self, inputs: Any, layer: int = 0, labels: list[str] | None = None) -> Figure:
+        """Tokens by tiles: the softmax of the scores, the chosen tile marked. labels: one per token."""
+        decision = self.decision(inputs, layer)
+        return plots.routing_heatmap(decision.score.softmax(-1), decision.tile_idx, f"Routing of layer {layer}", labels)
+
+    def _layer(self, layer: int) -> TriXFFN:
+        if not 0 <= layer < len(self.layers):
+            raise ValueError(f"layer ({layer}) must be >= 0 and < number of routed layers ({len(self.layers)})")
+        return self.layers[layer]
+
+    def _directions(self, layer: int) -> Tensor:
+        """What a score is the inner product with, float [E, D]: s_e / sqrt(nnz(s_e)), or the learned gate's rows."""
+        router = self._layer(layer).router
+        if isinstance(router, HashRouter):
+            raise ValueError(f"layer ({layer}) is routed by a hash of the token's id, which has no directions")
+        if isinstance(router, LearnedRouter):
+            return router.gate_ED.detach()
+        signatures = self.tile_signatures(layer)
+        return signatures * inverse_sqrt_active(signatures).unsqueeze(-1)
+
+    def _bias(self, layer: int) -> Tensor:
+        router = self._layer(layer).router
+        assert isinstance(router, Router)
+        return router.balance_bias
+
+    def _capture(self, inputs: Any, layer: int) -> tuple[Tensor, RoutingDecision]:
+        """Run the model in evaluation mode and note what the layer's router got and gave."""
+        noted: list[tuple[Tensor, RoutingDecision]] = []
+
+        def note(_: nn.Module, arguments: tuple[Tensor, ...], decision: RoutingDecision) -> None:
+            noted.append((arguments[0].to(decision.score.dtype), decision))
+
+        handle = self._layer(layer).router.register_forward_hook(note)
+        try:
+            with torch.no_grad(), _evaluating(self.model):
+                self.model(inputs)
+        finally:
+            handle.remove()
+        return noted[0]
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, then every module's own mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

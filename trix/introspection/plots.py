@@ -1,0 +1,76 @@
+"""Figures of signatures and routing. matplotlib figures without pyplot, so that nothing global changes."""
+
+import numpy as np
+from matplotlib.colors import BoundaryNorm, ListedColormap
+from matplotlib.figure import Figure
+from torch import Tensor
+
+SIGNATURE_COLOURS = ListedColormap(["#2b6cb0", "#f2f2f2", "#c05621"])  # -1, 0, +1; told apart by colour-blind readers too
+
+
+def signature_heatmap(signatures_ED: Tensor, title: str) -> Figure:
+    """Tiles by dimensions; -1 blue, 0 light, +1 orange."""
+    num_tiles, width = signatures_ED.shape
+    figure = Figure(figsize=(10, 1.2 + 0.22 * min(num_tiles, 40)), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(
+        signatures_ED.float().cpu().numpy(),
+        aspect="auto",
+        interpolation="nearest",
+        cmap=SIGNATURE_COLOURS,
+        norm=BoundaryNorm([-1.5, -0.5, 0.5, 1.5], 3),
+    )
+    figure.colorbar(image, ax=axes, ticks=[-1, 0, 1], fraction=0.02)
+    axes.set(title=title, xlabel="dimension", ylabel="tile")
+    axes.set_yticks(range(num_tiles) if num_tiles <= 32 else range(0, num_tiles, num_tiles // 16))
+    axes.set_xlim(-0.5, width - 0.5)
+    return figure
+
+
+def similarity_heatmap(similarity_EE: Tensor, title: str) -> Figure:
+    """Cosine of pairs of signatures, from -1 to 1."""
+    figure = Figure(figsize=(5, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(similarity_EE.float().cpu().numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
+    figure.colorbar(image, ax=axes, label="cosine")
+    axes.set(title=title, xlabel="tile", ylabel="tile")
+    return figure
+
+
+def routing_heatmap(
+    probability_TE: Tensor, tile_idx_TK: Tensor, title: str, labels: list[str] | None = None, max_tokens: int = 64
+) -> Figure:
+    """The first max_tokens tokens by tiles; a dot marks each chosen tile.
+
+    Raises:
+        ValueError: labels are not one per token.
+    """
+    if labels is not None and len(labels) != probability_TE.shape[0]:
+        raise ValueError(f"number of labels ({len(labels)}) must equal the number of tokens ({probability_TE.shape[0]})")
+    shown = min(max_tokens, probability_TE.shape[0])
+    figure = Figure(figsize=(1.5 + 0.16 * shown, 1.2 + 0.2 * probability_TE.shape[1]), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(probability_TE[:shown].float().cpu().numpy().T, aspect="auto", cmap="Greys", vmin=0)
+    chosen = tile_idx_TK[:shown].cpu().numpy()
+    axes.scatter(np.repeat(np.arange(shown), chosen.shape[1]), chosen.ravel(), s=14, color="#c05621")
+    figure.colorbar(image, ax=axes, label="softmax of scores", fraction=0.02)
+    axes.set(title=title, ylabel="tile", xlabel="token")
+    if labels is not None:
+        axes.set_xticks(range(shown), [_printable(label) for label in labels[:shown]], fontfamily="monospace")
+    return figure
+
+
+def usage_bars(usage_E: Tensor, title: str) -> Figure:
+    """Share of the assignments by tile, with the equal share as a line."""
+    figure = Figure(figsize=(7, 2.2), layout="constrained")
+    axes = figure.add_subplot()
+    axes.bar(range(len(usage_E)), usage_E.float().cpu().numpy(), color="#4a5568")
+    axes.axhline(1 / len(usage_E), color="#c05621", linewidth=1, label="equal share")
+    axes.set(title=title, xlabel="tile", ylabel="share of tokens")
+    axes.legend(frameon=False)
+    return figure
+
+
+def _printable(label: str) -> str:
+    # matplotlib reads $...$ as mathematics.
+    return {" ": "␣", "\n": "⏎", "\t": "⇥", "$": r"\$"}.get(label, label)
