@@ -1,7 +1,7 @@
 """Files that are written whole or not at all: one that is there stays as it was until the new one is complete."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import io
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,21 @@ class WholeFileCheckpointIO(TorchCheckpointIO):
         if storage_options is not None or "://" in str(path):  # not a file of this machine
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        with replacing(Path(path)) as partial:
-            torch.save(checkpoint, partial)
+        save_whole(checkpoint, Path(path))
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to, which takes its place at the end; or goes, should the writing fail."""
+def save_whole(value: object, path: Path) -> None:
+    """torch.save to `path`, by way of a file beside it that takes its place at the end.
+
+    Raises:
+        OSError: the file cannot be written; what was at `path` is as it was.
+    """
+    content = io.BytesIO()  # written by torch itself, a full disk would be a RuntimeError about something else
+    torch.save(value, content)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        yield partial
+        partial.write_bytes(content.getbuffer())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from rich import get_console
 from typing_extensions import override
 
-from lightning_modules.whole_files import replacing
+from lightning_modules.whole_files import save_whole
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -36,7 +36,6 @@ class PredictionWriter(BasePredictionWriter):
         if trainer.world_size > 1:
             output = output.with_suffix(f".rank{trainer.global_rank}{output.suffix}")
         joined = {name: torch.cat([batch[name] for batch in predictions]).cpu() for name in predictions[0]}
-        with replacing(output) as partial:
-            torch.save(joined, partial)
+        save_whole(joined, output)
         shapes = ", ".join(f"{name} {list(values.shape)}" for name, values in joined.items())
         get_console().print(f"wrote   {output}: {shapes}", highlight=False, markup=False, soft_wrap=True)
