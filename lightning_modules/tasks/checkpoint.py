@@ -89,10 +89,10 @@ def _check_parts(checkpoint: Mapping[str, Any], path: Path) -> None:
             continue
         if key not in checkpoint:
             raise CheckpointError(f"{path}: the checkpoint lacks {key!r}")
-        value: Any = checkpoint[key]
+        value = checkpoint[key]
         if not isinstance(value, kind):
             raise CheckpointError(f"{path}: {key} ({type(value).__name__}) of the checkpoint must be of type {kind.__name__}")
-        if key == "loops" and not all(isinstance(loop, dict) for loop in value.values()):
+        if key == "loops" and not all(isinstance(loop, dict) for loop in checkpoint[key].values()):
             raise CheckpointError(f"{path}: the values of {key} of the checkpoint must be of type dict")
         if isinstance(value, dict) and not all(isinstance(name, str) for name in value):
             raise CheckpointError(f"{path}: the keys of {key} of the checkpoint must be of type str")
