@@ -301,7 +301,10 @@ def test_an_error_of_the_program_keeps_its_traceback(folder: Path, monkeypatch: 
 def test_a_signal_ends_the_run_without_success(sent: signal.Signals, code: int, message: str, folder: Path) -> None:
     command = [sys.executable, "-m", "lightning_modules.cli", "fit", "--config", "small.yaml", "--trainer.max_steps=100000"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    # A job in the background ignores SIGINT, and so would its children.
+    ignored = signal.signal(signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    signal.signal(signal.SIGINT, ignored)
     assert process.stdout is not None
     assert process.stderr is not None
     for line in process.stdout:
