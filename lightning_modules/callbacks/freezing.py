@@ -12,7 +12,7 @@ from typing_extensions import override
 from lightning_modules.errors import UserError
 from lightning_modules.routed_layers import layer_name, routed_layers
 from trix.nn import TriXFFN
-from trix.routing import LearnedRouter
+from trix.routing import SignatureRouter
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,9 @@ class FreezingSchedule(L.Callback):
                     raise UserError(
                         f"{event}: tile ({max(event.tiles)}) must be < num_tiles ({layers[index].num_tiles}) of layer {index}"
                     )
-                if isinstance(layers[index].router, LearnedRouter):
-                    raise UserError(f"{event}: routing ('learned') of layer {index} has no signatures to freeze")
+                if not isinstance(layers[index].router, SignatureRouter):
+                    kind = type(layers[index].router).__name__
+                    raise UserError(f"{event}: the router ({kind}) of layer {index} has no signatures to freeze")
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -139,7 +140,7 @@ def _apply(event: FreezingEvent, layers: dict[str, TriXFFN]) -> None:
 
 
 def _num_frozen(layer: TriXFFN) -> int:
-    if isinstance(layer.router, LearnedRouter):
+    if not isinstance(layer.router, SignatureRouter):
         return 0
     return sum(layer.is_frozen(tile_idx) for tile_idx in range(layer.num_tiles))
 

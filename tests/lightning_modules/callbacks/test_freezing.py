@@ -14,6 +14,7 @@ from lightning_modules.errors import UserError
 from lightning_modules.routed_layers import routed_layers
 from lightning_modules.tasks import LanguageModelTask
 from trix.nn import FFNConfig
+from trix.nn.ffn import Routing
 
 
 class SignatureRecorder(L.Callback):
@@ -133,7 +134,8 @@ def test_events_are_checked_against_the_network(
         make_trainer(callbacks=[FreezingSchedule([event])]).fit(language_model, text)
 
 
-def test_a_learned_gate_has_nothing_to_freeze(text: TextDataModule) -> None:
-    task = LanguageModelTask(text.vocabulary, small_network(ffn=FFNConfig(num_tiles=4, routing="learned")))
-    with pytest.raises(UserError, match=r"routing \('learned'\) of layer 0 has no signatures"):
+@pytest.mark.parametrize(("routing", "router"), [("learned", "LearnedRouter"), ("hash", "HashRouter")])
+def test_a_router_without_signatures_has_nothing_to_freeze(routing: Routing, router: str, text: TextDataModule) -> None:
+    task = LanguageModelTask(text.vocabulary, small_network(ffn=FFNConfig(num_tiles=4, routing=routing)))
+    with pytest.raises(UserError, match=rf"the router \({router}\) of layer 0 has no signatures"):
         FreezingSchedule([FreezingEvent("freeze", [0], step=1)]).check_network(task)
