@@ -9,14 +9,13 @@ import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-# Blue and orange stay apart for colour-blind readers; grey recedes.
-SIGNATURE_COLOURS = {-1: "#2166ac", 0: "#eeeeee", 1: "#e08214"}
+from trix.introspection.plots import SIGNATURE_COLOURS, draw_signatures
+
 MAX_CELLS_WITH_TEXT = 400
 
 
@@ -37,11 +36,8 @@ def signature_figure(signatures: Mapping[str, Tensor]) -> Figure:
     """A heat map [E, D] of -1, 0 and +1 for each layer, given its signatures in force."""
     heights = [0.9 + 0.11 * len(signature_ED) for signature_ED in signatures.values()]
     figure, axes = _rows(heights, width=8.0)
-    colours = ListedColormap(list(SIGNATURE_COLOURS.values()))
-    norm = BoundaryNorm([-1.5, -0.5, 0.5, 1.5], colours.N)
     for axis, (name, signature_ED) in zip(axes, signatures.items(), strict=True):
-        values = signature_ED.detach().cpu().numpy()
-        axis.imshow(values, aspect="auto", cmap=colours, norm=norm, interpolation="nearest")
+        draw_signatures(axis, signature_ED)
         axis.set(title=name, ylabel="tile")
         axis.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes[-1].set_xlabel("model dimension")

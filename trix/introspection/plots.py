@@ -1,11 +1,25 @@
 """Figures of signatures and routing. matplotlib figures without pyplot, so that nothing global changes."""
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from torch import Tensor
 
-SIGNATURE_COLOURS = ListedColormap(["#2b6cb0", "#f2f2f2", "#c05621"])  # -1, 0, +1; told apart by colour-blind readers too
+# Blue and orange stay apart for colour-blind readers; grey recedes.
+SIGNATURE_COLOURS = {-1: "#2166ac", 0: "#eeeeee", 1: "#e08214"}
+
+
+def draw_signatures(axes: Axes, signatures_ED: Tensor) -> AxesImage:
+    """Tiles by dimensions of values in {-1, 0, +1}, in SIGNATURE_COLOURS."""
+    return axes.imshow(
+        signatures_ED.detach().float().cpu().numpy(),
+        aspect="auto",
+        interpolation="nearest",
+        cmap=ListedColormap(list(SIGNATURE_COLOURS.values())),
+        norm=BoundaryNorm([-1.5, -0.5, 0.5, 1.5], len(SIGNATURE_COLOURS)),
+    )
 
 
 def signature_heatmap(signatures_ED: Tensor, title: str) -> Figure:
@@ -13,13 +27,7 @@ def signature_heatmap(signatures_ED: Tensor, title: str) -> Figure:
     num_tiles, width = signatures_ED.shape
     figure = Figure(figsize=(10, 1.2 + 0.22 * min(num_tiles, 40)), layout="constrained")
     axes = figure.add_subplot()
-    image = axes.imshow(
-        signatures_ED.float().cpu().numpy(),
-        aspect="auto",
-        interpolation="nearest",
-        cmap=SIGNATURE_COLOURS,
-        norm=BoundaryNorm([-1.5, -0.5, 0.5, 1.5], 3),
-    )
+    image = draw_signatures(axes, signatures_ED)
     figure.colorbar(image, ax=axes, ticks=[-1, 0, 1], fraction=0.02)
     axes.set(title=title, xlabel="dimension", ylabel="tile")
     axes.set_yticks(range(num_tiles) if num_tiles <= 32 else range(0, num_tiles, num_tiles // 16))

@@ -89,30 +89,30 @@ def _layer_section(
 ) -> str:
     decision = introspector.decision(inputs, layer)
     usage = introspector.routing_distribution(inputs, layer)
+    similarity = introspector.signature_similarity_matrix(layer)
     length = len(tokens[0])
     first = RoutingDecision(*(part[:length] for part in decision))
     figures = [
         introspector.plot_signatures(layer),
         plots.usage_bars(usage, "Usage"),
-        plots.similarity_heatmap(introspector.signature_similarity_matrix(layer), "Similarity of signatures"),
+        plots.similarity_heatmap(similarity, "Similarity of signatures"),
         plots.routing_heatmap(first.score.softmax(-1), first.tile_idx, "Routing of the first tokens", list(tokens[0])),
     ]
     images = "".join(f'<p><img alt="" src="{_data_uri(figure)}"></p>' for figure in figures)
-    cards = [_tile_card(introspector, layer, tile, decision, float(usage[tile]), tokens, flat) for tile in range(len(usage))]
+    ffn, signatures = introspector.layers[layer], introspector.tile_signatures(layer)
+    cards = []
+    for tile, signature in enumerate(signatures):
+        is_frozen = isinstance(ffn.router, SignatureRouter) and ffn.is_frozen(tile)
+        frozen = ' <span class="badge">frozen</span>' if is_frozen else ""
+        heading = f"<h3>Tile {tile}{frozen}</h3>{_strip(signature)}"
+        counts = f'<div class="muted">{_counts(signature)}{_nearest(similarity, tile)}</div>'
+        card = heading + counts + _traffic(tile, decision, float(usage[tile]), tokens, flat)
+        cards.append(f'<div class="tile">{card}</div>')
     return f'<h2>Layer {layer}</h2>{images}<div class="tiles">{"".join(cards)}</div>'
 
 
-def _tile_card(
-    introspector: TriXIntrospector,
-    layer: int,
-    tile: int,
-    decision: RoutingDecision,
-    usage: float,
-    tokens: Sequence[Sequence[str]],
-    flat: list[str],
-) -> str:
-    signature = introspector.tile_signatures(layer)[tile]
-    counts = ", ".join(f"{int((signature == value).sum())} {name}" for value, name in ((1, "plus"), (-1, "minus"), (0, "zero")))
+def _traffic(tile: int, decision: RoutingDecision, usage: float, tokens: Sequence[Sequence[str]], flat: list[str]) -> str:
+    """How much comes to the tile, which tokens, and the strongest of them in their contexts."""
     landed = (decision.tile_idx == tile).any(dim=-1).nonzero().flatten()
     strongest = landed[decision.score[landed, tile].argsort(descending=True)]
     common = Counter(flat[index] for index in landed.tolist()).most_common(TOKENS_PER_TILE)
@@ -120,19 +120,18 @@ def _tile_card(
         f"<code>{html.escape(_visible(token))}</code>&nbsp;{count / max(len(landed), 1):.0%}" for token, count in common
     )
     contexts = "".join(_context(tokens, index) for index in strongest[:CONTEXTS_PER_TILE].tolist())
-    ffn = introspector.layers[layer]
-    is_frozen = isinstance(ffn.router, SignatureRouter) and ffn.is_frozen(tile)
-    frozen = ' <span class="badge">frozen</span>' if is_frozen else ""
     return (
-        f'<div class="tile"><h3>Tile {tile}{frozen}</h3>{_strip(signature)}'
-        f'<div class="muted">{counts}{_nearest(introspector, layer, tile)}</div>'
         f'<div>usage {usage:.1%}</div><div class="bar"><div style="width:{min(usage, 1):.1%}"></div></div>'
-        f"<p>{shown or 'no token landed here'}</p>{contexts}</div>"
+        f"<p>{shown or 'no token landed here'}</p>{contexts}"
     )
 
 
-def _nearest(introspector: TriXIntrospector, layer: int, tile: int) -> str:
-    similarity = introspector.signature_similarity_matrix(layer)[tile].clone()
+def _counts(signature: Tensor) -> str:
+    return ", ".join(f"{int((signature == value).sum())} {name}" for value, name in ((1, "plus"), (-1, "minus"), (0, "zero")))
+
+
+def _nearest(similarity_EE: Tensor, tile: int) -> str:
+    similarity = similarity_EE[tile].clone()
     if len(similarity) < 2:
         return ""
     similarity[tile] = -2.0
@@ -154,9 +153,9 @@ def _visible(token: str) -> str:
 
 def _strip(signature: Tensor) -> str:
     """The signature as one row of coloured pixels."""
-    colours = {-1: "2b6cb0", 0: "f2f2f2", 1: "c05621"}
     cells = "".join(
-        f'<rect x="{d}" width="1.02" height="1" fill="#{colours[int(v)]}"/>' for d, v in enumerate(signature.tolist())
+        f'<rect x="{d}" width="1.02" height="1" fill="{plots.SIGNATURE_COLOURS[int(v)]}"/>'
+        for d, v in enumerate(signature.tolist())
     )
     return f'<svg class="strip" viewBox="0 0 {len(signature)} 1" preserveAspectRatio="none">{cells}</svg>'
 

@@ -7,11 +7,12 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from small_runs import MakeTrainer, read_events, small_network
 
 from lightning_modules.callbacks import RoutingMonitor
-from lightning_modules.callbacks.figures import SIGNATURE_COLOURS, signature_figure, usage_figure
+from lightning_modules.callbacks.figures import signature_figure, usage_figure
 from lightning_modules.callbacks.routing_statistics import RoutingStatistics
 from lightning_modules.data.text import TextDataModule
 from lightning_modules.routed_layers import routed_layers
 from lightning_modules.tasks import LanguageModelTask
+from trix.introspection.plots import SIGNATURE_COLOURS
 from trix.nn import FFNConfig, TriXFFN
 
 
