@@ -13,13 +13,16 @@ from lightning_modules.errors import UserError
 HELP = """\
 usage: trix COMMAND [OPTIONS]
 
-Sparse networks you can read: train them, export them, run them.
+Sparse networks you can read: train them, read them, export them, run them.
 
 training (trix COMMAND --help lists every option)
   fit         train a model, as one or several YAML files say
   validate    measure a checkpoint on the validation data
   test        measure a checkpoint on the test data (for the data sets here: the validation data)
   predict     write the predictions of a checkpoint to a file
+reading
+  inspect     write one HTML page: what each tile of a checkpoint responds to, and what lands on it
+  why         print why each token went to its tile: winner, runner-up and what decided
 deployment
   export      write a checkpoint as one ONNX file with packed ternary weights
   generate    continue a text with an exported model (needs no torch)
@@ -33,11 +36,13 @@ examples
   trix fit --config configs/char_lm.yaml --trainer.max_steps 100 --print_config
   trix fit --config configs/char_lm.yaml --ckpt_path runs/char_lm/last.ckpt
   trix validate --config configs/char_lm.yaml --ckpt_path runs/char_lm/best.ckpt
+  trix inspect runs/char_lm/best.ckpt
+  trix why runs/char_lm/best.ckpt --prompt "The "
   trix export --ckpt runs/char_lm/best.ckpt --output runs/char_lm/model.onnx
   trix generate runs/char_lm/model.onnx --prompt "The "
 """
 TRAINING_COMMANDS = ("fit", "validate", "test", "predict")
-DEPLOYMENT_COMMANDS = ("export", "generate")
+OTHER_COMMANDS = ("inspect", "why", "export", "generate")
 EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
 TRACEBACK_VARIABLE = "TRIX_TRACEBACK"
 
@@ -115,19 +120,32 @@ def _dispatch(arguments: list[str]) -> int:
         from lightning_modules.lightning_cli import run_training_command
 
         return run_training_command(arguments)
+    if command in OTHER_COMMANDS:
+        return _run_light(command, arguments[1:])
+    if command.startswith("-"):
+        raise UserError(f"the command must come first, got {command}; see `trix --help`")
+    nearest = get_close_matches(command, (*TRAINING_COMMANDS, *OTHER_COMMANDS), n=1)
+    hint = f"did you mean {nearest[0]}?" if nearest else "see `trix --help`"
+    raise UserError(f"unknown command {command!r}; {hint}")
+
+
+def _run_light(command: str, arguments: list[str]) -> int:
+    """Each command is imported when it is asked for, and imports what is heavy when it has read its options."""
+    if command == "inspect":
+        from lightning_modules.commands.inspect import run_inspect
+
+        return run_inspect(arguments)
+    if command == "why":
+        from lightning_modules.commands.why import run_why
+
+        return run_why(arguments)
     if command == "export":
         from lightning_modules.commands.export import run_export
 
-        return run_export(arguments[1:])
-    if command == "generate":
-        from lightning_modules.commands.generate import run_generate
+        return run_export(arguments)
+    from lightning_modules.commands.generate import run_generate
 
-        return run_generate(arguments[1:])
-    if command.startswith("-"):
-        raise UserError(f"the command must come first, got {command}; see `trix --help`")
-    nearest = get_close_matches(command, (*TRAINING_COMMANDS, *DEPLOYMENT_COMMANDS), n=1)
-    hint = f"did you mean {nearest[0]}?" if nearest else "see `trix --help`"
-    raise UserError(f"unknown command {command!r}; {hint}")
+    return run_generate(arguments)
 
 
 if __name__ == "__main__":

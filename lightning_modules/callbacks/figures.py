@@ -14,9 +14,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from trix.introspection.plots import SIGNATURE_COLOURS, draw_signatures
-
-MAX_CELLS_WITH_TEXT = 400
+from trix.introspection.plots import SIGNATURE_COLOURS, draw_claims, draw_signatures
 
 
 def add_figure(trainer: L.Trainer, tag: str, figure: Figure) -> None:
@@ -69,16 +67,8 @@ def claim_figure(claims: Mapping[str, Tensor], class_names: Sequence[str]) -> Fi
     """A heat map [C, E] for each layer: the share of a class's tokens that went to a tile, given claim rates [E, C]."""
     figure, axes = _rows([1.0 + 0.28 * len(class_names)] * len(claims), width=max(6.0, 2.0 + 0.42 * _num_tiles(claims)))
     for axis, (name, rate_EC) in zip(axes, claims.items(), strict=True):
-        rate_CE = rate_EC.T.cpu().numpy()
-        image = axis.imshow(rate_CE, aspect="auto", cmap="Blues", vmin=0.0, vmax=1.0, interpolation="nearest")
-        axis.set(title=name, ylabel="class")
-        axis.set_yticks(range(len(class_names)), class_names)
-        axis.set_xticks(range(rate_CE.shape[1]))
-        if rate_CE.size <= MAX_CELLS_WITH_TEXT:
-            for row, column in zip(*(rate_CE >= 0.05).nonzero(), strict=True):
-                share = rate_CE[row, column]
-                colour = "white" if share > 0.6 else "black"
-                axis.text(column, row, f"{share:.0%}", ha="center", va="center", fontsize=7, color=colour)
+        image = draw_claims(axis, rate_EC, class_names)
+        axis.set_title(name)
         figure.colorbar(image, ax=axis, label="share of the class")
     axes[-1].set_xlabel("tile")
     figure.suptitle("Which class goes to which tile")

@@ -1,7 +1,6 @@
 """Read what a model's structure says: signatures, density, routing, and why a token went where it went."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,9 @@ from torch import Tensor, nn
 
 from trix.functional.signatures import inverse_sqrt_active, signature_diversity
 from trix.introspection import plots
+from trix.introspection.capture import Capture, RoutedLayer, capture_routing, routed_layers
 from trix.nn.ffn import TriXFFN
+from trix.nn.tiles import TernaryTiles
 from trix.outputs import RoutingDecision
 from trix.routing.balance import tile_load
 from trix.routing.hash_router import HashRouter
@@ -44,18 +45,19 @@ class TriXIntrospector:
     """Reads a model with routed layers; changes nothing in it.
 
     Every method takes ``layer``, the index of the routed layer in the order of the model (default 0). ``inputs`` are what the
-    model takes; methods that need no inputs read weights alone.
+    model takes, or a :meth:`capture`, so that many questions cost one run; methods that need no inputs read weights alone.
 
     Args:
-        model: any module that holds TriXFFN layers, or is one.
+        model: any module that holds TriXFFN or SparseLookupFFN layers, or is one. A sparse lookup layer has no perceptrons:
+            ``weight_density_map`` and ``sparse_ratio`` do not apply to it.
 
     Raises:
-        ValueError: the model has no routed layers; a layer that does not exist.
+        ValueError: the model has no routed layers; a layer that does not exist, or to which the question does not apply.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.layers = [module for module in model.modules() if isinstance(module, TriXFFN)]
+        self.layers = routed_layers(model)
         if not self.layers:
             raise ValueError("number of routed layers in the model (0) must be >= 1")
 
@@ -75,11 +77,11 @@ class TriXIntrospector:
 
     def weight_density_map(self, layer: int = 0) -> Tensor:
         """density[e, d] = share of tile e's up rows whose weight for input d is not 0: float [E, D]."""
-        return self._layer(layer).tiles.up.codes_and_scale()[0].ne(0).float().mean(dim=1)
+        return self._tiles(layer).up.codes_and_scale()[0].ne(0).float().mean(dim=1)
 
     def sparse_ratio(self, layer: int = 0) -> float:
         """Share of zeros among all ternary weights of the layer's tiles, in [0, 1]."""
-        tiles = self._layer(layer).tiles
+        tiles = self._tiles(layer)
         codes = [weight.codes_and_scale()[0].flatten() for weight in (tiles.up, tiles.down)]
         return float(torch.cat(codes).eq(0).float().mean())
 
@@ -95,8 +97,9 @@ class TriXIntrospector:
         return sorted(pairs, key=lambda pair: -pair[2])
 
     def routing_distribution(self, inputs: Any, layer: int = 0) -> Tensor:
-        """Share of the assignments that each tile gets: float [E], sums to 1."""
-        return tile_load(self.decision(inputs, layer).tile_idx, self._layer(layer).num_tiles)
+        """Share of the assignments that each tile gets: float [E], sums to 1; those of weight 0 are not counted."""
+        decision = self.decision(inputs, layer)
+        return tile_load(decision.tile_idx, self._layer(layer).num_tiles, decision.weight)
 
     def routing_entropy(self, inputs: Any, layer: int = 0) -> float:
         """Entropy of :meth:`routing_distribution`, in nats: log E at equal load, 0 at collapse."""
@@ -104,32 +107,47 @@ class TriXIntrospector:
 
     @torch.no_grad()
     def routing_stability(self, inputs: Any, noise_level: float = 0.1, layer: int = 0, seed: int = 0) -> float:
-        """Share of tokens that keep their best tile when the layer's input gets Gaussian noise, in [0, 1].
+        """Share of tokens that keep their best tile when the router's input gets Gaussian noise, in [0, 1]; 1 under a hash.
 
         Args:
-            noise_level: deviation of the noise, in standard deviations of the layer's input. seed: of the noise.
+            noise_level: deviation of the noise, in standard deviations of the router's input. seed: of the noise.
 
         Raises:
             ValueError: noise_level < 0.
         """
         if noise_level < 0:
             raise ValueError(f"noise_level ({noise_level}) must be >= 0")
-        x_TD, decision = self._capture(inputs, layer)
+        x_TD, decision = self._captured(inputs, layer)
+        if isinstance(self._layer(layer).router, HashRouter):
+            return 1.0
         noise = torch.randn(x_TD.shape, generator=torch.Generator().manual_seed(seed)).to(x_TD)
         noisy_TE = (x_TD + noise_level * x_TD.std() * noise) @ self._directions(layer).T + self._bias(layer)
         return float((noisy_TE.argmax(dim=-1) == decision.tile_idx[:, 0]).float().mean())
 
     def decision(self, inputs: Any, layer: int = 0) -> RoutingDecision:
         """What the layer's router decides when the model runs on the inputs, tokens flattened."""
-        return self._capture(inputs, layer)[1]
+        return self._captured(inputs, layer)[1]
+
+    def capture(self, batches: Iterable[Any]) -> Capture:
+        """Run the model once on each of the batches, for all layers and all questions; the tokens of the batches in a row.
+
+        Raises:
+            ValueError: no batches, or a layer that the model does not run.
+        """
+        return capture_routing(self.model, self.layers, batches)
 
     @torch.no_grad()
     def why(self, inputs: Any, layer: int = 0, num_dims: int = 5) -> list[Explanation]:
         """For each token the winning and the runner-up tile, their scores, and the dimensions that decided.
 
         contribution[d] = x[d] * (s_win[d] / sqrt(nnz_win) - s_runner_up[d] / sqrt(nnz_runner_up))
+
+        Raises:
+            ValueError: num_dims < 1, or a layer that is routed by a hash.
         """
-        x_TD, decision = self._capture(inputs, layer)
+        if num_dims < 1:
+            raise ValueError(f"num_dims ({num_dims}) must be >= 1")
+        x_TD, decision = self._captured(inputs, layer)
         direction_ED, bias_E = self._directions(layer), self._bias(layer)
         num_tiles = direction_ED.shape[0]
         order = torch.sort(decision.score + bias_E, dim=-1, descending=True, stable=True)
@@ -161,10 +179,16 @@ class TriXIntrospector:
         decision = self.decision(inputs, layer)
         return plots.routing_heatmap(decision.score.softmax(-1), decision.tile_idx, f"Routing of layer {layer}", labels)
 
-    def _layer(self, layer: int) -> TriXFFN:
+    def _layer(self, layer: int) -> RoutedLayer:
         if not 0 <= layer < len(self.layers):
             raise ValueError(f"layer ({layer}) must be >= 0 and < number of routed layers ({len(self.layers)})")
         return self.layers[layer]
+
+    def _tiles(self, layer: int) -> TernaryTiles:
+        routed = self._layer(layer)
+        if not isinstance(routed, TriXFFN):
+            raise ValueError(f"layer ({layer}) is a {type(routed).__name__}, whose tiles have no ternary weight matrices")
+        return routed.tiles
 
     def _directions(self, layer: int) -> Tensor:
         """What a score is the inner product with, float [E, D]: s_e / sqrt(nnz(s_e)), or the learned gate's rows."""
@@ -181,29 +205,7 @@ class TriXIntrospector:
         assert isinstance(router, Router)
         return router.balance_bias
 
-    def _capture(self, inputs: Any, layer: int) -> tuple[Tensor, RoutingDecision]:
-        """Run the model in evaluation mode and note what the layer's router got and gave."""
-        noted: list[tuple[Tensor, RoutingDecision]] = []
-
-        def note(_: nn.Module, arguments: tuple[Tensor, ...], decision: RoutingDecision) -> None:
-            noted.append((arguments[0].to(decision.score.dtype), decision))
-
-        handle = self._layer(layer).router.register_forward_hook(note)
-        try:
-            with torch.no_grad(), _evaluating(self.model):
-                self.model(inputs)
-        finally:
-            handle.remove()
-        return noted[0]
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, then every module's own mode again."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    def _captured(self, inputs: Any, layer: int) -> tuple[Tensor, RoutingDecision]:
+        self._layer(layer)
+        capture = inputs if isinstance(inputs, Capture) else self.capture([inputs])
+        return capture.x_TD[layer], capture.decision[layer]

@@ -1,5 +1,7 @@
 """Figures of signatures and routing. matplotlib figures without pyplot, so that nothing global changes."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import BoundaryNorm, ListedColormap
@@ -9,6 +11,7 @@ from torch import Tensor
 
 # Blue and orange stay apart for colour-blind readers; grey recedes.
 SIGNATURE_COLOURS = {-1: "#2166ac", 0: "#eeeeee", 1: "#e08214"}
+MAX_CELLS_WITH_TEXT = 400
 
 
 def draw_signatures(axes: Axes, signatures_ED: Tensor) -> AxesImage:
@@ -20,6 +23,36 @@ def draw_signatures(axes: Axes, signatures_ED: Tensor) -> AxesImage:
         cmap=ListedColormap(list(SIGNATURE_COLOURS.values())),
         norm=BoundaryNorm([-1.5, -0.5, 0.5, 1.5], len(SIGNATURE_COLOURS)),
     )
+
+
+def draw_claims(axes: Axes, rate_EC: Tensor, class_names: Sequence[str], kind: str = "class") -> AxesImage:
+    """Classes by tiles: the share of a class's tokens that went to a tile, written out where there is room.
+
+    kind: what the classes are called.
+    """
+    rate_CE = rate_EC.T.float().cpu().numpy()
+    image = axes.imshow(rate_CE, aspect="auto", cmap="Blues", vmin=0.0, vmax=1.0, interpolation="nearest")
+    axes.set_ylabel(kind)
+    axes.set_yticks(range(len(class_names)), class_names)
+    num_tiles = rate_CE.shape[1]
+    axes.set_xticks(range(0, num_tiles, max(num_tiles // 32, 1)))
+    if rate_CE.size <= MAX_CELLS_WITH_TEXT:
+        for row, column in zip(*(rate_CE >= 0.05).nonzero(), strict=True):
+            share = rate_CE[row, column]
+            colour = "white" if share > 0.6 else "black"
+            axes.text(column, row, f"{share:.0%}", ha="center", va="center", fontsize=7, color=colour)
+    return image
+
+
+def claim_heatmap(rate_EC: Tensor, class_names: Sequence[str], title: str, kind: str = "class") -> Figure:
+    """One layer's claim rates, see :func:`draw_claims`."""
+    num_tiles, num_classes = rate_EC.shape
+    figure = Figure(figsize=(max(6.0, 2.0 + 0.42 * min(num_tiles, 20)), 1.2 + 0.28 * num_classes), layout="constrained")
+    axes = figure.add_subplot()
+    image = draw_claims(axes, rate_EC, [printable(name) for name in class_names], kind)
+    figure.colorbar(image, ax=axes, label=f"share of the {kind}", fraction=0.05)
+    axes.set(title=title, xlabel="tile")
+    return figure
 
 
 def signature_heatmap(signatures_ED: Tensor, title: str) -> Figure:
@@ -56,7 +89,7 @@ def routing_heatmap(
     if labels is not None and len(labels) != probability_TE.shape[0]:
         raise ValueError(f"number of labels ({len(labels)}) must equal the number of tokens ({probability_TE.shape[0]})")
     shown = min(max_tokens, probability_TE.shape[0])
-    figure = Figure(figsize=(1.5 + 0.16 * shown, 1.2 + 0.2 * probability_TE.shape[1]), layout="constrained")
+    figure = Figure(figsize=(max(4.0, 1.5 + 0.16 * shown), 1.2 + 0.2 * min(probability_TE.shape[1], 40)), layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(probability_TE[:shown].float().cpu().numpy().T, aspect="auto", cmap="Greys", vmin=0)
     chosen = tile_idx_TK[:shown].cpu().numpy()
@@ -64,7 +97,7 @@ def routing_heatmap(
     figure.colorbar(image, ax=axes, label="softmax of scores", fraction=0.02)
     axes.set(title=title, ylabel="tile", xlabel="token")
     if labels is not None:
-        axes.set_xticks(range(shown), [_printable(label) for label in labels[:shown]], fontfamily="monospace")
+        axes.set_xticks(range(shown), [printable(label) for label in labels[:shown]], fontfamily="monospace")
     return figure
 
 
@@ -75,10 +108,19 @@ def usage_bars(usage_E: Tensor, title: str) -> Figure:
     axes.bar(range(len(usage_E)), usage_E.float().cpu().numpy(), color="#4a5568")
     axes.axhline(1 / len(usage_E), color="#c05621", linewidth=1, label="equal share")
     axes.set(title=title, xlabel="tile", ylabel="share of tokens")
-    axes.legend(frameon=False)
+    axes.margins(y=0.25)  # room for the legend
+    axes.legend(frameon=False, loc="upper left")
     return figure
 
 
-def _printable(label: str) -> str:
-    # matplotlib reads $...$ as mathematics.
-    return {" ": "␣", "\n": "⏎", "\t": "⇥", "$": r"\$"}.get(label, label)
+def printable(text: str) -> str:
+    """The text with white space and control characters made visible, in words that matplotlib does not take for mathematics."""
+    return visible(text).replace("$", r"\$")
+
+
+def visible(text: str) -> str:
+    """The text with a sign in the place of each space and control character."""
+    return "".join(_VISIBLE.get(character, character) for character in text)
+
+
+_VISIBLE = {chr(code): chr(0x2400 + code) for code in range(32)} | {" ": "␣", "\n": "⏎", "\t": "⇥", "\x7f": "␡"}

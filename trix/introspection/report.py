@@ -1,166 +1,222 @@
 """One self-contained HTML page about a routed model: what each tile responds to, how much it is used, what lands there."""
 
-import base64
 import html
-import io
-from collections import Counter
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol, TypeVar
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from trix.introspection import plots
+from trix.introspection.capture import Capture, RoutedLayer
 from trix.introspection.introspector import TriXIntrospector
+from trix.introspection.page import definitions, drawing, heading, page, table
+from trix.introspection.sample import Sample
+from trix.introspection.tile_card import HOW_TO_READ, LayerReading, count_claims, tile_card
+from trix.nn.ffn import TriXFFN
 from trix.outputs import RoutingDecision
-from trix.routing.router import SignatureRouter
+from trix.routing.hash_router import HashRouter
+from trix.routing.router import LearnedRouter, SignatureRouter
 
-CONTEXTS_PER_TILE = 4
-CONTEXT_RADIUS = 18
-TOKENS_PER_TILE = 8
+StepT = TypeVar("StepT")
 
-STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; color: #1a202c; max-width: 1080px; margin: 2rem auto; padding: 0 1rem }
-h1, h2 { line-height: 1.15 } h2 { border-top: 2px solid #e2e8f0; padding-top: 1.2rem; margin-top: 2.2rem }
-table { border-collapse: collapse } td, th { padding: .15rem .8rem .15rem 0; text-align: left } img { max-width: 100% }
-.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(320px, 1fr)); gap: 1rem }
-.tile { border: 1px solid #cbd5e0; border-radius: 6px; padding: .7rem .9rem; overflow: hidden }
-.tile h3 { margin: 0 0 .3rem } .strip { width: 100%; height: 14px; image-rendering: pixelated; display: block }
-.muted { color: #718096 } .bar { background: #e2e8f0; height: 6px } .bar div { background: #4a5568; height: 6px }
-code, .context { font-family: ui-monospace, monospace; font-size: 13px } .context { white-space: pre; overflow: hidden }
-mark { background: #fbd38d } .badge { background: #2b6cb0; color: white; border-radius: 4px; padding: 0 .4rem; font-size: 12px }
-"""
+BATCH_SEQUENCES = 8
+REDUNDANT_COSINE = 0.95
+NOISE_LEVEL = 0.1
+MAX_CLASSES_IN_FIGURE = 24
+MAX_SURGERY_ROWS = 200
+
+INTRODUCTION = (
+    "In a TriX model a feed-forward layer is cut into tiles, small networks of their own. Each tile has a signature, a list of "
+    "-1, 0 and +1 with one entry per dimension, and every token (a character, a row of an image) is computed only by the tile "
+    "whose signature agrees with it most. So the routing can be read: this page shows what each tile responds to and what "
+    "lands on it."
+)
+UNHEEDED = "the signatures shown are read from the tiles' weights and decide nothing."
+SUMMARY_COLUMNS = (
+    ("layer", "routed layers, counted from 0 in the order of computation"),
+    ("tiles", "how many the layer has"),
+    ("unused", "tiles that no token of the sample went to"),
+    ("frozen", "tiles whose signature training can no longer change"),
+    ("diversity", "mean share of positions at which two signatures differ: 0 means all the same"),
+    ("evenness", "entropy of the tiles' usage, as a share of its maximum: 1 if all get equally much, 0 if one gets all"),
+    ("peak load", "usage of the busiest tile, in multiples of the equal share"),
+    ("stability", f"share of tokens that keep their tile when their values get {NOISE_LEVEL:.0%} of random noise"),
+    ("zero weights", "share of zeros among the tiles' ternary weights"),
+    ("redundant", f"pairs of tiles with nearly the same signature (cosine above {REDUNDANT_COSINE})"),
+)
+
+
+class Track(Protocol):
+    """Hands on the steps of some work and shows how far it has come, as ``rich.progress.track`` does."""
+
+    def __call__(self, steps: Sequence[StepT], description: str, /) -> Iterable[StepT]: ...
+
+
+def untracked(steps: Sequence[StepT], description: str, /) -> Iterable[StepT]:  # noqa: ARG001
+    return steps
 
 
 @torch.no_grad()
-def html_report(model: nn.Module, inputs: Tensor, tokens: Sequence[Sequence[str]], title: str = "TriX report") -> str:
+def html_report(
+    model: nn.Module,
+    inputs: Tensor,
+    tokens: Sequence[Sequence[str]] | None = None,
+    title: str = "TriX report",
+    labels: Tensor | None = None,
+    class_names: Sequence[str] | None = None,
+    facts: Mapping[str, str] | None = None,
+    track: Track = untracked,
+) -> str:
     """The page, as text.
 
     Args:
-        model: holds routed layers; run once per layer on ``inputs``, in evaluation mode, and left as it was.
-        inputs: [B, T] or [B, T, F], what the model takes. tokens: B sequences of T strings, how each token is shown.
+        model: holds routed layers; run once on ``inputs``, in evaluation mode, and left as it was.
+        inputs, tokens, labels, class_names: see :class:`~trix.introspection.sample.Sample`.
+        facts: what else stands at the top, by name. track: shows the progress.
 
     Raises:
-        ValueError: the model has no routed layers, or tokens do not fit the inputs.
+        ValueError: the model has no routed layers, or what is given does not fit the inputs.
     """
-    lengths = {len(sequence) for sequence in tokens}
-    if len(tokens) != inputs.shape[0] or lengths != {inputs.shape[1]}:
-        raise ValueError(f"tokens ({len(tokens)} of lengths {sorted(lengths)}) must fit inputs {tuple(inputs.shape[:2])}")
+    sample = Sample(inputs, tokens, labels, class_names)
     introspector = TriXIntrospector(model)
-    flat = [token for sequence in tokens for token in sequence]
-    sections = [_layer_section(introspector, layer, inputs, tokens, flat) for layer in range(len(introspector.layers))]
-    body = f"<h1>{html.escape(title)}</h1>{_summary(introspector, inputs)}{''.join(sections)}"
-    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
-    return f"<!doctype html><html lang=en><head>{head}</head><body>{body}</body></html>\n"
+    capture = introspector.capture(track(torch.split(inputs, BATCH_SEQUENCES), "running the model"))
+    layers = range(len(introspector.layers))
+    sections = [_layer_section(introspector, layer, capture, sample) for layer in track(layers, "drawing the layers")]
+    measured = f"{inputs.shape[0] * inputs.shape[1]:,} tokens: {inputs.shape[0]:,} sequences of {inputs.shape[1]}"
+    links = "".join(f'<a href="#layer-{layer}">Layer {layer}</a>' for layer in layers)
+    body = (
+        f"<p>{html.escape(INTRODUCTION)}</p>{definitions([*(facts or {}).items(), ('measured on', measured)])}"
+        f"<nav>Go to {links}</nav>{_summary(introspector, capture)}{_surgery(introspector.layers)}"
+        f"{_how_to_read()}{''.join(sections)}"
+    )
+    return page(title, body)
 
 
-def _summary(introspector: TriXIntrospector, inputs: Tensor) -> str:
+def _summary(introspector: TriXIntrospector, capture: Capture) -> str:
     rows = []
-    for layer, ffn in enumerate(introspector.layers):
-        usage = introspector.routing_distribution(inputs, layer)
-        entropy = introspector.routing_entropy(inputs, layer) / max(torch.tensor(float(len(usage))).log().item(), 1e-9)
-        values = (
-            f"{ffn.num_tiles}",
-            f"{introspector.signature_diversity(layer):.3f}",
-            f"{entropy:.3f}",
-            f"{float(usage.max() * len(usage)):.2f}",
-            f"{introspector.routing_stability(inputs, 0.1, layer):.3f}",
-            f"{introspector.sparse_ratio(layer):.3f}",
-            f"{len(introspector.redundant_tiles(0.95, layer))}",
+    for index, layer in enumerate(introspector.layers):
+        usage_E = introspector.routing_distribution(capture, index)
+        evenness = introspector.routing_entropy(capture, index) / math.log(max(layer.num_tiles, 2))
+        zeros = f"{introspector.sparse_ratio(index):.0%}" if isinstance(layer, TriXFFN) else "-"
+        rows.append(
+            (
+                f"{index}",
+                f"{layer.num_tiles}",
+                f"{int((usage_E == 0).sum())}",
+                f"{_num_frozen(layer)}",
+                f"{introspector.signature_diversity(index):.2f}",
+                f"{evenness:.2f}",
+                f"{float(usage_E.max() * layer.num_tiles):.1f}",
+                f"{introspector.routing_stability(capture, NOISE_LEVEL, index):.0%}",
+                zeros,
+                f"{len(introspector.redundant_tiles(REDUNDANT_COSINE, index))}",
+            )
         )
-        rows.append(f"<tr><td>{layer}</td>" + "".join(f"<td>{value}</td>" for value in values) + "</tr>")
-    names = (
-        "layer",
-        "tiles",
-        "diversity",
-        "entropy / max",
-        "max / mean load",
-        "stable at 10 % noise",
-        "zero weights",
-        "redundant pairs",
+    title = heading(2, "The layers at a glance", "One row per routed layer; what the columns mean stands below.")
+    return title + table([name for name, _ in SUMMARY_COLUMNS], rows) + definitions(SUMMARY_COLUMNS)
+
+
+def _surgery(layers: Sequence[RoutedLayer]) -> str:
+    title = heading(
+        2,
+        "Surgery history",
+        "Every change made to a signature by hand or by a schedule rather than by learning: inserted, frozen, unfrozen, drawn "
+        "anew (reseed). Step: how many training batches the layer had seen.",
     )
-    header = "".join(f"<th>{name}</th>" for name in names)
-    count = inputs.shape[0] * inputs.shape[1]
-    return f"<p>Measured on {count:,} tokens.</p><table><tr>{header}</tr>{''.join(rows)}</table>"
-
-
-def _layer_section(
-    introspector: TriXIntrospector, layer: int, inputs: Tensor, tokens: Sequence[Sequence[str]], flat: list[str]
-) -> str:
-    decision = introspector.decision(inputs, layer)
-    usage = introspector.routing_distribution(inputs, layer)
-    similarity = introspector.signature_similarity_matrix(layer)
-    length = len(tokens[0])
-    first = RoutingDecision(*(part[:length] for part in decision))
-    figures = [
-        introspector.plot_signatures(layer),
-        plots.usage_bars(usage, "Usage"),
-        plots.similarity_heatmap(similarity, "Similarity of signatures"),
-        plots.routing_heatmap(first.score.softmax(-1), first.tile_idx, "Routing of the first tokens", list(tokens[0])),
+    entries = [(index, entry) for index, layer in enumerate(layers) for entry in layer.get_surgery_history()]
+    if not entries:
+        return title + "<p>None: all signatures are as training made them.</p>"
+    entries.sort(key=lambda pair: (pair[1]["step"], pair[0]))
+    shown = entries[-MAX_SURGERY_ROWS:]
+    left_out = f"<p>The last {len(shown)} of {len(entries)}.</p>" if len(shown) < len(entries) else ""
+    rows = [
+        tuple(html.escape(str(value)) for value in (entry["step"], index, entry["tile_idx"], entry["operation"], entry["tag"]))
+        for index, entry in shown
     ]
-    images = "".join(f'<p><img alt="" src="{_data_uri(figure)}"></p>' for figure in figures)
-    ffn, signatures = introspector.layers[layer], introspector.tile_signatures(layer)
-    cards = []
-    for tile, signature in enumerate(signatures):
-        is_frozen = isinstance(ffn.router, SignatureRouter) and ffn.is_frozen(tile)
-        frozen = ' <span class="badge">frozen</span>' if is_frozen else ""
-        heading = f"<h3>Tile {tile}{frozen}</h3>{_strip(signature)}"
-        counts = f'<div class="muted">{_counts(signature)}{_nearest(similarity, tile)}</div>'
-        card = heading + counts + _traffic(tile, decision, float(usage[tile]), tokens, flat)
-        cards.append(f'<div class="tile">{card}</div>')
-    return f'<h2>Layer {layer}</h2>{images}<div class="tiles">{"".join(cards)}</div>'
+    return title + left_out + table(("step", "layer", "tile", "action", "tag"), rows)
 
 
-def _traffic(tile: int, decision: RoutingDecision, usage: float, tokens: Sequence[Sequence[str]], flat: list[str]) -> str:
-    """How much comes to the tile, which tokens, and the strongest of them in their contexts."""
-    landed = (decision.tile_idx == tile).any(dim=-1).nonzero().flatten()
-    strongest = landed[decision.score[landed, tile].argsort(descending=True)]
-    common = Counter(flat[index] for index in landed.tolist()).most_common(TOKENS_PER_TILE)
-    shown = " ".join(
-        f"<code>{html.escape(_visible(token))}</code>&nbsp;{count / max(len(landed), 1):.0%}" for token, count in common
+def _how_to_read() -> str:
+    title = heading(
+        2, "How to read a tile's card", "Below the figures of a layer stands one card per tile. From top to bottom:"
     )
-    contexts = "".join(_context(tokens, index) for index in strongest[:CONTEXTS_PER_TILE].tolist())
+    return title + definitions(HOW_TO_READ)
+
+
+def _layer_section(introspector: TriXIntrospector, index: int, capture: Capture, sample: Sample) -> str:
+    layer, decision = introspector.layers[index], capture.decision[index]
+    reading = LayerReading(
+        layer,
+        decision,
+        introspector.tile_signatures(index),
+        introspector.signature_similarity_matrix(index),
+        introspector.routing_distribution(capture, index),
+        count_claims(decision, layer.num_tiles, sample),
+    )
+    cards = "".join(tile_card(reading, tile, sample) for tile in range(layer.num_tiles))
     return (
-        f'<div>usage {usage:.1%}</div><div class="bar"><div style="width:{min(usage, 1):.1%}"></div></div>'
-        f"<p>{shown or 'no token landed here'}</p>{contexts}"
+        heading(2, f"Layer {index}", _routing_line(layer, decision), anchor=f"layer-{index}")
+        + _layer_figures(reading, sample)
+        + heading(3, f"The tiles of layer {index}", "One card per tile; how to read it stands at the top of the page.")
+        + f'<div class="tiles">{cards}</div>'
     )
 
 
-def _counts(signature: Tensor) -> str:
-    return ", ".join(f"{int((signature == value).sum())} {name}" for value, name in ((1, "plus"), (-1, "minus"), (0, "zero")))
-
-
-def _nearest(similarity_EE: Tensor, tile: int) -> str:
-    similarity = similarity_EE[tile].clone()
-    if len(similarity) < 2:
-        return ""
-    similarity[tile] = -2.0
-    nearest = int(similarity.argmax())
-    return f"; nearest: tile {nearest} (cosine {float(similarity[nearest]):.2f})"
-
-
-def _context(tokens: Sequence[Sequence[str]], index: int) -> str:
-    sequence, place = tokens[index // len(tokens[0])], index % len(tokens[0])
-    before = "".join(_visible(token) for token in sequence[max(place - CONTEXT_RADIUS, 0) : place])
-    after = "".join(_visible(token) for token in sequence[place + 1 : place + 1 + CONTEXT_RADIUS // 2])
-    marked = html.escape(_visible(sequence[place]))
-    return f'<div class="context">{html.escape(before):>{CONTEXT_RADIUS}}<mark>{marked}</mark>{html.escape(after)}</div>'
-
-
-def _visible(token: str) -> str:
-    return token.replace("\n", "⏎").replace("\t", "⇥")
-
-
-def _strip(signature: Tensor) -> str:
-    """The signature as one row of coloured pixels."""
-    cells = "".join(
-        f'<rect x="{d}" width="1.02" height="1" fill="{plots.SIGNATURE_COLOURS[int(v)]}"/>'
-        for d, v in enumerate(signature.tolist())
+def _layer_figures(reading: LayerReading, sample: Sample) -> str:
+    kind, rate_EC = sample.class_kind, reading.claims.compute()
+    tokens = "each token goes" if kind == "token" else "the tokens of each class go"
+    frequent = reading.claims.count_EC.sum(dim=0).argsort(descending=True, stable=True)[:MAX_CLASSES_IN_FIGURE].sort().values
+    names = [sample.class_names[c] for c in frequent.tolist()]
+    rarer = f" The {len(names)} most frequent are shown." if len(names) < len(sample.class_names) else ""
+    first = RoutingDecision(*(part[: sample.length] for part in reading.decision))
+    figures = (
+        (
+            "Signatures",
+            "Each row is a tile, each column a dimension of the tokens: orange where the tile wants a large value, blue where "
+            "it wants a small (negative) one, light where it does not care.",
+            plots.signature_heatmap(reading.signature_ED, ""),
+        ),
+        (
+            "Usage",
+            "How much of the traffic each tile gets. The line is the share that each would get if all got equally much.",
+            plots.usage_bars(reading.usage_E, ""),
+        ),
+        (
+            f"{kind.capitalize()} by tile",
+            f"Where {tokens}: a row adds up to 100 %, and a dark cell is a tile that claims the {kind}." + rarer,
+            plots.claim_heatmap(rate_EC[:, frequent], names, "", kind),
+        ),
+        (
+            "Similarity of signatures",
+            "Which tiles respond to the same things: red for the same signature, white for unrelated ones, blue for opposites.",
+            plots.similarity_heatmap(reading.similarity_EE, ""),
+        ),
+        (
+            "Routing of the first tokens",
+            "How much each tile agrees with each token of the first sequence (darker is more); a dot marks each chosen tile. A "
+            "balance term, which training keeps to spread the load, can choose another tile than the darkest.",
+            plots.routing_heatmap(first.score.softmax(-1), first.tile_idx, "", sample.first_tokens()),
+        ),
     )
-    return f'<svg class="strip" viewBox="0 0 {len(signature)} 1" preserveAspectRatio="none">{cells}</svg>'
+    return "".join(heading(3, name, explanation) + drawing(figure, name) for name, explanation, figure in figures)
 
 
-def _data_uri(figure: Figure) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+def _routing_line(layer: RoutedLayer, decision: RoutingDecision) -> str:
+    router = layer.router
+    if isinstance(router, LearnedRouter):
+        rule = "A learned float gate chooses the tiles; " + UNHEEDED
+    elif isinstance(router, HashRouter):
+        rule = "A hash of the token's id chooses the tile; " + UNHEEDED
+    elif router.source == "explicit":
+        rule = "Signatures choose the tiles; they are learned beside the tiles' weights (explicit routing)."
+    else:
+        rule = "Signatures choose the tiles; they are read from the tiles' own weights (emergent routing)."
+    top_k = decision.tile_idx.shape[1]
+    per_token = "1 tile" if top_k == 1 else f"up to {top_k} tiles" if router.is_adaptive else f"{top_k} tiles"
+    return f"{layer.num_tiles} tiles, {layer.d_model} dimensions, {per_token} per token. {rule}"
+
+
+def _num_frozen(layer: RoutedLayer) -> int:
+    return int(layer.router.is_frozen_E.sum()) if isinstance(layer.router, SignatureRouter) else 0

@@ -1,0 +1,93 @@
+"""``trix inspect``: one HTML page about a checkpoint, layer by layer and tile by tile."""
+
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_modules.commands.arguments import CommandParser
+from lightning_modules.commands.checkpoint_data import held_out, load_task, make_digits, make_text
+from lightning_modules.commands.output_file import check_output_file, output_folder
+from lightning_modules.errors import UserError
+
+if TYPE_CHECKING:
+    from lightning_modules.tasks import RoutedTask
+
+
+def run_inspect(arguments: list[str]) -> int:
+    """Write the page, and print where it is."""
+    options = _parser().parse_strictly(arguments)
+    ckpt = Path(options.ckpt)
+    output = ckpt.parent / f"{ckpt.stem}.html" if options.output is None else Path(options.output)
+    check_output_file(output, ckpt)
+    if options.num_tokens < 1:
+        raise UserError(f"--num-tokens ({options.num_tokens}) must be >= 1")
+    task, checkpoint = load_task(options.ckpt, "inspect")
+    from lightning_modules.whole_files import write_whole
+
+    try:
+        with output_folder(output.parent):
+            page = make_page(task, checkpoint, options.ckpt, options.num_tokens)
+            write_whole(page.encode(), output.resolve())  # a link stays, the file that it names is replaced
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{options.ckpt}: {error}") from error
+    except OSError as error:
+        raise UserError(f"output {output} cannot be written: {error.strerror or error}") from error
+    print(f"wrote   {output}  (open it in a browser)")
+    return 0
+
+
+def make_page(task: "RoutedTask", checkpoint: dict[str, Any], ckpt: str, num_tokens: int) -> str:
+    """The page about a task, measured on at most num_tokens tokens of its own validation data (at least one sequence).
+
+    Raises:
+        UserError: the data cannot be rebuilt; ValueError: the network has no routed layers.
+    """
+    from rich.console import Console
+    from rich.progress import track
+
+    from lightning_modules.tasks import ClassifierTask, LanguageModelTask
+    from trix.introspection import html_report
+
+    facts = {
+        "checkpoint": ckpt,
+        "task": task.task_name.replace("_", " "),
+        "size": f"{sum(parameter.numel() for parameter in task.parameters()) / 1e6:.2f} M parameters",
+        "training": f"{checkpoint['global_step']:,} steps",
+    }
+    console = Console(stderr=True)
+    shown: dict[str, Any] = {
+        "title": f"TriX report: {Path(ckpt).name}",
+        "facts": facts,
+        "track": functools.partial(track, console=console, transient=True, disable=not console.is_terminal),
+    }
+    if isinstance(task, LanguageModelTask):
+        text = make_text(task, checkpoint, ckpt)
+        facts["data"] = f"validation text of {text.hparams['path'] or text.hparams['corpus']}, character by character"
+        inputs, _ = held_out(text, num_tokens)
+        tokens = [[task.vocabulary[token] for token in sequence] for sequence in inputs.tolist()]
+        return html_report(task.network, inputs, tokens, **shown)
+    if isinstance(task, ClassifierTask):
+        digits = make_digits(task, checkpoint, ckpt)
+        facts["data"] = "validation images of the handwritten digits; a token is one row of an image"
+        inputs, labels = held_out(digits, num_tokens)
+        return html_report(task.network, inputs, labels=labels, class_names=task.class_names, **shown)
+    raise UserError(f"task ({task.task_name}) must be {LanguageModelTask.task_name} or {ClassifierTask.task_name}")
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser(
+        prog="trix inspect",
+        description="Write one HTML page about a checkpoint: what each tile responds to, its usage, what lands on it.",
+        epilog="example:\n  trix inspect runs/char_lm/best.ckpt --output report.html",
+    )
+    parser.add_argument("ckpt", help="a checkpoint written by `trix fit`")
+    parser.add_argument("--output", help="the HTML file to write (default: beside the checkpoint, with the ending .html)")
+    parser.add_argument(
+        "--num-tokens",
+        type=int,
+        default=4096,
+        help="measure on at most so many tokens of the validation data, in whole sequences (default: %(default)s)",
+    )
+    return parser

@@ -1,0 +1,92 @@
+"""One run of a model, with what every routed layer's router got and decided."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from trix.nn.ffn import TriXFFN
+from trix.nn.sparse_lookup import SparseLookupFFN
+from trix.outputs import LookupInfo, RoutingDecision
+
+RoutedLayer = TriXFFN | SparseLookupFFN
+
+
+@dataclass(frozen=True)
+class Capture:
+    """One run, layer by layer: x_TD, the tokens as the router saw them, flattened; decision, what it made of them."""
+
+    x_TD: tuple[Tensor, ...]
+    decision: tuple[RoutingDecision, ...]
+
+
+Note = tuple[Tensor, RoutingDecision]
+
+
+def routed_layers(model: nn.Module) -> list[RoutedLayer]:
+    """The layers that send tokens to tiles, in the order of the model."""
+    return [module for module in model.modules() if isinstance(module, RoutedLayer)]
+
+
+@torch.no_grad()
+def capture_routing(model: nn.Module, layers: Sequence[RoutedLayer], batches: Iterable[Any]) -> Capture:
+    """Run the model once on each batch, in evaluation mode, and note every layer; the model is left as it was.
+
+    A layer that runs several times on a batch is noted the first time.
+
+    Raises:
+        ValueError: no batches, or a layer that the model does not run.
+    """
+    noted: list[list[Note]] = [[] for _ in layers]
+    for batch in batches:
+        of_batch: list[list[Note]] = [[] for _ in layers]
+        handles = [_note(layer, notes) for layer, notes in zip(layers, of_batch, strict=True)]
+        try:
+            with _evaluating(model):
+                model(batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+        for index, notes in enumerate(of_batch):
+            if not notes:
+                raise ValueError(f"routed layer ({index}) of the model must take part in computing its output")
+            noted[index].append(notes[0])
+    if not all(noted):
+        raise ValueError("number of batches (0) must be >= 1")
+    x_TD = tuple(torch.cat([x for x, _ in notes]) for notes in noted)
+    decision = tuple(RoutingDecision(*map(torch.cat, zip(*(d for _, d in notes), strict=True))) for notes in noted)
+    return Capture(x_TD, decision)
+
+
+def _note(layer: RoutedLayer, notes: list[Note]) -> RemovableHandle:
+    if isinstance(layer, SparseLookupFFN):  # it asks its router for the choice alone, without a forward to hook
+
+        def note_lookup(_: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, LookupInfo, Any]) -> None:
+            info, num_tiles = output[1], layer.num_tiles
+            score_TE = info["scores"].reshape(-1, num_tiles)
+            x_TD = layer.norm(inputs[0].reshape(-1, layer.d_model)).to(score_TE.dtype)
+            tile_idx_TK, weight_TK = info["tile_idx"].reshape(-1, 1), info["weight"].reshape(-1, 1)
+            notes.append((x_TD, RoutingDecision(tile_idx_TK, weight_TK, score_TE)))
+
+        return layer.register_forward_hook(note_lookup)
+
+    def note_router(_: nn.Module, inputs: tuple[Tensor, ...], decision: RoutingDecision) -> None:
+        notes.append((inputs[0].to(decision.score.dtype), decision))
+
+    return layer.router.register_forward_hook(note_router)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, then every module's own mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -1,0 +1,108 @@
+"""One tile of a report: its signature, its neighbours, how much comes to it, what that is, and where it stood."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trix.introspection.capture import RoutedLayer
+from trix.introspection.page import code, strip, table
+from trix.introspection.sample import Sample
+from trix.outputs import RoutingDecision
+from trix.routing.claims import ClaimMatrix
+from trix.routing.router import SignatureRouter
+
+NEAREST_TILES = 3
+CLASSES_PER_TILE = 6
+CONTEXTS_PER_TILE = 4
+MIN_OCCURRENCES = 5  # a class seen less often is too rare to speak of who claims it
+# Contexts are told apart as they are made; more than so many are not tried for one that is new.
+MAX_CONTEXTS_TRIED = 200
+
+HOW_TO_READ = (
+    ("coloured strip", "the signature, one bar per dimension: orange +1 (plus), blue -1 (minus), light 0 (zero)"),
+    ("nearest tiles", "those with the most similar signatures: the cosine is 1 for the same signature, 0 for unrelated ones"),
+    ("usage", "the share of all assignments of tokens to tiles that this tile got"),
+    (
+        "table",
+        "what came most often. Of this tile: its share of the tile's tokens. Of all such: how much of all of it came here",
+    ),
+    ("purity", "how much of what came is of one kind: the share of the most frequent one"),
+    (
+        "most claimed",
+        f"what came here most exclusively, of all that occurs at least {MIN_OCCURRENCES} times: how much of it came here",
+    ),
+    ("examples", "tokens that landed here, those with the highest scores first, marked where they stand"),
+)
+
+
+@dataclass(frozen=True)
+class LayerReading:
+    """What the cards of one layer are written from. similarity_EE, usage_E: of signatures, of assignments."""
+
+    layer: RoutedLayer
+    decision: RoutingDecision
+    signature_ED: Tensor
+    similarity_EE: Tensor
+    usage_E: Tensor
+    claims: ClaimMatrix
+
+
+def count_claims(decision: RoutingDecision, num_tiles: int, sample: Sample) -> ClaimMatrix:
+    """How the tokens of each class are spread over the tiles; assignments of weight 0 are not counted."""
+    claims = ClaimMatrix(num_tiles, len(sample.class_names))
+    for k in range(decision.tile_idx.shape[1]):
+        claims.update(decision.tile_idx[:, k : k + 1].cpu(), sample.label_N.cpu(), decision.weight[:, k].cpu() != 0)
+    return claims
+
+
+def tile_card(reading: LayerReading, tile: int, sample: Sample) -> str:
+    """The card, as HTML."""
+    layer, usage = reading.layer, float(reading.usage_E[tile])
+    is_frozen = isinstance(layer.router, SignatureRouter) and layer.is_frozen(tile)
+    frozen = ' <span class="badge">frozen</span>' if is_frozen else ""
+    bar = f'<div class="bar"><div style="width:{min(usage, 1):.1%}"></div></div>'
+    signature_D = reading.signature_ED[tile]
+    return (
+        f'<div class="tile"><h4>Tile {tile}{frozen}</h4>{strip(signature_D)}'
+        f'<div class="muted">{_counts(signature_D)}</div>{_nearest(reading.similarity_EE[tile], tile)}'
+        f"<p>usage: {usage:.1%}</p>{bar}{_traffic(reading, tile, sample)}</div>"
+    )
+
+
+def _traffic(reading: LayerReading, tile: int, sample: Sample) -> str:
+    decision, count_C = reading.decision, reading.claims.count_EC[tile]
+    landed = ((decision.tile_idx == tile) & (decision.weight != 0)).any(dim=-1).nonzero().flatten()
+    if not len(landed):
+        return "<p>No token landed here.</p>"
+    rate_C, num_assigned = reading.claims.compute()[tile], int(count_C.sum())
+    common = [c for c in count_C.argsort(descending=True, stable=True)[:CLASSES_PER_TILE].tolist() if count_C[c]]
+    names = sample.class_names
+    rows = [(code(names[c]), f"{int(count_C[c]) / num_assigned:.0%}", f"{float(rate_C[c]):.0%}") for c in common]
+    kinds = table((sample.class_kind, "of this tile", "of all such"), rows)
+    purity = f"<p>purity: {float(reading.claims.purity()[tile]):.0%}</p>"
+    strongest = landed[decision.score[landed, tile].argsort(descending=True)][:MAX_CONTEXTS_TRIED].tolist()
+    return kinds + purity + _most_claimed(reading, tile, sample) + sample.contexts(strongest, CONTEXTS_PER_TILE)
+
+
+def _most_claimed(reading: LayerReading, tile: int, sample: Sample) -> str:
+    """The classes of which this tile gets most, and more than an equal share; nothing where the table holds most classes."""
+    if len(sample.class_names) <= 2 * CLASSES_PER_TILE:
+        return ""
+    is_frequent_C = reading.claims.count_EC.sum(dim=0) >= MIN_OCCURRENCES
+    rate_C = torch.where(is_frequent_C, reading.claims.compute()[tile], 0.0)
+    top = rate_C.argsort(descending=True, stable=True)[:CLASSES_PER_TILE].tolist()
+    equal_share = 1 / len(reading.usage_E)
+    shown = [f"{code(sample.class_names[c])}&nbsp;{float(rate_C[c]):.0%}" for c in top if rate_C[c] > equal_share]
+    return f"<p>most claimed: {' '.join(shown)}</p>" if shown else ""
+
+
+def _counts(signature_D: Tensor) -> str:
+    named = ((1, "plus"), (-1, "minus"), (0, "zero"))
+    return ", ".join(f"{int((signature_D == value).sum())} {name}" for value, name in named)
+
+
+def _nearest(similarity_E: Tensor, tile: int) -> str:
+    order = [other for other in similarity_E.argsort(descending=True, stable=True).tolist() if other != tile]
+    nearest = ", ".join(f"{other} ({float(similarity_E[other]):.2f})" for other in order[:NEAREST_TILES])
+    return f'<div class="muted">nearest tiles: {nearest}</div>' if nearest else ""
