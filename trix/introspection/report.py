@@ -84,7 +84,7 @@ def html_report(
     capture = introspector.capture(track(torch.split(inputs, BATCH_SEQUENCES), "running the model"))
     layers = range(len(introspector.layers))
     sections = [_layer_section(introspector, layer, capture, sample) for layer in track(layers, "drawing the layers")]
-    measured = f"{inputs.shape[0] * inputs.shape[1]:,} tokens: {inputs.shape[0]:,} sequences of {inputs.shape[1]}"
+    measured = f"{inputs.shape[0] * inputs.shape[1]:,} tokens, in sequences of {inputs.shape[1]}"
     links = "".join(f'<a href="#layer-{layer}">Layer {layer}</a>' for layer in layers)
     body = (
         f"<p>{html.escape(INTRODUCTION)}</p>{definitions([*(facts or {}).items(), ('measured on', measured)])}"

@@ -8,32 +8,13 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from small_runs import SENTENCE, small_network
+from small_runs import SENTENCE, save_checkpoint, small_network
 
 from lightning_modules.cli import main
 from lightning_modules.data.digits import DigitsDataModule
 from lightning_modules.data.text import TextDataModule
 from lightning_modules.tasks import ClassifierTask, LanguageModelTask
 from trix.nn import ClassifierConfig, FFNConfig
-
-
-def save(task: L.LightningModule, data: L.LightningDataModule | None, path: Path) -> Path:
-    trainer = L.Trainer(
-        max_steps=1,
-        accelerator="cpu",
-        limit_val_batches=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=path.parent,
-    )
-    if data is None:
-        trainer.fit(task, TextDataModule(context_length=8).train_dataloader())
-    else:
-        trainer.fit(task, data)
-    trainer.save_checkpoint(path)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "text.txt").write_text(SENTENCE * 30)
     text = TextDataModule(path=folder / "text.txt", context_length=8, batch_size=4, batches_per_epoch=2)
     L.seed_everything(0)
-    save(LanguageModelTask(text.vocabulary, small_network()), text, folder / "lm.ckpt")
+    save_checkpoint(LanguageModelTask(text.vocabulary, small_network()), text, folder / "lm.ckpt")
     assert main(["export", "--ckpt", str(folder / "lm.ckpt"), "--output", str(folder / "lm.onnx")]) == 0
     return folder
 
@@ -78,7 +59,7 @@ def test_classifier_is_exported_too(tmp_path: Path, capsys: pytest.CaptureFixtur
     digits = DigitsDataModule()
     network = ClassifierConfig(16, 1, 2, context_length=8, ffn=FFNConfig(num_tiles=4))
     task = ClassifierTask(8, digits.num_classes, digits.class_names, network)
-    save(task, digits, tmp_path / "c.ckpt")
+    save_checkpoint(task, digits, tmp_path / "c.ckpt")
     assert main(["export", "--ckpt", str(tmp_path / "c.ckpt"), "--output", str(tmp_path / "c.onnx")]) == 0
     assert "wrote" in capsys.readouterr().out
     assert main(["generate", str(tmp_path / "c.onnx"), "--prompt", "a"]) == 2
@@ -214,7 +195,7 @@ def test_export_tells_mistakes_in_one_line_and_leaves_nothing(
     arguments: list[str], message: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if "no_data" in arguments[1]:
-        save(LanguageModelTask(TextDataModule().vocabulary, small_network()), None, folder / "no_data.ckpt")
+        save_checkpoint(LanguageModelTask(TextDataModule().vocabulary, small_network()), None, folder / "no_data.ckpt")
         capsys.readouterr()
     checkpoint = torch.load(folder / "lm.ckpt", weights_only=True)
     checkpoint["datamodule_hyper_parameters"]["colour"] = "red"

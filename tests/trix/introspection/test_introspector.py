@@ -5,7 +5,7 @@ import torch
 
 from trix import TriXFFN
 from trix.introspection import TriXIntrospector
-from trix.nn import FFNConfig, LanguageModel, LanguageModelConfig
+from trix.nn import FFNConfig, LanguageModel, LanguageModelConfig, SparseLookupFFN, SparseLookupFFNv2
 
 
 def model(routing: str = "explicit", num_tiles: int = 4) -> LanguageModel:
@@ -63,6 +63,72 @@ def test_routing_is_what_the_model_does_and_changes_nothing() -> None:
     assert not network.stack.blocks[0].training
 
 
+def test_one_run_answers_every_question() -> None:
+    network = model()
+    runs: list[int] = []
+    network.register_forward_hook(lambda *_: runs.append(1))
+    introspector = TriXIntrospector(network)
+    capture = introspector.capture([TOKENS[:1], TOKENS[1:]])
+    assert len(runs) == 2
+    answers = [
+        (
+            introspector.why(capture, layer),
+            introspector.routing_stability(capture, 0.1, layer),
+            introspector.decision(capture, layer),
+        )
+        for layer in range(2)
+    ]
+    assert len(runs) == 2
+    for layer, (why, stability, decision) in enumerate(answers):
+        assert [e.tile_idx for e in why] == [e.tile_idx for e in introspector.why(TOKENS, layer)]
+        assert stability == pytest.approx(introspector.routing_stability(TOKENS, 0.1, layer))
+        assert torch.equal(decision.tile_idx, introspector.decision(TOKENS, layer).tile_idx)
+    with pytest.raises(ValueError, match=r"number of batches \(0\) must be >= 1"):
+        introspector.capture([])
+
+
+def test_a_layer_that_is_not_run_is_named() -> None:
+    class Idle(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.ffn = TriXFFN(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    with pytest.raises(ValueError, match=r"routed layer \(0\) of the model must take part"):
+        TriXIntrospector(Idle()).routing_distribution(torch.zeros(2, 4))
+
+
+def test_tiles_of_weight_0_are_not_counted() -> None:
+    ffn = TriXFFN(8, 4, max_k=3, confidence_threshold=0.0).eval()  # every token is sure of its tile
+    x = torch.randn(20, 8, generator=torch.Generator().manual_seed(0))
+    introspector = TriXIntrospector(ffn)
+    best = introspector.decision(x).tile_idx[:, 0]
+    torch.testing.assert_close(introspector.routing_distribution(x), torch.bincount(best, minlength=4) / 20)
+
+
+@pytest.mark.parametrize("kind", [SparseLookupFFN, SparseLookupFFNv2])
+def test_sparse_lookup_layers_are_read_too(kind: type[SparseLookupFFN]) -> None:
+    torch.manual_seed(0)
+    layer = kind(d_model=8, num_tiles=5).double()
+    torch.nn.init.normal_(layer.norm.weight)
+    torch.nn.init.normal_(layer.router.balance_bias)
+    x = torch.randn(2, 6, 8, dtype=torch.float64)
+    introspector = TriXIntrospector(layer)
+    _, info, _ = layer.eval()(x)
+    decision = introspector.decision(x)
+    assert torch.equal(decision.tile_idx, info["tile_idx"].reshape(-1, 1))
+    for e in introspector.why(x, num_dims=8):
+        assert e.tile_idx == decision.tile_idx[e.token_idx]
+        assert sum(e.contributions) + e.bias - e.runner_up_bias == pytest.approx(e.score - e.runner_up_score)
+    assert introspector.routing_stability(x, 0.0) == 1.0
+    assert introspector.signature_similarity_matrix().diagonal().tolist() == pytest.approx([1.0] * 5)
+    for question in (introspector.sparse_ratio, introspector.weight_density_map):
+        with pytest.raises(ValueError, match=rf"layer \(0\) is a {kind.__name__}, whose tiles have no ternary weight matrices"):
+            question()
+
+
 def test_stability_is_one_without_noise_and_falls_with_it() -> None:
     introspector = TriXIntrospector(model())
     levels = [introspector.routing_stability(TOKENS, level) for level in (0.0, 0.1, 10.0)]
@@ -92,7 +158,13 @@ def test_a_single_tile_has_no_runner_up() -> None:
     assert (explanation.tile_idx, explanation.runner_up_idx) == (0, -1)
 
 
-def test_a_hash_has_no_reasons() -> None:
+def test_at_least_one_dimension_is_asked_for() -> None:
+    with pytest.raises(ValueError, match=r"num_dims \(0\) must be >= 1"):
+        TriXIntrospector(model()).why(TOKENS, num_dims=0)
+
+
+def test_a_hash_has_no_reasons_and_heeds_no_noise() -> None:
+    assert TriXIntrospector(model("hash")).routing_stability(TOKENS, 10.0) == 1.0
     with pytest.raises(ValueError, match=r"layer \(0\) is routed by a hash"):
         TriXIntrospector(model("hash")).why(TOKENS)
 

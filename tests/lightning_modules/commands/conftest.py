@@ -1,0 +1,50 @@
+"""Checkpoints of small models, as `trix fit` writes them."""
+
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from small_runs import SENTENCE, save_checkpoint, small_network
+
+from lightning_modules.data.digits import DigitsDataModule
+from lightning_modules.data.text import TextDataModule
+from lightning_modules.tasks import ClassifierTask, LanguageModelTask
+from trix.nn import ClassifierConfig, FFNConfig
+
+
+@pytest.fixture(scope="package")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with {lm,dense,hash,digits}.ckpt, and what is none: {foreign,cut,text}.ckpt, lm.onnx."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    (folder / "text.txt").write_text(SENTENCE * 30)
+    text = TextDataModule(path=folder / "text.txt", context_length=8, batch_size=4, batches_per_epoch=2)
+    for name, ffn in (("lm", FFNConfig(num_tiles=4)), ("dense", FFNConfig("dense")), ("hash", FFNConfig(routing="hash"))):
+        L.seed_everything(0)
+        save_checkpoint(LanguageModelTask(text.vocabulary, small_network(ffn=ffn)), text, folder / f"{name}.ckpt")
+    digits = DigitsDataModule()
+    network = ClassifierConfig(16, 1, 2, context_length=8, ffn=FFNConfig(num_tiles=4))
+    save_checkpoint(ClassifierTask(8, digits.num_classes, digits.class_names, network), digits, folder / "digits.ckpt")
+    torch.save({"state_dict": {}}, folder / "foreign.ckpt")
+    (folder / "cut.ckpt").write_bytes((folder / "lm.ckpt").read_bytes()[:5000])
+    (folder / "text.ckpt").write_text("not a checkpoint")
+    (folder / "lm.onnx").touch()
+    return folder
+
+
+NO_CHECKPOINTS = [
+    ("missing.ckpt", "missing.ckpt cannot be read: No such file"),
+    ("", "cannot be read: Is a directory"),
+    ("foreign.ckpt", "foreign.ckpt was not written by `trix fit`"),
+    ("cut.ckpt", "cut.ckpt is not a checkpoint that can be loaded safely (or it is cut short)"),
+    ("text.ckpt", "text.ckpt is not a checkpoint that can be loaded safely (or it is cut short)"),
+    ("lm.onnx", "reads checkpoints: give the .ckpt file that the ONNX file was exported from"),
+    ("dense.ckpt", "dense.ckpt: number of routed layers in the model (0) must be >= 1"),
+]
+
+
+@pytest.fixture(params=NO_CHECKPOINTS, ids=[name or "folder" for name, _ in NO_CHECKPOINTS])
+def no_checkpoint(request: pytest.FixtureRequest, checkpoints: Path) -> tuple[str, str]:
+    """The path of a file that cannot be read by layers and tiles, and what is said of it."""
+    name, message = request.param
+    return str(checkpoints / name), message
