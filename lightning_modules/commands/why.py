@@ -1,5 +1,6 @@
 """``trix why``: for each token of a text or an image, the tile it went to, the runner-up, and what decided."""
 
+import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,8 +20,8 @@ PIPE_WIDTH = 10_000  # lines are not broken where a program reads them
 LEGEND = """\
 score       how well the token agrees with the tile's signature, with the tile's balance bias; the highest score wins
 bias        how much of the difference of the two scores is balance bias, which training keeps to spread the load
-decided by  the dimensions that spoke most for the winner over the runner-up, and how much; over all dimensions, with the
-            bias, they sum to the difference of the scores"""
+decided by  dimension:how much, for the dimensions that spoke most for the winner over the runner-up; over all dimensions,
+            with the bias, they sum to the difference of the scores"""
 
 
 def run_why(arguments: list[str]) -> int:
@@ -40,7 +41,8 @@ def run_why(arguments: list[str]) -> int:
     num_layers = len(introspector.layers)
     others = f" (there are 0 to {num_layers - 1}; --layer chooses)" if num_layers > 1 else ""
     num_tiles = introspector.layers[options.layer].num_tiles
-    _print([f"{subject}, layer {options.layer}{others}, {num_tiles} tiles"], [explanations[p] for p in positions], tokens)
+    header = f"{subject}, layer {options.layer}{others}, {num_tiles} tiles"
+    _print(header, [explanations[position] for position in positions], tokens)
     return 0
 
 
@@ -96,8 +98,7 @@ def _positions(options: Namespace, num_tokens: int) -> Sequence[int]:
     return range(num_tokens)[-(options.last or num_tokens) :]
 
 
-def _print(header: Sequence[str], explanations: Sequence["Explanation"], tokens: Sequence[str]) -> None:
-    from rich import box
+def _print(header: str, explanations: Sequence["Explanation"], tokens: Sequence[str]) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -105,10 +106,10 @@ def _print(header: Sequence[str], explanations: Sequence["Explanation"], tokens:
     console = Console()
     if not console.is_terminal:
         console = Console(width=PIPE_WIDTH)
-    table = Table(box=box.HEAVY_HEAD if console.is_terminal else None, pad_edge=console.is_terminal)
-    for name in ("at", "token", "tile", "score", "runner-up", "score", "bias", "decided by (dimension:how much)"):
+    table = Table(box=None, pad_edge=False)
+    for name in ("at", "token", "tile", "score", "runner-up", "score", "bias", "decided by"):
         is_number = name in ("at", "tile", "score", "runner-up", "bias")
-        table.add_column(name, justify="right" if is_number else "left", no_wrap=not name.startswith("decided"))
+        table.add_column(name, justify="right" if is_number else "left", no_wrap=name != "decided by")
     for e in explanations:
         is_alone = e.runner_up_idx < 0
         decided = "  ".join(f"{d}:{c:+.2f}" for d, c in zip(e.decisive_dims, e.contributions, strict=True))
@@ -119,10 +120,12 @@ def _print(header: Sequence[str], explanations: Sequence["Explanation"], tokens:
         )
         cells = (f"{e.token_idx}", tokens[e.token_idx], f"{e.tile_idx}", f"{e.score:.2f}", *rival)
         table.add_row(*map(Text, cells))
-    for line in header:
-        console.print(Text(line), soft_wrap=True)
-    console.print(table)
-    console.print(Text(LEGEND), soft_wrap=True)
+    with console.capture() as printed:
+        console.print(Text(header), soft_wrap=True)
+        console.print(table, "")
+        console.print(Text(LEGEND), soft_wrap=True)
+    # Not by rich: where the reader has gone, as in `trix why ... | head`, it would end the program as failed.
+    sys.stdout.write(printed.get())
 
 
 def _check_options(options: Namespace) -> None:

@@ -17,7 +17,7 @@ def rows(printed: str) -> list[list[str]]:
     lines = printed.splitlines()
     start = next(index for index, line in enumerate(lines) if line.split()[:2] == ["at", "token"])
     end = next(index for index, line in enumerate(lines) if line.startswith("score "))
-    return [line.split() for line in lines[start + 1 : end]]
+    return [line.split() for line in lines[start + 1 : end] if line]
 
 
 def test_a_text_is_explained_token_by_token(checkpoints: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -61,8 +61,19 @@ def test_an_image_is_explained_row_by_row(checkpoints: Path, capsys: pytest.Capt
     assert main(["why", str(checkpoints / "digits.ckpt"), "--index", "358"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("image 358: a ")
-    assert len(out.splitlines()) == 2 + 8 + 4
+    assert len(out.splitlines()) == 2 + 8 + 1 + 4
     assert "#" in out
+
+
+def test_a_reader_that_has_gone_is_no_error(checkpoints: Path) -> None:
+    code = "import sys; from lightning_modules.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "why", str(checkpoints / "lm.ckpt"), "--prompt", "brown"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert process.wait(60) == 0
+    assert process.stderr.read() == ""
 
 
 MISTAKES = [
