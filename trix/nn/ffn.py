@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from trix.functional.signatures import check_target_diversity, signature_diversity_loss
 from trix.nn.tiles import TernaryTiles
 from trix.outputs import AuxLosses, RoutingDecision, RoutingInfo
-from trix.routing.balance import balance_loss, tile_load
+from trix.routing.balance import balance_loss, check_weights, tile_load
 from trix.routing.confidence import routing_confidence
 from trix.routing.diversity import collapsed_tiles, reseeded
 from trix.routing.hash_router import HashRouter
@@ -43,8 +43,9 @@ class TriXFFN(SignatureSurgery):
         its last dimension, the ids of the tokens; only ``hash`` reads them.
 
     Raises:
-        ValueError: d_ff not divisible by num_tiles, top_k or max_k > num_tiles, diversity_weight < 0, target_diversity outside
-            [0, 1], a wrong last dimension of x, or ``hash`` without token ids or with more than one tile per token.
+        ValueError: d_ff not divisible by num_tiles, top_k or max_k > num_tiles, a weight or rate that is negative, infinite or
+            NaN, target_diversity outside [0, 1], a wrong last dimension of x, or ``hash`` without token ids or with more than
+            one tile per token.
     """
 
     def __init__(
@@ -67,8 +68,7 @@ class TriXFFN(SignatureSurgery):
             raise ValueError(f"d_ff ({d_ff}) must be divisible by num_tiles ({num_tiles}), both >= 1")
         if routing not in ("explicit", "emergent", "learned", "hash"):
             raise ValueError(f"routing ({routing!r}) must be 'explicit', 'emergent', 'learned' or 'hash'")
-        if diversity_weight < 0:
-            raise ValueError(f"diversity_weight ({diversity_weight}) must be >= 0")
+        check_weights(balance_weight=balance_weight, diversity_weight=diversity_weight)
         check_target_diversity(target_diversity)
         self.d_model, self.num_tiles, self.balance_weight = d_model, num_tiles, balance_weight
         self.diversity_weight, self.target_diversity = diversity_weight, target_diversity

@@ -12,7 +12,7 @@ from trix.functional.signatures import signature_diversity_loss, signature_score
 from trix.functional.ternary import threshold_ternary
 from trix.functional.tile_matmul import select_top_k, signature_route
 from trix.outputs import RoutingDecision
-from trix.routing.balance import nudged_bias
+from trix.routing.balance import check_weights, nudged_bias
 from trix.routing.confidence import adaptive_weight
 
 SIGNATURE_THRESHOLD = 0.3  # |raw| above it counts as +1 or -1
@@ -33,7 +33,7 @@ class Router(nn.Module):
     tile sends no gradient through the gate.
 
     Raises:
-        ValueError: top_k or max_k outside [1, num_tiles], both given, or confidence_threshold < 0.
+        ValueError: top_k or max_k outside [1, num_tiles], both given, confidence_threshold < 0, or balance_rate < 0.
     """
 
     balance_bias: Tensor
@@ -56,6 +56,7 @@ class Router(nn.Module):
             raise ValueError(f"max_k ({max_k}) must be >= 1 and <= num_tiles ({num_tiles}), and top_k ({top_k}) 1 beside it")
         if confidence_threshold < 0:
             raise ValueError(f"confidence_threshold ({confidence_threshold}) must be >= 0")
+        check_weights(balance_rate=balance_rate)
         self.d_model, self.num_tiles, self.balance_rate = d_model, num_tiles, balance_rate
         self.is_adaptive, self.confidence_threshold = max_k is not None, confidence_threshold
         self.top_k = top_k if max_k is None else max_k

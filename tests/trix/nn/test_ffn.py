@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trix import TriXFFN
-from trix.nn import DenseFFN, FFNConfig
+from trix.nn import DenseFFN, FFNConfig, HierarchicalTriXFFN
 
 ROUTINGS = ["explicit", "emergent", "learned"]
 
@@ -195,6 +195,14 @@ def test_errors_state_the_rule_and_both_values() -> None:
         TriXFFN(8, 2)(torch.randn(3, 6))
     with pytest.raises(ValueError, match="no signatures to freeze"):
         TriXFFN(8, 2, routing="learned").freeze_signature(0)
+
+
+@pytest.mark.parametrize("name", ["balance_weight", "balance_rate", "diversity_weight"])
+@pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", [TriXFFN, HierarchicalTriXFFN])
+def test_weights_and_rates_are_not_negative_and_finite(kind: type[TriXFFN], name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"{name} \({value}\) must be >= 0 and finite"):
+        kind(8, 2, routing="explicit", **{name: value})
 
 
 def test_config_builds_each_kind() -> None:
