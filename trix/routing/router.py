@@ -54,7 +54,7 @@ class Router(nn.Module):
             raise ValueError(f"top_k ({top_k}) must be >= 1 and <= num_tiles ({num_tiles})")
         if max_k is not None and (top_k != 1 or not 1 <= max_k <= num_tiles):
             raise ValueError(f"max_k ({max_k}) must be >= 1 and <= num_tiles ({num_tiles}), and top_k ({top_k}) 1 beside it")
-        if confidence_threshold < 0:
+        if not confidence_threshold >= 0:
             raise ValueError(f"confidence_threshold ({confidence_threshold}) must be >= 0")
         check_weights(balance_rate=balance_rate)
         self.d_model, self.num_tiles, self.balance_rate = d_model, num_tiles, balance_rate
@@ -67,8 +67,10 @@ class Router(nn.Module):
             tile_idx_TK = select_top_k(score_TE.detach() + self.balance_bias, self.top_k)
         if self.is_adaptive:
             return RoutingDecision(tile_idx_TK, adaptive_weight(score_TE, tile_idx_TK, self.confidence_threshold), score_TE)
-        weight_TK = score_TE.softmax(dim=-1).gather(-1, tile_idx_TK) * math.sqrt(self.num_tiles)
-        return RoutingDecision(tile_idx_TK, weight_TK, score_TE)
+        return RoutingDecision(tile_idx_TK, self._gate(score_TE, tile_idx_TK), score_TE)
+
+    def _gate(self, score_TE: Tensor, tile_idx_TK: Tensor) -> Tensor:
+        return score_TE.softmax(dim=-1).gather(-1, tile_idx_TK) * math.sqrt(self.num_tiles)
 
     @torch.no_grad()
     def update_balance(self, tile_idx_TK: Tensor, weight_TK: Tensor | None = None) -> None:
@@ -97,6 +99,10 @@ class SignatureRouter(Router):
     through the gate. ``emergent`` signatures are read from the tiles' weights by the caller and take no gradient. A frozen
     signature is a stored value that replaces either, so no optimizer can move it.
 
+    Tiles that were merged or split (:mod:`trix.evolution`) leave two marks, so that the gates of all tokens stay as they were:
+    weight[t, k] = exp(score[t, e]) / sum_f mass_f exp(score[t, f]) * sqrt(E), e = tile_idx[t, k], where mass is 1 for a tile as
+    it was made; and a free slot (``is_free_E``) has score -inf: it is never chosen and counts for nothing.
+
     Shape:
         x_TD: float; returns a RoutingDecision. Scores are computed in at least float32, whatever autocast says.
 
@@ -109,6 +115,9 @@ class SignatureRouter(Router):
     raw_signatures: nn.Parameter | None
     is_frozen_E: Tensor
     frozen_value_ED: Tensor
+    is_free_E: Tensor
+    log_mass_E: Tensor
+    num_raised: Tensor
     packed_signatures: Tensor | None
 
     def __init__(
@@ -130,6 +139,9 @@ class SignatureRouter(Router):
         self.register_buffer("is_frozen_E", torch.zeros(num_tiles, dtype=torch.bool))
         self.register_buffer("frozen_value_ED", torch.zeros(num_tiles, d_model))
         self.register_buffer("packed_signatures", None)
+        self.register_buffer("is_free_E", torch.zeros(num_tiles, dtype=torch.bool))
+        self.register_buffer("log_mass_E", torch.zeros(num_tiles))
+        self.register_buffer("num_raised", torch.zeros((), dtype=torch.int64))
 
     def signatures(self, emergent_ED: Tensor | None = None) -> Tensor:
         """The ternary signatures in force, [E, D] in {-1, 0, +1}; ``emergent_ED`` is what the tiles' weights say."""
@@ -186,7 +198,7 @@ class SignatureRouter(Router):
         else:
             self.raw_signatures[tile_idx] = signature_D.to(self.raw_signatures)
         self.is_frozen_E[tile_idx] = freeze
-        self.balance_bias[tile_idx] = self.balance_bias.mean()
+        self.occupy(tile_idx, float(self.balance_bias.mean()))
 
     @torch.no_grad()
     def freeze(self, tile_idx: int, emergent_ED: Tensor | None = None) -> None:
@@ -206,6 +218,26 @@ class SignatureRouter(Router):
     def is_frozen(self, tile_idx: int) -> bool:
         self.check_tile(tile_idx)
         return bool(self.is_frozen_E[tile_idx])
+
+    @torch.no_grad()
+    def occupy(self, tile_idx: int, balance_bias: float) -> None:
+        """Let a slot be chosen, with mass 1 and this bias, whether it was free or not."""
+        self.is_free_E[tile_idx] = False
+        self.log_mass_E[tile_idx] = 0.0
+        self.balance_bias[tile_idx] = balance_bias
+
+    @torch.no_grad()
+    def raise_k(self) -> None:
+        """One more tile per token (with adaptive k: at most one more); the state_dict keeps it.
+
+        Raises:
+            ValueError: there are no more tiles.
+        """
+        num_used = self.num_tiles - int(self.is_free_E.sum())
+        if self.top_k >= num_used:
+            raise ValueError(f"top_k ({self.top_k + 1}) must be <= the number of tiles in use ({num_used})")
+        self.top_k += 1
+        self.num_raised += 1
 
     def check_tile(self, tile_idx: int) -> None:
         """Raises ValueError unless the tile exists."""
@@ -244,12 +276,18 @@ class SignatureRouter(Router):
         x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
         with without_autocast(x_TD):
             if self.packed_signatures is not None:
-                tile_idx_TK, score_TE = signature_route(x_TD, self.packed_signatures, self.balance_bias, self.top_k)
-                return tile_idx_TK, score_TE
+                bias_E = self.balance_bias.masked_fill(self.is_free_E, -torch.inf)
+                tile_idx_TK, score_TE = signature_route(x_TD, self.packed_signatures, bias_E, self.top_k)
+                return tile_idx_TK, score_TE.masked_fill(self.is_free_E, -torch.inf)
             score_TE = signature_scores(x_TD, self.signatures(emergent_ED).to(x_TD.dtype))
+        score_TE = score_TE.masked_fill(self.is_free_E, -torch.inf)
         return select_top_k(score_TE.detach() + self.balance_bias, self.top_k), score_TE
 
+    def _gate(self, score_TE: Tensor, tile_idx_TK: Tensor) -> Tensor:
+        return super()._gate(score_TE + self.log_mass_E, tile_idx_TK) * self.log_mass_E.neg().exp()[tile_idx_TK]
+
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
+        self.top_k += int(state_dict.get(prefix + "num_raised", self.num_raised)) - int(self.num_raised)
         packed = state_dict.get(prefix + "packed_signatures")
         # A buffer that is None is not loaded: take the mode of the state that comes.
         self.packed_signatures = None
