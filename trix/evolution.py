@@ -7,7 +7,7 @@ optimizer's memory of a tile in step with it. What an act would change in the ga
 
 Every act is checked first, so that an error leaves the layer as it was; it is written to the surgery history; and it moves no
 frozen signature: one that stands in the way is an error, to be unfrozen by whoever froze it. Fresh values come from torch's
-global generator. When to act is the caller's policy.
+global generator on the CPU. When to act is the caller's policy.
 """
 
 import math
@@ -22,6 +22,7 @@ from trix.nn.ffn import TriXFFN
 from trix.nn.hierarchical import HierarchicalTriXFFN
 from trix.routing.router import SIGNATURE_THRESHOLD, SignatureRouter
 
+ENTRY_MARGIN = 1.0
 ALL_TILES = -1  # the tile_idx in the history of an act on the whole layer
 
 
@@ -86,9 +87,9 @@ def split_tile(ffn: TriXFFN, source_idx: int, target_idx: int, tag: str = "") ->
 def reseed_tile(ffn: TriXFFN, tile_idx: int, tag: str = "") -> None:
     """Draw a tile anew, signature and weights; a free slot is in use again. For a tile that gets no tokens.
 
-    It enters with mass 1 and the lowest balance bias of all tiles, so that it takes few tokens at first and more as balancing
-    draws them to it. Not function-preserving: what changes is the output of the tokens it takes or had, and the gates of the
-    others by its part in their sum.
+    It enters with mass 1 and a balance bias 1 below the lowest (the standard deviation of the score of a random signature
+    where x has unit variance), so that it takes few tokens at first, and more as balancing draws them to it. This does not keep
+    the function: the tokens that it takes or had get another output, and the others' gates change by its part in their sum.
 
     Raises:
         ValueError: routing without signatures, a packed layer, or a tile that does not exist or is frozen.
@@ -98,14 +99,14 @@ def reseed_tile(ffn: TriXFFN, tile_idx: int, tag: str = "") -> None:
     _check_not_frozen(router, "tile_idx", tile_idx)
     lowest_bias = float(router.balance_bias[~router.is_free_E].min())
     _draw(ffn, router, tile_idx)
-    router.occupy(tile_idx, lowest_bias)
+    router.occupy(tile_idx, lowest_bias - ENTRY_MARGIN)
     _finish(ffn, "reseed", tile_idx, tag)
 
 
 def raise_k(ffn: TriXFFN, tag: str = "") -> None:
     """One more tile per token: top_k + 1; with adaptive k, max_k + 1, which only tokens of low confidence make use of.
 
-    Not function-preserving: every token (adaptive: of low confidence) gains a term.
+    This does not keep the function: every token (adaptive: of low confidence) gains a term.
 
     Raises:
         ValueError: routing without signatures, a packed layer, or no further tile in use or in reach of the probes.
@@ -117,28 +118,21 @@ def raise_k(ffn: TriXFFN, tag: str = "") -> None:
 
 @torch.no_grad()
 def redundant_pairs(ffn: TriXFFN, min_cosine: float = 0.95) -> list[tuple[int, int]]:
-    """Pairs (i, j), i < j, of tiles in use that answer to the same and compute the same, most alike first.
+    """Pairs (i, j), i < j, of tiles in use whose signatures have a cosine >= min_cosine, most alike first.
 
-    Their likeness is the least of three cosines: of their ternary signatures, up weights and down weights.
+    Such tiles answer to the same tokens and take turns at them, by the balance bias; so each has learned from all of them.
 
     Raises:
-        ValueError: min_cosine outside [-1, 1], routing without signatures, or a packed layer.
+        ValueError: min_cosine outside [-1, 1], or routing without signatures.
     """
     if not -1.0 <= min_cosine <= 1.0:
         raise ValueError(f"min_cosine ({min_cosine}) must be >= -1 and <= 1")
-    router = _router(ffn)
+    is_free_E = _router(ffn).is_free_E
     unit_ED = F.normalize(ffn.get_tile_signatures().float(), dim=-1)
-    cosine_EE = (unit_ED @ unit_ED.T).triu(1)
-    is_used_E = ~router.is_free_E
+    cosine_EE = (unit_ED @ unit_ED.T).masked_fill(is_free_E | is_free_E.unsqueeze(-1), -torch.inf)
     # Rounding must not part what is equal.
-    is_candidate_EE = (cosine_EE >= min_cosine - 1e-6) & is_used_E & is_used_E.unsqueeze(-1)
-    first_P, second_P = is_candidate_EE.triu(1).nonzero(as_tuple=True)
-    likeness_P = cosine_EE[first_P, second_P]
-    for weight in (ffn.tiles.up.ternary(), ffn.tiles.down.ternary()):
-        unit_EW = F.normalize(weight.flatten(1).float(), dim=-1)
-        likeness_P = torch.minimum(likeness_P, (unit_EW[first_P] * unit_EW[second_P]).sum(dim=-1))
-    order_P = torch.sort(likeness_P, descending=True, stable=True).indices
-    order_P = order_P[likeness_P[order_P] >= min_cosine - 1e-6]
+    first_P, second_P = (cosine_EE >= min_cosine - 1e-6).triu(1).nonzero(as_tuple=True)
+    order_P = torch.sort(cosine_EE[first_P, second_P], descending=True, stable=True).indices
     return list(zip(first_P[order_P].tolist(), second_P[order_P].tolist(), strict=True))
 
 
@@ -177,7 +171,7 @@ def _tile_states(optimizer: Optimizer, ffn: TriXFFN) -> list[Tensor]:
 def _redrawn_within_cells(raw_D: Tensor) -> Tensor:
     """Other raw values with the same ternary form, nearer to the threshold, or anywhere below it where the form is 0."""
     ternary_D = threshold_ternary(raw_D, SIGNATURE_THRESHOLD)
-    share_D = torch.rand_like(raw_D) * 0.9 + 0.05
+    share_D = 0.05 + 0.9 * torch.rand(raw_D.shape).to(raw_D)
     active_D = ternary_D * (SIGNATURE_THRESHOLD + (raw_D.abs() - SIGNATURE_THRESHOLD) * share_D)
     drawn_D = torch.where(ternary_D == 0, SIGNATURE_THRESHOLD * (2.0 * share_D - 1.0), active_D)
     return torch.where(threshold_ternary(drawn_D, SIGNATURE_THRESHOLD) == ternary_D, drawn_D, raw_D)

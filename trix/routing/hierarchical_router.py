@@ -68,14 +68,10 @@ class HierarchicalRouter(SignatureRouter):
         # One more than is chosen, so that the confidence can be told.
         return min(self.top_k + 1, self.num_in_reach)
 
-    @torch.no_grad()
-    def raise_k(self) -> None:
-        """As in SignatureRouter, within the tiles that the probes are sure to reach."""
-        if self.top_k >= self.num_in_reach:
-            raise ValueError(
-                f"top_k ({self.top_k + 1}) must be <= the number of tiles in reach of the probes ({self.num_in_reach})"
-            )
-        super().raise_k()
+    @property
+    def k_limit(self) -> int:
+        """How many tiles there are to choose from, at least, among those that the probes reach."""
+        return min(super().k_limit, self.num_in_reach)
 
     @torch.no_grad()
     def recluster(self, emergent_ED: Tensor | None = None) -> None:

@@ -15,6 +15,7 @@ from trix.outputs import RoutingDecision
 from trix.routing.balance import check_weights, nudged_bias
 from trix.routing.confidence import adaptive_weight
 
+MASS_DECAY = 0.99
 SIGNATURE_THRESHOLD = 0.3  # |raw| above it counts as +1 or -1
 
 
@@ -101,7 +102,8 @@ class SignatureRouter(Router):
 
     Tiles that were merged or split (:mod:`trix.evolution`) leave two marks, so that the gates of all tokens stay as they were:
     weight[t, k] = exp(score[t, e]) / sum_f mass_f exp(score[t, f]) * sqrt(E), e = tile_idx[t, k], where mass is 1 for a tile as
-    it was made; and a free slot (``is_free_E``) has score -inf: it is never chosen and counts for nothing.
+    it was made, to which it returns by 1 % of its logarithm with every training batch; and a free slot (``is_free_E``) has
+    score -inf: it is never chosen and counts for nothing.
 
     Shape:
         x_TD: float; returns a RoutingDecision. Scores are computed in at least float32, whatever autocast says.
@@ -226,6 +228,11 @@ class SignatureRouter(Router):
         self.log_mass_E[tile_idx] = 0.0
         self.balance_bias[tile_idx] = balance_bias
 
+    @property
+    def k_limit(self) -> int:
+        """How many tiles there are to choose from."""
+        return self.num_tiles - int(self.is_free_E.sum())
+
     @torch.no_grad()
     def raise_k(self) -> None:
         """One more tile per token (with adaptive k: at most one more); the state_dict keeps it.
@@ -233,9 +240,8 @@ class SignatureRouter(Router):
         Raises:
             ValueError: there are no more tiles.
         """
-        num_used = self.num_tiles - int(self.is_free_E.sum())
-        if self.top_k >= num_used:
-            raise ValueError(f"top_k ({self.top_k + 1}) must be <= the number of tiles in use ({num_used})")
+        if self.top_k >= self.k_limit:
+            raise ValueError(f"top_k ({self.top_k + 1}) must be <= the number of tiles in use and in reach ({self.k_limit})")
         self.top_k += 1
         self.num_raised += 1
 
@@ -260,11 +266,15 @@ class SignatureRouter(Router):
 
     @torch.no_grad()
     def update_balance(self, tile_idx_TK: Tensor, weight_TK: Tensor | None = None) -> None:
-        """As in :class:`Router`, but a frozen tile keeps its standing: it gets the mean nudge, whatever tokens it claims."""
+        """As in :class:`Router`, but a frozen tile keeps its standing: it gets the mean nudge, whatever tokens it claims.
+
+        The masses that mergers and splits left behind go a little way back to 1.
+        """
         before_E = self.balance_bias.clone()
         super().update_balance(tile_idx_TK, weight_TK)
         mean_nudge = (self.balance_bias - before_E).mean()
         self.balance_bias.copy_(torch.where(self.is_frozen_E, before_E + mean_nudge, self.balance_bias))
+        self.log_mass_E.mul_(MASS_DECAY)
 
     def forward(self, x_TD: Tensor, emergent_ED: Tensor | None = None) -> RoutingDecision:
         tile_idx_TK, score_TE = self.select(x_TD, emergent_ED)
