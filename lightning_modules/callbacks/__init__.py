@@ -1,6 +1,7 @@
 """What watches or changes a network while it trains: one callback a file, each reading the outputs of the steps."""
 
 from lightning_modules.callbacks.claims import ClaimMonitor
+from lightning_modules.callbacks.clustering import ReclusterSchedule
 from lightning_modules.callbacks.diversity import DiversityMonitor
 from lightning_modules.callbacks.evolution import Evolution, EvolutionPolicy
 from lightning_modules.callbacks.freezing import FreezingEvent, FreezingSchedule
@@ -16,6 +17,7 @@ __all__ = [
     "FreezingEvent",
     "FreezingSchedule",
     "PredictionWriter",
+    "ReclusterSchedule",
     "RoutingMonitor",
     "RunReport",
 ]

@@ -232,11 +232,13 @@ class FFNConfig:
     """Which feed-forward layer a block holds.
 
     Args:
-        kind: ``trix`` (tiles), or a control: ``dense`` (float, width d_ff) or ``none`` (no feed-forward layer at all).
+        kind: ``trix`` (tiles), ``hierarchical`` (many tiles, found by clusters: :class:`~trix.nn.HierarchicalTriXFFN`), or a
+            control: ``dense`` (float, width d_ff) or ``none`` (no feed-forward layer at all).
+        tiles_per_cluster, num_probes: of a hierarchical layer alone, which in turn has no max_k.
         All others: see :class:`TriXFFN`; a dense layer reads only d_ff (default 4 * d_model). ``hash`` needs a model of tokens.
     """
 
-    kind: Literal["trix", "dense", "none"] = "trix"
+    kind: Literal["trix", "hierarchical", "dense", "none"] = "trix"
     num_tiles: int = 16
     d_ff: int | None = None
     top_k: int = 1
@@ -247,13 +249,29 @@ class FFNConfig:
     confidence_threshold: float = 0.3
     diversity_weight: float = 0.0
     target_diversity: float = 0.5
+    tiles_per_cluster: int | None = None
+    num_probes: int | None = None
 
     def build(self, d_model: int) -> nn.Module | None:
+        """The layer, or None for ``none``.
+
+        Raises:
+            ValueError: another kind, an argument that the kind does not have, and as the layer.
+        """
+        from trix.nn.hierarchical import HierarchicalTriXFFN  # not above: it derives from TriXFFN
+
         if self.kind == "none":
             return None
         if self.kind == "dense":
             return DenseFFN(d_model, 4 * d_model if self.d_ff is None else self.d_ff)
-        if self.kind != "trix":
-            raise ValueError(f"kind ({self.kind!r}) must be 'trix', 'dense' or 'none'")
+        if self.kind not in ("trix", "hierarchical"):
+            raise ValueError(f"kind ({self.kind!r}) must be 'trix', 'hierarchical', 'dense' or 'none'")
         arguments = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "kind"}
+        foreign = ("max_k",) if self.kind == "hierarchical" else ("tiles_per_cluster", "num_probes")
+        for name in foreign:
+            if arguments.pop(name) is not None:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be None where kind is {self.kind!r}")
+        if self.kind == "hierarchical":
+            del arguments["confidence_threshold"]  # it belongs to max_k
+            return HierarchicalTriXFFN(d_model, **arguments)
         return TriXFFN(d_model, **arguments)

@@ -213,5 +213,12 @@ def test_config_builds_each_kind() -> None:
     trix = FFNConfig(num_tiles=2, top_k=2, routing="learned").build(8)
     assert isinstance(trix, TriXFFN)
     assert trix.router.top_k == 2
+    hierarchical = FFNConfig(kind="hierarchical", num_tiles=9, tiles_per_cluster=4, num_probes=2).build(8)
+    assert isinstance(hierarchical, HierarchicalTriXFFN)
+    assert (hierarchical.router.num_clusters, hierarchical.router.num_probes) == (3, 2)
+    with pytest.raises(ValueError, match=r"max_k \(2\) must be None where kind is 'hierarchical'"):
+        FFNConfig(kind="hierarchical", max_k=2).build(8)
+    with pytest.raises(ValueError, match=r"num_probes \(2\) must be None where kind is 'trix'"):
+        FFNConfig(num_probes=2).build(8)
     with pytest.raises(ValueError, match=r"kind \('soft'\) must be"):
         FFNConfig(kind="soft").build(8)
