@@ -1,7 +1,9 @@
 """What watches or changes a network while it trains: one callback a file, each reading the outputs of the steps."""
 
 from lightning_modules.callbacks.claims import ClaimMonitor
+from lightning_modules.callbacks.clustering import ReclusterSchedule
 from lightning_modules.callbacks.diversity import DiversityMonitor
+from lightning_modules.callbacks.evolution import Evolution, EvolutionPolicy
 from lightning_modules.callbacks.freezing import FreezingEvent, FreezingSchedule
 from lightning_modules.callbacks.prediction_writer import PredictionWriter
 from lightning_modules.callbacks.routing_monitor import RoutingMonitor
@@ -10,9 +12,12 @@ from lightning_modules.callbacks.run_report import RunReport
 __all__ = [
     "ClaimMonitor",
     "DiversityMonitor",
+    "Evolution",
+    "EvolutionPolicy",
     "FreezingEvent",
     "FreezingSchedule",
     "PredictionWriter",
+    "ReclusterSchedule",
     "RoutingMonitor",
     "RunReport",
 ]

@@ -11,6 +11,7 @@ from ort_ops import file_format, schema
 from ort_ops.export import ExportError, export_classifier, export_language_model
 from ort_ops.library import session_options
 from ort_ops.runtime import ExportedModel
+from trix.evolution import merge_tiles, raise_k, split_tile
 from trix.nn import Classifier, ClassifierConfig, FFNConfig
 
 pytestmark = pytest.mark.usefixtures("native_library")
@@ -28,6 +29,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> exported_models.Export
         FFNConfig(num_tiles=4),
         FFNConfig(num_tiles=4, top_k=2, routing="emergent"),
         FFNConfig(num_tiles=4, routing="learned"),
+        FFNConfig(kind="hierarchical", num_tiles=9),
         FFNConfig(kind="dense"),
         FFNConfig(kind="none"),
     ],
@@ -39,6 +41,24 @@ def test_every_kind_of_layer_exports_within_float_rounding(ffn: FFNConfig, tmp_p
     assert report.parity.max_relative_difference < 1e-5
     assert report.parity.num_unexplained == 0
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_layers_whose_tiles_were_merged_and_split_export_as_they_are(tmp_path: Path) -> None:
+    model = exported_models.make_model(FFNConfig(num_tiles=5))
+    first, second = (block.ffn for block in model.stack.blocks)
+    merge_tiles(first, 0, 1)
+    merge_tiles(second, 2, 3)
+    split_tile(second, 4, 3)
+    raise_k(second)
+    raise_k(first)
+    held_out = torch.randint(0, len(exported_models.VOCABULARY), (20 * exported_models.CONTEXT,))
+    report = export_language_model(model, exported_models.VOCABULARY, held_out, tmp_path / "model.onnx")
+    assert report.parity.max_relative_difference < 1e-5
+    assert report.parity.num_unexplained == 0
+    session = ort.InferenceSession(tmp_path / "model.onnx", session_options())
+    tile_idx = session.run(["tile_idx"], {"token": held_out.reshape(-1, exported_models.CONTEXT).numpy()})[0]
+    assert tile_idx.shape[-1] == 2
+    assert not (tile_idx[:, :, 0] == 1).any()
 
 
 def test_logits_and_tiles_match_torch_at_other_batch_sizes_and_lengths(exported: exported_models.Exported) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from trix.functional.signatures import check_target_diversity, signature_diversity_loss
 from trix.nn.tiles import TernaryTiles
 from trix.outputs import AuxLosses, RoutingDecision, RoutingInfo
-from trix.routing.balance import balance_loss, tile_load
+from trix.routing.balance import balance_loss, check_weights, tile_load
 from trix.routing.confidence import routing_confidence
 from trix.routing.diversity import collapsed_tiles, reseeded
 from trix.routing.hash_router import HashRouter
@@ -43,8 +43,9 @@ class TriXFFN(SignatureSurgery):
         its last dimension, the ids of the tokens; only ``hash`` reads them.
 
     Raises:
-        ValueError: d_ff not divisible by num_tiles, top_k or max_k > num_tiles, diversity_weight < 0, target_diversity outside
-            [0, 1], a wrong last dimension of x, or ``hash`` without token ids or with more than one tile per token.
+        ValueError: d_ff not divisible by num_tiles, top_k or max_k > num_tiles, a weight or rate that is negative, infinite or
+            NaN, target_diversity outside [0, 1], a wrong last dimension of x, or ``hash`` without token ids or with more than
+            one tile per token.
     """
 
     def __init__(
@@ -67,8 +68,7 @@ class TriXFFN(SignatureSurgery):
             raise ValueError(f"d_ff ({d_ff}) must be divisible by num_tiles ({num_tiles}), both >= 1")
         if routing not in ("explicit", "emergent", "learned", "hash"):
             raise ValueError(f"routing ({routing!r}) must be 'explicit', 'emergent', 'learned' or 'hash'")
-        if diversity_weight < 0:
-            raise ValueError(f"diversity_weight ({diversity_weight}) must be >= 0")
+        check_weights(balance_weight=balance_weight, diversity_weight=diversity_weight)
         check_target_diversity(target_diversity)
         self.d_model, self.num_tiles, self.balance_weight = d_model, num_tiles, balance_weight
         self.diversity_weight, self.target_diversity = diversity_weight, target_diversity
@@ -232,11 +232,13 @@ class FFNConfig:
     """Which feed-forward layer a block holds.
 
     Args:
-        kind: ``trix`` (tiles), or a control: ``dense`` (float, width d_ff) or ``none`` (no feed-forward layer at all).
+        kind: ``trix`` (tiles), ``hierarchical`` (many tiles, found by clusters: :class:`~trix.nn.HierarchicalTriXFFN`), or a
+            control: ``dense`` (float, width d_ff) or ``none`` (no feed-forward layer at all).
+        tiles_per_cluster, num_probes: of a hierarchical layer alone, which in turn has no max_k.
         All others: see :class:`TriXFFN`; a dense layer reads only d_ff (default 4 * d_model). ``hash`` needs a model of tokens.
     """
 
-    kind: Literal["trix", "dense", "none"] = "trix"
+    kind: Literal["trix", "hierarchical", "dense", "none"] = "trix"
     num_tiles: int = 16
     d_ff: int | None = None
     top_k: int = 1
@@ -247,13 +249,29 @@ class FFNConfig:
     confidence_threshold: float = 0.3
     diversity_weight: float = 0.0
     target_diversity: float = 0.5
+    tiles_per_cluster: int | None = None
+    num_probes: int | None = None
 
     def build(self, d_model: int) -> nn.Module | None:
+        """The layer, or None for ``none``.
+
+        Raises:
+            ValueError: another kind, an argument that the kind does not have, and as the layer.
+        """
+        from trix.nn.hierarchical import HierarchicalTriXFFN  # not above: it derives from TriXFFN
+
         if self.kind == "none":
             return None
         if self.kind == "dense":
             return DenseFFN(d_model, 4 * d_model if self.d_ff is None else self.d_ff)
-        if self.kind != "trix":
-            raise ValueError(f"kind ({self.kind!r}) must be 'trix', 'dense' or 'none'")
+        if self.kind not in ("trix", "hierarchical"):
+            raise ValueError(f"kind ({self.kind!r}) must be 'trix', 'hierarchical', 'dense' or 'none'")
         arguments = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "kind"}
+        foreign = ("max_k",) if self.kind == "hierarchical" else ("tiles_per_cluster", "num_probes")
+        for name in foreign:
+            if arguments.pop(name) is not None:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be None where kind is {self.kind!r}")
+        if self.kind == "hierarchical":
+            del arguments["confidence_threshold"]  # it belongs to max_k
+            return HierarchicalTriXFFN(d_model, **arguments)
         return TriXFFN(d_model, **arguments)

@@ -10,7 +10,7 @@ from trix.functional.ternary import straight_through
 from trix.nn.attention import RotaryAttention
 from trix.nn.magnitudes import GridSplines, HingeSplines
 from trix.outputs import AuxLosses, LookupInfo
-from trix.routing.balance import balance_loss
+from trix.routing.balance import balance_loss, check_weights
 from trix.routing.claims import ClaimMatrix
 from trix.routing.router import SignatureRouter
 from trix.routing.surgery import SignatureSurgery
@@ -260,10 +260,3 @@ class SparseLookupBlock(LookupBlock):
             num_classes,
         )
         super().__init__(ffn, n_heads, dropout, context_length)
-
-
-def check_weights(**weights: float) -> None:
-    """Raises ValueError for a negative one."""
-    for name, weight in weights.items():
-        if not weight >= 0:
-            raise ValueError(f"{name} ({weight}) must be >= 0")

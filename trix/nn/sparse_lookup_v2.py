@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trix.nn.magnitudes import HingeSplines
-from trix.nn.sparse_lookup import LookupBlock, SparseLookupFFN, check_weights
+from trix.nn.sparse_lookup import LookupBlock, SparseLookupFFN
 from trix.outputs import AuxLosses
+from trix.routing.balance import check_weights
 from trix.routing.calibration import ScoreCalibrationSpline
 from trix.routing.router import SIGNATURE_THRESHOLD, SignatureRouter
 

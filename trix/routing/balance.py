@@ -1,5 +1,7 @@
 """Pressure toward equal load, without a gate of its own."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -44,3 +46,10 @@ def nudged_bias(bias: Tensor, tile_idx: Tensor, rate: float, weight: Tensor | No
     """
     load = tile_load(tile_idx, bias.shape[0], weight)
     return bias + rate * (load.mean() - load).sign().to(bias.dtype)
+
+
+def check_weights(**weights: float) -> None:
+    """Raises ValueError for a weight or rate that is negative, infinite or not a number."""
+    for name, weight in weights.items():
+        if not 0.0 <= weight < math.inf:
+            raise ValueError(f"{name} ({weight}) must be >= 0 and finite")

@@ -1,6 +1,7 @@
 """Signatures that grow alike: three levels of intervention, as pure functions; when to call them is the caller's policy.
 
-soft: :func:`collapsed_tiles` reports. medium: :func:`raised_weight` raises the weight of the diversity loss. hard:
+soft: :func:`collapsed_tiles` reports. medium: :func:`raised_weight` raises the weight of the diversity loss, and
+:func:`lowered_weight` lets it fall again. hard:
 :func:`reseeded` draws collapsed tiles anew.
 """
 
@@ -47,6 +48,18 @@ def raised_weight(weight: float, diversity: float, threshold: float = 0.4, growt
     if diversity >= threshold:
         return weight
     return max(weight, min(limit, weight * growth if weight > 0.0 else limit / 100))
+
+
+def lowered_weight(weight: float, least: float, growth: float = 2.0, limit: float = 1.0) -> float:
+    """One step back of :func:`raised_weight`: weight / growth, and ``least`` once that is below it or below limit / 100.
+
+    Raises:
+        ValueError: growth <= 1, limit <= 0, or a negative weight.
+    """
+    if growth <= 1.0 or limit <= 0.0 or weight < 0.0 or least < 0.0:
+        raise ValueError(f"growth ({growth}) must be > 1, limit ({limit}) > 0, weight ({weight}) and least ({least}) >= 0")
+    lowered = weight / growth
+    return lowered if lowered > least and lowered >= limit / 100 else min(weight, least)
 
 
 def reseeded(value: Tensor, is_collapsed_E: Tensor, fresh: Tensor) -> Tensor:

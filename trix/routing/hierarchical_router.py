@@ -60,9 +60,18 @@ class HierarchicalRouter(SignatureRouter):
             if num_probes * smallest < top_k:
                 raise ValueError(f"num_probes ({num_probes}) clusters of {smallest} tiles must hold top_k ({top_k}) tiles")
         self.num_probes = num_probes
-        num_in_reach = num_tiles if num_probes is None else num_probes * smallest
-        self.num_best = min(top_k + 1, num_in_reach)  # one more than is chosen, so that the confidence can be told
+        self.num_in_reach = num_tiles if num_probes is None else num_probes * smallest
         self.register_buffer("members_CM", members_of(torch.arange(num_tiles) % self.num_clusters, self.num_clusters))
+
+    @property
+    def num_best(self) -> int:
+        # One more than is chosen, so that the confidence can be told.
+        return min(self.top_k + 1, self.num_in_reach)
+
+    @property
+    def k_limit(self) -> int:
+        """How many tiles there are to choose from, at least, among those that the probes reach."""
+        return min(super().k_limit, self.num_in_reach)
 
     @torch.no_grad()
     def recluster(self, emergent_ED: Tensor | None = None) -> None:
@@ -83,14 +92,16 @@ class HierarchicalRouter(SignatureRouter):
             scale_TN = inverse_sqrt_active(signature_ED)[best_TN]
             score_TN = torch.einsum("td,tnd->tn", x_TD, signature_ED[best_TN]) * scale_TN
         score_TE = score_TN.new_full((x_TD.shape[0], self.num_tiles), -torch.inf).scatter(-1, best_TN, score_TN)
+        score_TE = score_TE.masked_fill(self.is_free_E, -torch.inf)
         return best_TN[:, : self.top_k], score_TE
 
     def _search(self, x_TD: Tensor, signature_ED: Tensor) -> tuple[Tensor, Tensor]:
         self._check_width(x_TD)
         x_TD = x_TD.detach().to(torch.promote_types(x_TD.dtype, torch.float32))
         signature_ED = signature_ED.detach().to(x_TD.dtype)
+        bias_E = self.balance_bias.masked_fill(self.is_free_E, -torch.inf)
         with without_autocast(x_TD):
-            return two_level_search(x_TD, signature_ED, self.balance_bias, self.members_CM, self.num_best, self.num_probes or 0)
+            return two_level_search(x_TD, signature_ED, bias_E, self.members_CM, self.num_best, self.num_probes or 0)
 
     def _decide(self, score_TE: Tensor, tile_idx_TK: Tensor | None = None) -> RoutingDecision:
         assert tile_idx_TK is not None

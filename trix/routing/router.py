@@ -12,9 +12,10 @@ from trix.functional.signatures import signature_diversity_loss, signature_score
 from trix.functional.ternary import threshold_ternary
 from trix.functional.tile_matmul import select_top_k, signature_route
 from trix.outputs import RoutingDecision
-from trix.routing.balance import nudged_bias
+from trix.routing.balance import check_weights, nudged_bias
 from trix.routing.confidence import adaptive_weight
 
+MASS_DECAY = 0.99
 SIGNATURE_THRESHOLD = 0.3  # |raw| above it counts as +1 or -1
 
 
@@ -33,7 +34,7 @@ class Router(nn.Module):
     tile sends no gradient through the gate.
 
     Raises:
-        ValueError: top_k or max_k outside [1, num_tiles], both given, or confidence_threshold < 0.
+        ValueError: top_k or max_k outside [1, num_tiles], both given, confidence_threshold < 0, or balance_rate < 0.
     """
 
     balance_bias: Tensor
@@ -54,8 +55,9 @@ class Router(nn.Module):
             raise ValueError(f"top_k ({top_k}) must be >= 1 and <= num_tiles ({num_tiles})")
         if max_k is not None and (top_k != 1 or not 1 <= max_k <= num_tiles):
             raise ValueError(f"max_k ({max_k}) must be >= 1 and <= num_tiles ({num_tiles}), and top_k ({top_k}) 1 beside it")
-        if confidence_threshold < 0:
+        if not confidence_threshold >= 0:
             raise ValueError(f"confidence_threshold ({confidence_threshold}) must be >= 0")
+        check_weights(balance_rate=balance_rate)
         self.d_model, self.num_tiles, self.balance_rate = d_model, num_tiles, balance_rate
         self.is_adaptive, self.confidence_threshold = max_k is not None, confidence_threshold
         self.top_k = top_k if max_k is None else max_k
@@ -66,8 +68,10 @@ class Router(nn.Module):
             tile_idx_TK = select_top_k(score_TE.detach() + self.balance_bias, self.top_k)
         if self.is_adaptive:
             return RoutingDecision(tile_idx_TK, adaptive_weight(score_TE, tile_idx_TK, self.confidence_threshold), score_TE)
-        weight_TK = score_TE.softmax(dim=-1).gather(-1, tile_idx_TK) * math.sqrt(self.num_tiles)
-        return RoutingDecision(tile_idx_TK, weight_TK, score_TE)
+        return RoutingDecision(tile_idx_TK, self._gate(score_TE, tile_idx_TK), score_TE)
+
+    def _gate(self, score_TE: Tensor, tile_idx_TK: Tensor) -> Tensor:
+        return score_TE.softmax(dim=-1).gather(-1, tile_idx_TK) * math.sqrt(self.num_tiles)
 
     @torch.no_grad()
     def update_balance(self, tile_idx_TK: Tensor, weight_TK: Tensor | None = None) -> None:
@@ -96,6 +100,11 @@ class SignatureRouter(Router):
     through the gate. ``emergent`` signatures are read from the tiles' weights by the caller and take no gradient. A frozen
     signature is a stored value that replaces either, so no optimizer can move it.
 
+    Tiles that were merged or split (:mod:`trix.evolution`) leave two marks, so that the gates of all tokens stay as they were:
+    weight[t, k] = exp(score[t, e]) / sum_f mass_f exp(score[t, f]) * sqrt(E), e = tile_idx[t, k], where mass is 1 for a tile as
+    it was made, to which it returns by 1 % of its logarithm with every training batch; and a free slot (``is_free_E``) has
+    score -inf: it is never chosen and counts for nothing.
+
     Shape:
         x_TD: float; returns a RoutingDecision. Scores are computed in at least float32, whatever autocast says.
 
@@ -108,6 +117,9 @@ class SignatureRouter(Router):
     raw_signatures: nn.Parameter | None
     is_frozen_E: Tensor
     frozen_value_ED: Tensor
+    is_free_E: Tensor
+    log_mass_E: Tensor
+    num_raised: Tensor
     packed_signatures: Tensor | None
 
     def __init__(
@@ -129,6 +141,9 @@ class SignatureRouter(Router):
         self.register_buffer("is_frozen_E", torch.zeros(num_tiles, dtype=torch.bool))
         self.register_buffer("frozen_value_ED", torch.zeros(num_tiles, d_model))
         self.register_buffer("packed_signatures", None)
+        self.register_buffer("is_free_E", torch.zeros(num_tiles, dtype=torch.bool))
+        self.register_buffer("log_mass_E", torch.zeros(num_tiles))
+        self.register_buffer("num_raised", torch.zeros((), dtype=torch.int64))
 
     def signatures(self, emergent_ED: Tensor | None = None) -> Tensor:
         """The ternary signatures in force, [E, D] in {-1, 0, +1}; ``emergent_ED`` is what the tiles' weights say."""
@@ -185,7 +200,7 @@ class SignatureRouter(Router):
         else:
             self.raw_signatures[tile_idx] = signature_D.to(self.raw_signatures)
         self.is_frozen_E[tile_idx] = freeze
-        self.balance_bias[tile_idx] = self.balance_bias.mean()
+        self.occupy(tile_idx, float(self.balance_bias.mean()))
 
     @torch.no_grad()
     def freeze(self, tile_idx: int, emergent_ED: Tensor | None = None) -> None:
@@ -205,6 +220,30 @@ class SignatureRouter(Router):
     def is_frozen(self, tile_idx: int) -> bool:
         self.check_tile(tile_idx)
         return bool(self.is_frozen_E[tile_idx])
+
+    @torch.no_grad()
+    def occupy(self, tile_idx: int, balance_bias: float) -> None:
+        """Let a slot be chosen, with mass 1 and this bias, whether it was free or not."""
+        self.is_free_E[tile_idx] = False
+        self.log_mass_E[tile_idx] = 0.0
+        self.balance_bias[tile_idx] = balance_bias
+
+    @property
+    def k_limit(self) -> int:
+        """How many tiles there are to choose from."""
+        return self.num_tiles - int(self.is_free_E.sum())
+
+    @torch.no_grad()
+    def raise_k(self) -> None:
+        """One more tile per token (with adaptive k: at most one more); the state_dict keeps it.
+
+        Raises:
+            ValueError: there are no more tiles.
+        """
+        if self.top_k >= self.k_limit:
+            raise ValueError(f"top_k ({self.top_k + 1}) must be <= the number of tiles in use and in reach ({self.k_limit})")
+        self.top_k += 1
+        self.num_raised += 1
 
     def check_tile(self, tile_idx: int) -> None:
         """Raises ValueError unless the tile exists."""
@@ -227,11 +266,15 @@ class SignatureRouter(Router):
 
     @torch.no_grad()
     def update_balance(self, tile_idx_TK: Tensor, weight_TK: Tensor | None = None) -> None:
-        """As in :class:`Router`, but a frozen tile keeps its standing: it gets the mean nudge, whatever tokens it claims."""
+        """As in :class:`Router`, but a frozen tile keeps its standing: it gets the mean nudge, whatever tokens it claims.
+
+        The masses that mergers and splits left behind go a little way back to 1.
+        """
         before_E = self.balance_bias.clone()
         super().update_balance(tile_idx_TK, weight_TK)
         mean_nudge = (self.balance_bias - before_E).mean()
         self.balance_bias.copy_(torch.where(self.is_frozen_E, before_E + mean_nudge, self.balance_bias))
+        self.log_mass_E.mul_(MASS_DECAY)
 
     def forward(self, x_TD: Tensor, emergent_ED: Tensor | None = None) -> RoutingDecision:
         tile_idx_TK, score_TE = self.select(x_TD, emergent_ED)
@@ -243,12 +286,18 @@ class SignatureRouter(Router):
         x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
         with without_autocast(x_TD):
             if self.packed_signatures is not None:
-                tile_idx_TK, score_TE = signature_route(x_TD, self.packed_signatures, self.balance_bias, self.top_k)
-                return tile_idx_TK, score_TE
+                bias_E = self.balance_bias.masked_fill(self.is_free_E, -torch.inf)
+                tile_idx_TK, score_TE = signature_route(x_TD, self.packed_signatures, bias_E, self.top_k)
+                return tile_idx_TK, score_TE.masked_fill(self.is_free_E, -torch.inf)
             score_TE = signature_scores(x_TD, self.signatures(emergent_ED).to(x_TD.dtype))
+        score_TE = score_TE.masked_fill(self.is_free_E, -torch.inf)
         return select_top_k(score_TE.detach() + self.balance_bias, self.top_k), score_TE
 
+    def _gate(self, score_TE: Tensor, tile_idx_TK: Tensor) -> Tensor:
+        return super()._gate(score_TE + self.log_mass_E, tile_idx_TK) * self.log_mass_E.neg().exp()[tile_idx_TK]
+
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
+        self.top_k += int(state_dict.get(prefix + "num_raised", self.num_raised)) - int(self.num_raised)
         packed = state_dict.get(prefix + "packed_signatures")
         # A buffer that is None is not loaded: take the mode of the state that comes.
         self.packed_signatures = None

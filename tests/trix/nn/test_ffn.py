@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trix import TriXFFN
-from trix.nn import DenseFFN, FFNConfig
+from trix.nn import DenseFFN, FFNConfig, HierarchicalTriXFFN
 
 ROUTINGS = ["explicit", "emergent", "learned"]
 
@@ -197,6 +197,14 @@ def test_errors_state_the_rule_and_both_values() -> None:
         TriXFFN(8, 2, routing="learned").freeze_signature(0)
 
 
+@pytest.mark.parametrize("name", ["balance_weight", "balance_rate", "diversity_weight"])
+@pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", [TriXFFN, HierarchicalTriXFFN])
+def test_weights_and_rates_are_not_negative_and_finite(kind: type[TriXFFN], name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"{name} \({value}\) must be >= 0 and finite"):
+        kind(8, 2, routing="explicit", **{name: value})
+
+
 def test_config_builds_each_kind() -> None:
     assert FFNConfig(kind="none").build(8) is None
     dense = FFNConfig(kind="dense").build(8)
@@ -205,5 +213,12 @@ def test_config_builds_each_kind() -> None:
     trix = FFNConfig(num_tiles=2, top_k=2, routing="learned").build(8)
     assert isinstance(trix, TriXFFN)
     assert trix.router.top_k == 2
+    hierarchical = FFNConfig(kind="hierarchical", num_tiles=9, tiles_per_cluster=4, num_probes=2).build(8)
+    assert isinstance(hierarchical, HierarchicalTriXFFN)
+    assert (hierarchical.router.num_clusters, hierarchical.router.num_probes) == (3, 2)
+    with pytest.raises(ValueError, match=r"max_k \(2\) must be None where kind is 'hierarchical'"):
+        FFNConfig(kind="hierarchical", max_k=2).build(8)
+    with pytest.raises(ValueError, match=r"num_probes \(2\) must be None where kind is 'trix'"):
+        FFNConfig(num_probes=2).build(8)
     with pytest.raises(ValueError, match=r"kind \('soft'\) must be"):
         FFNConfig(kind="soft").build(8)

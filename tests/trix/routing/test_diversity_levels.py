@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trix.routing.diversity import collapsed_tiles, raised_weight, reseeded
+from trix.routing.diversity import collapsed_tiles, lowered_weight, raised_weight, reseeded
 
 
 def test_one_of_each_group_of_duplicates_is_kept() -> None:
@@ -41,6 +41,23 @@ def test_the_weight_starts_from_zero_and_doubles() -> None:
     assert raised_weight(0.01, 0.1) == pytest.approx(0.02)
     with pytest.raises(ValueError, match=r"growth \(1.0\) must be > 1"):
         raised_weight(0.1, 0.1, growth=1.0)
+
+
+@given(st.floats(0.0, 2.0), st.floats(0.0, 1.0))
+def test_the_weight_falls_back_to_the_least_and_never_rises(weight: float, least: float) -> None:
+    lowered = lowered_weight(weight, least)
+    assert lowered <= weight
+    assert lowered >= min(weight, least)
+    for _ in range(10):
+        lowered = lowered_weight(lowered, least)
+    assert lowered == min(weight, least)
+
+
+def test_the_weight_halves_and_drops_to_zero_where_raising_began() -> None:
+    assert lowered_weight(0.04, 0.0) == pytest.approx(0.02)
+    assert lowered_weight(0.01, 0.0) == 0.0
+    with pytest.raises(ValueError, match=r"least \(-0.1\) >= 0"):
+        lowered_weight(0.1, -0.1)
 
 
 def test_reseeding_replaces_collapsed_tiles_alone() -> None:
