@@ -45,6 +45,7 @@ def export_checkpoint(ckpt: Path | str, output: Path, fallback: bool, held_out_t
         CheckpointError, DataError, and what ``ort_ops.export`` raises.
     """
     from lightning_modules.data.digits import DigitsDataModule
+    from lightning_modules.data.language_id import LanguageIdDataModule
     from lightning_modules.data.text import TextDataModule
     from lightning_modules.tasks import ClassifierTask, LanguageModelTask, load_checkpoint
     from ort_ops.export import export_classifier, export_language_model
@@ -62,10 +63,14 @@ def export_checkpoint(ckpt: Path | str, output: Path, fallback: bool, held_out_t
     if isinstance(task, ClassifierTask):
         import torch
 
-        digits = _make_data(DigitsDataModule, checkpoint, ckpt)
-        inputs = torch.cat([inputs for inputs, _ in digits.val_dataloader()])
+        data: DigitsDataModule | LanguageIdDataModule
+        if task.vocabulary is None:
+            data = _make_data(DigitsDataModule, checkpoint, ckpt)
+        else:
+            data = _make_data(LanguageIdDataModule, checkpoint, ckpt)
+        inputs = torch.cat([inputs for inputs, _ in data.val_dataloader()])
         num_examples = max(held_out_tokens // inputs.shape[1], 1)
-        return export_classifier(task.network, list(task.class_names), inputs[:num_examples], output, fallback)
+        return export_classifier(task.network, list(task.class_names), inputs[:num_examples], output, fallback, task.vocabulary)
     raise UserError(
         f"task ({task.task_name}) must be {LanguageModelTask.task_name} or {ClassifierTask.task_name} to be exported"
     )

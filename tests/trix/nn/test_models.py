@@ -130,7 +130,7 @@ def test_sizes_are_checked() -> None:
         LanguageModel(0)
     with pytest.raises(ValueError, match=r"num_layers \(0\) must be >= 1"):
         TriXStack(num_layers=0)
-    with pytest.raises(ValueError, match=r"num_features \(0\) and num_classes \(3\) must be >= 1"):
+    with pytest.raises(ValueError, match=r"num_features \(0\) must be >= 1"):
         Classifier(0, 3)
     with pytest.raises(ValueError, match=r"sequence length \(13\) must be <= context_length \(12\)"):
         small_model()(torch.zeros(1, 13, dtype=torch.int64))
