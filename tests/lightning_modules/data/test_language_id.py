@@ -96,7 +96,7 @@ def test_resume_from_any_checkpoint_equals_the_uninterrupted_run(
     fit: FitFunction, keep_every_checkpoint: KeepEveryCheckpoint, tmp_path: Path
 ) -> None:
     def data() -> LanguageIdDataModule:
-        return LanguageIdDataModule(batch_size=6000, context_length=4)
+        return LanguageIdDataModule(batch_size=5000, context_length=4)
 
     uninterrupted = fit(data(), callbacks=[keep_every_checkpoint], max_epochs=2)
     assert len(uninterrupted) == 6
