@@ -20,6 +20,7 @@ from lightning_modules.callbacks import FreezingSchedule
 from lightning_modules.callbacks.prediction_writer import PredictionWriter
 from lightning_modules.callbacks.run_report import RunReport, StepProgressBar
 from lightning_modules.data.digits import DigitsDataModule
+from lightning_modules.data.language_id import LanguageIdDataModule
 from lightning_modules.data.text import TextDataModule
 from lightning_modules.error_text import one_line, reason, shorten_parser_error
 from lightning_modules.errors import UserError
@@ -29,7 +30,7 @@ from lightning_modules.whole_files import WholeFileCheckpointIO
 
 # Short names in configurations work for imported classes; these are offered as corrections too.
 TASKS = (LanguageModelTask, ClassifierTask)
-DATA_MODULES = (TextDataModule, DigitsDataModule)
+DATA_MODULES = (TextDataModule, DigitsDataModule, LanguageIdDataModule)
 EXIT_TERMINATED = 128 + signal.SIGTERM
 # What a task takes from its data.
 LINKED_PARAMETERS = ("vocabulary", "num_features", "num_classes", "class_names")

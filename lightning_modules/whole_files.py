@@ -33,7 +33,11 @@ def save_whole(value: object, path: Path) -> None:
 
 
 def write_whole(content: bytes | memoryview, path: Path) -> None:
-    """As :func:`save_whole`, for bytes."""
+    """Write bytes to `path`, by way of a file beside it that takes its place at the end; the folder is made.
+
+    Raises:
+        OSError: as :func:`save_whole`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:

@@ -85,19 +85,32 @@ def export_language_model(
 
 
 def export_classifier(
-    model: Classifier, class_names: list[str], held_out_inputs: Tensor, output: Path | str, fallback: bool = True
+    model: Classifier,
+    class_names: list[str],
+    held_out_inputs: Tensor,
+    output: Path | str,
+    fallback: bool = True,
+    vocabulary: str | None = None,
 ) -> ExportReport:
     """Export a classifier: ``features`` float32 [B, T, F] -> ``logits`` [B, C] and ``tile_idx`` int64 [B, T, L, K].
 
+    With a vocabulary, the input is ``token`` int64 [B, T], the places of the characters in it; token 0 is padding.
+
     Raises:
-        ExportError: class_names do not fit the model, no held-out input, or parity is not reached.
+        ExportError: class_names or vocabulary do not fit the model, no held-out input, or parity is not reached.
     """
     if len(class_names) != model.head.out_features:
         raise ExportError(f"class_names ({len(class_names)}) must name each of the {model.head.out_features} classes")
     if held_out_inputs.shape[0] < 1:
         raise ExportError(f"held-out input ({held_out_inputs.shape[0]} examples) must have at least 1 example")
-    metadata = {"task": "classifier", "class_names": class_names}
-    return _export(model, "features", held_out_inputs, {0: "batch"}, metadata, Path(output), fallback)
+    if model.vocab_size != (None if vocabulary is None else len(vocabulary)):
+        size = "none" if vocabulary is None else f"{len(vocabulary)} characters"
+        raise ExportError(f"vocabulary ({size}) must have vocab_size ({model.vocab_size}) characters")
+    metadata: dict[str, Any] = {"task": "classifier", "class_names": class_names}
+    if vocabulary is None:
+        return _export(model, "features", held_out_inputs, {0: "batch"}, metadata, Path(output), fallback)
+    metadata |= {"vocabulary": vocabulary, "context_length": model.config.context_length}
+    return _export(model, "token", held_out_inputs, {0: "batch", 1: "time"}, metadata, Path(output), fallback)
 
 
 class _WithTiles(nn.Module):

@@ -10,7 +10,7 @@ from rich.table import Table
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_modules.callbacks.figures import add_figure, claim_figure, has_tensorboard
+from lightning_modules.callbacks.figures import add_figure, claim_figure, has_tensorboard, save_figure
 from lightning_modules.errors import UserError
 from lightning_modules.routed_layers import routed_layers
 from trix.routing import ClaimMatrix
@@ -21,9 +21,10 @@ class ClaimMonitor(L.Callback):
 
     Logged for each layer: ``claims/<layer>/mean_claim_rate``, the mean over classes of the share of a class's tokens that its
     favourite tile gets; ``claims/<layer>/mean_purity``, the mean over used tiles of the share of the tile's most frequent
-    class. With few classes also a figure ``claims/class_by_tile`` for TensorBoard, and at the end of ``fit`` and ``validate``
-    a table: which class goes to which tile. Classes and their names are those of the task (``class_names``); the classes of a
-    language model are its characters.
+    class. With few classes also a figure ``claims/class_by_tile`` for TensorBoard, which stands at the end of ``fit`` in the
+    folder of the logs as class_by_tile.png, and at the end of ``fit`` and ``validate`` a table: which class goes to which tile.
+    Classes and their names are those of the task (``class_names``); the classes of a language model are its characters. A token
+    of a classifier is of the class of its sequence; padding is not counted.
 
     Nothing is kept from one validation to the next, so there is no state to resume.
 
@@ -87,6 +88,10 @@ class ClaimMonitor(L.Callback):
     @override
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._print_table(trainer, pl_module)
+        class_names = _class_names(pl_module)
+        if len(class_names) <= self.max_classes and self._claims and has_tensorboard(trainer):
+            rates = {name: claims.compute() for name, claims in self._claims.items()}  # on every rank: it synchronises
+            save_figure(trainer, "class_by_tile.png", claim_figure(rates, class_names))
 
     @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

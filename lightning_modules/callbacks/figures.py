@@ -3,18 +3,25 @@
 Shape suffixes: E tiles, D model width, C classes.
 """
 
+import io
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import lightning as L
+import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_modules.whole_files import write_whole
 from trix.introspection.plots import SIGNATURE_COLOURS, draw_claims, draw_signatures
+
+MAX_CLASSES_BY_LABEL = 32
 
 
 def add_figure(trainer: L.Trainer, tag: str, figure: Figure) -> None:
@@ -24,6 +31,17 @@ def add_figure(trainer: L.Trainer, tag: str, figure: Figure) -> None:
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_figure(tag, figure, global_step=trainer.global_step, close=False)
+
+
+def save_figure(trainer: L.Trainer, name: str, figure: Figure) -> None:
+    """Write the figure as a PNG file into the folder of each TensorBoard logger."""
+    if not trainer.is_global_zero:
+        return
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            write_whole(content.getvalue(), Path(logger.log_dir) / name)
 
 
 def has_tensorboard(trainer: L.Trainer) -> bool:
@@ -64,7 +82,12 @@ def usage_figure(usage: Mapping[str, Tensor]) -> Figure:
 
 
 def claim_figure(claims: Mapping[str, Tensor], class_names: Sequence[str]) -> Figure:
-    """A heat map [C, E] for each layer: the share of a class's tokens that went to a tile, given claim rates [E, C]."""
+    """A heat map [C, E] for each layer: the share of a class's tokens that went to a tile, given claim rates [E, C].
+
+    More than 32 classes stand in an order in which those with like claims are neighbours, the same in all layers.
+    """
+    if len(class_names) > MAX_CLASSES_BY_LABEL:
+        return _many_claims_figure(claims, class_names)
     figure, axes = _rows([1.0 + 0.28 * len(class_names)] * len(claims), width=max(6.0, 2.0 + 0.42 * _num_tiles(claims)))
     for axis, (name, rate_EC) in zip(axes, claims.items(), strict=True):
         image = draw_claims(axis, rate_EC, class_names)
@@ -73,6 +96,41 @@ def claim_figure(claims: Mapping[str, Tensor], class_names: Sequence[str]) -> Fi
     axes[-1].set_xlabel("tile")
     figure.suptitle("Which class goes to which tile")
     return figure
+
+
+def _many_claims_figure(claims: Mapping[str, Tensor], class_names: Sequence[str]) -> Figure:
+    """Layers side by side; colours reach up to the largest share, tiles are ordered by where most of their claims stand."""
+    rates = {name: rate_EC.T.cpu().numpy() for name, rate_EC in claims.items()}
+    order_C = _order_by_likeness(np.concatenate(list(rates.values()), axis=1))
+    figure = Figure(figsize=(1.6 + len(rates) * (0.5 + 0.13 * _num_tiles(claims)), 1.4 + 0.13 * len(class_names)), dpi=110)
+    figure.set_layout_engine("constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(rates), squeeze=False, sharey=True)[0]
+    largest = max(float(rate_CE.max()) for rate_CE in rates.values())
+    for axis, (name, rate_CE) in zip(axes, rates.items(), strict=True):
+        shown_CE = rate_CE[order_C]
+        tile_order = np.argsort(np.arange(len(order_C)) @ shown_CE**2 / (shown_CE**2).sum(axis=0).clip(1e-12), kind="stable")
+        image = axis.imshow(
+            shown_CE[:, tile_order], aspect="auto", cmap="Blues", vmin=0.0, vmax=largest, interpolation="nearest"
+        )
+        axis.set(title=name, xlabel="tile")
+        axis.set_xticks(range(len(tile_order)), tile_order, fontsize=6, rotation=90)
+        axis.set_yticks(range(len(order_C)), [class_names[index] for index in order_C], fontsize=7)
+    figure.colorbar(image, ax=list(axes), label="share of the class", fraction=0.03)
+    figure.suptitle("Which class goes to which tile; classes with like claims are neighbours")
+    return figure
+
+
+def _order_by_likeness(feature_CF: NDArray[np.float32]) -> NDArray[np.int64]:
+    """The leaves of average-linkage clusters by cosine distance, int64 [C]; rows of zeros (classes never seen) come last."""
+    from scipy.cluster.hierarchy import leaves_list, linkage  # takes a quarter of a second to import
+
+    is_seen_C = feature_CF.any(axis=1)
+    seen, unseen = np.flatnonzero(is_seen_C), np.flatnonzero(~is_seen_C)
+    if len(seen) < 3:
+        return np.concatenate([seen, unseen])
+    leaves = leaves_list(linkage(feature_CF[seen], "average", metric="cosine", optimal_ordering=True))
+    return np.concatenate([seen[leaves], unseen])
 
 
 def _num_tiles(claims: Mapping[str, Tensor]) -> int:

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_modules.data.digits import DigitsDataModule
+    from lightning_modules.data.language_id import LanguageIdDataModule
     from lightning_modules.data.text import TextDataModule
     from lightning_modules.tasks import ClassifierTask, LanguageModelTask, RoutedTask
 
@@ -46,21 +47,33 @@ def make_text(task: "LanguageModelTask", checkpoint: dict[str, Any], ckpt: Path 
     return text
 
 
-def make_digits(task: "ClassifierTask", checkpoint: dict[str, Any], ckpt: Path | str) -> "DigitsDataModule":
-    """The images that a classifier was trained on.
+def make_labelled_data(
+    task: "ClassifierTask", checkpoint: dict[str, Any], ckpt: Path | str
+) -> "DigitsDataModule | LanguageIdDataModule":
+    """The images, or where the task has a vocabulary the texts, that a classifier was trained on.
 
     Raises:
-        UserError: the checkpoint names no images, or images of another kind; DataError: they cannot be had.
+        UserError: the checkpoint names no such data, or data of another kind; DataError: they cannot be had, or have changed.
     """
     from lightning_modules.data.digits import DigitsDataModule
+    from lightning_modules.data.language_id import LanguageIdDataModule
 
-    digits = _make_data(DigitsDataModule, checkpoint, ckpt)
-    if len(task.class_names) != digits.num_classes:
-        raise DataError(f"number of classes of the data ({digits.num_classes}) must equal the task's ({len(task.class_names)})")
-    return digits
+    data: DigitsDataModule | LanguageIdDataModule
+    if task.vocabulary is None:
+        data = _make_data(DigitsDataModule, checkpoint, ckpt)
+    else:
+        data = _make_data(LanguageIdDataModule, checkpoint, ckpt)
+        if data.vocabulary != task.vocabulary:
+            raise DataError(
+                f"the texts' vocabulary ({len(data.vocabulary)} characters) must equal the checkpoint's "
+                f"({len(task.vocabulary)} characters): the texts have changed since the training"
+            )
+    if len(task.class_names) != data.num_classes:
+        raise DataError(f"number of classes of the data ({data.num_classes}) must equal the task's ({len(task.class_names)})")
+    return data
 
 
-def held_out(data: "TextDataModule | DigitsDataModule", num_tokens: int) -> tuple["Tensor", "Tensor"]:
+def held_out(data: "TextDataModule | DigitsDataModule | LanguageIdDataModule", num_tokens: int) -> tuple["Tensor", "Tensor"]:
     """The first sequences of the validation data, at most num_tokens tokens but at least one sequence: inputs, labels."""
     import torch
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_modules.commands.arguments import CommandParser
-from lightning_modules.commands.checkpoint_data import make_digits, make_text
+from lightning_modules.commands.checkpoint_data import make_labelled_data, make_text
 from lightning_modules.commands.output_file import check_output_file, output_folder
 from lightning_modules.errors import UserError
 
@@ -55,10 +55,10 @@ def export_checkpoint(ckpt: Path | str, output: Path, fallback: bool, held_out_t
     if isinstance(task, ClassifierTask):
         import torch
 
-        digits = make_digits(task, checkpoint, ckpt)
-        inputs = torch.cat([inputs for inputs, _ in digits.val_dataloader()])
+        data = make_labelled_data(task, checkpoint, ckpt)
+        inputs = torch.cat([inputs for inputs, _ in data.val_dataloader()])
         num_examples = max(held_out_tokens // inputs.shape[1], 1)
-        return export_classifier(task.network, list(task.class_names), inputs[:num_examples], output, fallback)
+        return export_classifier(task.network, list(task.class_names), inputs[:num_examples], output, fallback, task.vocabulary)
     raise UserError(
         f"task ({task.task_name}) must be {LanguageModelTask.task_name} or {ClassifierTask.task_name} to be exported"
     )

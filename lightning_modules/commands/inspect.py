@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_modules.commands.arguments import CommandParser
-from lightning_modules.commands.checkpoint_data import held_out, load_task, make_digits, make_text
+from lightning_modules.commands.checkpoint_data import held_out, load_task, make_labelled_data, make_text
 from lightning_modules.commands.output_file import check_output_file, output_folder
 from lightning_modules.errors import UserError
 
@@ -69,10 +69,14 @@ def make_page(task: "RoutedTask", checkpoint: dict[str, Any], ckpt: str, num_tok
         tokens = [[task.vocabulary[token] for token in sequence] for sequence in inputs.tolist()]
         return html_report(task.network, inputs, tokens, **shown)
     if isinstance(task, ClassifierTask):
-        digits = make_digits(task, checkpoint, ckpt)
-        facts["data"] = "validation images of the handwritten digits; a token is one row of an image"
-        inputs, labels = held_out(digits, num_tokens)
-        return html_report(task.network, inputs, labels=labels, class_names=task.class_names, **shown)
+        inputs, labels = held_out(make_labelled_data(task, checkpoint, ckpt), num_tokens)
+        shown |= {"labels": labels, "class_names": task.class_names}
+        if task.vocabulary is None:
+            facts["data"] = "validation images of the handwritten digits; a token is one row of an image"
+            return html_report(task.network, inputs, **shown)
+        facts["data"] = "validation texts in many languages, character by character; padding is not counted"
+        shown_as = ["", *task.vocabulary[1:]]  # token 0 is padding
+        return html_report(task.network, inputs, [[shown_as[token] for token in row] for row in inputs.tolist()], **shown)
     raise UserError(f"task ({task.task_name}) must be {LanguageModelTask.task_name} or {ClassifierTask.task_name}")
 
 

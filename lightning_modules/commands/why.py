@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning_modules.commands.arguments import CommandParser
-from lightning_modules.commands.checkpoint_data import load_task, make_digits
+from lightning_modules.commands.checkpoint_data import load_task, make_labelled_data
 from lightning_modules.errors import UserError
 
 if TYPE_CHECKING:
@@ -53,24 +53,45 @@ def _example(task: "RoutedTask", checkpoint: dict[str, Any], options: Namespace)
     if isinstance(task, LanguageModelTask):
         if options.prompt is None:
             raise UserError("a language model needs a text: --prompt TEXT")
-        return _encoded(task, options.prompt), [repr(character) for character in options.prompt], "prompt"
+        return _encoded(task, options.prompt), _written(options.prompt), "prompt"
+    if isinstance(task, ClassifierTask) and task.vocabulary is not None:
+        if options.prompt is None:
+            raise UserError("a classifier of texts needs one: --prompt TEXT")
+        return _classified(task, task.vocabulary, options.prompt)
     if isinstance(task, ClassifierTask):
         return _image(task, checkpoint, options)
     raise UserError(f"task ({task.task_name}) must be {LanguageModelTask.task_name} or {ClassifierTask.task_name}")
 
 
+def _written(prompt: str) -> list[str]:
+    return [repr(character) for character in prompt]
+
+
 def _encoded(task: "LanguageModelTask", prompt: str) -> "Tensor":
     import torch
 
-    if not prompt:
-        raise UserError("the prompt must have at least 1 character")
+    _check_length(prompt, task.network.config.context_length)
     unknown = sorted(set(prompt) - set(task.vocabulary))
     if unknown:
         raise UserError(f"the prompt holds {', '.join(map(repr, unknown[:5]))}, outside the vocabulary of the model")
-    limit = task.network.config.context_length
-    if len(prompt) > limit:
-        raise UserError(f"length of the prompt ({len(prompt)}) must be <= context_length ({limit})")
     return torch.tensor([[task.vocabulary.index(character) for character in prompt]])
+
+
+def _classified(task: "ClassifierTask", vocabulary: str, prompt: str) -> tuple["Tensor", list[str], str]:
+    import torch
+
+    from lightning_modules.data.language_id import UNKNOWN_TOKEN
+
+    _check_length(prompt, task.network.config.context_length)
+    place = {character: token for token, character in enumerate(vocabulary)}
+    token_BT = torch.tensor([[place.get(character, UNKNOWN_TOKEN) for character in prompt]])
+    prediction = int(task.predict_step((token_BT, torch.zeros(1, dtype=torch.int64)))["label"])
+    return token_BT, _written(prompt), f"prompt, taken for {task.class_names[prediction]!r}"
+
+
+def _check_length(prompt: str, limit: int) -> None:
+    if not 1 <= len(prompt) <= limit:
+        raise UserError(f"length of the prompt ({len(prompt)}) must be >= 1 and <= context_length ({limit})")
 
 
 def _image(task: "ClassifierTask", checkpoint: dict[str, Any], options: Namespace) -> tuple["Tensor", list[str], str]:
@@ -78,7 +99,7 @@ def _image(task: "ClassifierTask", checkpoint: dict[str, Any], options: Namespac
 
     if options.index is None:
         raise UserError("a classifier needs one of its validation images: --index N")
-    batches = list(make_digits(task, checkpoint, options.ckpt).val_dataloader())
+    batches = list(make_labelled_data(task, checkpoint, options.ckpt).val_dataloader())
     image_NTF, label_N = (torch.cat(parts) for parts in zip(*batches, strict=True))
     if not 0 <= options.index < len(image_NTF):
         raise UserError(f"--index ({options.index}) must be >= 0 and < validation images ({len(image_NTF)})")

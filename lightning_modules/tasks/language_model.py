@@ -66,6 +66,10 @@ class LanguageModelTask(RoutedTask):
 
     @override
     def check_data(self, datamodule: L.LightningDataModule) -> None:
+        num_classes = getattr(datamodule, "num_classes", None)
+        if num_classes is not None:
+            kind = type(datamodule).__name__
+            raise UserError(f"the labels of {kind} ({num_classes} classes) must be next characters: use ClassifierTask")
         length, limit = getattr(datamodule, "context_length", 0), self.network.config.context_length
         if length > limit:
             raise UserError(f"data.context_length ({length}) must be <= network.context_length ({limit})")

@@ -35,7 +35,8 @@ class StepOutput(TypedDict):
     """What a step returns; callbacks read it as ``outputs`` of on_*_batch_end.
 
     loss: scalar, nats, with the auxiliary losses in training. routing: RoutingInfo by layer name ("layer_0", ...), detached.
-    label: int64, the target of each row of logits: [B] for a classifier, [B, T] for a language model.
+    label: int64, the target of each row of logits: [B] for a classifier, [B, T] for a language model. Where a batch is padded,
+    routing and label are those of its N tokens that are not padding, one after the other: [N, ...] and [N].
     """
 
     loss: Tensor
@@ -112,6 +113,10 @@ class RoutedTask(L.LightningModule, ABC):
     def on_test_epoch_end(self) -> None:
         self._log_evaluation("test")
 
+    def padding_mask(self, x: Tensor) -> Tensor | None:  # noqa: ARG002
+        """bool [B, T], False where a token of the batch is padding; None where none can be."""
+        return None
+
     def update_metrics(self, logits: Tensor, label: Tensor) -> None:
         """Take one batch of an evaluation into account; for metrics beyond the loss."""
 
@@ -126,13 +131,16 @@ class RoutedTask(L.LightningModule, ABC):
         x, label = batch
         logits, infos, aux = self.network(x, return_routing=True)
         loss = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), label.reshape(-1))
-        routing = {layer_name(index): _detached(info) for index, info in enumerate(infos)}
+        mask_BT = self.padding_mask(x)
+        routing = {layer_name(index): _detached(info, mask_BT) for index, info in enumerate(infos)}
+        if mask_BT is not None:
+            label = label.unsqueeze(1).expand_as(mask_BT)[mask_BT]
         return {"loss": loss, "routing": routing, "label": label}, logits, aux
 
     def _evaluation_step(self, batch: Batch) -> StepOutput:
         output, logits, _ = self._step(batch)
-        self.mean_loss.update(output["loss"], weight=output["label"].numel())
-        self.update_metrics(logits, output["label"])
+        self.mean_loss.update(output["loss"], weight=batch[1].numel())
+        self.update_metrics(logits, batch[1])
         return output
 
     def _log_evaluation(self, stage: str) -> None:
@@ -212,8 +220,13 @@ class RoutedTask(L.LightningModule, ABC):
             raise CheckpointError(f"the checkpoint's weights do not fit the network: {reason}") from error
 
 
-def _detached(info: RoutingInfo) -> RoutingInfo:
-    return {"tile_idx": info["tile_idx"], "weight": info["weight"].detach(), "scores": info["scores"].detach()}
+def _detached(info: RoutingInfo, mask_BT: Tensor | None) -> RoutingInfo:
+    kept: Any = ... if mask_BT is None else mask_BT
+    return {
+        "tile_idx": info["tile_idx"][kept],
+        "weight": info["weight"].detach()[kept],
+        "scores": info["scores"].detach()[kept],
+    }
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -21,7 +21,7 @@ def opening_command(path: Path) -> list[str]:
 
 
 def test_there_are_configs() -> None:
-    assert {"char_lm.yaml", "digits.yaml"} <= {path.name for path in FILES}
+    assert {"char_lm.yaml", "digits.yaml", "language_id.yaml"} <= {path.name for path in FILES}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(CONFIGS)))
@@ -37,7 +37,7 @@ def test_config_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert [item.name for item in tmp_path.iterdir()] == ["stand_in.txt"]  # a trial leaves nothing
 
 
-@pytest.mark.parametrize("name", ["char_lm", "digits"])
+@pytest.mark.parametrize("name", ["char_lm", "digits", "language_id"])
 def test_experiments_keep_all_they_write_in_one_folder(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

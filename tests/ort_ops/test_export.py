@@ -121,6 +121,23 @@ def test_classifier_exports(tmp_path: Path) -> None:
         export_classifier(model, ["a", "b"], held_out, path)
 
 
+@pytest.mark.parametrize("ffn", [FFNConfig(num_tiles=4), FFNConfig(kind="dense")], ids=["trix", "dense"])
+def test_a_classifier_of_characters_exports_with_its_padding(ffn: FFNConfig, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vocabulary = "\0?abcdefgh"
+    model = Classifier(None, 3, ClassifierConfig(16, 2, 2, 6, window=3, ffn=ffn), len(vocabulary)).eval()
+    held_out = torch.randint(1, 10, (40, 6)) * (torch.arange(6) < torch.randint(1, 7, (40, 1)))
+    path = tmp_path / "classifier.onnx"
+    export_classifier(model, ["a", "b", "c"], held_out, path, vocabulary=vocabulary)
+    exported = ExportedModel(path)
+    assert exported.metadata["vocabulary"] == vocabulary
+    assert exported.check_parity().num_unexplained == 0
+    for token in (held_out[:7], held_out[:1, :4]):
+        np.testing.assert_allclose(exported.run(token.numpy())[0], model(token).detach().numpy(), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ExportError, match=r"vocabulary \(none\) must have vocab_size \(10\) characters"):
+        export_classifier(model, ["a", "b", "c"], held_out, path)
+
+
 def test_a_model_that_computes_something_else_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def spoiled(packed: torch.nn.Module) -> torch.nn.Module:
         packed.stack.blocks[0].ffn.tiles.up.row_scale.mul_(1.01)  # type: ignore[union-attr, operator]

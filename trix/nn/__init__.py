@@ -2,7 +2,7 @@
 
 from trix.nn.attention import RotaryAttention
 from trix.nn.block import TriXBlock, TriXStack
-from trix.nn.classifier import Classifier, ClassifierConfig
+from trix.nn.classifier import PADDING_TOKEN, Classifier, ClassifierConfig
 from trix.nn.controls import GatedFFN, HashFFN
 from trix.nn.ffn import DenseFFN, FFNConfig, TriXFFN
 from trix.nn.hierarchical import HierarchicalTriXFFN
@@ -16,6 +16,7 @@ from trix.nn.ternary_weight import TernaryWeight
 from trix.nn.tiles import TernaryTiles
 
 __all__ = [
+    "PADDING_TOKEN",
     "Classifier",
     "ClassifierConfig",
     "DenseFFN",

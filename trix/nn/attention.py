@@ -19,7 +19,7 @@ class RotaryAttention(nn.Module):
             :class:`~trix.nn.linear.TriXLinear` instead of float.
 
     Shape:
-        x_BTD: float, T <= context_length -> [B, T, D].
+        x_BTD: float, T <= context_length -> [B, T, D]. mask_BT: bool, False for padding, which no token looks at.
 
     Raises:
         ValueError: d_model does not divide into heads of even width, or T > context_length.
@@ -41,14 +41,16 @@ class RotaryAttention(nn.Module):
         self.register_buffer("cos", angle.cos().to(torch.get_default_dtype()), persistent=False)
         self.register_buffer("sin", angle.sin().to(torch.get_default_dtype()), persistent=False)
 
-    def forward(self, x_BTD: Tensor, is_causal: bool = True) -> Tensor:
+    def forward(self, x_BTD: Tensor, is_causal: bool = True, mask_BT: Tensor | None = None) -> Tensor:
         B, T, D = x_BTD.shape
         if T > self.context_length:
             raise ValueError(f"sequence length ({T}) must be <= context_length ({self.context_length})")
         q, k, v = self.qkv(x_BTD).reshape(B, T, 3, self.n_heads, D // self.n_heads).permute(2, 0, 3, 1, 4)
         q, k = self._rotate(q), self._rotate(k)
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, dropout_p=dropout)
+        mask_B1TT = None if mask_BT is None else _attention_mask(mask_BT, is_causal)
+        is_causal = is_causal and mask_B1TT is None
+        y = F.scaled_dot_product_attention(q, k, v, mask_B1TT, dropout, is_causal)
         return self.out(y.transpose(1, 2).reshape(B, T, D))
 
     def _rotate(self, x_BHTW: Tensor) -> Tensor:
@@ -56,6 +58,13 @@ class RotaryAttention(nn.Module):
         cos, sin = self.cos[:T].to(x_BHTW.dtype), self.sin[:T].to(x_BHTW.dtype)
         first, second = x_BHTW.chunk(2, dim=-1)
         return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+
+
+def _attention_mask(mask_BT: Tensor, is_causal: bool) -> Tensor:
+    """bool [B, 1, T, T]: which token (row) looks at which other (column)."""
+    T = mask_BT.shape[1]
+    mask_B1TT = mask_BT[:, None, None, :].expand(-1, 1, T, T)
+    return mask_B1TT.tril() if is_causal else mask_B1TT
 
 
 def _projection(d_in: int, d_out: int, ternary: bool) -> nn.Module:

@@ -14,7 +14,8 @@ class TriXBlock(nn.Module):
 
     Shape:
         x_BTD: float [B, T, D] -> [B, T, D]; with ``return_routing`` also the layer's RoutingInfo and AuxLosses, which are None
-        where ``ffn.kind`` is a control without tiles. token_BT: int64, the ids of the tokens, for routing by ``hash``.
+        where ``ffn.kind`` is a control without tiles. token_BT: int64, the ids of the tokens, for routing by ``hash``. mask_BT:
+        bool, False for padding: no token looks at it, and the tiles neither compute nor count it.
 
     Raises:
         ValueError: as RotaryAttention and TriXFFN.
@@ -38,21 +39,37 @@ class TriXBlock(nn.Module):
 
     @overload
     def forward(
-        self, x_BTD: Tensor, is_causal: bool = ..., return_routing: Literal[False] = ..., token_BT: Tensor | None = ...
+        self,
+        x_BTD: Tensor,
+        is_causal: bool = ...,
+        return_routing: Literal[False] = ...,
+        token_BT: Tensor | None = ...,
+        mask_BT: Tensor | None = ...,
     ) -> Tensor: ...
     @overload
     def forward(
-        self, x_BTD: Tensor, is_causal: bool = ..., *, return_routing: Literal[True], token_BT: Tensor | None = ...
+        self,
+        x_BTD: Tensor,
+        is_causal: bool = ...,
+        *,
+        return_routing: Literal[True],
+        token_BT: Tensor | None = ...,
+        mask_BT: Tensor | None = ...,
     ) -> tuple[Tensor, RoutingInfo | None, AuxLosses | None]: ...
     def forward(
-        self, x_BTD: Tensor, is_causal: bool = True, return_routing: bool = False, token_BT: Tensor | None = None
+        self,
+        x_BTD: Tensor,
+        is_causal: bool = True,
+        return_routing: bool = False,
+        token_BT: Tensor | None = None,
+        mask_BT: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, RoutingInfo | None, AuxLosses | None]:
-        x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), is_causal))
+        x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), is_causal, mask_BT))
         info: RoutingInfo | None = None
         aux: AuxLosses | None = None
         if self.ffn is not None and self.ffn_norm is not None:
             if isinstance(self.ffn, TriXFFN):
-                y_BTD, info, aux = self.ffn(self.ffn_norm(x_BTD), return_routing=True, token_idx=token_BT)
+                y_BTD, info, aux = self.ffn(self.ffn_norm(x_BTD), return_routing=True, token_idx=token_BT, mask=mask_BT)
             else:
                 y_BTD = self.ffn(self.ffn_norm(x_BTD))
             x_BTD = x_BTD + self.dropout(y_BTD)
@@ -64,7 +81,7 @@ class TriXStack(nn.Module):
 
     Shape:
         x_BTD: float -> [B, T, D]; with ``return_routing`` also the RoutingInfo of each routed layer, in order, and the summed
-        AuxLosses (None without routed layers). token_BT: as TriXBlock.
+        AuxLosses (None without routed layers). token_BT, mask_BT: as TriXBlock.
 
     Raises:
         ValueError: num_layers < 1, and as TriXBlock.
@@ -89,19 +106,35 @@ class TriXStack(nn.Module):
 
     @overload
     def forward(
-        self, x_BTD: Tensor, is_causal: bool = ..., return_routing: Literal[False] = ..., token_BT: Tensor | None = ...
+        self,
+        x_BTD: Tensor,
+        is_causal: bool = ...,
+        return_routing: Literal[False] = ...,
+        token_BT: Tensor | None = ...,
+        mask_BT: Tensor | None = ...,
     ) -> Tensor: ...
     @overload
     def forward(
-        self, x_BTD: Tensor, is_causal: bool = ..., *, return_routing: Literal[True], token_BT: Tensor | None = ...
+        self,
+        x_BTD: Tensor,
+        is_causal: bool = ...,
+        *,
+        return_routing: Literal[True],
+        token_BT: Tensor | None = ...,
+        mask_BT: Tensor | None = ...,
     ) -> tuple[Tensor, list[RoutingInfo], AuxLosses | None]: ...
     def forward(
-        self, x_BTD: Tensor, is_causal: bool = True, return_routing: bool = False, token_BT: Tensor | None = None
+        self,
+        x_BTD: Tensor,
+        is_causal: bool = True,
+        return_routing: bool = False,
+        token_BT: Tensor | None = None,
+        mask_BT: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, list[RoutingInfo], AuxLosses | None]:
         infos: list[RoutingInfo] = []
         total: AuxLosses | None = None
         for block in self.blocks:
-            x_BTD, info, aux = block(x_BTD, is_causal, return_routing=True, token_BT=token_BT)
+            x_BTD, info, aux = block(x_BTD, is_causal, return_routing=True, token_BT=token_BT, mask_BT=mask_BT)
             if info is not None:
                 infos.append(info)
             if aux is not None:

@@ -40,12 +40,13 @@ class TriXFFN(SignatureSurgery):
 
     Shape:
         x: float [B, D] or [B, T, D] (any leading dimensions) -> the same shape and dtype. token_idx: int64, the shape of x less
-        its last dimension, the ids of the tokens; only ``hash`` reads them.
+        its last dimension, the ids of the tokens; only ``hash`` reads them. mask: bool of that shape, False for padding: it is
+        routed, but with weight 0, so it is neither computed (y = 0) nor counted in the balance.
 
     Raises:
         ValueError: d_ff not divisible by num_tiles, top_k or max_k > num_tiles, a weight or rate that is negative, infinite or
-            NaN, target_diversity outside [0, 1], a wrong last dimension of x, or ``hash`` without token ids or with more than
-            one tile per token.
+            NaN, target_diversity outside [0, 1], a wrong last dimension of x, a mask that does not fit, or ``hash`` without
+            token ids or with more than one tile per token.
     """
 
     def __init__(
@@ -84,20 +85,24 @@ class TriXFFN(SignatureSurgery):
         self.tiles = TernaryTiles(d_model, num_tiles, d_ff // num_tiles)
 
     @overload
-    def forward(self, x: Tensor, return_routing: Literal[False] = ..., token_idx: Tensor | None = ...) -> Tensor: ...
+    def forward(
+        self, x: Tensor, return_routing: Literal[False] = ..., token_idx: Tensor | None = ..., mask: Tensor | None = ...
+    ) -> Tensor: ...
     @overload
     def forward(
-        self, x: Tensor, return_routing: Literal[True], token_idx: Tensor | None = ...
+        self, x: Tensor, return_routing: Literal[True], token_idx: Tensor | None = ..., mask: Tensor | None = ...
     ) -> tuple[Tensor, RoutingInfo, AuxLosses]: ...
     def forward(
-        self, x: Tensor, return_routing: bool = False, token_idx: Tensor | None = None
+        self, x: Tensor, return_routing: bool = False, token_idx: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor | tuple[Tensor, RoutingInfo, AuxLosses]:
         x_TD = x.reshape(-1, x.shape[-1])
         decision = self._route(x_TD, token_idx)
+        if mask is not None:
+            decision = _without_padding(decision, mask, x)
         if self.training:
             self.surgery_log.count_step()
             self.router.update_balance(decision.tile_idx, decision.weight)
-        y_TD = self.tiles(x_TD, decision.tile_idx, decision.weight, skip_unused=self.router.is_adaptive)
+        y_TD = self.tiles(x_TD, decision.tile_idx, decision.weight, skip_unused=self.router.is_adaptive or mask is not None)
         y = y_TD.to(x.dtype).reshape(x.shape)
         if not return_routing:
             return y
@@ -213,6 +218,13 @@ class TriXFFN(SignatureSurgery):
 def _like(x: Tensor, value_TK: Tensor) -> Tensor:
     """[T, K] in the leading dimensions of x."""
     return value_TK.reshape(*x.shape[:-1], value_TK.shape[-1])
+
+
+def _without_padding(decision: RoutingDecision, mask: Tensor, x: Tensor) -> RoutingDecision:
+    """The decision with weight 0 for all tiles of padding."""
+    if mask.shape != x.shape[:-1] or mask.dtype != torch.bool:
+        raise ValueError(f"mask {tuple(mask.shape)} {mask.dtype} must have shape {tuple(x.shape[:-1])} torch.bool")
+    return decision._replace(weight=decision.weight * mask.reshape(-1, 1).to(decision.weight.dtype))
 
 
 class DenseFFN(nn.Module):

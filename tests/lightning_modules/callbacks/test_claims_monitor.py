@@ -1,7 +1,9 @@
 import io
+from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
@@ -9,11 +11,14 @@ from small_runs import MakeTrainer, read_events
 
 from lightning_modules.callbacks import ClaimMonitor
 from lightning_modules.callbacks.claims import claim_table
+from lightning_modules.callbacks.figures import claim_figure
 from lightning_modules.data.digits import DigitsDataModule
+from lightning_modules.data.language_id import LanguageIdDataModule
 from lightning_modules.data.text import TextDataModule
 from lightning_modules.errors import UserError
 from lightning_modules.routed_layers import routed_layers
 from lightning_modules.tasks import ClassifierTask, LanguageModelTask
+from trix.nn import ClassifierConfig, FFNConfig
 
 
 def test_claims_are_those_of_the_validation(
@@ -47,6 +52,7 @@ def test_few_classes_get_a_figure_and_a_table(
     assert "claims/class_by_tile" in read_events(tensorboard).Tags()["images"]
     fitted = capsys.readouterr().out
     assert fitted.count("Which class goes to which tile") == 1
+    assert (Path(tensorboard.log_dir) / "class_by_tile.png").read_bytes().startswith(b"\x89PNG")
     trainer.validate(classifier, digits, verbose=False)
     assert capsys.readouterr().out.count("Which class goes to which tile") == 1
 
@@ -64,6 +70,49 @@ def test_many_classes_get_metrics_alone(
     assert tags["images"] == []
     assert "claims/layer_1/mean_purity" in tags["scalars"]
     assert "Which class" not in capsys.readouterr().out
+
+
+def test_padding_makes_no_claims(make_trainer: MakeTrainer) -> None:
+    """The tokens of two batches of texts without their padding, counted by hand."""
+    data = LanguageIdDataModule(batch_size=16, context_length=24)
+    network = ClassifierConfig(16, 2, 2, context_length=24, ffn=FFNConfig(num_tiles=4))
+    task = ClassifierTask(None, data.num_classes, data.class_names, network, vocabulary=data.vocabulary)
+    trainer = make_trainer(callbacks=[ClaimMonitor()], limit_val_batches=2)
+    metrics = trainer.validate(task, data, verbose=False)[0]
+    tokens, labels = (tensor[:32] for tensor in data.val_dataloader().dataset.tensors)
+    with torch.no_grad():
+        logits, infos, _ = task.eval().network(tokens, return_routing=True)
+    count_EC = torch.zeros(4, data.num_classes)
+    for tiles, label, text in zip(infos[1]["tile_idx"], labels, tokens, strict=True):
+        for tile in tiles[text != 0]:
+            count_EC[tile, label] += 1
+    assert 0 < int((tokens == 0).sum()) == 32 * 24 - count_EC.sum()
+    is_seen_C = count_EC.sum(dim=0) > 0
+    rate = (count_EC / count_EC.sum(dim=0))[:, is_seen_C].amax(dim=0).mean()
+    assert metrics["claims/layer_1/mean_claim_rate"] == pytest.approx(rate.item())
+    assert metrics["val/accuracy"] == pytest.approx((logits.argmax(dim=-1) == labels).float().mean().item())
+    assert metrics["val/loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+
+
+def test_many_classes_are_ordered_by_likeness_the_same_in_all_layers() -> None:
+    """Classes of two kinds, mixed: the figure has each kind in one piece, and a class never seen at the end."""
+    num_classes = 41
+    rate_EC = torch.zeros(6, num_classes)
+    rate_EC[0, 0:40:2], rate_EC[1, 0:40:2] = 0.7, 0.3
+    rate_EC[4, 1:40:2], rate_EC[5, 1:40:2] = 0.6, 0.4
+    names = [f"class {index}" for index in range(num_classes)]
+    figure = claim_figure({"layer_0": rate_EC, "layer_1": rate_EC.flip(0)}, names)
+    axes = [axis for axis in figure.axes if axis.get_title().startswith("layer")]
+    shown = [label.get_text() for label in axes[0].get_yticklabels()]
+    assert sorted(shown) == sorted(names)
+    assert shown[-1] == "class 40"
+    parity = [int(name.split()[1]) % 2 for name in shown[:-1]]
+    assert parity in ([0] * 20 + [1] * 20, [1] * 20 + [0] * 20)
+    classes = [int(name.split()[1]) for name in shown]
+    for axis, layer_EC in zip(axes, (rate_EC, rate_EC.flip(0)), strict=True):
+        tiles = [int(label.get_text()) for label in axis.get_xticklabels()]
+        assert sorted(tiles) == list(range(6))
+        assert torch.equal(torch.from_numpy(axis.images[0].get_array().data), layer_EC[tiles][:, classes].T)
 
 
 def test_table_names_the_favourite_tiles_of_each_class_seen() -> None:

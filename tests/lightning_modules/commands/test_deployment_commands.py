@@ -12,6 +12,7 @@ from small_runs import SENTENCE, save_checkpoint, small_network
 
 from lightning_modules.cli import main
 from lightning_modules.data.digits import DigitsDataModule
+from lightning_modules.data.language_id import LanguageIdDataModule
 from lightning_modules.data.text import TextDataModule
 from lightning_modules.tasks import ClassifierTask, LanguageModelTask
 from trix.nn import ClassifierConfig, FFNConfig
@@ -64,6 +65,15 @@ def test_classifier_is_exported_too(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "wrote" in capsys.readouterr().out
     assert main(["generate", str(tmp_path / "c.onnx"), "--prompt", "a"]) == 2
     assert "task (classifier) must be language_model" in capsys.readouterr().err
+
+
+def test_a_classifier_of_texts_is_exported_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = LanguageIdDataModule(context_length=12)
+    network = ClassifierConfig(16, 1, 2, context_length=12, ffn=FFNConfig(num_tiles=4))
+    task = ClassifierTask(None, data.num_classes, data.class_names, network, vocabulary=data.vocabulary)
+    save_checkpoint(task, data, tmp_path / "c.ckpt")
+    assert main(["export", "--ckpt", str(tmp_path / "c.ckpt"), "--output", str(tmp_path / "c.onnx")]) == 0
+    assert "on 4092 held-out tokens" in capsys.readouterr().out
 
 
 def test_generate_needs_no_torch_and_repeats_itself(folder: Path) -> None:

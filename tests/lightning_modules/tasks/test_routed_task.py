@@ -10,11 +10,12 @@ from small_runs import small_network
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from lightning_modules.data.digits import DigitsDataModule
+from lightning_modules.data.language_id import LanguageIdDataModule
 from lightning_modules.data.text import TextDataModule
 from lightning_modules.errors import UserError
 from lightning_modules.routed_layers import routed_layers
 from lightning_modules.tasks import CheckpointError, ClassifierTask, LanguageModelTask
-from trix.nn import FFNConfig
+from trix.nn import ClassifierConfig, FFNConfig
 
 
 class OutputRecorder(L.Callback):
@@ -93,6 +94,8 @@ def test_accuracy_is_the_share_of_correct_predictions(
     probability = torch.cat([batch["probability"] for batch in predictions])
     truth = digits.val_dataloader().dataset.tensors[1]
     assert metrics["val/accuracy"] == pytest.approx((label == truth).float().mean().item())
+    by_class = [(label == truth)[truth == digit].float().mean().item() for digit in range(10)]
+    assert metrics["val/macro_accuracy"] == pytest.approx(sum(by_class) / 10)
     assert metrics["val/loss"] == pytest.approx(F.nll_loss(probability.log(), truth).item(), rel=1e-5)
     torch.testing.assert_close(probability.sum(dim=1), torch.ones(len(truth)))
 
@@ -197,3 +200,13 @@ def test_data_longer_than_the_context_is_refused(language_model: LanguageModelTa
     text.context_length = 9
     with pytest.raises(UserError, match=r"data.context_length \(9\) must be <= network.context_length \(8\)"):
         language_model.check_data(text)
+
+
+def test_data_that_does_not_fit_the_task_is_told(language_model: LanguageModelTask, digits: DigitsDataModule) -> None:
+    with pytest.raises(
+        UserError, match=r"labels of DigitsDataModule \(10 classes\) must be next characters: use ClassifierTask"
+    ):
+        language_model.check_data(digits)
+    task = ClassifierTask(None, 98, network=ClassifierConfig(16, n_heads=2, context_length=8), vocabulary="\0?ab")
+    with pytest.raises(UserError, match=r"data.context_length \(9\) must be <= network.context_length \(8\)"):
+        task.check_data(LanguageIdDataModule(context_length=9))

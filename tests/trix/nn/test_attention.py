@@ -34,6 +34,22 @@ def test_attention_equals_the_formula_with_complex_rotation() -> None:
     torch.testing.assert_close(attention(x), out @ attention.out.weight.T, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_nothing_looks_at_padding(is_causal: bool) -> None:
+    torch.manual_seed(0)
+    attention = RotaryAttention(16, 2, context_length=10).double()
+    x = torch.randn(2, 7, 16, dtype=torch.float64)
+    mask = torch.ones(2, 7, dtype=torch.bool)
+    torch.testing.assert_close(attention(x, is_causal, mask), attention(x, is_causal))
+    mask[1, 4:] = False
+    edited = x.clone()
+    edited[1, 4:] += 1.0
+    got = attention(edited, is_causal, mask)
+    torch.testing.assert_close(got[1, :4], attention(x[1:, :4], is_causal)[0])
+    torch.testing.assert_close(got[0], attention(x[:1], is_causal)[0])
+    assert attention(x, is_causal, torch.zeros_like(mask)).isfinite().all()
+
+
 def test_sizes_are_checked() -> None:
     with pytest.raises(ValueError, match=r"d_model \(12\) must be divisible by 2 \* n_heads \(8\)"):
         RotaryAttention(12, 4, 8)

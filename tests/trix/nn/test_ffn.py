@@ -1,4 +1,5 @@
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -203,6 +204,35 @@ def test_errors_state_the_rule_and_both_values() -> None:
 def test_weights_and_rates_are_not_negative_and_finite(kind: type[TriXFFN], name: str, value: float) -> None:
     with pytest.raises(ValueError, match=rf"{name} \({value}\) must be >= 0 and finite"):
         kind(8, 2, routing="explicit", **{name: value})
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"max_k": 2}, {"routing": "emergent"}, {"routing": "learned"}])
+def test_padding_is_neither_computed_nor_counted(options: dict[str, Any]) -> None:
+    """A masked batch gives what its tokens give without the padding: outputs, losses, balance, gradients."""
+    torch.manual_seed(0)
+    padded, bare = (TriXFFN(16, 4, **options) for _ in range(2))
+    bare.load_state_dict(padded.state_dict())
+    x = torch.randn(3, 6, 16)
+    mask = torch.arange(6) < torch.tensor([[6], [2], [0]])
+    y, info, aux = padded(x, return_routing=True, mask=mask)
+    y_bare, info_bare, aux_bare = bare(x[mask], return_routing=True)
+    torch.testing.assert_close(y[mask], y_bare)
+    assert not y[~mask].any()
+    assert torch.equal(info["tile_idx"][mask], info_bare["tile_idx"])
+    assert not info["weight"][~mask].any()
+    torch.testing.assert_close(aux["balance"], aux_bare["balance"])
+    assert torch.equal(padded.router.balance_bias, bare.router.balance_bias)
+    (y.square().sum() + aux["total_aux"]).backward()
+    (y_bare.square().sum() + aux_bare["total_aux"]).backward()
+    for got, want in zip(padded.parameters(), bare.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, want.grad)
+
+
+def test_a_mask_must_fit() -> None:
+    with pytest.raises(ValueError, match=r"mask \(3, 4\) torch.bool must have shape \(3, 5\) torch.bool"):
+        TriXFFN(8, 2)(torch.randn(3, 5, 8), mask=torch.ones(3, 4, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"mask \(3, 5\) torch.int64 must have"):
+        TriXFFN(8, 2)(torch.randn(3, 5, 8), mask=torch.ones(3, 5, dtype=torch.int64))
 
 
 def test_config_builds_each_kind() -> None:

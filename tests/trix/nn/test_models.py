@@ -3,9 +3,12 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from trix import TriXBlock, TriXStack
 from trix.nn import Classifier, ClassifierConfig, FFNConfig, LanguageModel, LanguageModelConfig, pack_model, unpack_model
+from trix.nn.classifier import WindowEmbedding
 
 SMALL = LanguageModelConfig(d_model=16, num_layers=2, n_heads=2, context_length=12, ffn=FFNConfig(num_tiles=4))
 KINDS = [
@@ -113,6 +116,42 @@ def test_classifier_looks_both_ways_and_trains() -> None:
     assert model(x).argmax(-1).eq(y).float().mean() > 0.9
 
 
+@settings(max_examples=10, deadline=None)
+@given(
+    st.lists(st.integers(1, 6), min_size=1, max_size=4), st.sampled_from(["explicit", "learned", "hash"]), st.integers(0, 99)
+)
+def test_padding_changes_nothing(lengths: list[int], routing: str, seed: int) -> None:
+    """Each row of a padded batch is answered as it is alone, without padding."""
+    torch.manual_seed(seed)
+    config = ClassifierConfig(16, n_heads=2, context_length=9, window=3, ffn=FFNConfig(num_tiles=4, routing=routing))
+    model = Classifier(None, 3, config, vocab_size=11).eval()
+    token_BT = torch.randint(1, 11, (len(lengths), 9)) * (torch.arange(9) < torch.tensor(lengths)[:, None])
+    logits, infos, _ = model(token_BT, return_routing=True)
+    for row, length in enumerate(lengths):
+        alone, alone_infos, _ = model(token_BT[row : row + 1, :length], return_routing=True)
+        torch.testing.assert_close(logits[row], alone[0], rtol=1e-4, atol=1e-5)
+        for info, alone_info in zip(infos, alone_infos, strict=True):
+            assert torch.equal(info["tile_idx"][row, :length], alone_info["tile_idx"][0])
+
+
+def test_a_row_of_padding_alone_is_finite() -> None:
+    model = Classifier(None, 3, ClassifierConfig(16, n_heads=2, ffn=FFNConfig(num_tiles=4)), vocab_size=11)
+    assert model(torch.zeros(2, 5, dtype=torch.int64)).isfinite().all()
+
+
+def test_window_embedding_is_the_sum_over_its_neighbours() -> None:
+    torch.manual_seed(0)
+    embedding = WindowEmbedding(7, 4, window=3).double()
+    token = torch.tensor([[3, 1, 4, 0]])
+    e = embedding.weight[token[0]]
+    assert not e[3].any()
+    left, centre, right = embedding.mix.weight.unbind(dim=-1)
+    want = [e[t] + centre @ e[t] + (left @ e[t - 1] if t else 0) + right @ e[t + 1] for t in range(3)]
+    torch.testing.assert_close(embedding(token)[0, :3], torch.stack(want))
+    with pytest.raises(ValueError, match=r"window \(4\) must be odd and >= 1"):
+        WindowEmbedding(7, 4, window=4)
+
+
 def test_block_and_stack_agree_with_their_parts() -> None:
     stack = TriXStack(num_layers=2, d_model=16, n_heads=2, ffn=FFNConfig(num_tiles=4), context_length=8).eval()
     x = torch.randn(2, 8, 16)
@@ -130,7 +169,10 @@ def test_sizes_are_checked() -> None:
         LanguageModel(0)
     with pytest.raises(ValueError, match=r"num_layers \(0\) must be >= 1"):
         TriXStack(num_layers=0)
-    with pytest.raises(ValueError, match=r"num_features \(0\) and num_classes \(3\) must be >= 1"):
+    with pytest.raises(ValueError, match=r"num_features \(0\) must be >= 1"):
         Classifier(0, 3)
+    for sizes in ({"num_features": None}, {"num_features": 4, "vocab_size": 5}):
+        with pytest.raises(ValueError, match=r"exactly one of num_features \(.+\) and vocab_size \(.+\) must be given"):
+            Classifier(num_classes=3, **sizes)
     with pytest.raises(ValueError, match=r"sequence length \(13\) must be <= context_length \(12\)"):
         small_model()(torch.zeros(1, 13, dtype=torch.int64))
