@@ -2,13 +2,13 @@
 
 from torch import nn
 
-from trix.nn import TriXFFN
+from trix.nn import RoutedLayer
+from trix.nn import routed_layers as in_order
 
 
-def routed_layers(network: nn.Module) -> dict[str, TriXFFN]:
-    """The TriXFFN layers in the order of computation: {"layer_0": ..., "layer_1": ...}, the keys of a step's ``routing``."""
-    layers = [module for _, module in network.named_modules() if isinstance(module, TriXFFN)]
-    return {layer_name(index): layer for index, layer in enumerate(layers)}
+def routed_layers(network: nn.Module) -> dict[str, RoutedLayer]:
+    """In the order of computation: {"layer_0": ..., "layer_1": ...}, the keys of a step's ``routing``."""
+    return {layer_name(index): layer for index, layer in enumerate(in_order(network))}
 
 
 def layer_name(index: int) -> str:

@@ -2,60 +2,96 @@
 
 Text: TinyShakespeare (from TRIX_DATA_DIR, or downloaded), split 90/10. Training: random windows. Validation: all of the
 validation text in windows that do not overlap, mean nats per character. Everything but the feed-forward layer is the same:
-d_model 128, 4 layers, 4 heads, context 128, batch 16, AdamW with cosine decay. 600 steps, 3 seeds and every layer take
-about an hour on 2 cores.
+d_model 128, 4 layers, 4 heads, context 128, batch 16, AdamW with cosine decay. Two comparisons: every layer at --steps, and
+those of LONG_LAYERS at --long-steps. All of it takes about three hours of one core; --resume keeps the runs that a stopped
+one had finished.
 """
 
 import argparse
+import json
+import math
 import statistics
 import time
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from rich.progress import track
+from torch import nn
 
 from lightning_modules.data.text import TextDataModule
-from trix.nn import FFNConfig, LanguageModel, LanguageModelConfig, TriXFFN
+from trix.nn import FFNConfig, LanguageModel, LanguageModelConfig, TriXFFN, routed_layers
 
 D_MODEL, NUM_TILES = 128, 16
 LAYERS = {
     "none": FFNConfig(kind="none"),
     "dense, equal active compute": FFNConfig(kind="dense", d_ff=D_MODEL),
     "dense 4d": FFNConfig(kind="dense", d_ff=4 * D_MODEL),
-    "dense, equal parameters": FFNConfig(kind="dense", d_ff=NUM_TILES * D_MODEL),
-    "learned gate": FFNConfig(num_tiles=NUM_TILES, routing="learned"),
-    "trix emergent": FFNConfig(num_tiles=NUM_TILES, routing="emergent"),
-    "trix explicit": FFNConfig(num_tiles=NUM_TILES, routing="explicit"),
+    "dense, equal parameters": FFNConfig(kind="dense", d_ff=NUM_TILES * D_MODEL // 2),
+    "learned gate": FFNConfig(num_tiles=NUM_TILES, top_k=2, routing="learned"),
+    "hash": FFNConfig(num_tiles=NUM_TILES, routing="hash"),
+    "sparse lookup v1": FFNConfig(kind="sparse_lookup", num_tiles=64),
+    "sparse lookup v2": FFNConfig(kind="sparse_lookup_v2", num_tiles=64, diversity_weight=0.01),
+    "trix emergent": FFNConfig(num_tiles=NUM_TILES, top_k=2, routing="emergent"),
+    "trix explicit": FFNConfig(num_tiles=NUM_TILES, top_k=2),
 }
+LONG_LAYERS = ("dense, equal active compute", "dense 4d", "learned gate", "trix explicit")
+FINISHED = Path(__file__).resolve().parents[1] / "results" / "char_lm_quality.runs.jsonl"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=600, help="training steps (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to N - 1 (default: %(default)s)")
+    parser.add_argument("--long-steps", type=int, default=3000, help="of the longer comparison; 0: none (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED", help="(default: 0 1 2)")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default: %(default)s)")
     parser.add_argument("--only", nargs="+", choices=LAYERS, metavar="LAYER", help=f"some of: {', '.join(LAYERS)}")
+    parser.add_argument("--resume", action="store_true", help="keep the runs that an earlier call finished")
 
 
-def run(steps: int, seeds: int, lr: float, only: list[str] | None) -> list[dict[str, Any]]:
+def run(steps: int, long_steps: int, seeds: list[int], lr: float, only: list[str] | None, resume: bool) -> list[dict[str, Any]]:
+    names = only or list(LAYERS)
+    comparisons = {steps: names, **({long_steps: [name for name in names if name in LONG_LAYERS]} if long_steps else {})}
+    if not resume:
+        FINISHED.unlink(missing_ok=True)
     # Seeds outside, layers inside: a change of the machine's speed meets all layers alike.
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in only or LAYERS}
-    for seed in range(seeds):
-        data = TextDataModule("tinyshakespeare", seed=seed, batches_per_epoch=steps)
-        for name in runs:
-            runs[name].append(train_and_validate(name, data, seed, steps, lr))
-    return [summarise(name, results) for name, results in runs.items()]
+    results = {
+        (num_steps, name, seed): finished_or_run(name, seed, num_steps, lr)
+        for num_steps, chosen in comparisons.items()
+        for seed in seeds
+        for name in chosen
+    }
+    return [
+        summarise(name, num_steps, [results[num_steps, name, seed] for seed in seeds])
+        for num_steps, chosen in comparisons.items()
+        for name in chosen
+    ]
 
 
-def train_and_validate(name: str, data: TextDataModule, seed: int, steps: int, lr: float) -> dict[str, Any]:
+def finished_or_run(name: str, seed: int, steps: int, lr: float) -> dict[str, Any]:
+    key = {"layer": name, "config": asdict(LAYERS[name]), "seed": seed, "steps": steps, "lr": lr}
+    if FINISHED.exists():
+        for line in FINISHED.read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            if record["key"] == key:
+                return record["result"]
+    result = train_and_validate(name, seed, steps, lr)
+    with FINISHED.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"key": key, "result": result}) + "\n")
+    return result
+
+
+def train_and_validate(name: str, seed: int, steps: int, lr: float) -> dict[str, Any]:
+    data = TextDataModule("tinyshakespeare", seed=seed, batches_per_epoch=steps)
     torch.manual_seed(seed)
     model = LanguageModel(data.vocab_size, LanguageModelConfig(d_model=D_MODEL, ffn=LAYERS[name]))
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     diversities: list[float] = []
-    start = time.perf_counter()
-    for step, (token_BT, target_BT) in enumerate(track(data.train_dataloader(), f"{name}, seed {seed}", total=steps)):
+    start = time.thread_time()
+    title = f"{name}, {steps} steps, seed {seed}"
+    for step, (token_BT, target_BT) in enumerate(track(data.train_dataloader(), title, total=steps)):
         logits, _, aux = model(token_BT, return_routing=True)
         loss = F.cross_entropy(logits.flatten(0, 1), target_BT.flatten())
         optimizer.zero_grad()
@@ -64,44 +100,50 @@ def train_and_validate(name: str, data: TextDataModule, seed: int, steps: int, l
         optimizer.step()
         schedule.step()
         if step % 50 == 0:
-            diversities += [ffn.get_signature_diversity() for ffn in routed(model)]
-    figures = {"seconds": time.perf_counter() - start, "lowest_diversity": min(diversities, default=None)}
-    return {"seed": seed, **figures, **validate(model, data), **sizes(model)}
-
-
-def routed(model: LanguageModel) -> list[TriXFFN]:
-    return [module for module in model.modules() if isinstance(module, TriXFFN)]
+            diversities += [layer.get_signature_diversity() for layer in routed_layers(model)]
+    figures = {"cpu_seconds": time.thread_time() - start, "lowest_diversity": min(diversities, default=None)}
+    validation = validate(model, data)
+    return {"seed": seed, **figures, **validation, **sizes(model, validation["mean_k"])}
 
 
 @torch.no_grad()
 def validate(model: LanguageModel, data: TextDataModule) -> dict[str, float | None]:
-    """Loss and the spread of tokens over tiles, in the worst layer; None without tiles."""
+    """Loss, tiles per token, and the spread of tokens over tiles in the worst layer; None without tiles."""
     model.eval()
-    losses, usage = [], torch.zeros(len(routed(model)), NUM_TILES)
+    losses, uses = [], [torch.zeros(layer.num_tiles) for layer in routed_layers(model)]
+    num_tokens = 0
     for token_BT, target_BT in data.val_dataloader():
         logits, infos, _ = model(token_BT, return_routing=True)
         losses.append(F.cross_entropy(logits.flatten(0, 1), target_BT.flatten(), reduction="none"))
-        for count_E, info in zip(usage, infos, strict=True):
-            count_E += torch.bincount(info["tile_idx"].flatten(), minlength=NUM_TILES)
-    usage /= usage.sum(dim=1, keepdim=True)
-    entropy = torch.special.entr(usage).sum(1) / torch.tensor(float(NUM_TILES)).log()
+        num_tokens += token_BT.numel()
+        for count_E, info in zip(uses, infos, strict=True):
+            count_E += torch.bincount(info["tile_idx"][info["weight"] != 0], minlength=len(count_E))
+    shares = [count_E / count_E.sum() for count_E in uses]
+    entropies = [float(torch.special.entr(share_E).sum() / math.log(len(share_E))) for share_E in shares]
     return {
         "loss_nats": torch.cat(losses).mean().item(),
-        "max_over_mean_load": float(usage.max() * NUM_TILES) if len(usage) else None,
-        "lowest_relative_entropy": float(entropy.min()) if len(usage) else None,
+        "mean_k": float(sum(count_E.sum() for count_E in uses) / num_tokens / len(uses)) if uses else None,
+        "max_over_mean_load": max((float(share_E.max() * len(share_E)) for share_E in shares), default=None),
+        "lowest_relative_entropy": min(entropies, default=None),
     }
 
 
-def sizes(model: LanguageModel) -> dict[str, int]:
+def sizes(model: LanguageModel, mean_k: float | None) -> dict[str, int]:
+    """All parameters, and those that one token meets: of the tiles' own, mean_k / num_tiles."""
     total = sum(parameter.numel() for parameter in model.parameters())
-    idle = sum(ffn.tiles.up.shape.numel() * 2 * (NUM_TILES - ffn.router.top_k) // NUM_TILES for ffn in routed(model))
-    return {"parameters": total, "active_parameters": total - idle}
+    idle = 0.0
+    for layer in routed_layers(model):
+        of_tiles = [layer.tiles] if isinstance(layer, TriXFFN) else [layer.magnitude, nn.ParameterList([layer.direction_ED])]
+        count = sum(parameter.numel() for module in of_tiles for parameter in module.parameters())
+        idle += count * (1 - (mean_k or 0.0) / layer.num_tiles)
+    return {"parameters": total, "active_parameters": round(total - idle)}
 
 
-def summarise(name: str, results: list[dict[str, Any]]) -> dict[str, Any]:
+def summarise(name: str, steps: int, results: list[dict[str, Any]]) -> dict[str, Any]:
     losses = [result["loss_nats"] for result in results]
     return {
         "layer": name,
+        "steps": steps,
         "config": asdict(LAYERS[name]),
         "loss_nats_mean": statistics.mean(losses),
         "loss_nats_spread": max(losses) - min(losses),
@@ -110,11 +152,11 @@ def summarise(name: str, results: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    rows = ["| feed-forward layer | parameters | active | validation nats, mean (max - min) |", "|---|---|---|---|"]
-    for result in sorted(results, key=lambda result: result["loss_nats_mean"]):
+    rows = ["| steps | feed-forward layer | parameters | active | validation nats, mean (max - min) |", "|---|---|---|---|---|"]
+    for result in sorted(results, key=lambda result: (result["steps"], result["loss_nats_mean"])):
         first = result["runs"][0]
         rows.append(
-            f"| {result['layer']} | {first['parameters']:,} | {first['active_parameters']:,} "
+            f"| {result['steps']} | {result['layer']} | {first['parameters']:,} | {first['active_parameters']:,} "
             f"| {result['loss_nats_mean']:.3f} ({result['loss_nats_spread']:.3f}) |"
         )
     return "\n".join(rows)

@@ -9,11 +9,12 @@ from typing_extensions import override
 
 from lightning_modules.routed_layers import routed_layers
 from trix.evolution import reset_tile_state
-from trix.nn import TriXFFN
+from trix.nn import RoutedLayer, SparseLookupFFNv2, TriXFFN
 from trix.routing import SignatureRouter
 from trix.routing.diversity import lowered_weight, raised_weight
 
 Level = Literal["soft", "medium", "hard"]
+WeighableLayer = TriXFFN | SparseLookupFFNv2  # what has a diversity loss
 LEVELS: tuple[Level, ...] = ("soft", "medium", "hard")
 
 
@@ -29,9 +30,9 @@ class DiversityMonitor(L.Callback):
     soft    warns.
     medium  doubles the weight of a layer's diversity loss at each look below the threshold, up to ``max_weight``, and halves it
             at each look from there on, down to the weight that the layer was made with; logs ``diversity_weight/<layer>``.
-    hard    draws collapsed tiles anew: those whose signature repeats another's but for a fraction ``min_difference`` of its
-            positions. The optimizer's memory of them is reset, and the surgery history says so. Not beside
-            :class:`Evolution`, whose splits begin as such a pair.
+    hard    draws collapsed tiles of a TriXFFN anew: those whose signature repeats another's but for a fraction
+            ``min_difference`` of its positions. The optimizer's memory of them is reset, and the surgery history says so. Not
+            beside :class:`Evolution`, whose splits begin as such a pair.
 
     Args:
         threshold: warn and act below it, in [0, 1]. every_n_steps: training steps between two looks.
@@ -67,7 +68,7 @@ class DiversityMonitor(L.Callback):
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        for name, layer in routed_layers(pl_module).items():
+        for name, layer in _weighable(routed_layers(pl_module)).items():
             self._least_weights.setdefault(name, layer.diversity_weight)
             if self.level != "soft" and name in self._weights:
                 layer.diversity_weight = self._weights[name]
@@ -87,27 +88,27 @@ class DiversityMonitor(L.Callback):
         metrics = {f"diversity/{name}": value for name, value in diversity.items()}
         metrics["diversity/mean"] = sum(diversity.values()) / len(diversity)
         if self.level != "soft":
-            for name, layer in layers.items():
+            for name, layer in _weighable(layers).items():
                 self._set_weight(name, layer, diversity[name])
-            metrics |= {f"diversity_weight/{name}": layer.diversity_weight for name, layer in layers.items()}
+                metrics[f"diversity_weight/{name}"] = layer.diversity_weight
         # Straight to the loggers: the trainer writes only every log_every_n_steps. log_dict is for EarlyStopping and the like.
         pl_module.log_dict(metrics, logger=False)
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
         self._warn(diversity, trainer.global_step)
         if self.level == "hard":
-            for index, (name, layer) in enumerate(layers.items()):
-                self._reseed(trainer, index, name, layer)
+            for index, name in enumerate(layers):
+                self._reseed(trainer, index, name, layers[name])
 
-    def _set_weight(self, name: str, layer: TriXFFN, diversity: float) -> None:
+    def _set_weight(self, name: str, layer: WeighableLayer, diversity: float) -> None:
         if diversity < self.threshold:
             layer.diversity_weight = raised_weight(layer.diversity_weight, diversity, self.threshold, limit=self.max_weight)
         else:
             layer.diversity_weight = lowered_weight(layer.diversity_weight, self._least_weights[name], limit=self.max_weight)
         self._weights[name] = layer.diversity_weight
 
-    def _reseed(self, trainer: L.Trainer, index: int, name: str, layer: TriXFFN) -> None:
-        if not isinstance(layer.router, SignatureRouter):
+    def _reseed(self, trainer: L.Trainer, index: int, name: str, layer: RoutedLayer) -> None:
+        if not isinstance(layer, TriXFFN) or not isinstance(layer.router, SignatureRouter):
             return
         # fork_rng: what is drawn must neither differ between ranks nor move the generator that the run uses.
         with torch.random.fork_rng(devices=[]):
@@ -139,3 +140,7 @@ class DiversityMonitor(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._low_layers, self._last_step = set(state_dict["low_layers"]), state_dict["last_step"]
         self._weights, self._least_weights = dict(state_dict["weights"]), dict(state_dict["least_weights"])
+
+
+def _weighable(layers: dict[str, RoutedLayer]) -> dict[str, WeighableLayer]:
+    return {name: layer for name, layer in layers.items() if isinstance(layer, WeighableLayer)}

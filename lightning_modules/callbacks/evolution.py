@@ -246,7 +246,11 @@ class _Look:
 
 
 def _evolving_layers(network: torch.nn.Module) -> dict[str, TriXFFN]:
-    return {name: layer for name, layer in routed_layers(network).items() if isinstance(layer.router, SignatureRouter)}
+    return {
+        name: layer
+        for name, layer in routed_layers(network).items()
+        if isinstance(layer, TriXFFN) and isinstance(layer.router, SignatureRouter)
+    }
 
 
 def _report(trainer: L.Trainer, name: str, layer: TriXFFN, acts: list[str]) -> None:

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from lightning_modules.errors import UserError
 from lightning_modules.routed_layers import layer_name, routed_layers
-from trix.nn import TriXFFN
+from trix.nn import RoutedLayer
 from trix.routing import SignatureRouter
 
 
@@ -129,7 +129,7 @@ class FreezingSchedule(L.Callback):
         self._applied = [FreezingEvent(**event) for event in state_dict["applied"]]
 
 
-def _apply(event: FreezingEvent, layers: dict[str, TriXFFN]) -> None:
+def _apply(event: FreezingEvent, layers: dict[str, RoutedLayer]) -> None:
     names = list(layers) if event.layers == "all" else [layer_name(index) for index in event.layers]
     for name in names:
         for tile_idx in event.tiles:
@@ -139,7 +139,7 @@ def _apply(event: FreezingEvent, layers: dict[str, TriXFFN]) -> None:
                 layers[name].unfreeze_signature(tile_idx)
 
 
-def _num_frozen(layer: TriXFFN) -> int:
+def _num_frozen(layer: RoutedLayer) -> int:
     if not isinstance(layer.router, SignatureRouter):
         return 0
     return sum(layer.is_frozen(tile_idx) for tile_idx in range(layer.num_tiles))

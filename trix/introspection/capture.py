@@ -9,11 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from trix.nn.ffn import TriXFFN
+from trix.nn.routed_layer import RoutedLayer
 from trix.nn.sparse_lookup import SparseLookupFFN
 from trix.outputs import LookupInfo, RoutingDecision
-
-RoutedLayer = TriXFFN | SparseLookupFFN
 
 
 @dataclass(frozen=True)
@@ -25,11 +23,6 @@ class Capture:
 
 
 Note = tuple[Tensor, RoutingDecision]
-
-
-def routed_layers(model: nn.Module) -> list[RoutedLayer]:
-    """The layers that send tokens to tiles, in the order of the model."""
-    return [module for module in model.modules() if isinstance(module, RoutedLayer)]
 
 
 @torch.no_grad()

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from trix.functional.signatures import inverse_sqrt_active, signature_diversity
 from trix.introspection import plots
-from trix.introspection.capture import Capture, RoutedLayer, capture_routing, routed_layers
+from trix.introspection.capture import Capture, capture_routing
 from trix.nn.ffn import TriXFFN
+from trix.nn.routed_layer import RoutedLayer, routed_layers
 from trix.nn.tiles import TernaryTiles
 from trix.outputs import RoutingDecision
 from trix.routing.balance import tile_load

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from trix.introspection import plots
-from trix.introspection.capture import Capture, RoutedLayer
+from trix.introspection.capture import Capture
 from trix.introspection.introspector import TriXIntrospector
 from trix.introspection.page import definitions, drawing, heading, page, table
 from trix.introspection.sample import Sample
 from trix.introspection.tile_card import HOW_TO_READ, LayerReading, count_claims, tile_card
 from trix.nn.ffn import TriXFFN
+from trix.nn.routed_layer import RoutedLayer
 from trix.outputs import RoutingDecision
 from trix.routing.hash_router import HashRouter
 from trix.routing.router import LearnedRouter, SignatureRouter

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trix.introspection.capture import RoutedLayer
 from trix.introspection.page import code, strip, table
 from trix.introspection.sample import Sample
+from trix.nn.routed_layer import RoutedLayer
 from trix.outputs import RoutingDecision
 from trix.routing.claims import ClaimMatrix
 from trix.routing.router import SignatureRouter

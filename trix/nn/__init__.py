@@ -10,6 +10,7 @@ from trix.nn.language_model import LanguageModel, LanguageModelConfig
 from trix.nn.linear import TriXLinear
 from trix.nn.magnitudes import GridSplines, HingeSplines
 from trix.nn.packing import pack_model, unpack_model
+from trix.nn.routed_layer import RoutedLayer, routed_layers
 from trix.nn.sparse_lookup import SparseLookupBlock, SparseLookupFFN
 from trix.nn.sparse_lookup_v2 import SparseLookupBlockV2, SparseLookupFFNv2
 from trix.nn.ternary_weight import TernaryWeight
@@ -29,6 +30,7 @@ __all__ = [
     "LanguageModel",
     "LanguageModelConfig",
     "RotaryAttention",
+    "RoutedLayer",
     "SparseLookupBlock",
     "SparseLookupBlockV2",
     "SparseLookupFFN",
@@ -40,5 +42,6 @@ __all__ = [
     "TriXLinear",
     "TriXStack",
     "pack_model",
+    "routed_layers",
     "unpack_model",
 ]

@@ -6,11 +6,12 @@ from torch import Tensor, nn
 
 from trix.nn.attention import RotaryAttention
 from trix.nn.ffn import FFNConfig, TriXFFN
+from trix.nn.sparse_lookup import SparseLookupFFN
 from trix.outputs import AuxLosses, RoutingInfo
 
 
 class TriXBlock(nn.Module):
-    """x + attention(norm(x)), then x + ffn(norm(x)), norm = RMSNorm.
+    """x + attention(norm(x)), then x + ffn(norm(x)), norm = RMSNorm; a sparse lookup has norm and residual of its own.
 
     Shape:
         x_BTD: float [B, T, D] -> [B, T, D]; with ``return_routing`` also the layer's RoutingInfo and AuxLosses, which are None
@@ -33,8 +34,9 @@ class TriXBlock(nn.Module):
         super().__init__()
         self.attention_norm = nn.RMSNorm(d_model)
         self.attention = RotaryAttention(d_model, n_heads, context_length, ternary_attention, dropout)
-        self.ffn = (ffn or FFNConfig()).build(d_model)
-        self.ffn_norm = nn.RMSNorm(d_model) if self.ffn is not None else None
+        self.ffn = (ffn or FFNConfig()).build(d_model, dropout)
+        has_own_norm = self.ffn is None or isinstance(self.ffn, SparseLookupFFN)
+        self.ffn_norm = None if has_own_norm else nn.RMSNorm(d_model)
         self.dropout = nn.Dropout(dropout)
 
     @overload
@@ -67,7 +69,14 @@ class TriXBlock(nn.Module):
         x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), is_causal, mask_BT))
         info: RoutingInfo | None = None
         aux: AuxLosses | None = None
-        if self.ffn is not None and self.ffn_norm is not None:
+        if isinstance(self.ffn, SparseLookupFFN):
+            x_BTD, lookup, aux = self.ffn(x_BTD, mask=mask_BT)
+            info = {
+                "tile_idx": lookup["tile_idx"].unsqueeze(-1),
+                "weight": lookup["weight"].unsqueeze(-1),
+                "scores": lookup["scores"],
+            }
+        elif self.ffn is not None and self.ffn_norm is not None:
             if isinstance(self.ffn, TriXFFN):
                 y_BTD, info, aux = self.ffn(self.ffn_norm(x_BTD), return_routing=True, token_idx=token_BT, mask=mask_BT)
             else:

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trix.functional.signatures import check_target_diversity, signature_diversity_loss
+from trix.nn.sparse_lookup import SparseLookupFFN
+from trix.nn.sparse_lookup_v2 import SparseLookupFFNv2
 from trix.nn.tiles import TernaryTiles
 from trix.outputs import AuxLosses, RoutingDecision, RoutingInfo
 from trix.routing.balance import balance_loss, check_weights, tile_load
@@ -29,7 +31,8 @@ class TriXFFN(SignatureSurgery):
     Args:
         d_model: width of input and output.
         num_tiles: number of tiles E.
-        d_ff: hidden width of all tiles together; each gets d_ff / num_tiles. Default: d_model for each tile.
+        d_ff: hidden width of all tiles together; each gets d_ff / num_tiles. Default: d_model // top_k for each tile, so that a
+            token meets the same width whatever top_k is.
         top_k: tiles per token.
         routing: ``emergent`` reads signatures from the up weights, ``explicit`` learns them, ``learned`` is a float gate,
             ``hash`` looks at the token's id alone.
@@ -64,7 +67,7 @@ class TriXFFN(SignatureSurgery):
         target_diversity: float = 0.5,
     ) -> None:
         super().__init__()
-        d_ff = d_model * num_tiles if d_ff is None else d_ff
+        d_ff = num_tiles * max(d_model // max(top_k, 1), 1) if d_ff is None else d_ff
         if num_tiles < 1 or d_ff < 1 or d_ff % num_tiles:
             raise ValueError(f"d_ff ({d_ff}) must be divisible by num_tiles ({num_tiles}), both >= 1")
         if routing not in ("explicit", "emergent", "learned", "hash"):
@@ -244,16 +247,18 @@ class FFNConfig:
     """Which feed-forward layer a block holds.
 
     Args:
-        kind: ``trix`` (tiles), ``hierarchical`` (many tiles, found by clusters: :class:`~trix.nn.HierarchicalTriXFFN`), or a
-            control: ``dense`` (float, width d_ff) or ``none`` (no feed-forward layer at all).
+        kind: ``trix`` (tiles), ``hierarchical`` (many tiles, found by clusters: :class:`~trix.nn.HierarchicalTriXFFN`),
+            ``sparse_lookup`` or ``sparse_lookup_v2`` (:class:`~trix.nn.SparseLookupFFN`, :class:`~trix.nn.SparseLookupFFNv2`),
+            or a control: ``dense`` (float, width d_ff) or ``none`` (no feed-forward layer at all).
         tiles_per_cluster, num_probes: of a hierarchical layer alone, which in turn has no max_k.
-        All others: see :class:`TriXFFN`; a dense layer reads only d_ff (default 4 * d_model). ``hash`` needs a model of tokens.
+        All others: see :class:`TriXFFN`; a dense layer reads only d_ff (default 4 * d_model), a sparse lookup num_tiles,
+            balance_weight, balance_rate and, v2, diversity_weight. ``hash`` needs a model of tokens and, like max_k, top_k 1.
     """
 
-    kind: Literal["trix", "hierarchical", "dense", "none"] = "trix"
+    kind: Literal["trix", "hierarchical", "sparse_lookup", "sparse_lookup_v2", "dense", "none"] = "trix"
     num_tiles: int = 16
     d_ff: int | None = None
-    top_k: int = 1
+    top_k: int = 2
     routing: Routing = "explicit"
     balance_weight: float = 0.01
     balance_rate: float = 0.01
@@ -264,8 +269,8 @@ class FFNConfig:
     tiles_per_cluster: int | None = None
     num_probes: int | None = None
 
-    def build(self, d_model: int) -> nn.Module | None:
-        """The layer, or None for ``none``.
+    def build(self, d_model: int, dropout: float = 0.0) -> nn.Module | None:
+        """The layer, or None for ``none``. dropout: of a sparse lookup, which adds its update to the residual itself.
 
         Raises:
             ValueError: another kind, an argument that the kind does not have, and as the layer.
@@ -276,8 +281,26 @@ class FFNConfig:
             return None
         if self.kind == "dense":
             return DenseFFN(d_model, 4 * d_model if self.d_ff is None else self.d_ff)
+        if self.kind == "sparse_lookup":
+            return SparseLookupFFN(
+                d_model,
+                self.num_tiles,
+                dropout=dropout,
+                balance_weight=self.balance_weight,
+                balance_rate=self.balance_rate,
+            )
+        if self.kind == "sparse_lookup_v2":
+            return SparseLookupFFNv2(
+                d_model,
+                self.num_tiles,
+                dropout=dropout,
+                diversity_weight=self.diversity_weight,
+                balance_weight=self.balance_weight,
+                balance_rate=self.balance_rate,
+            )
         if self.kind not in ("trix", "hierarchical"):
-            raise ValueError(f"kind ({self.kind!r}) must be 'trix', 'hierarchical', 'dense' or 'none'")
+            kinds = "'trix', 'hierarchical', 'sparse_lookup', 'sparse_lookup_v2', 'dense' or 'none'"
+            raise ValueError(f"kind ({self.kind!r}) must be {kinds}")
         arguments = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "kind"}
         foreign = ("max_k",) if self.kind == "hierarchical" else ("tiles_per_cluster", "num_probes")
         for name in foreign:
