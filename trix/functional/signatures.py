@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from trix.functional.ternary import straight_through, threshold_ternary
 
@@ -33,12 +34,32 @@ def signature_scores(x: Tensor, signatures: Tensor) -> Tensor:
     """
     if x.shape[-1] != signatures.shape[-1]:
         raise ValueError(f"last dimension of x ({x.shape[-1]}) must equal the signatures' ({signatures.shape[-1]})")
-    return (x @ signatures.T) * inverse_sqrt_active(signatures)
+    return _Scores.apply(x, signatures, inverse_sqrt_active(signatures))  # type: ignore[no-untyped-call]
+
+
+class _Scores(torch.autograd.Function):
+    # The factor of each column is applied where the arrays are small or already there: nothing but the product has T x E.
+    @staticmethod
+    def forward(x: Tensor, signatures: Tensor, factor: Tensor) -> Tensor:
+        return (x @ signatures.T).mul_(factor)
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        del output
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, signatures, factor = ctx.saved_tensors  # type: ignore[attr-defined]
+        factor = factor.unsqueeze(-1)
+        grad_x = grad @ (signatures * factor)
+        grad_signatures = (grad.flatten(0, -2).T @ x.flatten(0, -2)).mul_(factor)
+        return grad_x, grad_signatures, None
 
 
 def inverse_sqrt_active(signatures: Tensor) -> Tensor:
-    """1 / sqrt(max(nnz(s_e), 1)) for signatures [E, D]: [E], no gradient."""
-    return signatures.detach().ne(0).sum(dim=-1).clamp_min(1).to(signatures.dtype).rsqrt()
+    """1 / sqrt(max(nnz(s_e), 1)) for signatures [E, D] in {-1, 0, +1}: [E], no gradient."""
+    return signatures.detach().abs().sum(dim=-1).clamp_min(1).rsqrt()
 
 
 def pairwise_difference(signatures: Tensor) -> Tensor:
@@ -108,3 +129,52 @@ def check_target_diversity(target_diversity: float) -> None:
     """Raises ValueError where it is outside [0, 1]."""
     if not 0.0 <= target_diversity <= 1.0:
         raise ValueError(f"target_diversity ({target_diversity}) must be >= 0 and <= 1")
+
+
+PAIR_BLOCK = 256  # rows that pair_excess compares at once
+
+
+def pair_excess(vectors: Tensor, limit: float) -> Tensor:
+    """sum_{i < j} relu(<v_i, v_j> - limit) of the rows of [N, D]: a scalar, differentiable once.
+
+    Value and gradient are found together, block by block: no N x N matrix is built, products below the diagonal are left out,
+    and a block without a pair above the limit, as most are, costs nothing for the gradient.
+    """
+    return _pair_excess(vectors, limit)[0]
+
+
+@torch.library.custom_op("trix::pair_excess", mutates_args=())
+def _pair_excess(vectors: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+    total, grad = vectors.new_zeros(()), torch.zeros_like(vectors, memory_format=torch.contiguous_format)
+    for start in range(0, len(vectors), PAIR_BLOCK):
+        block, others = vectors[start : start + PAIR_BLOCK], vectors[start:]
+        excess = (block @ others.T).sub_(limit).clamp_min_(0.0).triu_(1)
+        block_total = excess.sum()
+        if block_total == 0:
+            continue
+        total += block_total
+        is_above = excess.sign_()
+        grad[start : start + PAIR_BLOCK] += is_above @ others
+        grad[start:] += is_above.T @ block
+    return total, grad
+
+
+@_pair_excess.register_fake
+def _(vectors: Tensor, limit: float) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+    return vectors.new_empty(()), vectors.new_empty(vectors.shape)
+
+
+def _save_pair_grad(
+    ctx: FunctionCtx, inputs: tuple[Tensor, float], output: tuple[Tensor, Tensor]
+) -> None:
+    del inputs
+    ctx.save_for_backward(output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _pair_excess_backward(ctx: FunctionCtx, grad: Tensor, _: Tensor) -> tuple[Tensor, None]:
+    (pair_grad,) = ctx.saved_tensors  # type: ignore[attr-defined]
+    return grad * pair_grad, None
+
+
+_pair_excess.register_autograd(_pair_excess_backward, setup_context=_save_pair_grad)

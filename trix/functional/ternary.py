@@ -40,7 +40,8 @@ def threshold_ternary(value: Tensor, threshold: float) -> Tensor:
     if threshold < 0:
         raise ValueError(f"threshold ({threshold}) must be >= 0")
     detached = value.detach()
-    return straight_through(detached.sign() * (detached.abs() > threshold), value)
+    # In place, the comparison writes numbers: on a CPU several times as fast as truth values.
+    return straight_through(detached.abs().gt_(threshold).mul_(detached.sign()), value)
 
 
 def straight_through(quantised: Tensor, value: Tensor) -> Tensor:

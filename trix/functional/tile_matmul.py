@@ -15,6 +15,9 @@ from trix.functional.packing import unpack_ternary
 from trix.functional.signatures import signature_scores
 
 
+ARGMAX_CHUNK = 32
+
+
 class TokenGroups(NamedTuple):
     """Tokens sorted by tile: ``order`` [S] sorts, ``inverse`` [S] undoes it, group e ends before row ``ends[e]`` (int32)."""
 
@@ -161,5 +164,19 @@ def select_top_k(score: Tensor, top_k: int) -> Tensor:
     torch.topk leaves the order of ties open; a stable sort does not.
     """
     if top_k == 1:
-        return score.argmax(dim=-1, keepdim=True)
+        return _argmax(score)
     return torch.sort(score, dim=-1, descending=True, stable=True).indices[..., :top_k].contiguous()
+
+
+def _argmax(score: Tensor) -> Tensor:
+    """score.argmax(dim=-1, keepdim=True), ties to the lowest index, faster for many columns.
+
+    On a CPU argmax goes through a row number by number, but amax by vectors: the best of each chunk first, then the first best
+    chunk, then the place in it.
+    """
+    width = score.shape[-1]
+    if width < 256 or width % ARGMAX_CHUNK or score.device.type != "cpu":
+        return score.argmax(dim=-1, keepdim=True)
+    chunks = score.unflatten(-1, (-1, ARGMAX_CHUNK))
+    best = chunks.amax(dim=-1).argmax(dim=-1, keepdim=True)
+    return best * ARGMAX_CHUNK + torch.take_along_dim(chunks, best.unsqueeze(-1), dim=-2).squeeze(-2).argmax(dim=-1, keepdim=True)

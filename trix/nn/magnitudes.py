@@ -73,11 +73,12 @@ class HingeSplines(nn.Module):
         self.base_E = nn.Parameter(torch.zeros(num_tiles))
 
     def forward(self, point_T2: Tensor, tile_idx_T: Tensor) -> Tensor:
-        # embedding is a row look-up whose backward adds each token's gradient into its tile's row.
-        slope_TGI = F.embedding(tile_idx_T, self.slope_EGI.flatten(1)).reshape(-1, *self.slope_EGI.shape[1:])
-        crease_TG = (slope_TGI * point_T2.unsqueeze(1)).sum(dim=-1) + F.embedding(tile_idx_T, self.offset_EG)
-        height_TG = F.embedding(tile_idx_T, self.height_EG)
-        return (F.relu(crease_TG) * height_TG).sum(dim=-1) + self.base_E[tile_idx_T]
+        # One look-up for all parameters of a tile, slopes axis by axis so that every sum runs along contiguous creases.
+        num_tiles, grid_size = self.offset_EG.shape
+        rows_E = torch.cat([self.slope_EGI.mT.flatten(1), self.offset_EG, self.height_EG, self.base_E.unsqueeze(1)], dim=1)
+        slope, offset_TG, height_TG, base_T1 = rows_E.index_select(0, tile_idx_T).split([2 * grid_size, grid_size, grid_size, 1], 1)
+        crease_TG = (slope.reshape(-1, 2, grid_size) * point_T2.unsqueeze(-1)).sum(dim=1) + offset_TG
+        return torch.linalg.vecdot(F.relu(crease_TG), height_TG) + base_T1.squeeze(1)
 
     def extra_repr(self) -> str:
         return f"num_tiles={self.offset_EG.shape[0]}, grid_size={self.offset_EG.shape[1]}"

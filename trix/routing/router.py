@@ -228,6 +228,8 @@ class SignatureRouter(Router):
     @torch.no_grad()
     def update_balance(self, tile_idx_TK: Tensor, weight_TK: Tensor | None = None) -> None:
         """As in :class:`Router`, but a frozen tile keeps its standing: it gets the mean nudge, whatever tokens it claims."""
+        if self.balance_rate == 0:
+            return
         before_E = self.balance_bias.clone()
         super().update_balance(tile_idx_TK, weight_TK)
         mean_nudge = (self.balance_bias - before_E).mean()
