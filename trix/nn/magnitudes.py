@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trix.functional.lookup import hinge_rows
 from trix.functional.ternary import absmean_ternary
 
 
@@ -73,12 +74,9 @@ class HingeSplines(nn.Module):
         self.base_E = nn.Parameter(torch.zeros(num_tiles))
 
     def forward(self, point_T2: Tensor, tile_idx_T: Tensor) -> Tensor:
-        # One look-up for all parameters of a tile, slopes axis by axis so that every sum runs along contiguous creases.
-        num_tiles, grid_size = self.offset_EG.shape
-        rows_E = torch.cat([self.slope_EGI.mT.flatten(1), self.offset_EG, self.height_EG, self.base_E.unsqueeze(1)], dim=1)
-        slope, offset_TG, height_TG, base_T1 = rows_E.index_select(0, tile_idx_T).split([2 * grid_size, grid_size, grid_size, 1], 1)
-        crease_TG = (slope.reshape(-1, 2, grid_size) * point_T2.unsqueeze(-1)).sum(dim=1) + offset_TG
-        return torch.linalg.vecdot(F.relu(crease_TG), height_TG) + base_T1.squeeze(1)
+        slope_EIG = self.slope_EGI.mT
+        rows = [slope_EIG.flatten(1), self.offset_EG, self.height_EG, self.base_E.unsqueeze(1)]
+        return hinge_rows(point_T2, torch.cat(rows, dim=1), tile_idx_T)
 
     def extra_repr(self) -> str:
         return f"num_tiles={self.offset_EG.shape[0]}, grid_size={self.offset_EG.shape[1]}"

@@ -5,7 +5,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor, nn
 
-from trix.functional.dropout import dropout_factors
+from trix.functional.dropout import dropout_mask
 from trix.functional.lookup import add_rows
 from trix.functional.ternary import straight_through
 from trix.nn.attention import RotaryAttention
@@ -112,8 +112,11 @@ class SparseLookupFFN(SignatureSurgery):
         point_T2 = self.compress(h_TD)
         gate_T = self._gate(score_TE.gather(-1, tile_idx_T1).squeeze(-1))
         size_T = gate_T * self.magnitude(point_T2, tile_idx_T) * self.output_scale
-        factors_TD = dropout_factors(x_TD.shape, self.dropout.p, x.device) if self.training and self.dropout.p > 0 else None
-        y = add_rows(x_TD, size_T, self.direction_ED, tile_idx_T, factors_TD).reshape(x.shape)
+        mask_TD = None
+        if self.training and self.dropout.p > 0:
+            mask_TD, factor = dropout_mask(x_TD.shape, self.dropout.p, x.device)
+            size_T = size_T * factor
+        y = add_rows(x_TD, size_T, self.direction_ED, tile_idx_T, mask_TD).reshape(x.shape)
         self._count(tile_idx_T1, labels, mask, x.shape[:-1])
         info: LookupInfo = {
             "tile_idx": tile_idx_T.reshape(x.shape[:-1]),

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trix.functional.signatures import pair_excess
+from trix.functional.penalties import SignaturePenalties, signature_penalties
 from trix.nn.magnitudes import HingeSplines
 from trix.nn.sparse_lookup import LookupBlock, SparseLookupFFN, check_weights
 from trix.outputs import AuxLosses
@@ -99,30 +99,33 @@ class SparseLookupFFNv2(SparseLookupFFN):
         aux = super()._aux_losses(score_TE, tile_idx_T1, mask)
         if not self.training or self.router.packed_signatures is not None:
             return aux
-        raw_ED = self.router.raw()  # once for all three
+        penalties = self._penalties(self.diversity_weight > 0)
         if self.ternary_weight > 0:
-            aux["ternary"] = self.ternary_weight * _ternary_loss(raw_ED)
+            aux["ternary"] = self.ternary_weight * penalties.ternary
         if self.sparsity_weight > 0:
-            aux["sparsity"] = self.sparsity_weight * _sparsity_loss(raw_ED)
+            aux["sparsity"] = self.sparsity_weight * penalties.sparsity
         if self.diversity_weight > 0:
-            aux["diversity"] = self.diversity_weight * _diversity_loss(raw_ED)
+            aux["diversity"] = self.diversity_weight * penalties.diversity
         aux["total_aux"] = aux["balance"] + aux["ternary"] + aux["sparsity"] + aux["diversity"]
         return aux
 
+    def _penalties(self, with_diversity: bool = True) -> SignaturePenalties:
+        return signature_penalties(self.router.raw(), SIGNATURE_THRESHOLD, MAX_ACTIVE, MAX_COSINE, with_diversity)
+
     def compute_ternary_loss(self) -> Tensor:
         """Mean distance of the raw signature values to the nearest of {-1, 0, +1}: in [0, 0.5] for values in [-1.5, 1.5]."""
-        return _ternary_loss(self.router.raw())
+        return self._penalties().ternary
 
     def compute_sparsity_loss(self) -> Tensor:
         """mean_e relu(nnz_e - 0.3 D) / D with the smooth count nnz_e = sum_d (1 + c^2) v_ed^2 / (v_ed^2 + c^2), c = 0.3.
 
         The count is exact for v in {-1, 0, +1}, and its gradient is greatest near the threshold where a value becomes active.
         """
-        return _sparsity_loss(self.router.raw())
+        return self._penalties().sparsity
 
     def compute_diversity_loss(self) -> Tensor:
         """Mean over pairs of tiles of relu(cosine of the raw signatures - 0.5): in [0, 0.5]; 0 for a single tile."""
-        return _diversity_loss(self.router.raw())
+        return self._penalties().diversity
 
     @torch.no_grad()
     def get_island_stats(self) -> IslandStats:
@@ -136,23 +139,6 @@ class SparseLookupFFNv2(SparseLookupFFN):
             "mean_pairwise_similarity": similarity,
             "diversity": 1.0 - similarity,
         }
-
-
-def _ternary_loss(raw_ED: Tensor) -> Tensor:
-    return F.l1_loss(raw_ED, raw_ED.detach().round().clamp_(-1.0, 1.0))
-
-
-def _sparsity_loss(raw_ED: Tensor) -> Tensor:
-    # (1 + c^2) v^2 / (v^2 + c^2) = (1 + c^2) (1 - c^2 / (v^2 + c^2)): one division in the mean, the rest after it.
-    width = SIGNATURE_THRESHOLD**2
-    inactive_E = (width / (raw_ED.square() + width)).mean(dim=1)
-    return F.relu((1.0 + width) * (1.0 - inactive_E) - MAX_ACTIVE).mean()
-
-
-def _diversity_loss(raw_ED: Tensor) -> Tensor:
-    num_tiles = len(raw_ED)
-    excess = pair_excess(F.normalize(raw_ED, dim=1), MAX_COSINE)
-    return excess / max(num_tiles * (num_tiles - 1) // 2, 1)
 
 
 def _cosine(value_ED: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ def mean_softmax(score: Tensor, is_counted: Tensor | None = None) -> Tensor:
 
 
 class _WeightedSoftmax(torch.autograd.Function):
-    # sum_t share[t] softmax(score_t). torch's own gradient makes three arrays of T x E, this one makes one.
+    # sum_t share[t] softmax(score_t), and the softmax, kept. Torch's own gradient makes three arrays of T x E, this one makes one.
     @staticmethod
     def forward(score: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
         probability = score.softmax(dim=-1)
