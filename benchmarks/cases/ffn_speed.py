@@ -6,8 +6,8 @@ trix      TriXFFN, explicit signatures, one tile per token, tiles of a quarter o
 mixture   the same tiles with float weights and GELU behind a learned gate, as grouped matrix products
 dense     D -> 4 D -> D with GELU
 
-All with LayerNorm, dropout 0.1 and residual, float32, one thread, CPU time of that thread (wall time beside it); the layers take
-turns in an order that moves on with every round, each run once unmeasured right before, and ratios are taken round by round.
+All with LayerNorm, dropout 0.1 and residual, float32, one thread, CPU time of that thread (wall time beside it). The layers
+take turns in an order that moves on with every round, each run once unmeasured right before; ratios are taken round by round.
 train is forward and backward in training mode, eval is forward without gradient. Beside the layers of each size: product, the
 three products behind the scores (forward and backward) alone; and routing, the choice and the balance loss alone.
 saved is what the forward pass keeps for the backward pass, without parameters and input.
@@ -50,7 +50,9 @@ def run(sizes: list[str], batch: int, length: int, repeats: int) -> list[dict[st
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return measure([(int(width), int(tiles)) for width, tiles in (size.split("x") for size in sizes)], batch, length, repeats)
+        return measure(
+            [(int(width), int(tiles)) for width, tiles in (size.split("x") for size in sizes)], batch, length, repeats
+        )
     finally:
         torch.set_num_threads(num_threads)
 
@@ -319,13 +321,17 @@ def table(results: list[dict[str, Any]]) -> str:
         reference = find(results, result["width"], None, "dense")
         assert reference is not None
         median, low, high = ratio(result["train_ms"], reference["train_ms"])
-        start = f"| {result['width']} | {result['tiles'] or ''} | {result['layer']} | {statistics.median(result['train_ms']):.1f} "
+        start = (
+            f"| {result['width']} | {result['tiles'] or ''} | {result['layer']} | {statistics.median(result['train_ms']):.1f} "
+        )
         rest = "| | | |"
         if "eval_ms" in result:
             memory = (result[key] / 1e6 for key in ("parameter_bytes", "saved_bytes"))
             rest = f"| {statistics.median(result['eval_ms']):.1f} | " + " | ".join(f"{value:.2f}" for value in memory) + " |"
         rows.append(f"{start}| {median:.2f} ({low:.2f} to {high:.2f}) {rest}")
-    return "\n".join([*rows, "", "| ratio, training | target | median (quartiles) | reached |", "|---" * 4 + "|", *targets(results)])
+    return "\n".join(
+        [*rows, "", "| ratio, training | target | median (quartiles) | reached |", "|---" * 4 + "|", *targets(results)]
+    )
 
 
 def figure(results: list[dict[str, Any]]) -> "Figure":
@@ -336,7 +342,11 @@ def figure(results: list[dict[str, Any]]) -> "Figure":
     drawn = Figure(figsize=(5.5 * len(widths), 4.2), layout="constrained")
     for axes, width in zip(drawn.subplots(1, len(widths), squeeze=False)[0], widths, strict=True):
         for name in ("loop", "mixture", "trix", "v1", "v2", "product"):
-            points = [(result["tiles"], result["train_ms"]) for result in results if (result["width"], result["layer"]) == (width, name)]
+            points = [
+                (result["tiles"], result["train_ms"])
+                for result in results
+                if (result["width"], result["layer"]) == (width, name)
+            ]
             style = {"linestyle": ":", "color": "grey"} if name == "product" else {"marker": "o"}
             label = "score product alone" if name == "product" else name
             axes.plot([tiles for tiles, _ in points], [statistics.median(ms) for _, ms in points], label=label, **style)

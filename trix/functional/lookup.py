@@ -1,7 +1,7 @@
 """Reading the row that each token chose, and what is done with it, in few arrays of tokens x width.
 
-On a CPU a fresh array of that size, which is in no cache, takes longer than the arithmetic on it. So what can be is done in place,
-and the rows are looked up again in the backward pass. Every function is differentiable once.
+On a CPU a fresh array of that size, which is in no cache, takes longer than the arithmetic on it. So what can be is done in
+place, and the rows are looked up again in the backward pass. Every function is differentiable once.
 """
 
 import torch
@@ -36,25 +36,22 @@ def hinge_rows(point: Tensor, rows: Tensor, row_idx: Tensor) -> Tensor:
     return _HingeRows.apply(point.to(dtype), rows.to(dtype), row_idx)  # type: ignore[no-untyped-call]
 
 
+# A forward that takes ctx: with setup_context apart, every call inspects its signature, which takes as long as a lookup.
 class _AddRows(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, size: Tensor, rows: Tensor, row_idx: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(ctx: FunctionCtx, x: Tensor, size: Tensor, rows: Tensor, row_idx: Tensor, mask: Tensor | None) -> Tensor:
+        ctx.save_for_backward(size, rows, row_idx, mask)  # type: ignore[arg-type]  # None is kept as None
         update = _chosen(rows, row_idx, size).mul_(size.unsqueeze(-1))
         if mask is not None:
             update.mul_(mask)
         return update.add_(x) if update.dtype == x.dtype else x + update.to(x.dtype)
 
     @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None], output: Tensor) -> None:
-        del output
-        _, size, rows, row_idx, mask = inputs
-        ctx.save_for_backward(size, rows, row_idx, mask)
-
-    @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         size, rows, row_idx, mask = ctx.saved_tensors  # type: ignore[attr-defined]
         buffer = _chosen(rows, row_idx, size).mul_(grad)
         if mask is not None:
+            mask = mask.to(buffer.dtype)
             buffer.mul_(mask)
         grad_size = buffer.sum(dim=-1)
         torch.mul(grad.to(buffer.dtype), size.unsqueeze(-1), out=buffer)
@@ -70,14 +67,10 @@ def _chosen(rows: Tensor, row_idx: Tensor, size: Tensor) -> Tensor:
 
 class _HingeRows(torch.autograd.Function):
     @staticmethod
-    def forward(point: Tensor, rows: Tensor, row_idx: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, point: Tensor, rows: Tensor, row_idx: Tensor) -> Tensor:
+        ctx.save_for_backward(point, rows, row_idx)
         crease, (_, _, _, height, base) = _creases(point, rows.index_select(0, row_idx))
         return crease.relu_().mul_(height).sum(dim=1).add_(base.squeeze(1))
-
-    @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        del output
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -94,6 +87,6 @@ class _HingeRows(torch.autograd.Function):
 def _creases(point: Tensor, chosen: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     """<slope_g, p[t]> + offset_g: [T, G], and the five parts of the chosen rows, as views."""
     grid_size = chosen.shape[1] // 4
-    parts = chosen.split([grid_size] * 4 + [1], dim=1)
+    parts = torch.split(chosen, [grid_size] * 4 + [1], dim=1)
     first, second, offset, _, _ = parts
     return torch.addcmul(offset, first, point[:, :1]).addcmul_(second, point[:, 1:]), parts

@@ -29,33 +29,26 @@ def signature_penalties(
     sparsity = mean_e relu(mean_d (1 + c^2) v_ed^2 / (v_ed^2 + c^2) - max_active), c = threshold;
     diversity = mean over pairs i < j of relu(cos(v_i, v_j) - max_cosine), 0 for a single one, or without ``with_diversity``.
     """
-    values, _ = _Penalties.apply(raw, threshold, max_active, max_cosine, with_diversity)  # type: ignore[no-untyped-call]
+    values = _Penalties.apply(raw, threshold, max_active, max_cosine, with_diversity)  # type: ignore[no-untyped-call]
     return SignaturePenalties(*values.unbind())
 
 
 class _Penalties(torch.autograd.Function):
     @staticmethod
     def forward(
-        raw: Tensor, threshold: float, max_active: float, max_cosine: float, with_diversity: bool
-    ) -> tuple[Tensor, Tensor]:
+        ctx: FunctionCtx, raw: Tensor, threshold: float, max_active: float, max_cosine: float, with_diversity: bool
+    ) -> Tensor:
         grads = raw.new_zeros(3, *raw.shape)
         values = [
             _ternary(raw, grads[0]),
             _sparsity(raw, threshold**2, max_active, grads[1]),
             _diversity(raw, max_cosine, grads[2]) if with_diversity else raw.new_zeros(()),
         ]
-        return torch.stack(values), grads
+        ctx.save_for_backward(grads)
+        return torch.stack(values)
 
     @staticmethod
-    def setup_context(
-        ctx: FunctionCtx, inputs: tuple[Tensor, float, float, float, bool], output: tuple[Tensor, Tensor]
-    ) -> None:
-        del inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(output[1])
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         (grads,) = ctx.saved_tensors  # type: ignore[attr-defined]
         return (grad @ grads.flatten(1)).reshape(grads.shape[1:]), None, None, None, None
 
@@ -97,7 +90,7 @@ def _pair_excess(unit: Tensor, limit: float, grad: Tensor) -> Tensor:
         block, others = unit[start : start + PAIR_BLOCK], unit[start:]
         excess = (block @ others.T).sub_(limit).clamp_min_(0.0).triu_(1)
         block_total = excess.sum()
-        if not torch.compiler.is_compiling() and not block_total.is_cuda and block_total == 0:
+        if not torch.compiler.is_compiling() and block_total.device.type == "cpu" and block_total == 0:
             continue
         total += block_total
         is_above = excess.sign_()

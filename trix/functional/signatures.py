@@ -40,13 +40,9 @@ def signature_scores(x: Tensor, signatures: Tensor) -> Tensor:
 class _Scores(torch.autograd.Function):
     # The factor of each column is applied where the arrays are small or already there: nothing but the product has T x E.
     @staticmethod
-    def forward(x: Tensor, signatures: Tensor, factor: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, x: Tensor, signatures: Tensor, factor: Tensor) -> Tensor:
+        ctx.save_for_backward(x, signatures, factor)
         return (x @ signatures.T).mul_(factor)
-
-    @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        del output
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:

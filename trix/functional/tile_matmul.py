@@ -15,9 +15,6 @@ from trix.functional.packing import unpack_ternary
 from trix.functional.signatures import signature_scores
 
 
-ARGMAX_CHUNK = 32
-
-
 class TokenGroups(NamedTuple):
     """Tokens sorted by tile: ``order`` [S] sorts, ``inverse`` [S] undoes it, group e ends before row ``ends[e]`` (int32)."""
 
@@ -82,6 +79,8 @@ def _grouped_linear(x: Tensor, weight: Tensor, ends: Tensor, has_rest: bool) -> 
 @torch.library.custom_op("trix::grouped_linear_weight_grad", mutates_args=())
 def _grouped_linear_weight_grad(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     # One product per tile, from the rows of its group: [N, S_e] @ [S_e, K].
+    if x.device.type == "cpu" and _grouped_mm_takes(grad, x):  # on a GPU torch's wants the groups themselves aligned
+        return F.grouped_mm(grad.T, x, offs=ends)
     weight_grad = x.new_empty(ends.shape[0], grad.shape[1], x.shape[1])
     for (start, stop), matrix_NK in zip(_group_bounds(ends), weight_grad, strict=True):
         torch.mm(grad[start:stop].T, x[start:stop], out=matrix_NK)
@@ -158,6 +157,9 @@ def _(x: Tensor, packed: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, Tens
     return x.new_empty(x.shape[0], top_k, dtype=torch.int64), x.new_empty(x.shape[0], packed.shape[0])
 
 
+ARGMAX_CHUNK = 32  # columns of which _argmax takes the best at once
+
+
 def select_top_k(score: Tensor, top_k: int) -> Tensor:
     """Indices of the top_k largest of score [..., E], best first, ties to the lowest index: int64 [..., top_k].
 
@@ -177,6 +179,7 @@ def _argmax(score: Tensor) -> Tensor:
     width = score.shape[-1]
     if width < 256 or width % ARGMAX_CHUNK or score.device.type != "cpu":
         return score.argmax(dim=-1, keepdim=True)
-    chunks = score.unflatten(-1, (-1, ARGMAX_CHUNK))
+    chunks = score.reshape(*score.shape[:-1], width // ARGMAX_CHUNK, ARGMAX_CHUNK)
     best = chunks.amax(dim=-1).argmax(dim=-1, keepdim=True)
-    return best * ARGMAX_CHUNK + torch.take_along_dim(chunks, best.unsqueeze(-1), dim=-2).squeeze(-2).argmax(dim=-1, keepdim=True)
+    best_chunk = torch.take_along_dim(chunks, best.unsqueeze(-1), dim=-2).squeeze(-2)
+    return best * ARGMAX_CHUNK + best_chunk.argmax(dim=-1, keepdim=True)

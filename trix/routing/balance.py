@@ -24,23 +24,19 @@ def mean_softmax(score: Tensor, is_counted: Tensor | None = None) -> Tensor:
         share = torch.full((score.shape[0],), 1.0 / max(score.shape[0], 1), dtype=score.dtype, device=score.device)
     else:
         share = is_counted.to(score.dtype) / is_counted.sum().clamp_min(1)
-    return _WeightedSoftmax.apply(score, share)[0]  # type: ignore[no-untyped-call, no-any-return]
+    return _WeightedSoftmax.apply(score, share)  # type: ignore[no-untyped-call]
 
 
 class _WeightedSoftmax(torch.autograd.Function):
-    # sum_t share[t] softmax(score_t), and the softmax, kept. Torch's own gradient makes three arrays of T x E, this one makes one.
+    # sum_t share[t] softmax(score_t). Torch's own gradient makes three arrays of T x E, this one makes one.
     @staticmethod
-    def forward(score: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: FunctionCtx, score: Tensor, share: Tensor) -> Tensor:
         probability = score.softmax(dim=-1)
-        return share @ probability, probability
+        ctx.save_for_backward(share, probability)
+        return share @ probability
 
     @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(inputs[1], output[1])
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor, _: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
         share, probability = ctx.saved_tensors  # type: ignore[attr-defined]
         expected = probability @ grad
         return (grad - expected.unsqueeze(-1)).mul_(probability).mul_(share.unsqueeze(-1)), None
