@@ -357,5 +357,5 @@ def figure(results: list[dict[str, Any]]) -> "Figure":
         axes.set(xscale="log", yscale="log", xticks=tiles, xticklabels=tiles, title=f"D = {width}")
         axes.set(xlabel="tiles", ylabel="forward + backward, ms of CPU")
         axes.minorticks_off()
-        axes.legend()
+    drawn.legend(*drawn.axes[0].get_legend_handles_labels(), loc="outside right upper")
     return drawn
