@@ -1,4 +1,4 @@
-"""Run a benchmark case, print its table, and record it in benchmarks/results/<case>.json.
+"""Run a benchmark case, print its table, and record it in benchmarks/results/<case>.json, with a drawing where it has one.
 
 python benchmarks/run.py                      # list the cases
 python benchmarks/run.py char_lm_quality --help
@@ -14,7 +14,10 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 HERE = Path(__file__).resolve().parent
 PACKAGES = ("torch", "lightning", "onnx", "onnxruntime", "numpy")
@@ -48,6 +51,8 @@ def main() -> int:
     print(case.table(record["results"]))
     write_json(arguments.output, record)
     print(f"recorded in {arguments.output}")
+    if hasattr(case, "figure"):
+        write_figure(arguments.output.with_suffix(".svg"), case.figure(record["results"]))
     return 0
 
 
@@ -69,6 +74,14 @@ def write_json(path: Path, record: dict[str, Any]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     temporary.replace(path)
+
+
+def write_figure(path: Path, figure: "Figure") -> None:
+    """A case's drawing of its results, beside them; whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    figure.savefig(temporary, format="svg", metadata={"Date": None})
+    temporary.replace(path)
+    print(f"drawn in {path}")
 
 
 def _cpu_name() -> str:

@@ -20,3 +20,14 @@ def test_a_case_is_recorded_with_its_options_and_machine(tmp_path: Path) -> None
     assert {"commit", "cpu", "torch", "onnxruntime"} <= record["machine"].keys()
     assert [(result["size"], result["tokens"]) for result in record["results"]] == [(64, 1), (64, 3)]
     assert [path.name for path in output.parent.iterdir()] == ["packed.json"]
+
+
+def test_a_case_with_a_figure_is_drawn_beside_its_record(tmp_path: Path) -> None:
+    output = tmp_path / "speed.json"
+    options = ["--sizes", "8x4", "--batch", "2", "--length", "5", "--repeats", "2", "--output", str(output)]
+    subprocess.run([sys.executable, str(RUN), "ffn_speed", *options], check=True, capture_output=True)
+    results = {result["layer"]: result for result in json.loads(output.read_text())["results"]}
+    assert results.keys() == {"dense", "loop", "v1", "v2", "trix", "mixture", "product", "routing"}
+    assert all(len(result["train_ms"]) == 2 for result in results.values())
+    assert results["v2"]["saved_bytes"] < results["loop"]["saved_bytes"]
+    assert (tmp_path / "speed.svg").read_text().startswith("<?xml")

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from trix.functional.ternary import straight_through, threshold_ternary
 
@@ -33,12 +34,28 @@ def signature_scores(x: Tensor, signatures: Tensor) -> Tensor:
     """
     if x.shape[-1] != signatures.shape[-1]:
         raise ValueError(f"last dimension of x ({x.shape[-1]}) must equal the signatures' ({signatures.shape[-1]})")
-    return (x @ signatures.T) * inverse_sqrt_active(signatures)
+    return _Scores.apply(x, signatures, inverse_sqrt_active(signatures))  # type: ignore[no-untyped-call]
+
+
+class _Scores(torch.autograd.Function):
+    # The factor of each column is applied where the arrays are small or already there: nothing but the product has T x E.
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, signatures: Tensor, factor: Tensor) -> Tensor:
+        ctx.save_for_backward(x, signatures, factor)
+        return (x @ signatures.T).mul_(factor)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, signatures, factor = ctx.saved_tensors  # type: ignore[attr-defined]
+        factor = factor.unsqueeze(-1)
+        grad_x = grad @ (signatures * factor)
+        grad_signatures = (grad.flatten(0, -2).T @ x.flatten(0, -2)).mul_(factor)
+        return grad_x, grad_signatures, None
 
 
 def inverse_sqrt_active(signatures: Tensor) -> Tensor:
-    """1 / sqrt(max(nnz(s_e), 1)) for signatures [E, D]: [E], no gradient."""
-    return signatures.detach().ne(0).sum(dim=-1).clamp_min(1).to(signatures.dtype).rsqrt()
+    """1 / sqrt(max(nnz(s_e), 1)) for signatures [E, D] in {-1, 0, +1}: [E], no gradient."""
+    return signatures.detach().abs().sum(dim=-1).clamp_min(1).rsqrt()
 
 
 def pairwise_difference(signatures: Tensor) -> Tensor:

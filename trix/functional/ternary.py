@@ -22,13 +22,13 @@ def absmean_codes(weight: Tensor) -> tuple[Tensor, Tensor]:
     """
     weight = weight.detach()
     scale = weight.abs().mean(dim=-1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
-    return (weight / scale).round().clamp(-1.0, 1.0), scale.squeeze(-1)
+    return (weight / scale).round_().clamp_(-1.0, 1.0), scale.squeeze(-1)
 
 
 def absmean_ternary(weight: Tensor) -> Tensor:
     """The value scale * code of :func:`absmean_codes`; its gradient passes straight through to ``weight`` [..., N, K]."""
     codes, scale = absmean_codes(weight)
-    return straight_through(codes * scale.unsqueeze(-1), weight)
+    return straight_through(codes.mul_(scale.unsqueeze(-1)), weight)
 
 
 def threshold_ternary(value: Tensor, threshold: float) -> Tensor:
@@ -40,7 +40,8 @@ def threshold_ternary(value: Tensor, threshold: float) -> Tensor:
     if threshold < 0:
         raise ValueError(f"threshold ({threshold}) must be >= 0")
     detached = value.detach()
-    return straight_through(detached.sign() * (detached.abs() > threshold), value)
+    # In place, the comparison writes numbers: on a CPU several times as fast as truth values.
+    return straight_through(detached.abs().gt_(threshold).mul_(detached.sign()), value)
 
 
 def straight_through(quantised: Tensor, value: Tensor) -> Tensor:
@@ -51,12 +52,9 @@ def straight_through(quantised: Tensor, value: Tensor) -> Tensor:
 class _StraightThrough(torch.autograd.Function):
     # value + (quantised - value).detach() would do, but its forward is off by a rounding: 0 and 1 would not stay 0 and 1.
     @staticmethod
-    def forward(quantised: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: object, quantised: Tensor, value: Tensor) -> Tensor:
+        del ctx
         return quantised.to(value.dtype).clone()
-
-    @staticmethod
-    def setup_context(ctx: object, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        del ctx, inputs, output
 
     @staticmethod
     def backward(ctx: object, grad: Tensor) -> tuple[None, Tensor]:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trix.functional.lookup import hinge_rows
 from trix.functional.ternary import absmean_ternary
 
 
@@ -73,11 +74,9 @@ class HingeSplines(nn.Module):
         self.base_E = nn.Parameter(torch.zeros(num_tiles))
 
     def forward(self, point_T2: Tensor, tile_idx_T: Tensor) -> Tensor:
-        # embedding is a row look-up whose backward adds each token's gradient into its tile's row.
-        slope_TGI = F.embedding(tile_idx_T, self.slope_EGI.flatten(1)).reshape(-1, *self.slope_EGI.shape[1:])
-        crease_TG = (slope_TGI * point_T2.unsqueeze(1)).sum(dim=-1) + F.embedding(tile_idx_T, self.offset_EG)
-        height_TG = F.embedding(tile_idx_T, self.height_EG)
-        return (F.relu(crease_TG) * height_TG).sum(dim=-1) + self.base_E[tile_idx_T]
+        slope_EIG = self.slope_EGI.mT
+        rows = [slope_EIG.flatten(1), self.offset_EG, self.height_EG, self.base_E.unsqueeze(1)]
+        return hinge_rows(point_T2, torch.cat(rows, dim=1), tile_idx_T)
 
     def extra_repr(self) -> str:
         return f"num_tiles={self.offset_EG.shape[0]}, grid_size={self.offset_EG.shape[1]}"

@@ -3,9 +3,10 @@
 from typing import TypedDict
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trix.functional.dropout import dropout_mask
+from trix.functional.lookup import add_rows
 from trix.functional.ternary import straight_through
 from trix.nn.attention import RotaryAttention
 from trix.nn.magnitudes import GridSplines, HingeSplines
@@ -104,14 +105,18 @@ class SparseLookupFFN(SignatureSurgery):
             raise ValueError(f"last dimension of x ({x.shape[-1]}) must equal d_model ({self.d_model})")
         if mask is not None and (mask.shape != x.shape[:-1] or mask.dtype != torch.bool):
             raise ValueError(f"mask {tuple(mask.shape)} {mask.dtype} must have shape {tuple(x.shape[:-1])} torch.bool")
-        h_TD = self.norm(x.reshape(-1, self.d_model))
+        x_TD = x.reshape(-1, self.d_model)
+        h_TD = self.norm(x_TD)
         tile_idx_T1, score_TE = self.router.select(h_TD, self._emergent_signatures())
         tile_idx_T = tile_idx_T1.squeeze(-1)
         point_T2 = self.compress(h_TD)
         gate_T = self._gate(score_TE.gather(-1, tile_idx_T1).squeeze(-1))
         size_T = gate_T * self.magnitude(point_T2, tile_idx_T) * self.output_scale
-        update_TD = size_T.unsqueeze(-1) * F.embedding(tile_idx_T, self.direction_ED)
-        y = x + self.dropout(update_TD).reshape(x.shape).to(x.dtype)
+        mask_TD = None
+        if self.training and self.dropout.p > 0:
+            mask_TD, factor = dropout_mask(x_TD.shape, self.dropout.p, x.device)
+            size_T = size_T * factor
+        y = add_rows(x_TD, size_T, self.direction_ED, tile_idx_T, mask_TD).reshape(x.shape)
         self._count(tile_idx_T1, labels, mask, x.shape[:-1])
         info: LookupInfo = {
             "tile_idx": tile_idx_T.reshape(x.shape[:-1]),

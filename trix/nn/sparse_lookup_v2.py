@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trix.functional.penalties import SignaturePenalties, signature_penalties
 from trix.nn.magnitudes import HingeSplines
 from trix.nn.sparse_lookup import LookupBlock, SparseLookupFFN
 from trix.outputs import AuxLosses
@@ -99,33 +100,33 @@ class SparseLookupFFNv2(SparseLookupFFN):
         aux = super()._aux_losses(score_TE, tile_idx_T1, mask)
         if not self.training or self.router.packed_signatures is not None:
             return aux
+        penalties = self._penalties(self.diversity_weight > 0)
         if self.ternary_weight > 0:
-            aux["ternary"] = self.ternary_weight * self.compute_ternary_loss()
+            aux["ternary"] = self.ternary_weight * penalties.ternary
         if self.sparsity_weight > 0:
-            aux["sparsity"] = self.sparsity_weight * self.compute_sparsity_loss()
+            aux["sparsity"] = self.sparsity_weight * penalties.sparsity
         if self.diversity_weight > 0:
-            aux["diversity"] = self.diversity_weight * self.compute_diversity_loss()
+            aux["diversity"] = self.diversity_weight * penalties.diversity
         aux["total_aux"] = aux["balance"] + aux["ternary"] + aux["sparsity"] + aux["diversity"]
         return aux
 
+    def _penalties(self, with_diversity: bool = True) -> SignaturePenalties:
+        return signature_penalties(self.router.raw(), SIGNATURE_THRESHOLD, MAX_ACTIVE, MAX_COSINE, with_diversity)
+
     def compute_ternary_loss(self) -> Tensor:
         """Mean distance of the raw signature values to the nearest of {-1, 0, +1}: in [0, 0.5] for values in [-1.5, 1.5]."""
-        size_ED = self.router.raw().abs()
-        return torch.minimum(size_ED, (size_ED - 1.0).abs()).mean()
+        return self._penalties().ternary
 
     def compute_sparsity_loss(self) -> Tensor:
         """mean_e relu(nnz_e - 0.3 D) / D with the smooth count nnz_e = sum_d (1 + c^2) v_ed^2 / (v_ed^2 + c^2), c = 0.3.
 
         The count is exact for v in {-1, 0, +1}, and its gradient is greatest near the threshold where a value becomes active.
         """
-        square_ED = self.router.raw().square()
-        width = SIGNATURE_THRESHOLD**2
-        active_E = ((1.0 + width) * square_ED / (square_ED + width)).mean(dim=1)
-        return F.relu(active_E - MAX_ACTIVE).mean()
+        return self._penalties().sparsity
 
     def compute_diversity_loss(self) -> Tensor:
         """Mean over pairs of tiles of relu(cosine of the raw signatures - 0.5): in [0, 0.5]; 0 for a single tile."""
-        return _mean_over_pairs(F.relu(_cosine(self.router.raw()) - MAX_COSINE))
+        return self._penalties().diversity
 
     @torch.no_grad()
     def get_island_stats(self) -> IslandStats:

@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 
 def tile_load(tile_idx: Tensor, num_tiles: int, weight: Tensor | None = None) -> Tensor:
@@ -18,6 +19,31 @@ def tile_load(tile_idx: Tensor, num_tiles: int, weight: Tensor | None = None) ->
     return count / count.sum().clamp_min(1)
 
 
+def mean_softmax(score: Tensor, is_counted: Tensor | None = None) -> Tensor:
+    """mean_t softmax(score_t) of score [T, E], over the tokens that count (bool [T]; None: all): [E], in at least float32."""
+    score = score.to(torch.promote_types(score.dtype, torch.float32))
+    if is_counted is None:
+        share = torch.full((score.shape[0],), 1.0 / max(score.shape[0], 1), dtype=score.dtype, device=score.device)
+    else:
+        share = is_counted.to(score.dtype) / is_counted.sum().clamp_min(1)
+    return _WeightedSoftmax.apply(score, share)  # type: ignore[no-untyped-call]
+
+
+class _WeightedSoftmax(torch.autograd.Function):
+    # sum_t share[t] softmax(score_t). Torch's own gradient makes three arrays of T x E, this one makes one.
+    @staticmethod
+    def forward(ctx: FunctionCtx, score: Tensor, share: Tensor) -> Tensor:
+        probability = score.softmax(dim=-1)
+        ctx.save_for_backward(share, probability)
+        return share @ probability
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+        share, probability = ctx.saved_tensors  # type: ignore[attr-defined]
+        expected = probability @ grad
+        return (grad - expected.unsqueeze(-1)).mul_(probability).mul_(share.unsqueeze(-1)), None
+
+
 def balance_loss(score: Tensor, tile_idx: Tensor, weight: Tensor | None = None) -> Tensor:
     """E * sum_e load_e * mean_t softmax(score_t)_e: 1 at equal load, E at collapse; differentiable through the scores.
 
@@ -30,12 +56,7 @@ def balance_loss(score: Tensor, tile_idx: Tensor, weight: Tensor | None = None) 
     num_tiles = score.shape[-1]
     if score.shape[0] == 0:
         return score.sum()
-    probability = score.to(torch.promote_types(score.dtype, torch.float32)).softmax(dim=-1)
-    if weight is None:
-        probability = probability.mean(dim=0)
-    else:
-        is_token = (weight != 0).any(dim=-1, keepdim=True).to(probability.dtype)
-        probability = (probability * is_token).sum(dim=0) / is_token.sum().clamp_min(1)
+    probability = mean_softmax(score, None if weight is None else (weight != 0).any(dim=-1))
     return num_tiles * (tile_load(tile_idx, num_tiles, weight) * probability).sum()
 
 

@@ -36,8 +36,8 @@ class ScoreCalibrationSpline(nn.Module):
         start = F.pad(rise.cumsum(dim=0)[:-1], (1, 0))
         position = scores.to(dtype).sigmoid() * (self.num_knots - 1)
         segment = position.detach().long().clamp(0, self.num_knots - 2)
-        gates = start[segment] + rise[segment] * (position - segment)
-        return gates.clamp(0.0, 1.0)  # what rounding adds at the ends
+        gates = start.take(segment) + rise.take(segment) * (position - segment)
+        return gates.clamp_max(1.0)  # what rounding adds at the end
 
     def extra_repr(self) -> str:
         return f"num_knots={self.num_knots}"

@@ -270,11 +270,13 @@ class SignatureRouter(Router):
 
         The masses that mergers and splits left behind go a little way back to 1.
         """
+        self.log_mass_E.mul_(MASS_DECAY)
+        if self.balance_rate == 0:
+            return
         before_E = self.balance_bias.clone()
         super().update_balance(tile_idx_TK, weight_TK)
         mean_nudge = (self.balance_bias - before_E).mean()
         self.balance_bias.copy_(torch.where(self.is_frozen_E, before_E + mean_nudge, self.balance_bias))
-        self.log_mass_E.mul_(MASS_DECAY)
 
     def forward(self, x_TD: Tensor, emergent_ED: Tensor | None = None) -> RoutingDecision:
         tile_idx_TK, score_TE = self.select(x_TD, emergent_ED)

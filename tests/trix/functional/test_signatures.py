@@ -100,3 +100,14 @@ def test_diversity_loss_leaves_diverse_signatures_alone() -> None:
     assert signature_diversity_loss(raw[:1], 0.3).item() == 0.0  # one tile has nothing to differ from
     with pytest.raises(ValueError, match=r"target_diversity \(1.5\) must be >= 0 and <= 1"):
         signature_diversity_loss(raw, 0.3, target_diversity=1.5)
+
+
+def test_scores_have_the_gradient_of_their_formula() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    signatures = torch.randint(-1, 2, (4, 5)).double().requires_grad_()
+    factor = signatures.detach().ne(0).sum(dim=-1).clamp_min(1).rsqrt()
+    grad = torch.randn(2, 3, 4, dtype=torch.float64)
+    expected = torch.autograd.grad((x @ signatures.T) * factor, (x, signatures), grad)
+    for ours, plain in zip(torch.autograd.grad(signature_scores(x, signatures), (x, signatures), grad), expected, strict=True):
+        torch.testing.assert_close(ours, plain)

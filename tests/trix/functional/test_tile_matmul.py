@@ -76,3 +76,25 @@ def test_route_selects_with_the_bias_and_reports_without_it() -> None:
     tile_idx, score = signature_route(torch.tensor([[2.0, 1.0]]), pack_ternary(signatures), torch.tensor([0.0, 5.0]), 1)
     assert tile_idx.tolist() == [[1]]
     assert score.tolist() == [[2.0, 1.0]]
+
+
+@pytest.mark.parametrize("width", [255, 256, 512, 1024])
+def test_the_best_tile_of_many_is_the_first_of_those_that_tie(width: int) -> None:
+    torch.manual_seed(width)
+    score = torch.randint(0, 4, (2, 40, width)).float()  # ties everywhere, within chunks and across
+    score[0, 0] = -torch.inf
+    score[0, 1, 77] = torch.nan
+    assert torch.equal(select_top_k(score, 1), score.argmax(dim=-1, keepdim=True))
+    assert select_top_k(score[:, :0], 1).shape == (2, 0, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_weight_gradient_of_an_empty_group_is_zero(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(4, 16, 8, dtype=dtype, requires_grad=True)
+    x = torch.randn(6, 8, dtype=dtype)
+    y = grouped_linear(x, weight, torch.tensor([2, 2, 5, 5], dtype=torch.int32), has_rest=True)
+    grad = torch.randn_like(y)
+    (weight_grad,) = torch.autograd.grad(y, weight, grad)
+    none = torch.zeros(16, 8, dtype=dtype)
+    torch.testing.assert_close(weight_grad, torch.stack([grad[:2].T @ x[:2], none, grad[2:5].T @ x[2:5], none]))

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from trix.routing.balance import balance_loss, nudged_bias, tile_load
+from trix.routing.balance import balance_loss, mean_softmax, nudged_bias, tile_load
 
 
 def test_load_is_the_share_of_assignments() -> None:
@@ -36,3 +36,13 @@ def test_padding_counts_neither_in_the_load_nor_in_the_probability() -> None:
     mask = torch.tensor([True] * 6 + [False] * 3)
     torch.testing.assert_close(balance_loss(score, tile_idx, mask.unsqueeze(-1)), balance_loss(score[:6], tile_idx[:6]))
     assert balance_loss(score, tile_idx, torch.zeros(9, 1)) == 0.0
+
+
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_the_mean_softmax_has_the_gradient_of_its_formula(is_masked: bool) -> None:
+    torch.manual_seed(0)
+    score = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    is_counted = torch.tensor([True, False, True, True, False, True]) if is_masked else None
+    counted = score if is_counted is None else score[is_counted]
+    torch.testing.assert_close(mean_softmax(score, is_counted), counted.softmax(dim=-1).mean(dim=0))
+    assert torch.autograd.gradcheck(mean_softmax, (score, is_counted))
