@@ -173,7 +173,7 @@ def test_mass_returns_to_one_in_training() -> None:
 
 def test_raising_k_gives_every_token_its_next_best_tile_too() -> None:
     ffn = layer_of(TriXFFN, "explicit")
-    two = TriXFFN(24, 6, top_k=2, routing="explicit").double().eval()
+    two = TriXFFN(24, 6, 24 * 6, top_k=2, routing="explicit").double().eval()
     two.load_state_dict(ffn.state_dict())
     x = torch.randn(50, 24, dtype=torch.float64)
     raise_k(ffn, tag="unsure")

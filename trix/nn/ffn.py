@@ -250,15 +250,16 @@ class FFNConfig:
         kind: ``trix`` (tiles), ``hierarchical`` (many tiles, found by clusters: :class:`~trix.nn.HierarchicalTriXFFN`),
             ``sparse_lookup`` or ``sparse_lookup_v2`` (:class:`~trix.nn.SparseLookupFFN`, :class:`~trix.nn.SparseLookupFFNv2`),
             or a control: ``dense`` (float, width d_ff) or ``none`` (no feed-forward layer at all).
+        top_k: default: 2, or 1 with a single tile, with max_k and under ``hash``, which allow no other.
         tiles_per_cluster, num_probes: of a hierarchical layer alone, which in turn has no max_k.
         All others: see :class:`TriXFFN`; a dense layer reads only d_ff (default 4 * d_model), a sparse lookup num_tiles,
-            balance_weight, balance_rate and, v2, diversity_weight. ``hash`` needs a model of tokens and, like max_k, top_k 1.
+            balance_weight, balance_rate and, v2, diversity_weight. ``hash`` needs a model of tokens.
     """
 
     kind: Literal["trix", "hierarchical", "sparse_lookup", "sparse_lookup_v2", "dense", "none"] = "trix"
     num_tiles: int = 16
     d_ff: int | None = None
-    top_k: int = 2
+    top_k: int | None = None
     routing: Routing = "explicit"
     balance_weight: float = 0.01
     balance_rate: float = 0.01
@@ -302,6 +303,9 @@ class FFNConfig:
             kinds = "'trix', 'hierarchical', 'sparse_lookup', 'sparse_lookup_v2', 'dense' or 'none'"
             raise ValueError(f"kind ({self.kind!r}) must be {kinds}")
         arguments = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "kind"}
+        if self.top_k is None:
+            allows_more = self.num_tiles > 1 and self.max_k is None and self.routing != "hash"
+            arguments["top_k"] = 2 if allows_more else 1
         foreign = ("max_k",) if self.kind == "hierarchical" else ("tiles_per_cluster", "num_probes")
         for name in foreign:
             if arguments.pop(name) is not None:

@@ -10,7 +10,7 @@ from trix.nn import FFNConfig, LanguageModel, LanguageModelConfig, SparseLookupF
 
 def model(routing: str = "explicit", num_tiles: int = 4) -> LanguageModel:
     torch.manual_seed(0)
-    return LanguageModel(11, LanguageModelConfig(16, 2, 2, 12, ffn=FFNConfig(num_tiles=num_tiles, routing=routing)))
+    return LanguageModel(11, LanguageModelConfig(16, 2, 2, 12, ffn=FFNConfig(num_tiles=num_tiles, routing=routing, top_k=1)))
 
 
 TOKENS = torch.randint(0, 11, (3, 12), generator=torch.Generator().manual_seed(1))

@@ -19,12 +19,14 @@ LABELS = torch.arange(20) % 3
 
 def network(**ffn: Any) -> LanguageModel:
     torch.manual_seed(0)
-    return LanguageModel(len(TEXT), LanguageModelConfig(16, 2, 2, 12, ffn=FFNConfig(**({"num_tiles": 3} | ffn)))).eval()
+    return LanguageModel(
+        len(TEXT), LanguageModelConfig(16, 2, 2, 12, ffn=FFNConfig(**({"num_tiles": 3, "top_k": 1} | ffn)))
+    ).eval()
 
 
 def classifier() -> Classifier:
     torch.manual_seed(0)
-    return Classifier(5, 3, ClassifierConfig(16, 1, 2, context_length=6, ffn=FFNConfig(num_tiles=4))).eval()
+    return Classifier(5, 3, ClassifierConfig(16, 1, 2, context_length=6, ffn=FFNConfig(num_tiles=4, top_k=1))).eval()
 
 
 class Page(HTMLParser):

@@ -8,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trix import TriXFFN
-from trix.nn import DenseFFN, FFNConfig, HierarchicalTriXFFN
+from trix.nn import (
+    DenseFFN,
+    FFNConfig,
+    HierarchicalTriXFFN,
+    LanguageModel,
+    LanguageModelConfig,
+    SparseLookupFFN,
+    routed_layers,
+)
 
 ROUTINGS = ["explicit", "emergent", "learned"]
 
@@ -252,3 +260,33 @@ def test_config_builds_each_kind() -> None:
         FFNConfig(num_probes=2).build(8)
     with pytest.raises(ValueError, match=r"kind \('soft'\) must be"):
         FFNConfig(kind="soft").build(8)
+
+
+def test_by_default_a_token_meets_two_tiles_of_half_the_width_where_it_can() -> None:
+    for config, top_k, width in [
+        (FFNConfig(), 2, 8),
+        (FFNConfig(top_k=4), 4, 4),
+        (FFNConfig(num_tiles=1), 1, 16),
+        (FFNConfig(max_k=2), 2, 16),
+        (FFNConfig(routing="hash"), 1, 16),
+    ]:
+        layer = config.build(16)
+        assert isinstance(layer, TriXFFN)
+        assert (layer.router.top_k, layer.tiles.up.shape[1]) == (top_k, width)
+
+
+@pytest.mark.parametrize("kind", ["sparse_lookup", "sparse_lookup_v2"])
+def test_a_language_model_of_sparse_lookups_reports_and_trains(kind: Any) -> None:
+    torch.manual_seed(0)
+    ffn = FFNConfig(kind=kind, num_tiles=4)
+    model = LanguageModel(7, LanguageModelConfig(16, 2, 2, context_length=12, ffn=ffn))
+    token_BT = torch.randint(0, 7, (3, 12))
+    logits, infos, aux = model(token_BT, return_routing=True)
+    assert [info["tile_idx"].shape for info in infos] == [(3, 12, 1)] * 2
+    assert aux is not None
+    (logits.logsumexp(-1).mean() + aux["total_aux"]).backward()
+    for layer in routed_layers(model):
+        assert isinstance(layer, SparseLookupFFN)
+        assert layer.direction_ED.grad is not None
+        assert layer.direction_ED.grad.abs().sum() > 0
+    assert not any("ffn_norm" in name for name, _ in model.named_parameters())  # it would stand there unused

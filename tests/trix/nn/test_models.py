@@ -106,7 +106,7 @@ def test_classifier_looks_both_ways_and_trains() -> None:
     x[torch.arange(30), y] += 3.0  # the class is the position of the large row
     logits, infos, _ = model(x, return_routing=True)
     assert logits.shape == (30, 3)
-    assert infos[0]["tile_idx"].shape == (30, 5, 1)
+    assert infos[0]["tile_idx"].shape == (30, 5, 2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(80):
         loss = F.cross_entropy(model(x), y)
