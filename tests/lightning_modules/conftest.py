@@ -36,7 +36,7 @@ def digits() -> DigitsDataModule:
 @pytest.fixture
 def classifier(digits: DigitsDataModule) -> ClassifierTask:
     L.seed_everything(0)
-    network = ClassifierConfig(16, 2, 2, context_length=8, ffn=FFNConfig(num_tiles=4))
+    network = ClassifierConfig(16, 2, 2, context_length=8, ffn=FFNConfig(num_tiles=4, top_k=1))
     return ClassifierTask(8, digits.num_classes, digits.class_names, network)
 
 

@@ -17,7 +17,7 @@ MakeTrainer = Callable[..., L.Trainer]
 
 def small_network(**changes: Any) -> LanguageModelConfig:
     settings: dict[str, Any] = {"d_model": 16, "num_layers": 2, "n_heads": 2, "context_length": 8}
-    return LanguageModelConfig(**(settings | {"ffn": FFNConfig(num_tiles=4)} | changes))
+    return LanguageModelConfig(**(settings | {"ffn": FFNConfig(num_tiles=4, top_k=1)} | changes))
 
 
 def read_events(logger: TensorBoardLogger) -> EventAccumulator:

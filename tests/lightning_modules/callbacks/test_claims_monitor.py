@@ -75,7 +75,7 @@ def test_many_classes_get_metrics_alone(
 def test_padding_makes_no_claims(make_trainer: MakeTrainer) -> None:
     """The tokens of two batches of texts without their padding, counted by hand."""
     data = LanguageIdDataModule(batch_size=16, context_length=24)
-    network = ClassifierConfig(16, 2, 2, context_length=24, ffn=FFNConfig(num_tiles=4))
+    network = ClassifierConfig(16, 2, 2, context_length=24, ffn=FFNConfig(num_tiles=4, top_k=1))
     task = ClassifierTask(None, data.num_classes, data.class_names, network, vocabulary=data.vocabulary)
     trainer = make_trainer(callbacks=[ClaimMonitor()], limit_val_batches=2)
     metrics = trainer.validate(task, data, verbose=False)[0]
