@@ -84,13 +84,22 @@ def finished_or_run(name: str, seed: int, steps: int, lr: float) -> dict[str, An
 
 def train_and_validate(name: str, seed: int, steps: int, lr: float) -> dict[str, Any]:
     data = TextDataModule("tinyshakespeare", seed=seed, batches_per_epoch=steps)
+    start = time.thread_time()
+    model, lowest_diversity = train(LAYERS[name], data, seed, steps, lr, f"{name}, {steps} steps, seed {seed}")
+    figures = {"seed": seed, "cpu_seconds": time.thread_time() - start, "lowest_diversity": lowest_diversity}
+    validation = validate(model, data)
+    return {**figures, **validation, **sizes(model, validation["mean_k"])}
+
+
+def train(
+    ffn: FFNConfig, data: TextDataModule, seed: int, steps: int, lr: float, title: str
+) -> tuple[LanguageModel, float | None]:
+    """The trained model, and the lowest diversity that any layer's signatures had (looked at every 50 steps)."""
     torch.manual_seed(seed)
-    model = LanguageModel(data.vocab_size, LanguageModelConfig(d_model=D_MODEL, ffn=LAYERS[name]))
+    model = LanguageModel(data.vocab_size, LanguageModelConfig(d_model=D_MODEL, ffn=ffn))
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     diversities: list[float] = []
-    start = time.thread_time()
-    title = f"{name}, {steps} steps, seed {seed}"
     for step, (token_BT, target_BT) in enumerate(track(data.train_dataloader(), title, total=steps)):
         logits, _, aux = model(token_BT, return_routing=True)
         loss = F.cross_entropy(logits.flatten(0, 1), target_BT.flatten())
@@ -101,9 +110,7 @@ def train_and_validate(name: str, seed: int, steps: int, lr: float) -> dict[str,
         schedule.step()
         if step % 50 == 0:
             diversities += [layer.get_signature_diversity() for layer in routed_layers(model)]
-    figures = {"cpu_seconds": time.thread_time() - start, "lowest_diversity": min(diversities, default=None)}
-    validation = validate(model, data)
-    return {"seed": seed, **figures, **validation, **sizes(model, validation["mean_k"])}
+    return model, min(diversities, default=None)
 
 
 @torch.no_grad()
