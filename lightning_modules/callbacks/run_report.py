@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.utilities.model_summary.model_summary import get_human_readable_count
 from rich import get_console
 from typing_extensions import override
 
@@ -31,7 +32,7 @@ class RunReport(L.Callback):
         num_parameters = sum(parameter.numel() for parameter in pl_module.parameters())
         tiles = [layer.num_tiles for layer in routed_layers(pl_module).values()]
         routed = f"{len(tiles)} routed layers of {_listed(tiles)} tiles" if tiles else "no routed layers"
-        self._print(trainer, f"network      {num_parameters / 1e6:.2f} M parameters, {routed}")
+        self._print(trainer, f"network      {get_human_readable_count(num_parameters)} parameters, {routed}")
         length = f"{trainer.max_steps} steps" if trainer.max_steps > 0 else f"{trainer.max_epochs} epochs"
         resumed = f", going on after step {trainer.global_step}" if trainer.global_step else ""
         self._print(trainer, f"training     {length} on {trainer.strategy.root_device.type}{resumed}")

@@ -44,6 +44,7 @@ def make_page(task: "RoutedTask", checkpoint: dict[str, Any], ckpt: str, num_tok
     Raises:
         UserError: the data cannot be rebuilt; ValueError: the network has no routed layers.
     """
+    from lightning.pytorch.utilities.model_summary.model_summary import get_human_readable_count
     from rich.console import Console
     from rich.progress import track
 
@@ -53,7 +54,7 @@ def make_page(task: "RoutedTask", checkpoint: dict[str, Any], ckpt: str, num_tok
     facts = {
         "checkpoint": ckpt,
         "task": task.task_name.replace("_", " "),
-        "size": f"{sum(parameter.numel() for parameter in task.parameters()) / 1e6:.2f} M parameters",
+        "size": f"{get_human_readable_count(sum(parameter.numel() for parameter in task.parameters()))} parameters",
         "training": f"{checkpoint['global_step']:,} steps",
     }
     console = Console(stderr=True)
