@@ -87,9 +87,10 @@ def split_tile(ffn: TriXFFN, source_idx: int, target_idx: int, tag: str = "") ->
 def reseed_tile(ffn: TriXFFN, tile_idx: int, tag: str = "") -> None:
     """Draw a tile anew, signature and weights; a free slot is in use again. For a tile that gets no tokens.
 
-    It enters with mass 1 and a balance bias 1 below the lowest (the standard deviation of the score of a random signature
-    where x has unit variance), so that it takes few tokens at first, and more as balancing draws them to it. This does not keep
-    the function: the tokens that it takes or had get another output, and the others' gates change by its part in their sum.
+    It enters with mass 1 and a balance bias 1 below the lowest of the others (1 is the standard deviation of the score of a
+    random signature where x has unit variance), so that it takes few tokens at first, and more as balancing draws them to it.
+    This does not keep the function: the tokens that it takes or had get another output, and the others' gates change by its
+    part in their sum.
 
     Raises:
         ValueError: routing without signatures, a packed layer, or a tile that does not exist or is frozen.
@@ -97,7 +98,9 @@ def reseed_tile(ffn: TriXFFN, tile_idx: int, tag: str = "") -> None:
     router = _router(ffn)
     router.check_tile(tile_idx)
     _check_not_frozen(router, "tile_idx", tile_idx)
-    lowest_bias = float(router.balance_bias[~router.is_free_E].min())
+    others_E = ~router.is_free_E
+    others_E[tile_idx] = False  # a tile that is itself the lowest must not sink with every draw
+    lowest_bias = float(router.balance_bias[others_E].min()) if others_E.any() else 0.0
     _draw(ffn, router, tile_idx)
     router.occupy(tile_idx, lowest_bias - ENTRY_MARGIN)
     _finish(ffn, "reseed", tile_idx, tag)

@@ -52,7 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(steps: int, long_steps: int, seeds: list[int], lr: float, only: list[str] | None, resume: bool) -> list[dict[str, Any]]:
     names = only or list(LAYERS)
-    comparisons = {steps: names, **({long_steps: [name for name in names if name in LONG_LAYERS]} if long_steps else {})}
+    comparisons = {steps: names}
+    if long_steps not in (0, steps):
+        comparisons[long_steps] = [name for name in names if name in LONG_LAYERS]
     if not resume:
         FINISHED.unlink(missing_ok=True)
     # Seeds outside, layers inside: a change of the machine's speed meets all layers alike.

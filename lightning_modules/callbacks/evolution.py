@@ -93,6 +93,9 @@ class Evolution(L.Callback):
 
     def __init__(self, policy: EvolutionPolicy = EvolutionPolicy()) -> None:
         self.policy = policy
+        self._reset()
+
+    def _reset(self) -> None:
         self._statistics: dict[str, RoutingStatistics] = {}
         self._last_act: dict[str, list[int | None]] = {}  # by tile, the step
         self._last_step = -1
@@ -102,6 +105,7 @@ class Evolution(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit" and not _evolving_layers(pl_module):
             raise UserError("Evolution needs a layer routed by signatures: routing 'explicit' or 'emergent'")
+        self._reset()  # a run before has nothing to do with this one; the state of a checkpoint comes after setup
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -132,7 +136,7 @@ class Evolution(L.Callback):
             if step >= policy.warmup:
                 # fork_rng: what is drawn must neither differ between ranks nor move the generator that the run uses.
                 with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(1000 * step + index)
+                    torch.default_generator.manual_seed(1000 * step + index)  # torch.manual_seed: also a GPU's
                     acts = self._look(name, layer, result["usage"].tolist(), float(result["confidence"]), trainer, step)
                 _report(trainer, name, layer, acts)
 

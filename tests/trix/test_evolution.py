@@ -17,6 +17,7 @@ from trix.evolution import (
     tile_parameters,
 )
 from trix.nn import HierarchicalTriXFFN
+from trix.routing.balance import tile_load
 
 LAYERS = [(TriXFFN, "explicit"), (TriXFFN, "emergent"), (HierarchicalTriXFFN, "explicit"), (HierarchicalTriXFFN, "emergent")]
 every_layer = pytest.mark.parametrize(("kind", "routing"), LAYERS)
@@ -296,3 +297,51 @@ def test_errors_state_the_rule_and_the_values() -> None:
             reseed_tile(TriXFFN(8, 4, routing=routing), 0)
     with pytest.raises(ValueError, match=r"min_cosine \(2.0\) must be >= -1 and <= 1"):
         redundant_pairs(ffn, 2.0)
+
+
+def test_tiles_in_use_are_balanced_among_themselves() -> None:
+    """Slots that merging freed are no load to wish for: the others do not sink, and an inserted tile does not sweep up all."""
+    torch.manual_seed(0)
+    ffn = TriXFFN(24, 6, routing="explicit", balance_rate=0.05).train()
+    for dropped in (4, 5):
+        plant_duplicate(ffn, 0, dropped)
+        merge_tiles(ffn, 0, dropped)
+    x = torch.randn(400, 24) + 0.5
+    for _ in range(300):
+        ffn(x)
+    load = tile_load(ffn.router(x).tile_idx, 6)
+    assert load[:4].max() < 1.3 * load[:4].mean()
+    assert ffn.router.balance_bias[4:].tolist() == [0.0, 0.0]
+    assert abs(ffn.router.balance_bias[:4].mean()) < 0.5
+    ffn.insert_signature(4, torch.randn(24).sign(), freeze=False)
+    assert tile_load(ffn.router(x).tile_idx, 6)[4] < 0.6
+
+
+def test_the_lowest_tile_does_not_sink_with_every_draw() -> None:
+    ffn = layer_of(TriXFFN, "explicit")
+    lowest = float(ffn.router.balance_bias[[0, 1, 3, 4, 5]].min())
+    for _ in range(3):
+        reseed_tile(ffn, 2)
+    assert float(ffn.router.balance_bias[2]) == pytest.approx(lowest - 1.0)
+
+
+def test_a_free_slot_neither_collapses_nor_makes_others_collapsed() -> None:
+    ffn = layer_of(TriXFFN, "explicit")
+    plant_duplicate(ffn, 0, 1)
+    merge_tiles(ffn, 1, 0)  # the free slot 0 still holds the signature of tile 1
+    assert ffn.reseed_collapsed_tiles() == []
+
+
+def test_a_load_that_fails_leaves_k_as_it_was_told() -> None:
+    ffn = layer_of(TriXFFN, "explicit")
+    raised = copy.deepcopy(ffn)
+    raise_k(raised)
+    ffn.load_state_dict(raised.state_dict())
+    assert ffn.router.top_k == 2
+    fresh = layer_of(TriXFFN, "explicit")
+    ffn.load_state_dict(fresh.state_dict())
+    assert ffn.router.top_k == 1
+    with torch.device("meta"):
+        empty = TriXFFN(24, 6, routing="explicit")
+    empty.load_state_dict(raised.state_dict(), assign=True)
+    assert empty.router.top_k == 2

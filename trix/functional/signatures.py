@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from trix.functional.autocast import without_autocast
 from trix.functional.ternary import straight_through, threshold_ternary
 
 
@@ -34,7 +35,10 @@ def signature_scores(x: Tensor, signatures: Tensor) -> Tensor:
     """
     if x.shape[-1] != signatures.shape[-1]:
         raise ValueError(f"last dimension of x ({x.shape[-1]}) must equal the signatures' ({signatures.shape[-1]})")
-    return _Scores.apply(x, signatures, inverse_sqrt_active(signatures))  # type: ignore[no-untyped-call]
+    x_TD = x.reshape(-1, x.shape[-1])
+    with without_autocast(x):
+        score_TE = _Scores.apply(x_TD, signatures, inverse_sqrt_active(signatures))  # type: ignore[no-untyped-call]
+    return score_TE.reshape(*x.shape[:-1], signatures.shape[0])
 
 
 class _Scores(torch.autograd.Function):
@@ -49,7 +53,7 @@ class _Scores(torch.autograd.Function):
         x, signatures, factor = ctx.saved_tensors  # type: ignore[attr-defined]
         factor = factor.unsqueeze(-1)
         grad_x = grad @ (signatures * factor)
-        grad_signatures = (grad.flatten(0, -2).T @ x.flatten(0, -2)).mul_(factor)
+        grad_signatures = (grad.T @ x).mul_(factor)
         return grad_x, grad_signatures, None
 
 

@@ -182,7 +182,8 @@ class TriXFFN(SignatureSurgery):
     def reseed_collapsed_tiles(self, min_difference: float = 0.05, tag: str = "") -> list[int]:
         """Draw anew what the signatures of collapsed tiles come from: the signatures (explicit) or the up weights (emergent).
 
-        Collapsed is what :func:`~trix.routing.diversity.collapsed_tiles` says; a frozen signature never is. An optimizer's
+        Collapsed is what :func:`~trix.routing.diversity.collapsed_tiles` says; a frozen signature and a free
+        slot never are. An optimizer's
         momentum for these values is the caller's to reset.
 
         Returns:
@@ -196,7 +197,9 @@ class TriXFFN(SignatureSurgery):
         value = router.raw_signatures if router.source == "explicit" else self.tiles.up.weight
         if value is None or router.packed_signatures is not None:
             raise ValueError("the layer is packed: unpack it before changing its signatures")
-        is_collapsed_E = collapsed_tiles(self.get_tile_signatures(), min_difference, router.is_frozen_E)
+        in_use = (~router.is_free_E).nonzero().flatten()
+        is_collapsed_E = torch.zeros_like(router.is_free_E)
+        is_collapsed_E[in_use] = collapsed_tiles(self.get_tile_signatures()[in_use], min_difference, router.is_frozen_E[in_use])
         value.copy_(reseeded(value, is_collapsed_E, source.draw().to(value.device)))
         collapsed: list[int] = is_collapsed_E.nonzero().flatten().tolist()
         for tile_idx in collapsed:
@@ -242,6 +245,16 @@ class DenseFFN(nn.Module):
         return self.down(F.relu(self.up(x)).square())
 
 
+# Fields of FFNConfig that a routed layer of some kind does not have.
+OF_OTHERS = ("target_diversity", "tiles_per_cluster", "num_probes")
+FOREIGN_ARGUMENTS = {
+    "trix": ("tiles_per_cluster", "num_probes"),
+    "hierarchical": ("max_k", "confidence_threshold"),
+    "sparse_lookup": ("d_ff", "top_k", "routing", "max_k", "confidence_threshold", "diversity_weight", *OF_OTHERS),
+    "sparse_lookup_v2": ("d_ff", "top_k", "routing", "max_k", "confidence_threshold", *OF_OTHERS),
+}
+
+
 @dataclass(frozen=True)
 class FFNConfig:
     """Which feed-forward layer a block holds.
@@ -282,6 +295,14 @@ class FFNConfig:
             return None
         if self.kind == "dense":
             return DenseFFN(d_model, 4 * d_model if self.d_ff is None else self.d_ff)
+        if self.kind not in FOREIGN_ARGUMENTS:
+            kinds = "'trix', 'hierarchical', 'sparse_lookup', 'sparse_lookup_v2', 'dense' or 'none'"
+            raise ValueError(f"kind ({self.kind!r}) must be {kinds}")
+        foreign = FOREIGN_ARGUMENTS[self.kind]
+        for name in foreign:
+            if getattr(self, name) != getattr(FFNConfig, name):
+                default = getattr(FFNConfig, name)
+                raise ValueError(f"{name} ({getattr(self, name)}) must be {default} where kind is {self.kind!r}")
         if self.kind == "sparse_lookup":
             return SparseLookupFFN(
                 d_model,
@@ -299,18 +320,12 @@ class FFNConfig:
                 balance_weight=self.balance_weight,
                 balance_rate=self.balance_rate,
             )
-        if self.kind not in ("trix", "hierarchical"):
-            kinds = "'trix', 'hierarchical', 'sparse_lookup', 'sparse_lookup_v2', 'dense' or 'none'"
-            raise ValueError(f"kind ({self.kind!r}) must be {kinds}")
         arguments = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "kind"}
         if self.top_k is None:
             allows_more = self.num_tiles > 1 and self.max_k is None and self.routing != "hash"
             arguments["top_k"] = 2 if allows_more else 1
-        foreign = ("max_k",) if self.kind == "hierarchical" else ("tiles_per_cluster", "num_probes")
         for name in foreign:
-            if arguments.pop(name) is not None:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be None where kind is {self.kind!r}")
+            del arguments[name]
         if self.kind == "hierarchical":
-            del arguments["confidence_threshold"]  # it belongs to max_k
             return HierarchicalTriXFFN(d_model, **arguments)
         return TriXFFN(d_model, **arguments)

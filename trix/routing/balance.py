@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from trix.functional.autocast import without_autocast
+
 
 def tile_load(tile_idx: Tensor, num_tiles: int, weight: Tensor | None = None) -> Tensor:
     """Share of the assignments that each tile gets: float32 [num_tiles], sums to 1 (0 for an empty batch).
@@ -20,13 +22,17 @@ def tile_load(tile_idx: Tensor, num_tiles: int, weight: Tensor | None = None) ->
 
 
 def mean_softmax(score: Tensor, is_counted: Tensor | None = None) -> Tensor:
-    """mean_t softmax(score_t) of score [T, E], over the tokens that count (bool [T]; None: all): [E], in at least float32."""
+    """mean_t softmax(score_t) of score [T, E], over the tokens that count (bool [T]; None: all): [E], in at least float32.
+
+    Differentiable once.
+    """
     score = score.to(torch.promote_types(score.dtype, torch.float32))
     if is_counted is None:
         share = torch.full((score.shape[0],), 1.0 / max(score.shape[0], 1), dtype=score.dtype, device=score.device)
     else:
         share = is_counted.to(score.dtype) / is_counted.sum().clamp_min(1)
-    return _WeightedSoftmax.apply(score, share)  # type: ignore[no-untyped-call]
+    with without_autocast(score):
+        return _WeightedSoftmax.apply(score, share)  # type: ignore[no-untyped-call]
 
 
 class _WeightedSoftmax(torch.autograd.Function):
@@ -45,7 +51,8 @@ class _WeightedSoftmax(torch.autograd.Function):
 
 
 def balance_loss(score: Tensor, tile_idx: Tensor, weight: Tensor | None = None) -> Tensor:
-    """E * sum_e load_e * mean_t softmax(score_t)_e: 1 at equal load, E at collapse; differentiable through the scores.
+    """E * sum_e load_e * mean_t softmax(score_t)_e: 1 at equal load, E at collapse; differentiable once, through
+    the scores.
 
     Source: Fedus et al., 2021, Switch Transformer (arXiv:2101.03961), eq. 4-6.
 
@@ -60,13 +67,21 @@ def balance_loss(score: Tensor, tile_idx: Tensor, weight: Tensor | None = None) 
     return num_tiles * (tile_load(tile_idx, num_tiles, weight) * probability).sum()
 
 
-def nudged_bias(bias: Tensor, tile_idx: Tensor, rate: float, weight: Tensor | None = None) -> Tensor:
-    """bias + rate * sign(mean load - load): tiles with too much load become a little harder to reach.
+def balance_nudge(
+    tile_idx: Tensor, num_tiles: int, rate: float, weight: Tensor | None = None, in_use: Tensor | None = None
+) -> Tensor:
+    """rate * sign(mean load - load), to be added to the bias: tiles with too much load become a little harder to reach.
 
     Source: Wang et al., 2024, auxiliary-loss-free load balancing (arXiv:2408.15664).
+
+    Args:
+        tile_idx, weight: as :func:`tile_load`. in_use: bool [num_tiles]; the others have no part in the mean and get 0.
     """
-    load = tile_load(tile_idx, bias.shape[0], weight)
-    return bias + rate * (load.mean() - load).sign().to(bias.dtype)
+    load = tile_load(tile_idx, num_tiles, weight)
+    if in_use is None:
+        return rate * (load.mean() - load).sign()
+    mean = (load * in_use).sum() / in_use.sum().clamp_min(1)
+    return rate * (mean - load).sign() * in_use
 
 
 def check_weights(**weights: float) -> None:

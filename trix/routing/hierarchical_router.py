@@ -6,11 +6,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from trix.functional.autocast import without_autocast
 from trix.functional.signatures import inverse_sqrt_active
 from trix.functional.two_level_search import two_level_search
 from trix.outputs import RoutingDecision
 from trix.routing.clusters import cluster_members, members_of
-from trix.routing.router import SignatureRouter, without_autocast
+from trix.routing.router import SignatureRouter
 
 
 class HierarchicalRouter(SignatureRouter):

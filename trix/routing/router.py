@@ -1,18 +1,18 @@
 """Routers: which tiles a token goes to, and how much each one counts."""
 
 import math
-from contextlib import nullcontext
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from trix.functional.autocast import without_autocast
 from trix.functional.packing import check_packed, pack_ternary, packed_width, unpack_ternary
 from trix.functional.signatures import signature_diversity_loss, signature_scores
 from trix.functional.ternary import threshold_ternary
 from trix.functional.tile_matmul import select_top_k, signature_route
 from trix.outputs import RoutingDecision
-from trix.routing.balance import check_weights, nudged_bias
+from trix.routing.balance import balance_nudge, check_weights
 from trix.routing.confidence import adaptive_weight
 
 MASS_DECAY = 0.99
@@ -80,7 +80,7 @@ class Router(nn.Module):
         Assignments of weight 0 are not counted.
         """
         if self.balance_rate > 0 and tile_idx_TK.shape[0] > 0:
-            self.balance_bias.copy_(nudged_bias(self.balance_bias, tile_idx_TK, self.balance_rate, weight_TK))
+            self.balance_bias += balance_nudge(tile_idx_TK, self.num_tiles, self.balance_rate, weight_TK)
 
     def _check_width(self, x_TD: Tensor) -> None:
         if x_TD.shape[-1] != self.d_model:
@@ -144,6 +144,7 @@ class SignatureRouter(Router):
         self.register_buffer("is_free_E", torch.zeros(num_tiles, dtype=torch.bool))
         self.register_buffer("log_mass_E", torch.zeros(num_tiles))
         self.register_buffer("num_raised", torch.zeros((), dtype=torch.int64))
+        self._first_top_k = self.top_k
 
     def signatures(self, emergent_ED: Tensor | None = None) -> Tensor:
         """The ternary signatures in force, [E, D] in {-1, 0, +1}; ``emergent_ED`` is what the tiles' weights say."""
@@ -200,7 +201,7 @@ class SignatureRouter(Router):
         else:
             self.raw_signatures[tile_idx] = signature_D.to(self.raw_signatures)
         self.is_frozen_E[tile_idx] = freeze
-        self.occupy(tile_idx, float(self.balance_bias.mean()))
+        self.occupy(tile_idx, float(self.balance_bias[~self.is_free_E].mean()))
 
     @torch.no_grad()
     def freeze(self, tile_idx: int, emergent_ED: Tensor | None = None) -> None:
@@ -268,15 +269,15 @@ class SignatureRouter(Router):
     def update_balance(self, tile_idx_TK: Tensor, weight_TK: Tensor | None = None) -> None:
         """As in :class:`Router`, but a frozen tile keeps its standing: it gets the mean nudge, whatever tokens it claims.
 
-        The masses that mergers and splits left behind go a little way back to 1.
+        Free slots have no part in it. The masses that mergers and splits left behind go a little way back to 1.
         """
         self.log_mass_E.mul_(MASS_DECAY)
-        if self.balance_rate == 0:
+        if self.balance_rate == 0 or tile_idx_TK.shape[0] == 0:
             return
-        before_E = self.balance_bias.clone()
-        super().update_balance(tile_idx_TK, weight_TK)
-        mean_nudge = (self.balance_bias - before_E).mean()
-        self.balance_bias.copy_(torch.where(self.is_frozen_E, before_E + mean_nudge, self.balance_bias))
+        in_use_E = ~self.is_free_E
+        nudge_E = balance_nudge(tile_idx_TK, self.num_tiles, self.balance_rate, weight_TK, in_use_E)
+        mean_nudge = nudge_E.sum() / in_use_E.sum().clamp_min(1)
+        self.balance_bias += torch.where(self.is_frozen_E, mean_nudge, nudge_E) * in_use_E
 
     def forward(self, x_TD: Tensor, emergent_ED: Tensor | None = None) -> RoutingDecision:
         tile_idx_TK, score_TE = self.select(x_TD, emergent_ED)
@@ -299,7 +300,6 @@ class SignatureRouter(Router):
         return super()._gate(score_TE + self.log_mass_E, tile_idx_TK) * self.log_mass_E.neg().exp()[tile_idx_TK]
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
-        self.top_k += int(state_dict.get(prefix + "num_raised", self.num_raised)) - int(self.num_raised)
         packed = state_dict.get(prefix + "packed_signatures")
         # A buffer that is None is not loaded: take the mode of the state that comes.
         self.packed_signatures = None
@@ -310,6 +310,8 @@ class SignatureRouter(Router):
             check_packed(packed, self.d_model)
             self.packed_signatures = torch.empty_like(packed, device=self.balance_bias.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
+        if not self.num_raised.is_meta:
+            self.top_k = self._first_top_k + int(self.num_raised)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, source={self.source}, frozen={int(self.is_frozen_E.sum())}"
@@ -335,10 +337,3 @@ class LearnedRouter(Router):
         x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
         with without_autocast(x_TD):
             return self._decide(x_TD @ self.gate_ED.to(x_TD.dtype).T)
-
-
-def without_autocast(x: Tensor) -> torch.autocast | nullcontext[None]:
-    # Entered only where autocast is on: an always-entered context would stand in every exported graph.
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
-    return nullcontext()

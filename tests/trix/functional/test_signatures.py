@@ -111,3 +111,18 @@ def test_scores_have_the_gradient_of_their_formula() -> None:
     expected = torch.autograd.grad((x @ signatures.T) * factor, (x, signatures), grad)
     for ours, plain in zip(torch.autograd.grad(signature_scores(x, signatures), (x, signatures), grad), expected, strict=True):
         torch.testing.assert_close(ours, plain)
+
+
+def test_a_single_token_and_autocast_are_scored_and_differentiated() -> None:
+    signatures = torch.randn(3, 8).sign()
+    x = torch.randn(8, requires_grad=True)
+    score = signature_scores(x, signatures)
+    assert score.shape == (3,)
+    score.sum().backward()
+    torch.testing.assert_close(x.grad, signatures.sum(dim=0) / 8**0.5)
+    batch = torch.randn(4, 8, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = signature_scores(batch, signatures)
+    scores.sum().backward()
+    assert scores.dtype == torch.float32
+    assert batch.grad is not None

@@ -290,3 +290,18 @@ def test_a_language_model_of_sparse_lookups_reports_and_trains(kind: Any) -> Non
         assert layer.direction_ED.grad is not None
         assert layer.direction_ED.grad.abs().sum() > 0
     assert not any("ffn_norm" in name for name, _ in model.named_parameters())  # it would stand there unused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ({"kind": "trix", "num_probes": 2}, "num_probes"),
+        ({"kind": "hierarchical", "max_k": 2}, "max_k"),
+        ({"kind": "sparse_lookup", "top_k": 2}, "top_k"),
+        ({"kind": "sparse_lookup", "diversity_weight": 0.1}, "diversity_weight"),
+        ({"kind": "sparse_lookup_v2", "routing": "hash"}, "routing"),
+    ],
+)
+def test_an_argument_that_a_kind_does_not_have_is_refused(arguments: dict[str, Any], name: str) -> None:
+    with pytest.raises(ValueError, match=rf"{name} \(.+\) must be .+ where kind is '{arguments['kind']}'"):
+        FFNConfig(**arguments).build(8)

@@ -1,7 +1,10 @@
+from typing import Any
+
 import pytest
 import torch
 
-from trix.routing.balance import balance_loss, mean_softmax, nudged_bias, tile_load
+from trix.nn import FFNConfig, TriXBlock
+from trix.routing.balance import balance_loss, balance_nudge, mean_softmax, tile_load
 
 
 def test_load_is_the_share_of_assignments() -> None:
@@ -27,7 +30,7 @@ def test_a_step_down_the_balance_loss_evens_the_scores() -> None:
 
 
 def test_the_bias_moves_against_the_load() -> None:
-    bias = nudged_bias(torch.zeros(3), torch.tensor([[0], [0], [0], [1], [1], [2]]), rate=0.1)
+    bias = balance_nudge(torch.tensor([[0], [0], [0], [1], [1], [2]]), 3, rate=0.1)
     assert bias.tolist() == pytest.approx([-0.1, 0.0, 0.1])
 
 
@@ -46,3 +49,23 @@ def test_the_mean_softmax_has_the_gradient_of_its_formula(is_masked: bool) -> No
     counted = score if is_counted is None else score[is_counted]
     torch.testing.assert_close(mean_softmax(score, is_counted), counted.softmax(dim=-1).mean(dim=0))
     assert torch.autograd.gradcheck(mean_softmax, (score, is_counted))
+
+
+def test_tiles_that_are_not_in_use_have_no_part_in_the_balance() -> None:
+    tile_idx = torch.tensor([[0], [0], [0], [2], [2]])
+    nudge = balance_nudge(tile_idx, 4, rate=0.1, in_use=torch.tensor([True, False, True, False]))
+    assert nudge.tolist() == pytest.approx([-0.1, 0.0, 0.1, 0.0])
+
+
+@pytest.mark.parametrize("kind", ["trix", "hierarchical", "sparse_lookup", "sparse_lookup_v2"])
+def test_the_balance_loss_trains_under_autocast(kind: Any) -> None:
+    block = TriXBlock(16, 2, FFNConfig(kind=kind, num_tiles=4), context_length=8)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, _, aux = block(torch.randn(2, 5, 16), return_routing=True)
+        assert aux is not None
+        loss = y.float().square().mean() + aux["total_aux"]
+    loss.backward()
+    assert aux["balance"].dtype == torch.float32
+    gradients = [p.grad for p in block.ffn.parameters() if p.grad is not None]
+    assert gradients
+    assert all(gradient.isfinite().all() for gradient in gradients)
