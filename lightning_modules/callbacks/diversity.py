@@ -61,18 +61,10 @@ class DiversityMonitor(L.Callback):
             raise ValueError(f"min_difference ({min_difference}) must be >= 0 and < 1")
         self.threshold, self.every_n_steps, self.level = threshold, every_n_steps, level
         self.max_weight, self.min_difference = max_weight, min_difference
-        self._reset()
-
-    def _reset(self) -> None:
         self._low_layers: set[str] = set()
         self._last_step = -1
         self._weights: dict[str, float] = {}
         self._least_weights: dict[str, float] = {}
-
-    @override
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage == "fit":
-            self._reset()  # a run before has nothing to do with this one; the state of a checkpoint comes after setup
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
