@@ -29,6 +29,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> exported_models.Export
         FFNConfig(num_tiles=4),
         FFNConfig(num_tiles=4, top_k=2, routing="emergent"),
         FFNConfig(num_tiles=4, routing="learned"),
+        FFNConfig(num_tiles=4, route_on="embedding"),
         FFNConfig(kind="hierarchical", num_tiles=9),
         FFNConfig(kind="dense"),
         FFNConfig(kind="none"),

@@ -17,6 +17,7 @@ class TriXBlock(nn.Module):
         x_BTD: float [B, T, D] -> [B, T, D]; with ``return_routing`` also the layer's RoutingInfo and AuxLosses, which are None
         where ``ffn.kind`` is a control without tiles. token_BT: int64, the ids of the tokens, for routing by ``hash``. mask_BT:
         bool, False for padding: no token looks at it, and the tiles neither compute nor count it.
+        embedding_BTD: the embeddings of the tokens, for routing on them; by default x_BTD, as in the first block.
 
     Raises:
         ValueError: as RotaryAttention and TriXFFN.
@@ -34,7 +35,10 @@ class TriXBlock(nn.Module):
         super().__init__()
         self.attention_norm = nn.RMSNorm(d_model)
         self.attention = RotaryAttention(d_model, n_heads, context_length, ternary_attention, dropout)
-        self.ffn = (ffn or FFNConfig()).build(d_model, dropout)
+        ffn = ffn or FFNConfig()
+        self.ffn = ffn.build(d_model, dropout)
+        reads_embedding = isinstance(self.ffn, TriXFFN) and ffn.route_on == "embedding"
+        self.routing_norm = nn.RMSNorm(d_model, elementwise_affine=False) if reads_embedding else None
         has_own_norm = self.ffn is None or isinstance(self.ffn, SparseLookupFFN)
         self.ffn_norm = None if has_own_norm else nn.RMSNorm(d_model)
         self.dropout = nn.Dropout(dropout)
@@ -47,6 +51,7 @@ class TriXBlock(nn.Module):
         return_routing: Literal[False] = ...,
         token_BT: Tensor | None = ...,
         mask_BT: Tensor | None = ...,
+        embedding_BTD: Tensor | None = ...,
     ) -> Tensor: ...
     @overload
     def forward(
@@ -57,6 +62,7 @@ class TriXBlock(nn.Module):
         return_routing: Literal[True],
         token_BT: Tensor | None = ...,
         mask_BT: Tensor | None = ...,
+        embedding_BTD: Tensor | None = ...,
     ) -> tuple[Tensor, RoutingInfo | None, AuxLosses | None]: ...
     def forward(
         self,
@@ -65,7 +71,10 @@ class TriXBlock(nn.Module):
         return_routing: bool = False,
         token_BT: Tensor | None = None,
         mask_BT: Tensor | None = None,
+        embedding_BTD: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, RoutingInfo | None, AuxLosses | None]:
+        if embedding_BTD is None:
+            embedding_BTD = x_BTD
         x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), is_causal, mask_BT))
         info: RoutingInfo | None = None
         aux: AuxLosses | None = None
@@ -78,7 +87,13 @@ class TriXBlock(nn.Module):
             }
         elif self.ffn is not None and self.ffn_norm is not None:
             if isinstance(self.ffn, TriXFFN):
-                y_BTD, info, aux = self.ffn(self.ffn_norm(x_BTD), return_routing=True, token_idx=token_BT, mask=mask_BT)
+                y_BTD, info, aux = self.ffn(
+                    self.ffn_norm(x_BTD),
+                    return_routing=True,
+                    token_idx=token_BT,
+                    mask=mask_BT,
+                    routing_x=None if self.routing_norm is None else self.routing_norm(embedding_BTD),
+                )
             else:
                 y_BTD = self.ffn(self.ffn_norm(x_BTD))
             x_BTD = x_BTD + self.dropout(y_BTD)
@@ -142,8 +157,9 @@ class TriXStack(nn.Module):
     ) -> Tensor | tuple[Tensor, list[RoutingInfo], AuxLosses | None]:
         infos: list[RoutingInfo] = []
         total: AuxLosses | None = None
+        embedding_BTD = x_BTD
         for block in self.blocks:
-            x_BTD, info, aux = block(x_BTD, is_causal, return_routing=True, token_BT=token_BT, mask_BT=mask_BT)
+            x_BTD, info, aux = block(x_BTD, is_causal, True, token_BT, mask_BT, embedding_BTD)
             if info is not None:
                 infos.append(info)
             if aux is not None:

@@ -44,12 +44,13 @@ class TriXFFN(SignatureSurgery):
     Shape:
         x: float [B, D] or [B, T, D] (any leading dimensions) -> the same shape and dtype. token_idx: int64, the shape of x less
         its last dimension, the ids of the tokens; only ``hash`` reads them. mask: bool of that shape, False for padding: it is
-        routed, but with weight 0, so it is neither computed (y = 0) nor counted in the balance.
+        routed, but with weight 0, so it is neither computed (y = 0) nor counted in the balance. routing_x: float, the shape of
+        x: what the signatures are compared with instead of x.
 
     Raises:
         ValueError: d_ff not divisible by num_tiles, top_k or max_k > num_tiles, a weight or rate that is negative, infinite or
-            NaN, target_diversity outside [0, 1], a wrong last dimension of x, a mask that does not fit, or ``hash`` without
-            token ids or with more than one tile per token.
+            NaN, target_diversity outside [0, 1], a wrong last dimension of x, a mask or routing_x that does not fit, or
+            ``hash`` without token ids or with more than one tile per token.
     """
 
     def __init__(
@@ -89,17 +90,34 @@ class TriXFFN(SignatureSurgery):
 
     @overload
     def forward(
-        self, x: Tensor, return_routing: Literal[False] = ..., token_idx: Tensor | None = ..., mask: Tensor | None = ...
+        self,
+        x: Tensor,
+        return_routing: Literal[False] = ...,
+        token_idx: Tensor | None = ...,
+        mask: Tensor | None = ...,
+        routing_x: Tensor | None = ...,
     ) -> Tensor: ...
     @overload
     def forward(
-        self, x: Tensor, return_routing: Literal[True], token_idx: Tensor | None = ..., mask: Tensor | None = ...
+        self,
+        x: Tensor,
+        return_routing: Literal[True],
+        token_idx: Tensor | None = ...,
+        mask: Tensor | None = ...,
+        routing_x: Tensor | None = ...,
     ) -> tuple[Tensor, RoutingInfo, AuxLosses]: ...
     def forward(
-        self, x: Tensor, return_routing: bool = False, token_idx: Tensor | None = None, mask: Tensor | None = None
+        self,
+        x: Tensor,
+        return_routing: bool = False,
+        token_idx: Tensor | None = None,
+        mask: Tensor | None = None,
+        routing_x: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, RoutingInfo, AuxLosses]:
         x_TD = x.reshape(-1, x.shape[-1])
-        decision = self._route(x_TD, token_idx)
+        if routing_x is not None and routing_x.shape != x.shape:
+            raise ValueError(f"routing_x {tuple(routing_x.shape)} must have the shape of x {tuple(x.shape)}")
+        decision = self._route(x_TD if routing_x is None else routing_x.reshape(x_TD.shape), token_idx)
         if mask is not None:
             decision = _without_padding(decision, mask, x)
         if self.training:
@@ -246,7 +264,7 @@ class DenseFFN(nn.Module):
 
 
 # Fields of FFNConfig that a routed layer of some kind does not have.
-OF_OTHERS = ("target_diversity", "tiles_per_cluster", "num_probes")
+OF_OTHERS = ("route_on", "target_diversity", "tiles_per_cluster", "num_probes")
 FOREIGN_ARGUMENTS = {
     "trix": ("tiles_per_cluster", "num_probes"),
     "hierarchical": ("max_k", "confidence_threshold"),
@@ -263,6 +281,8 @@ class FFNConfig:
         kind: ``trix`` (tiles), ``hierarchical`` (many tiles, found by clusters: :class:`~trix.nn.HierarchicalTriXFFN`),
             ``sparse_lookup`` or ``sparse_lookup_v2`` (:class:`~trix.nn.SparseLookupFFN`, :class:`~trix.nn.SparseLookupFFNv2`),
             or a control: ``dense`` (float, width d_ff) or ``none`` (no feed-forward layer at all).
+        route_on: what a block lets the signatures read. ``hidden``: the layer's own input, so the context. ``embedding``: the
+            normalised embedding of the token, in every layer, so that a token goes to the same tiles whatever its context.
         top_k: default: 2, or 1 with a single tile, with max_k and under ``hash``, which allow no other.
         tiles_per_cluster, num_probes: of a hierarchical layer alone, which in turn has no max_k.
         All others: see :class:`TriXFFN`; a dense layer reads only d_ff (default 4 * d_model), a sparse lookup num_tiles,
@@ -274,6 +294,7 @@ class FFNConfig:
     d_ff: int | None = None
     top_k: int | None = None
     routing: Routing = "explicit"
+    route_on: Literal["hidden", "embedding"] = "hidden"
     balance_weight: float = 0.01
     balance_rate: float = 0.01
     max_k: int | None = None
@@ -320,7 +341,9 @@ class FFNConfig:
                 balance_weight=self.balance_weight,
                 balance_rate=self.balance_rate,
             )
-        arguments = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "kind"}
+        if self.route_on not in ("hidden", "embedding"):
+            raise ValueError(f"route_on ({self.route_on!r}) must be 'hidden' or 'embedding'")
+        arguments = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("kind", "route_on")}
         if self.top_k is None:
             allows_more = self.num_tiles > 1 and self.max_k is None and self.routing != "hash"
             arguments["top_k"] = 2 if allows_more else 1

@@ -1,4 +1,5 @@
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -7,7 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trix import TriXBlock, TriXStack
-from trix.nn import Classifier, ClassifierConfig, FFNConfig, LanguageModel, LanguageModelConfig, pack_model, unpack_model
+from trix.nn import (
+    Classifier,
+    ClassifierConfig,
+    FFNConfig,
+    LanguageModel,
+    LanguageModelConfig,
+    TriXFFN,
+    pack_model,
+    routed_layers,
+    unpack_model,
+)
 from trix.nn.classifier import WindowEmbedding
 
 SMALL = LanguageModelConfig(d_model=16, num_layers=2, n_heads=2, context_length=12, ffn=FFNConfig(num_tiles=4))
@@ -15,6 +26,7 @@ KINDS = [
     FFNConfig(num_tiles=4),
     FFNConfig(num_tiles=4, top_k=2, routing="emergent"),
     FFNConfig(num_tiles=4, routing="learned"),
+    FFNConfig(num_tiles=4, route_on="embedding"),
     FFNConfig(kind="dense"),
     FFNConfig(kind="none"),
 ]
@@ -24,7 +36,7 @@ def small_model(ffn: FFNConfig = SMALL.ffn, ternary_attention: bool = False) -> 
     return LanguageModel(11, LanguageModelConfig(16, 2, 2, 12, ternary_attention, 0.0, ffn))
 
 
-@pytest.mark.parametrize("ffn", KINDS, ids=lambda ffn: f"{ffn.kind}-{ffn.routing}")
+@pytest.mark.parametrize("ffn", KINDS, ids=lambda ffn: f"{ffn.kind}-{ffn.routing}-{ffn.route_on}")
 def test_language_model_is_causal_and_reports_its_routed_layers(ffn: FFNConfig) -> None:
     model = small_model(ffn).double().eval()
     token = torch.randint(0, 11, (3, 12))
@@ -65,7 +77,7 @@ def test_model_learns_a_periodic_text() -> None:
     assert F.cross_entropy(model(token[:, :-1]).flatten(0, 1), token[:, 1:].flatten()).item() < 0.5
 
 
-@pytest.mark.parametrize("ffn", KINDS, ids=lambda ffn: f"{ffn.kind}-{ffn.routing}")
+@pytest.mark.parametrize("ffn", KINDS, ids=lambda ffn: f"{ffn.kind}-{ffn.routing}-{ffn.route_on}")
 def test_packing_a_model_keeps_it_and_unpacks(ffn: FFNConfig) -> None:
     model = small_model(ffn, ternary_attention=True).eval()
     token = torch.randint(0, 11, (2, 9))
@@ -176,3 +188,30 @@ def test_sizes_are_checked() -> None:
             Classifier(num_classes=3, **sizes)
     with pytest.raises(ValueError, match=r"sequence length \(13\) must be <= context_length \(12\)"):
         small_model()(torch.zeros(1, 13, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("routing", ["explicit", "emergent", "learned"])
+def test_routed_on_its_embedding_a_token_goes_to_the_same_tiles_in_every_context(routing: Any) -> None:
+    torch.manual_seed(0)
+    token = torch.arange(5).repeat(2)[None, torch.randperm(10)]
+    for route_on, is_steady in (("embedding", True), ("hidden", False)):
+        model = small_model(FFNConfig(num_tiles=8, routing=routing, route_on=route_on)).eval()
+        _, infos, _ = model(token, return_routing=True)
+        tiles = [{tuple(chosen) for chosen in info["tile_idx"][token == t].tolist()} for info in infos for t in range(5)]
+        assert all(len(choices) == 1 for choices in tiles) == is_steady
+
+
+def test_routing_on_the_embedding_trains_embedding_and_signatures() -> None:
+    model = small_model(FFNConfig(num_tiles=4, route_on="embedding", balance_weight=0.0))
+    logits, infos, _ = model(torch.randint(0, 11, (2, 12)), return_routing=True)
+    torch.autograd.grad(infos[1]["weight"].sum(), [model.embedding.weight], retain_graph=True)
+    logits.logsumexp(-1).sum().backward()
+    for ffn in routed_layers(model):
+        assert ffn.router.raw_signatures.grad.abs().sum() > 0
+
+
+def test_what_routing_reads_must_fit() -> None:
+    with pytest.raises(ValueError, match=r"routing_x \(3, 8\) must have the shape of x \(2, 8\)"):
+        TriXFFN(8, 2)(torch.randn(2, 8), routing_x=torch.randn(3, 8))
+    with pytest.raises(ValueError, match=r"route_on \('both'\) must be 'hidden' or 'embedding'"):
+        FFNConfig(route_on="both").build(8)  # type: ignore[arg-type]
