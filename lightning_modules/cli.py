@@ -18,7 +18,7 @@ Sparse networks you can read: train them, read them, export them, run them.
 training (trix COMMAND --help lists every option)
   fit         train a model, as one or several YAML files say
   validate    measure a checkpoint on the validation data
-  test        measure a checkpoint on the test data (for the data sets here: the validation data)
+  test        measure a checkpoint on the test data (the validation data, where a data set has no other)
   predict     write the predictions of a checkpoint to a file
 reading
   inspect     write one HTML page: what each tile of a checkpoint responds to, and what lands on it

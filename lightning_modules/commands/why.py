@@ -80,11 +80,12 @@ def _encoded(task: "LanguageModelTask", prompt: str) -> "Tensor":
 def _classified(task: "ClassifierTask", vocabulary: str, prompt: str) -> tuple["Tensor", list[str], str]:
     import torch
 
-    from lightning_modules.data.language_id import UNKNOWN_TOKEN
+    from lightning_modules.data.language_id import encode
+    from lightning_modules.data.translations import plain_text
 
+    prompt = plain_text(prompt)
     _check_length(prompt, task.network.config.context_length)
-    place = {character: token for token, character in enumerate(vocabulary)}
-    token_BT = torch.tensor([[place.get(character, UNKNOWN_TOKEN) for character in prompt]])
+    token_BT = encode([prompt], vocabulary, len(prompt))
     prediction = int(task.predict_step((token_BT, torch.zeros(1, dtype=torch.int64)))["label"])
     return token_BT, _written(prompt), f"prompt, taken for {task.class_names[prediction]!r}"
 
@@ -167,8 +168,8 @@ def _parser() -> CommandParser:
         "  trix why runs/digits/best.ckpt --index 7",
     )
     parser.add_argument("ckpt", help="a checkpoint written by `trix fit`")
-    parser.add_argument("--prompt", help="for a language model: the text to ask about")
-    parser.add_argument("--index", type=int, help="for a classifier: which of its validation images, counted from 0")
+    parser.add_argument("--prompt", help="for a model of text: the text to ask about")
+    parser.add_argument("--index", type=int, help="for a classifier of images: which of its validation images, counted from 0")
     parser.add_argument("--layer", type=int, default=0, help="the routed layer, counted from 0 (default: %(default)s)")
     parser.add_argument("--num-dims", type=int, default=5, help="how many dimensions to name (default: %(default)s)")
     parser.add_argument("--position", type=int, help="only the token at this place, counted from 0")

@@ -121,15 +121,6 @@ class LanguageIdDataModule(L.LightningDataModule):
         if self.batch_size > len(self.train_texts):
             raise DataError(f"batch_size ({self.batch_size}) must be <= training texts ({len(self.train_texts)})")
 
-    def encode(self, texts: Sequence[str]) -> Tensor:
-        """Token ids, int64 [N, T], of plain texts; what the vocabulary lacks is token 1, and the rest of a row token 0."""
-        place = {character: index for index, character in enumerate(self.vocabulary)}
-        token_NT = np.full((len(texts), self.context_length), PADDING_TOKEN, dtype=np.int64)
-        for row_T, text in zip(token_NT, texts, strict=True):
-            tokens = [place.get(character, UNKNOWN_TOKEN) for character in text[: self.context_length]]
-            row_T[: len(tokens)] = tokens
-        return torch.from_numpy(token_NT)
-
     def train_dataloader(self) -> ResumableLoader[TextBatch]:
         """Whole batches of each epoch's permutation, resumable within an epoch."""
         rank, world_size = rank_and_world_size()
@@ -175,8 +166,21 @@ class LanguageIdDataModule(L.LightningDataModule):
 
     def _tensors(self, translations: Sequence[Translation]) -> tuple[Tensor, Tensor]:
         label = {language: index for index, language in enumerate(self.class_names)}
-        token_NT = self.encode([translation.text for translation in translations])
+        token_NT = encode([translation.text for translation in translations], self.vocabulary, self.context_length)
         return token_NT, torch.tensor([label[translation.language] for translation in translations])
+
+
+def encode(texts: Sequence[str], vocabulary: str, length: int) -> Tensor:
+    """Token ids, int64 [N, length], of the heads of plain texts (:func:`~lightning_modules.data.translations.plain_text`).
+
+    A character that the vocabulary lacks is token 1; the rest of a row is token 0.
+    """
+    place = {character: index for index, character in enumerate(vocabulary)}
+    token_NT = np.full((len(texts), length), PADDING_TOKEN, dtype=np.int64)
+    for row_T, text in zip(token_NT, texts, strict=True):
+        tokens = [place.get(character, UNKNOWN_TOKEN) for character in text[:length]]
+        row_T[: len(tokens)] = tokens
+    return torch.from_numpy(token_NT)
 
 
 def _split(

@@ -34,7 +34,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> exported_models.Export
         FFNConfig(kind="dense"),
         FFNConfig(kind="none"),
     ],
-    ids=lambda ffn: f"{ffn.kind}-{ffn.routing}",
+    ids=lambda ffn: f"{ffn.kind}-{ffn.routing}-{ffn.route_on}",
 )
 def test_every_kind_of_layer_exports_within_float_rounding(ffn: FFNConfig, tmp_path: Path) -> None:
     report = exported_models.export(tmp_path, ffn).report
@@ -45,7 +45,7 @@ def test_every_kind_of_layer_exports_within_float_rounding(ffn: FFNConfig, tmp_p
 
 
 def test_layers_whose_tiles_were_merged_and_split_export_as_they_are(tmp_path: Path) -> None:
-    model = exported_models.make_model(FFNConfig(num_tiles=5))
+    model = exported_models.make_model(FFNConfig(num_tiles=5, top_k=1))
     first, second = (block.ffn for block in model.stack.blocks)
     merge_tiles(first, 0, 1)
     merge_tiles(second, 2, 3)
@@ -117,7 +117,7 @@ def test_classifier_exports(tmp_path: Path) -> None:
     logits, tile_idx = ExportedModel(path).run(held_out[:7].numpy())
     np.testing.assert_allclose(logits, model(held_out[:7]).detach().numpy(), rtol=1e-4, atol=1e-5)
     assert tile_idx is not None
-    assert tile_idx.shape == (7, 5, 2, 1)
+    assert tile_idx.shape == (7, 5, 2, 2)
     with pytest.raises(ExportError, match=r"class_names \(2\) must name each of the 3 classes"):
         export_classifier(model, ["a", "b"], held_out, path)
 

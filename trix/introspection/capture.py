@@ -1,5 +1,6 @@
 """One run of a model, with what every routed layer's router got and decided."""
 
+import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,10 @@ from trix.outputs import LookupInfo, RoutingDecision
 
 @dataclass(frozen=True)
 class Capture:
-    """One run, layer by layer: x_TD, the tokens as the router saw them, flattened; decision, what it made of them."""
+    """One run, layer by layer: x_TD, the tokens as the router saw them, flattened; decision, what the layer made of them.
+
+    Padding, which the mask of a layer names, has weight 0.
+    """
 
     x_TD: tuple[Tensor, ...]
     decision: tuple[RoutingDecision, ...]
@@ -37,7 +41,7 @@ def capture_routing(model: nn.Module, layers: Sequence[RoutedLayer], batches: It
     noted: list[list[Note]] = [[] for _ in layers]
     for batch in batches:
         of_batch: list[list[Note]] = [[] for _ in layers]
-        handles = [_note(layer, notes) for layer, notes in zip(layers, of_batch, strict=True)]
+        handles = [handle for layer, notes in zip(layers, of_batch, strict=True) for handle in _note(layer, notes)]
         try:
             with _evaluating(model):
                 model(batch)
@@ -55,7 +59,19 @@ def capture_routing(model: nn.Module, layers: Sequence[RoutedLayer], batches: It
     return Capture(x_TD, decision)
 
 
-def _note(layer: RoutedLayer, notes: list[Note]) -> RemovableHandle:
+def _note(layer: RoutedLayer, notes: list[Note]) -> tuple[RemovableHandle, RemovableHandle]:
+    """Note each run of the layer; the second hook comes after the first."""
+
+    def leave_out_padding(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], __: Any) -> None:
+        mask = inspect.signature(layer.forward).bind(*inputs, **named).arguments.get("mask")
+        if mask is not None:
+            x_TD, decision = notes[-1]
+            notes[-1] = (x_TD, decision._replace(weight=decision.weight * mask.reshape(-1, 1)))
+
+    return _note_decision(layer, notes), layer.register_forward_hook(leave_out_padding, with_kwargs=True)
+
+
+def _note_decision(layer: RoutedLayer, notes: list[Note]) -> RemovableHandle:
     if isinstance(layer, SparseLookupFFN):  # it asks its router for the choice alone, without a forward to hook
 
         def note_lookup(_: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, LookupInfo, Any]) -> None:

@@ -17,14 +17,17 @@ from trix.nn.tiles import TernaryTiles
 from trix.outputs import RoutingDecision
 from trix.routing.balance import tile_load
 from trix.routing.hash_router import HashRouter
-from trix.routing.router import LearnedRouter, Router
+from trix.routing.router import LearnedRouter, Router, SignatureRouter
+
+COSINE_TOLERANCE = 1e-6  # rounding must not part what is equal
 
 
 @dataclass(frozen=True)
 class Explanation:
     """Why one token went to its tile.
 
-    token_idx: place of the token in the flattened input. tile_idx, runner_up_idx: the best two tiles (-1 with a single tile).
+    token_idx: place of the token in the flattened input. tile_idx, runner_up_idx: the best two tiles (-1 where no
+    other was to be had: a single tile in use).
     score, runner_up_score: their scores with the balance bias, the figures that were compared; bias, runner_up_bias: what of
     them is bias. decisive_dims: the dimensions that spoke most for the winner over the runner-up, strongest first;
     contributions: how much each gave, in the unit of the scores. Over all dimensions, contributions and the difference of the
@@ -91,11 +94,19 @@ class TriXIntrospector:
         return self.tile_signatures(layer).float().mean(dim=0)
 
     def redundant_tiles(self, threshold: float = 0.95, layer: int = 0) -> list[tuple[int, int, float]]:
-        """Pairs (i, j, cosine), i < j, whose signatures have a cosine above the threshold; most alike first."""
-        similarity = self.signature_similarity_matrix(layer)
-        above = (similarity.triu(diagonal=1) > threshold).nonzero().tolist()
+        """Pairs (i, j, cosine), i < j, of tiles in use whose signatures have a cosine >= threshold; most alike first."""
+        similarity, is_free_E = self.signature_similarity_matrix(layer), self.free_slots(layer)
+        is_pair = (similarity >= threshold - COSINE_TOLERANCE) & ~(is_free_E | is_free_E.unsqueeze(-1))
+        above = is_pair.triu(diagonal=1).nonzero().tolist()
         pairs = [(i, j, float(similarity[i, j])) for i, j in above]
         return sorted(pairs, key=lambda pair: -pair[2])
+
+    def free_slots(self, layer: int = 0) -> Tensor:
+        """Which slots no token can go to, as a merger of two tiles left them: bool [E]; none where signatures do not route."""
+        router = self._layer(layer).router
+        if isinstance(router, SignatureRouter):
+            return router.is_free_E.clone()
+        return torch.zeros_like(self.tile_signatures(layer)[:, 0], dtype=torch.bool)
 
     def routing_distribution(self, inputs: Any, layer: int = 0) -> Tensor:
         """Share of the assignments that each tile gets: float [E], sums to 1; those of weight 0 are not counted."""
@@ -110,6 +121,8 @@ class TriXIntrospector:
     def routing_stability(self, inputs: Any, noise_level: float = 0.1, layer: int = 0, seed: int = 0) -> float:
         """Share of tokens that keep their best tile when the router's input gets Gaussian noise, in [0, 1]; 1 under a hash.
 
+        Padding is left out; NaN where there is nothing else.
+
         Args:
             noise_level: deviation of the noise, in standard deviations of the router's input. seed: of the noise.
 
@@ -121,9 +134,11 @@ class TriXIntrospector:
         x_TD, decision = self._captured(inputs, layer)
         if isinstance(self._layer(layer).router, HashRouter):
             return 1.0
+        is_counted_T = decision.weight[:, 0] != 0
+        x_TD, tile_idx_T = x_TD[is_counted_T], decision.tile_idx[is_counted_T, 0]
         noise = torch.randn(x_TD.shape, generator=torch.Generator().manual_seed(seed)).to(x_TD)
         noisy_TE = (x_TD + noise_level * x_TD.std() * noise) @ self._directions(layer).T + self._bias(layer)
-        return float((noisy_TE.argmax(dim=-1) == decision.tile_idx[:, 0]).float().mean())
+        return float((noisy_TE.argmax(dim=-1) == tile_idx_T).float().mean())
 
     def decision(self, inputs: Any, layer: int = 0) -> RoutingDecision:
         """What the layer's router decides when the model runs on the inputs, tokens flattened."""
@@ -152,19 +167,22 @@ class TriXIntrospector:
         direction_ED, bias_E = self._directions(layer), self._bias(layer)
         num_tiles = direction_ED.shape[0]
         order = torch.sort(decision.score + bias_E, dim=-1, descending=True, stable=True)
-        best, next_best = order.indices[:, 0], order.indices[:, min(1, num_tiles - 1)]
+        second = min(1, num_tiles - 1)
+        # Free slots, and what a hierarchical search did not visit, score -inf: they are no runners-up.
+        is_alone_T = order.values[:, second].isneginf() if second else torch.ones_like(order.indices[:, 0], dtype=torch.bool)
+        best = order.indices[:, 0]
+        next_best = torch.where(is_alone_T, best, order.indices[:, second])
         contribution_TD = x_TD * (direction_ED[best] - direction_ED[next_best])
         top = contribution_TD.topk(min(num_dims, x_TD.shape[-1]), dim=-1)
-        is_alone = num_tiles == 1
         return [
             Explanation(
                 token_idx=t,
                 tile_idx=int(best[t]),
-                runner_up_idx=-1 if is_alone else int(next_best[t]),
+                runner_up_idx=-1 if is_alone_T[t] else int(next_best[t]),
                 score=float(order.values[t, 0]),
-                runner_up_score=float("-inf") if is_alone else float(order.values[t, 1]),
+                runner_up_score=float("-inf") if is_alone_T[t] else float(order.values[t, 1]),
                 bias=float(bias_E[best[t]]),
-                runner_up_bias=0.0 if is_alone else float(bias_E[next_best[t]]),
+                runner_up_bias=0.0 if is_alone_T[t] else float(bias_E[next_best[t]]),
                 decisive_dims=top.indices[t].tolist(),
                 contributions=top.values[t].tolist(),
             )
@@ -202,8 +220,11 @@ class TriXIntrospector:
         return signatures * inverse_sqrt_active(signatures).unsqueeze(-1)
 
     def _bias(self, layer: int) -> Tensor:
+        """What is added to the scores before the choice, [E]: -inf for a free slot."""
         router = self._layer(layer).router
         assert isinstance(router, Router)
+        if isinstance(router, SignatureRouter):
+            return router.balance_bias.masked_fill(router.is_free_E, -torch.inf)
         return router.balance_bias
 
     def _captured(self, inputs: Any, layer: int) -> tuple[Tensor, RoutingDecision]:

@@ -3,7 +3,7 @@
 import html
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from trix.introspection.capture import Capture
 from trix.introspection.introspector import TriXIntrospector
 from trix.introspection.page import definitions, drawing, heading, page, table
 from trix.introspection.sample import Sample
-from trix.introspection.tile_card import HOW_TO_READ, LayerReading, count_claims, tile_card
+from trix.introspection.tile_card import HOW_TO_READ, LayerReading, count_claims, is_counted, tile_card
 from trix.nn.ffn import TriXFFN
 from trix.nn.routed_layer import RoutedLayer
 from trix.outputs import RoutingDecision
@@ -30,22 +30,22 @@ MAX_SURGERY_ROWS = 200
 
 INTRODUCTION = (
     "In a TriX model a feed-forward layer is cut into tiles, small networks of their own. Each tile has a signature, a list of "
-    "-1, 0 and +1 with one entry per dimension, and every token (a character, a row of an image) is computed only by the tile "
-    "whose signature agrees with it most. So the routing can be read: this page shows what each tile responds to and what "
-    "lands on it."
+    "-1, 0 and +1 with one entry per dimension, and every token (a character, a row of an image) is computed only by the few "
+    "tiles whose signatures agree with it most. So the routing can be read: this page shows what each tile responds to and "
+    "what lands on it."
 )
 UNHEEDED = "the signatures shown are read from the tiles' weights and decide nothing."
 SUMMARY_COLUMNS = (
     ("layer", "routed layers, counted from 0 in the order of computation"),
-    ("tiles", "how many the layer has"),
-    ("unused", "tiles that no token of the sample went to"),
+    ("tiles", "how many the layer has, free slots among them"),
+    ("unused", "tiles that no token of the sample went to; free slots are not counted"),
     ("frozen", "tiles whose signature training can no longer change"),
     ("diversity", "mean share of positions at which two signatures differ: 0 means all the same"),
     ("evenness", "entropy of the tiles' usage, as a share of its maximum: 1 if all get equally much, 0 if one gets all"),
     ("peak load", "usage of the busiest tile, in multiples of the equal share"),
     ("stability", f"share of tokens that keep their tile when their values get {NOISE_LEVEL:.0%} of random noise"),
     ("zero weights", "share of zeros among the tiles' ternary weights"),
-    ("redundant", f"pairs of tiles with nearly the same signature (cosine above {REDUNDANT_COSINE})"),
+    ("redundant", f"pairs of tiles with nearly the same signature (cosine of at least {REDUNDANT_COSINE}), without free slots"),
 )
 
 
@@ -85,7 +85,9 @@ def html_report(
     capture = introspector.capture(track(torch.split(inputs, BATCH_SEQUENCES), "running the model"))
     layers = range(len(introspector.layers))
     sections = [_layer_section(introspector, layer, capture, sample) for layer in track(layers, "drawing the layers")]
-    measured = f"{inputs.shape[0] * inputs.shape[1]:,} tokens, in sequences of {inputs.shape[1]}"
+    num_tokens = int(is_counted(capture.decision[0]).sum())
+    at_most = "at most " if num_tokens < len(sample.label_N) else ""  # padding fills the others up
+    measured = f"{num_tokens:,} tokens, in sequences of {at_most}{sample.length}"
     links = "".join(f'<a href="#layer-{layer}">Layer {layer}</a>' for layer in layers)
     body = (
         f"<p>{html.escape(INTRODUCTION)}</p>{definitions([*(facts or {}).items(), ('measured on', measured)])}"
@@ -105,7 +107,7 @@ def _summary(introspector: TriXIntrospector, capture: Capture) -> str:
             (
                 f"{index}",
                 f"{layer.num_tiles}",
-                f"{int((usage_E == 0).sum())}",
+                f"{int(((usage_E == 0) & ~introspector.free_slots(index)).sum())}",
                 f"{_num_frozen(layer)}",
                 f"{introspector.signature_diversity(index):.2f}",
                 f"{evenness:.2f}",
@@ -123,8 +125,9 @@ def _surgery(layers: Sequence[RoutedLayer]) -> str:
     title = heading(
         2,
         "Surgery history",
-        "Every change made to a signature by hand or by a schedule rather than by learning: inserted, frozen, unfrozen, drawn "
-        "anew (reseed). Step: how many training batches the layer had seen.",
+        "Every change made to a layer's tiles by hand or by a schedule rather than by learning: signatures inserted, frozen, "
+        "unfrozen; tiles drawn anew (reseed), merged with another (dropped), split into two (the other is the target); one "
+        "more tile per token (raise_k). Step: how many training batches the layer had seen.",
     )
     entries = [(index, entry) for index, layer in enumerate(layers) for entry in layer.get_surgery_history()]
     if not entries:
@@ -133,10 +136,23 @@ def _surgery(layers: Sequence[RoutedLayer]) -> str:
     shown = entries[-MAX_SURGERY_ROWS:]
     left_out = f"<p>The last {len(shown)} of {len(entries)}.</p>" if len(shown) < len(entries) else ""
     rows = [
-        tuple(html.escape(str(value)) for value in (entry["step"], index, entry["tile_idx"], entry["operation"], entry["tag"]))
+        tuple(
+            html.escape(str(value))
+            for value in (entry["step"], index, _tile(entry), entry["operation"], _details(entry), entry["tag"])
+        )
         for index, entry in shown
     ]
-    return title + left_out + table(("step", "layer", "tile", "action", "tag"), rows)
+    return title + left_out + table(("step", "layer", "tile", "action", "details", "tag"), rows)
+
+
+def _tile(entry: Mapping[str, Any]) -> str:
+    return "-" if entry["tile_idx"] < 0 else str(entry["tile_idx"])  # -1: the whole layer
+
+
+def _details(entry: Mapping[str, Any]) -> str:
+    """What else an operation says of itself, but for lists, as those of the dimensions of an inserted signature."""
+    further = {name: value for name, value in entry.items() if name not in ("step", "tile_idx", "operation", "tag")}
+    return ", ".join(f"{name} {value}" for name, value in further.items() if not isinstance(value, list))
 
 
 def _how_to_read() -> str:
@@ -171,7 +187,9 @@ def _layer_figures(reading: LayerReading, sample: Sample) -> str:
     frequent = reading.claims.count_EC.sum(dim=0).argsort(descending=True, stable=True)[:MAX_CLASSES_IN_FIGURE].sort().values
     names = [sample.class_names[c] for c in frequent.tolist()]
     rarer = f" The {len(names)} most frequent are shown." if len(names) < len(sample.class_names) else ""
-    first = RoutingDecision(*(part[: sample.length] for part in reading.decision))
+    is_shown_T = is_counted(reading.decision)[: sample.length]
+    first = RoutingDecision(*(part[: sample.length][is_shown_T] for part in reading.decision))
+    first_tokens = [token for token, is_shown in zip(sample.first_tokens(), is_shown_T.tolist(), strict=True) if is_shown]
     figures = (
         (
             "Signatures",
@@ -198,7 +216,7 @@ def _layer_figures(reading: LayerReading, sample: Sample) -> str:
             "Routing of the first tokens",
             "How much each tile agrees with each token of the first sequence (darker is more); a dot marks each chosen tile. A "
             "balance term, which training keeps to spread the load, can choose another tile than the darkest.",
-            plots.routing_heatmap(first.score.softmax(-1), first.tile_idx, "", sample.first_tokens()),
+            plots.routing_heatmap(first.score.softmax(-1), first.tile_idx, "", first_tokens),
         ),
     )
     return "".join(heading(3, name, explanation) + drawing(figure, name) for name, explanation, figure in figures)

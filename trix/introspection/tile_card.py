@@ -20,6 +20,7 @@ MIN_OCCURRENCES = 5  # a class seen less often is too rare to speak of who claim
 MAX_CONTEXTS_TRIED = 200
 
 HOW_TO_READ = (
+    ("badge", "frozen: training can no longer change the signature; free: a merger left the slot, no token can go there"),
     ("coloured strip", "the signature, one bar per dimension: orange +1 (plus), blue -1 (minus), light 0 (zero)"),
     ("nearest tiles", "those with the most similar signatures: the cosine is 1 for the same signature, 0 for unrelated ones"),
     ("usage", "the share of all assignments of tokens to tiles that this tile got"),
@@ -56,15 +57,21 @@ def count_claims(decision: RoutingDecision, num_tiles: int, sample: Sample) -> C
     return claims
 
 
+def is_counted(decision: RoutingDecision) -> Tensor:
+    """bool [T]: not padding, whose tiles all have weight 0."""
+    return (decision.weight != 0).any(dim=-1)
+
+
 def tile_card(reading: LayerReading, tile: int, sample: Sample) -> str:
     """The card, as HTML."""
     layer, usage = reading.layer, float(reading.usage_E[tile])
-    is_frozen = isinstance(layer.router, SignatureRouter) and layer.is_frozen(tile)
-    frozen = ' <span class="badge">frozen</span>' if is_frozen else ""
+    router = layer.router
+    states = (("frozen", router.is_frozen_E), ("free", router.is_free_E)) if isinstance(router, SignatureRouter) else ()
+    badges = "".join(f' <span class="badge">{name}</span>' for name, is_so_E in states if is_so_E[tile])
     bar = f'<div class="bar"><div style="width:{min(usage, 1):.1%}"></div></div>'
     signature_D = reading.signature_ED[tile]
     return (
-        f'<div class="tile"><h4>Tile {tile}{frozen}</h4>{strip(signature_D)}'
+        f'<div class="tile"><h4>Tile {tile}{badges}</h4>{strip(signature_D)}'
         f'<div class="muted">{_counts(signature_D)}</div>{_nearest(reading.similarity_EE[tile], tile)}'
         f"<p>usage: {usage:.1%}</p>{bar}{_traffic(reading, tile, sample)}</div>"
     )

@@ -16,7 +16,7 @@ class TriXBlock(nn.Module):
     Shape:
         x_BTD: float [B, T, D] -> [B, T, D]; with ``return_routing`` also the layer's RoutingInfo and AuxLosses, which are None
         where ``ffn.kind`` is a control without tiles. token_BT: int64, the ids of the tokens, for routing by ``hash``. mask_BT:
-        bool, False for padding: no token looks at it, and the tiles neither compute nor count it.
+        bool, False for padding: no token looks at it, the tiles do not count it, nor, but in a sparse lookup, compute it.
         embedding_BTD: the embeddings of the tokens, for routing on them; by default x_BTD, as in the first block.
 
     Raises:

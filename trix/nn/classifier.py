@@ -57,7 +57,7 @@ class Classifier(nn.Module):
 
     Args:
         num_features: width of a token that is a vector, or None with ``vocab_size``, the number of ids of tokens that are
-            characters or the like; id 0 is padding: no token looks at it, no tile computes it, the mean leaves it out.
+            characters or the like; id 0 is padding: no token looks at it, no tile counts it, the mean leaves it out.
 
     Shape:
         x: float [B, T, num_features] or int64 [B, T] in [0, vocab_size), T <= context_length -> logits [B, num_classes]; with

@@ -213,7 +213,7 @@ class LookupBlock(nn.Module):
     """x + attention(norm(x)), then a sparse lookup layer, which has a norm and a residual of its own.
 
     Shape:
-        x_BTD: float; labels and mask as in SparseLookupFFN (attention does not read the mask) -> (x [B, T, D], LookupInfo,
+        x_BTD: float; labels and mask as in SparseLookupFFN, and no token looks at padding -> (x [B, T, D], LookupInfo,
         AuxLosses).
 
     Raises:
@@ -230,7 +230,7 @@ class LookupBlock(nn.Module):
     def forward(
         self, x_BTD: Tensor, is_causal: bool = True, labels: Tensor | None = None, mask: Tensor | None = None
     ) -> tuple[Tensor, LookupInfo, AuxLosses]:
-        x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), is_causal))
+        x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), is_causal, mask))
         return self.ffn(x_BTD, labels, mask)
 
 

@@ -1,8 +1,7 @@
 """Signatures that grow alike: three levels of intervention, as pure functions; when to call them is the caller's policy.
 
 soft: :func:`collapsed_tiles` reports. medium: :func:`raised_weight` raises the weight of the diversity loss, and
-:func:`lowered_weight` lets it fall again. hard:
-:func:`reseeded` draws collapsed tiles anew.
+:func:`lowered_weight` lets it fall again. hard: :func:`reseeded` draws collapsed tiles anew.
 """
 
 import torch

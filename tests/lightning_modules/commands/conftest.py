@@ -6,6 +6,7 @@ import lightning as L
 import pytest
 import torch
 from small_runs import SENTENCE, save_checkpoint, small_network
+from torch.utils.data import TensorDataset
 
 from lightning_modules.data.digits import DigitsDataModule
 from lightning_modules.data.text import TextDataModule
@@ -15,7 +16,7 @@ from trix.nn import ClassifierConfig, FFNConfig
 
 @pytest.fixture(scope="package")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with {lm,dense,hash,digits}.ckpt, and what is none: {foreign,cut,text}.ckpt, lm.onnx."""
+    """A folder with {lm,dense,hash,digits,texts}.ckpt, and what is none: {foreign,cut,text}.ckpt, lm.onnx."""
     folder = tmp_path_factory.mktemp("checkpoints")
     (folder / "text.txt").write_text(SENTENCE * 30)
     text = TextDataModule(path=folder / "text.txt", context_length=8, batch_size=4, batches_per_epoch=2)
@@ -25,6 +26,9 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     digits = DigitsDataModule()
     network = ClassifierConfig(16, 1, 2, context_length=8, ffn=FFNConfig(num_tiles=4))
     save_checkpoint(ClassifierTask(8, digits.num_classes, digits.class_names, network), digits, folder / "digits.ckpt")
+    texts = ClassifierTask(None, 2, ("de", "fr"), network, vocabulary="\0\N{REPLACEMENT CHARACTER} abcé")
+    batches = TensorDataset(torch.ones(4, 8, dtype=torch.int64), torch.zeros(4, dtype=torch.int64))
+    save_checkpoint(texts, L.LightningDataModule.from_datasets(batches, batches), folder / "texts.ckpt")
     torch.save({"state_dict": {}}, folder / "foreign.ckpt")
     (folder / "cut.ckpt").write_bytes((folder / "lm.ckpt").read_bytes()[:5000])
     (folder / "text.ckpt").write_text("not a checkpoint")

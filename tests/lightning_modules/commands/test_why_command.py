@@ -65,6 +65,29 @@ def test_an_image_is_explained_row_by_row(checkpoints: Path, capsys: pytest.Capt
     assert "#" in out
 
 
+@pytest.mark.parametrize("prompt", ["be\u0301 z", "  be\u0301  <b>%(name)s</b> z\n"])
+def test_a_text_to_classify_is_taken_as_the_data_has_it(
+    prompt: str, checkpoints: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["why", str(checkpoints / "texts.ckpt"), "--prompt", prompt]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("prompt, taken for '")
+    task, _ = load_checkpoint(checkpoints / "texts.ckpt")
+    tokens = torch.tensor([[4, 6, 2, 1]])  # z is unknown
+    expected = TriXIntrospector(task.network).why(tokens)
+    printed = [line.split(maxsplit=1)[1] for line in out.splitlines()[2:6]]
+    for line, token, e in zip(printed, ("'b'", "'é'", "' '", "'z'"), expected, strict=True):
+        assert line.startswith(token)
+        assert line.removeprefix(token).split()[:2] == [str(e.tile_idx), f"{e.score:.2f}"]
+
+
+def test_help_says_what_the_options_are_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["why", "--help"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "for a model of text: the text to ask about" in out
+    assert "for a classifier of images: which of its validation images" in out
+
+
 def test_a_reader_that_has_gone_is_no_error(checkpoints: Path) -> None:
     code = "import sys; from lightning_modules.cli import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "why", str(checkpoints / "lm.ckpt"), "--prompt", "brown"]
@@ -92,6 +115,8 @@ MISTAKES = [
     (["{lm}", "--prompt", "a", "--position", "0", "--last", "1"], "--position and --last cannot both be given"),
     (["{lm}", "--promt", "a"], "unknown option --promt of `trix why`; did you mean --prompt?"),
     (["{hash}", "--prompt", "a"], "layer (0) is routed by a hash of the token's id, which has no directions"),
+    (["{texts}"], "a classifier of texts needs one: --prompt TEXT"),
+    (["{texts}", "--prompt", " <b>"], "length of the prompt (0) must be >= 1 and <= context_length (8)"),
     (["{digits}", "--prompt", "a"], "a classifier needs one of its validation images: --index N"),
     (["{digits}", "--index", "359"], "--index (359) must be >= 0 and < validation images (359)"),
     (["{digits}", "--index", "-1"], "--index (-1) must be >= 0 and < validation images (359)"),
@@ -102,7 +127,7 @@ MISTAKES = [
 def test_a_mistake_gives_one_line(
     arguments: list[str], message: str, checkpoints: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    paths = {name: checkpoints / f"{name}.ckpt" for name in ("lm", "hash", "digits")}
+    paths = {name: checkpoints / f"{name}.ckpt" for name in ("lm", "hash", "digits", "texts")}
     assert main(["why", *(text.format(**paths) for text in arguments)]) == 2
     out, err = capsys.readouterr()
     assert out == ""

@@ -4,8 +4,19 @@ import pytest
 import torch
 
 from trix import TriXFFN
-from trix.introspection import TriXIntrospector
-from trix.nn import FFNConfig, LanguageModel, LanguageModelConfig, SparseLookupFFN, SparseLookupFFNv2
+from trix.evolution import merge_tiles, redundant_pairs
+from trix.introspection import Capture, TriXIntrospector
+from trix.nn import (
+    Classifier,
+    ClassifierConfig,
+    FFNConfig,
+    LanguageModel,
+    LanguageModelConfig,
+    SparseLookupBlock,
+    SparseLookupFFN,
+    SparseLookupFFNv2,
+)
+from trix.outputs import RoutingDecision
 
 
 def model(routing: str = "explicit", num_tiles: int = 4) -> LanguageModel:
@@ -106,6 +117,74 @@ def test_tiles_of_weight_0_are_not_counted() -> None:
     introspector = TriXIntrospector(ffn)
     best = introspector.decision(x).tile_idx[:, 0]
     torch.testing.assert_close(introspector.routing_distribution(x), torch.bincount(best, minlength=4) / 20)
+
+
+@pytest.mark.parametrize("kind", ["trix", "sparse_lookup", "sparse_lookup_v2"])
+def test_padding_is_left_out(kind: str) -> None:
+    torch.manual_seed(0)
+    network = Classifier(None, 3, ClassifierConfig(16, 2, 2, 12, ffn=FFNConfig(kind, num_tiles=4)), vocab_size=11)
+    tokens = TOKENS.clamp_min(1)
+    tokens[0, 7:] = tokens[2, 3:] = 0
+    is_real = (tokens != 0).flatten()
+    introspector = TriXIntrospector(network)
+    for layer in range(2):
+        x, decision = (part[layer] for part in vars(introspector.capture([tokens])).values())
+        assert torch.equal((decision.weight != 0).any(dim=-1), is_real)
+        real = Capture((x[is_real],) * 2, (RoutingDecision(*(part[is_real] for part in decision)),) * 2)
+        assert torch.equal(introspector.routing_distribution(tokens, layer), introspector.routing_distribution(real, layer))
+        stability = introspector.routing_stability(tokens, 1.0, layer)
+        assert stability == introspector.routing_stability(real, 1.0, layer)
+        assert 0 < stability < 1
+
+
+def test_padding_is_left_out_whichever_way_the_mask_comes() -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = SparseLookupBlock(8, 2, 4), TriXFFN(8, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            mask = torch.tensor([[True, True, False]])
+            return self.second(self.first(x, mask=mask)[0], False, None, mask)
+
+    capture = TriXIntrospector(Model()).capture([torch.randn(1, 3, 8)])
+    assert [(decision.weight != 0).any(dim=-1).tolist() for decision in capture.decision] == [[True, True, False]] * 2
+
+
+@pytest.mark.parametrize("num_tiles", [2, 3])
+def test_a_free_slot_wins_nothing(num_tiles: int) -> None:
+    torch.manual_seed(0)
+    ffn = TriXFFN(8, num_tiles).double()
+    merge_tiles(ffn, 1, 0)
+    ffn.router.balance_bias[0] = 9.0  # whatever stands there
+    x = torch.randn(50, 8, dtype=torch.float64)
+    introspector = TriXIntrospector(ffn)
+    assert introspector.free_slots().tolist() == [True] + [False] * (num_tiles - 1)
+    assert introspector.routing_stability(x, 0.0) == 1.0
+    for e in introspector.why(x, num_dims=8):
+        assert (e.tile_idx, e.runner_up_idx) in ([(1, -1)] if num_tiles == 2 else [(1, 2), (2, 1)])
+        assert all(map(math.isfinite, (e.score, e.bias, e.runner_up_bias, *e.contributions)))
+        if num_tiles == 3:
+            assert sum(e.contributions) + e.bias - e.runner_up_bias == pytest.approx(e.score - e.runner_up_score)
+        else:
+            assert (e.runner_up_score, e.contributions) == (-math.inf, [0.0] * 8)
+
+
+def test_redundant_tiles_are_those_that_evolution_merges() -> None:
+    torch.manual_seed(0)
+    ffn = TriXFFN(24, 6, routing="explicit")
+    with torch.no_grad():
+        ffn.router.raw_signatures[:4] = ffn.router.raw_signatures[0].clone()
+    introspector = TriXIntrospector(ffn)
+    for threshold in (1.0, float(introspector.signature_similarity_matrix()[4, 5]), -1.0):
+        for merge in (False, True):
+            layer = TriXFFN(24, 6, routing="explicit")
+            layer.load_state_dict(ffn.state_dict())
+            if merge:
+                merge_tiles(layer, 0, 1)
+            pairs = [(i, j) for i, j, _ in TriXIntrospector(layer).redundant_tiles(threshold)]
+            assert sorted(pairs) == sorted(redundant_pairs(layer, threshold))
+            assert len(pairs) >= (3 if merge else 6)
 
 
 @pytest.mark.parametrize("kind", [SparseLookupFFN, SparseLookupFFNv2])

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from trix.evolution import merge_tiles, raise_k, split_tile
 from trix.introspection import html_report
 from trix.nn import Classifier, ClassifierConfig, FFNConfig, LanguageModel, LanguageModelConfig, SparseLookupFFNv2
 
@@ -164,7 +165,49 @@ def test_surgery_is_told() -> None:
     assert "None: all signatures are as training made them" in html_report(model, TOKENS, STRINGS)
     model.stack.blocks[1].ffn.insert_signature(2, torch.ones(16), tag="ones")
     page = html_report(model, TOKENS, STRINGS)
-    assert "<tr><td>0</td><td>1</td><td>2</td><td>insert</td><td>ones</td></tr>" in page
+    assert "<tr><td>0</td><td>1</td><td>2</td><td>insert</td><td>frozen True</td><td>ones</td></tr>" in page
+
+
+def test_merging_splitting_and_a_raised_k_are_told() -> None:
+    model = network(num_tiles=4)
+    ffn = model.stack.blocks[0].ffn
+    merge_tiles(ffn, 0, 3)
+    split_tile(ffn, 1, 3)
+    raise_k(ffn, tag="more")
+    page = html_report(model, TOKENS, STRINGS)
+    for row in (("0", "merge", "dropped 3", ""), ("1", "split", "target 3", ""), ("-", "raise_k", "top_k 2", "more")):
+        assert f"<tr><td>0</td><td>0</td>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" in page
+
+
+def test_a_free_slot_is_shown_as_such() -> None:
+    model = network(num_tiles=4)
+    for block in model.stack.blocks:
+        with torch.no_grad():
+            block.ffn.router.raw_signatures.copy_(torch.randn(16).expand(4, 16))  # tile 0 gets all, and all are alike
+    merge_tiles(model.stack.blocks[0].ffn, 0, 2)
+    with torch.no_grad():
+        model.stack.blocks[0].ffn.router.raw_signatures[2] = model.stack.blocks[0].ffn.router.raw_signatures[0]
+    page = html_report(model, TOKENS, STRINGS)
+    names = re.findall(r"<th>(.*?)</th>", page)[:10]
+    first, second = (
+        dict(zip(names, re.findall(r"<td>(.*?)</td>", row), strict=True)) for row in page.split("</table>")[0].split("<tr>")[2:]
+    )
+    assert (first["unused"], second["unused"]) == ("2", "3")
+    assert (first["redundant"], second["redundant"]) == ("3", "6")
+    assert [tile for tile, card in enumerate(cards(page)) if '<span class="badge">free</span>' in card] == [2]
+
+
+def test_padding_is_not_shown_nor_counted() -> None:
+    torch.manual_seed(0)
+    model = Classifier(None, 2, ClassifierConfig(16, 1, 2, 64, ffn=FFNConfig(num_tiles=4, top_k=1)), vocab_size=9)
+    tokens = torch.zeros(1, 64, dtype=torch.int64)
+    tokens[0, :16] = torch.randint(1, 9, (16,))
+    strings = [["", *"abcdefgh"][token] for token in tokens[0].tolist()]
+    page = html_report(model, tokens, [strings], labels=torch.zeros(1, dtype=torch.int64))
+    assert "<dd>16 tokens, in sequences of at most 64</dd>" in page
+    _, (info,), _ = model.eval()(tokens, return_routing=True)
+    for tile, card in enumerate(cards(page)):
+        assert f"usage: {int((info['tile_idx'][0, :16] == tile).sum()) / 16:.1%}" in card
 
 
 def test_sparse_lookup_layers_have_no_weight_matrices_to_tell_of() -> None:

@@ -329,6 +329,17 @@ def test_a_block_looks_back_only_and_gives_its_layer_access(block) -> None:
     model.train()(x)[0].sum().backward()
 
 
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_what_stands_in_the_padding_of_a_block_changes_no_other_token(block, is_causal: bool) -> None:
+    model = block(d_model=16, n_heads=2, num_tiles=4).eval()
+    x = torch.randn(2, 6, 16)
+    mask = torch.tensor([[True] * 4 + [False] * 2, [True, False, True, True, False, True]])
+    changed = torch.where(mask.unsqueeze(-1), x, torch.randn(2, 6, 16))
+    y, y_changed = model(x, is_causal, mask=mask)[0], model(changed, is_causal, mask=mask)[0]
+    torch.testing.assert_close(y_changed[mask], y[mask])
+
+
 @both
 def test_errors_state_the_rule_and_the_values(version) -> None:
     with pytest.raises(ValueError, match=r"last dimension of x \(6\) must equal d_model \(8\)"):
