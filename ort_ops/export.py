@@ -165,6 +165,13 @@ def _to_onnx(
     def route(x: Any, packed: Any, bias: Any, top_k: int) -> Any:
         return opset.SignatureRoute(x, packed, bias, top_k=top_k)
 
+    standard = onnxscript.values.Opset("", ONNX_OPSET)
+
+    def stable_sort(x: Any, stable: bool, dim: int = -1, descending: bool = False) -> Any:  # noqa: ARG001
+        # TopK gives equal values by their index, as a stable sort does; the exporter knows only the other sort.
+        size = standard.Gather(standard.Shape(x), standard.Constant(value_ints=[dim]))
+        return standard.TopK(x, size, axis=dim, largest=int(descending), sorted=1)
+
     with torch.no_grad(), _quiet():
         program = torch.onnx.export(
             _WithTiles(packed).eval(),
@@ -176,6 +183,7 @@ def _to_onnx(
             custom_translation_table={
                 torch.ops.trix.ternary_tile_matmul.default: tile_matmul,
                 torch.ops.trix.signature_route.default: route,
+                torch.ops.aten.sort.stable: stable_sort,
             },
             verbose=False,
         )

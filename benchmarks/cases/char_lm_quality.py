@@ -36,8 +36,18 @@ LAYERS = {
     "sparse lookup v2": FFNConfig(kind="sparse_lookup_v2", num_tiles=64, diversity_weight=0.01),
     "trix emergent": FFNConfig(num_tiles=NUM_TILES, top_k=2, routing="emergent"),
     "trix explicit": FFNConfig(num_tiles=NUM_TILES, top_k=2),
+    "learned gate, on embeddings": FFNConfig(num_tiles=NUM_TILES, top_k=2, routing="learned", route_on="embedding"),
+    "trix emergent, on embeddings": FFNConfig(num_tiles=NUM_TILES, top_k=2, routing="emergent", route_on="embedding"),
+    "trix explicit, on embeddings": FFNConfig(num_tiles=NUM_TILES, top_k=2, route_on="embedding"),
 }
-LONG_LAYERS = ("dense, equal active compute", "dense 4d", "learned gate", "trix explicit")
+LONG_LAYERS = (
+    "dense, equal active compute",
+    "dense 4d",
+    "learned gate",
+    "trix explicit",
+    "learned gate, on embeddings",
+    "trix explicit, on embeddings",
+)
 FINISHED = Path(__file__).resolve().parents[1] / "results" / "char_lm_quality.runs.jsonl"
 
 
