@@ -171,11 +171,14 @@ def summarise(name: str, steps: int, results: list[dict[str, Any]]) -> dict[str,
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    rows = ["| steps | feed-forward layer | parameters | active | validation nats, mean (max - min) |", "|---|---|---|---|---|"]
+    rows = [
+        "| steps | feed-forward layer | parameters | active | seeds | validation nats, mean (max - min) |",
+        "|---|---|---|---|---|---|",
+    ]
     for result in sorted(results, key=lambda result: (result["steps"], result["loss_nats_mean"])):
         first = result["runs"][0]
         rows.append(
             f"| {result['steps']} | {result['layer']} | {first['parameters']:,} | {first['active_parameters']:,} "
-            f"| {result['loss_nats_mean']:.3f} ({result['loss_nats_spread']:.3f}) |"
+            f"| {len(result['runs'])} | {result['loss_nats_mean']:.3f} ({result['loss_nats_spread']:.3f}) |"
         )
     return "\n".join(rows)
