@@ -13,10 +13,10 @@ global generator on the CPU. When to act is the caller's policy.
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from trix.functional import signatures
 from trix.functional.ternary import threshold_ternary
 from trix.nn.ffn import TriXFFN
 from trix.nn.hierarchical import HierarchicalTriXFFN
@@ -130,13 +130,8 @@ def redundant_pairs(ffn: TriXFFN, min_cosine: float = 0.95) -> list[tuple[int, i
     """
     if not -1.0 <= min_cosine <= 1.0:
         raise ValueError(f"min_cosine ({min_cosine}) must be >= -1 and <= 1")
-    is_free_E = _router(ffn).is_free_E
-    unit_ED = F.normalize(ffn.get_tile_signatures().float(), dim=-1)
-    cosine_EE = (unit_ED @ unit_ED.T).masked_fill(is_free_E | is_free_E.unsqueeze(-1), -torch.inf)
-    # Rounding must not part what is equal.
-    first_P, second_P = (cosine_EE >= min_cosine - 1e-6).triu(1).nonzero(as_tuple=True)
-    order_P = torch.sort(cosine_EE[first_P, second_P], descending=True, stable=True).indices
-    return list(zip(first_P[order_P].tolist(), second_P[order_P].tolist(), strict=True))
+    in_use_E = ~_router(ffn).is_free_E
+    return [(i, j) for i, j, _ in signatures.redundant_pairs(ffn.get_tile_signatures(), min_cosine, in_use_E)]
 
 
 def tile_parameters(ffn: TriXFFN) -> list[nn.Parameter]:

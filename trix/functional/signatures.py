@@ -8,6 +8,8 @@ from torch.autograd.function import FunctionCtx
 from trix.functional.autocast import without_autocast
 from trix.functional.ternary import straight_through, threshold_ternary
 
+COSINE_TOLERANCE = 1e-6  # rounding must not part what is equal
+
 
 def signatures_from_codes(codes: Tensor) -> Tensor:
     """Read each tile's signature from its ternary weight: s[e, k] = sign(sum_n code[e, n, k]).
@@ -60,6 +62,26 @@ class _Scores(torch.autograd.Function):
 def inverse_sqrt_active(signatures: Tensor) -> Tensor:
     """1 / sqrt(max(nnz(s_e), 1)) for signatures [E, D] in {-1, 0, +1}: [E], no gradient."""
     return signatures.detach().abs().sum(dim=-1).clamp_min(1).rsqrt()
+
+
+def pairwise_cosine(values: Tensor) -> Tensor:
+    """Cosine of each row of [E, D] with each: [E, E]; 0 with a row of zeros."""
+    unit = F.normalize(values, dim=-1)
+    return unit @ unit.T
+
+
+def redundant_pairs(signatures: Tensor, min_cosine: float, in_use: Tensor | None = None) -> list[tuple[int, int, float]]:
+    """(i, j, cosine), i < j, of the rows of [E, D] whose cosine is >= min_cosine up to rounding; most alike first.
+
+    Args:
+        in_use: bool [E]; the others are in no pair.
+    """
+    cosine = pairwise_cosine(signatures.float())
+    is_pair = cosine >= min_cosine - COSINE_TOLERANCE
+    if in_use is not None:
+        is_pair &= in_use & in_use.unsqueeze(-1)
+    pairs = [(i, j, float(cosine[i, j])) for i, j in is_pair.triu(diagonal=1).nonzero().tolist()]
+    return sorted(pairs, key=lambda pair: -pair[2])
 
 
 def pairwise_difference(signatures: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from trix.functional.signatures import inverse_sqrt_active, signature_diversity
+from trix.functional.signatures import inverse_sqrt_active, pairwise_cosine, redundant_pairs, signature_diversity
 from trix.introspection import plots
 from trix.introspection.capture import Capture, capture_routing
 from trix.nn.ffn import TriXFFN
@@ -18,8 +18,6 @@ from trix.outputs import RoutingDecision
 from trix.routing.balance import tile_load
 from trix.routing.hash_router import HashRouter
 from trix.routing.router import LearnedRouter, Router, SignatureRouter
-
-COSINE_TOLERANCE = 1e-6  # rounding must not part what is equal
 
 
 @dataclass(frozen=True)
@@ -75,9 +73,7 @@ class TriXIntrospector:
 
     def signature_similarity_matrix(self, layer: int = 0) -> Tensor:
         """Cosine of each pair of signatures, float [E, E]; 0 with a signature that is all 0."""
-        signatures = self.tile_signatures(layer).float()
-        unit = signatures * inverse_sqrt_active(signatures).unsqueeze(-1)
-        return unit @ unit.T
+        return pairwise_cosine(self.tile_signatures(layer).float())
 
     def weight_density_map(self, layer: int = 0) -> Tensor:
         """density[e, d] = share of tile e's up rows whose weight for input d is not 0: float [E, D]."""
@@ -95,11 +91,7 @@ class TriXIntrospector:
 
     def redundant_tiles(self, threshold: float = 0.95, layer: int = 0) -> list[tuple[int, int, float]]:
         """Pairs (i, j, cosine), i < j, of tiles in use whose signatures have a cosine >= threshold; most alike first."""
-        similarity, is_free_E = self.signature_similarity_matrix(layer), self.free_slots(layer)
-        is_pair = (similarity >= threshold - COSINE_TOLERANCE) & ~(is_free_E | is_free_E.unsqueeze(-1))
-        above = is_pair.triu(diagonal=1).nonzero().tolist()
-        pairs = [(i, j, float(similarity[i, j])) for i, j in above]
-        return sorted(pairs, key=lambda pair: -pair[2])
+        return redundant_pairs(self.tile_signatures(layer), threshold, ~self.free_slots(layer))
 
     def free_slots(self, layer: int = 0) -> Tensor:
         """Which slots no token can go to, as a merger of two tiles left them: bool [E]; none where signatures do not route."""

@@ -3,10 +3,10 @@
 from typing import TypedDict
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from trix.functional.penalties import SignaturePenalties, signature_penalties
+from trix.functional.signatures import pairwise_cosine
 from trix.nn.magnitudes import HingeSplines
 from trix.nn.sparse_lookup import LookupBlock, SparseLookupFFN
 from trix.outputs import AuxLosses
@@ -131,7 +131,7 @@ class SparseLookupFFNv2(SparseLookupFFN):
     @torch.no_grad()
     def get_island_stats(self) -> IslandStats:
         raw_ED, signature_ED = self.get_raw_signatures(), self.get_tile_signatures()
-        similarity = float(_mean_over_pairs(_cosine(signature_ED)))
+        similarity = float(_mean_over_pairs(pairwise_cosine(signature_ED)))
         size_ED = raw_ED.abs()
         is_near_ED = torch.minimum(size_ED, (size_ED - 1.0).abs()) <= NEAR
         return {
@@ -140,12 +140,6 @@ class SparseLookupFFNv2(SparseLookupFFN):
             "mean_pairwise_similarity": similarity,
             "diversity": 1.0 - similarity,
         }
-
-
-def _cosine(value_ED: Tensor) -> Tensor:
-    """Cosine of each row with each: [E, E]; 0 for a row of zeros."""
-    unit_ED = F.normalize(value_ED, dim=1)
-    return unit_ED @ unit_ED.T
 
 
 def _mean_over_pairs(value_EE: Tensor) -> Tensor:
