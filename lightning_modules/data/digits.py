@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_modules.data.checks import check_at_least, check_fraction
-from lightning_modules.data.loader import ResumableLoader, evaluation_loader, rank_and_world_size
+from lightning_modules.data.loader import ResumableLoader, evaluation_loader, permuted_loader
 from lightning_modules.errors import DataError
 
 ImageBatch = tuple[Tensor, Tensor]
@@ -79,32 +79,7 @@ class DigitsDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> ResumableLoader[ImageBatch]:
         """Whole batches of each epoch's permutation, resumable within an epoch."""
-        rank, world_size = rank_and_world_size()
-        num_images = len(self._train[1])
-        num_batches = num_images // (self.batch_size * world_size)
-        if num_batches == 0:
-            raise DataError(
-                f"batch_size * processes ({self.batch_size} * {world_size}) must be <= training images ({num_images})"
-            )
-
-        def make_batch(epoch: int, batch_idx: int) -> ImageBatch:
-            order_N = np.random.default_rng((self.seed, epoch)).permutation(num_images)
-            head = (batch_idx * world_size + rank) * self.batch_size
-            chosen_B = torch.from_numpy(order_N[head : head + self.batch_size])
-            image_NTD, label_N = self._train
-            return image_NTD[chosen_B], label_N[chosen_B]
-
-        return ResumableLoader(
-            make_batch,
-            num_batches,
-            settings={
-                "num_images": num_images,
-                "seed": self.seed,
-                "batch_size": self.batch_size,
-                "world_size": world_size,
-            },
-            trainer=self.trainer,
-        )
+        return permuted_loader(*self._train, "images", self.batch_size, self.seed, {}, self.trainer)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         """All validation images once, in order; the last batch may be smaller."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_modules.data.checks import check_at_least, check_fraction
-from lightning_modules.data.loader import ResumableLoader, evaluation_loader, rank_and_world_size
+from lightning_modules.data.loader import ResumableLoader, evaluation_loader, permuted_loader
 from lightning_modules.data.translations import (
     DISTRIBUTION,
     Translation,
@@ -123,34 +123,8 @@ class LanguageIdDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> ResumableLoader[TextBatch]:
         """Whole batches of each epoch's permutation, resumable within an epoch."""
-        rank, world_size = rank_and_world_size()
-        token_NT, label_N = self._train
-        num_texts = len(label_N)
-        num_batches = num_texts // (self.batch_size * world_size)
-        if num_batches == 0:
-            raise DataError(
-                f"batch_size * processes ({self.batch_size} * {world_size}) must be <= training texts ({num_texts})"
-            )
-
-        def make_batch(epoch: int, batch_idx: int) -> TextBatch:
-            order_N = np.random.default_rng((self.seed, epoch)).permutation(num_texts)
-            head = (batch_idx * world_size + rank) * self.batch_size
-            chosen_B = torch.from_numpy(order_N[head : head + self.batch_size])
-            return token_NT[chosen_B], label_N[chosen_B]
-
-        return ResumableLoader(
-            make_batch,
-            num_batches,
-            settings={
-                "texts_sha256": self.texts_sha256,
-                "num_texts": num_texts,
-                "seed": self.seed,
-                "context_length": self.context_length,
-                "batch_size": self.batch_size,
-                "world_size": world_size,
-            },
-            trainer=self.trainer,
-        )
+        settings: dict[str, int | str] = {"texts_sha256": self.texts_sha256, "context_length": self.context_length}
+        return permuted_loader(*self._train, "texts", self.batch_size, self.seed, settings, self.trainer)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         """All validation texts once, in order; the last batch may be smaller."""

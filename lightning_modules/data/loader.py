@@ -4,10 +4,13 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_modules.errors import DataError
 
 BatchT = TypeVar("BatchT")
 
@@ -91,6 +94,40 @@ class ResumableLoader(Generic[BatchT]):
                 "The data settings differ from the checkpoint's, so the batches differ from those of an "
                 f"uninterrupted run: {'; '.join(changed)}"
             )
+
+
+def permuted_loader(
+    input_N: Tensor,
+    label_N: Tensor,
+    noun: str,
+    batch_size: int,
+    seed: int,
+    settings: Mapping[str, int | str],
+    trainer: L.Trainer | None,
+) -> ResumableLoader[tuple[Tensor, Tensor]]:
+    """Whole batches of each epoch's permutation, `numpy.random.default_rng((seed, epoch))`; each process takes its own part.
+
+    Args:
+        noun: what the examples are, in the plural. settings: what, beside the sizes and the seed, must be equal on
+            resuming.
+
+    Raises:
+        DataError: fewer examples than one batch of all processes.
+    """
+    rank, world_size = rank_and_world_size()
+    num_examples = len(label_N)
+    num_batches = num_examples // (batch_size * world_size)
+    if num_batches == 0:
+        raise DataError(f"batch_size * processes ({batch_size} * {world_size}) must be <= training {noun} ({num_examples})")
+
+    def make_batch(epoch: int, batch_idx: int) -> tuple[Tensor, Tensor]:
+        order_N = np.random.default_rng((seed, epoch)).permutation(num_examples)
+        head = (batch_idx * world_size + rank) * batch_size
+        chosen_B = torch.from_numpy(order_N[head : head + batch_size])
+        return input_N[chosen_B], label_N[chosen_B]
+
+    sizes = {f"num_{noun}": num_examples, "seed": seed, "batch_size": batch_size, "world_size": world_size}
+    return ResumableLoader(make_batch, num_batches, settings={**settings, **sizes}, trainer=trainer)
 
 
 def evaluation_loader(input_N: Tensor, target_N: Tensor, batch_size: int) -> DataLoader[tuple[Tensor, ...]]:

@@ -71,7 +71,7 @@ def test_same_seed_same_batches_and_another_seed_others() -> None:
 def test_processes_part_the_epoch_without_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = []
     for rank in range(3):
-        monkeypatch.setattr("lightning_modules.data.digits.rank_and_world_size", lambda rank=rank: (rank, 3))
+        monkeypatch.setattr("lightning_modules.data.loader.rank_and_world_size", lambda rank=rank: (rank, 3))
         parts.append(images_of(DigitsDataModule(batch_size=16).train_dataloader()))
     assert {len(part) for part in parts} == {1438 // 48 * 16}
     assert len({image.numpy().tobytes() for image in torch.cat(parts)}) == 1438 // 48 * 48

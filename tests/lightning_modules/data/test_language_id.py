@@ -85,7 +85,7 @@ def test_processes_part_the_epoch_without_overlap(monkeypatch: pytest.MonkeyPatc
     parts = []
     whole = tokens_of(LanguageIdDataModule(batch_size=48).train_dataloader())
     for rank in range(3):
-        monkeypatch.setattr("lightning_modules.data.language_id.rank_and_world_size", lambda rank=rank: (rank, 3))
+        monkeypatch.setattr("lightning_modules.data.loader.rank_and_world_size", lambda rank=rank: (rank, 3))
         parts.append(tokens_of(LanguageIdDataModule(batch_size=16).train_dataloader()))
     assert len({len(part) for part in parts}) == 1
     together = sorted(row for part in parts for row in part.tolist())
