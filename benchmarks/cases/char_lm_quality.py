@@ -39,6 +39,10 @@ LAYERS = {
     "learned gate, on embeddings": FFNConfig(num_tiles=NUM_TILES, top_k=2, routing="learned", route_on="embedding"),
     "trix emergent, on embeddings": FFNConfig(num_tiles=NUM_TILES, top_k=2, routing="emergent", route_on="embedding"),
     "trix explicit, on embeddings": FFNConfig(num_tiles=NUM_TILES, top_k=2, route_on="embedding"),
+    "dense, equal parameters to one wide tile": FFNConfig(kind="dense", d_ff=NUM_TILES * D_MODEL),
+    "learned gate, one wide tile, on embeddings": FFNConfig(num_tiles=NUM_TILES, top_k=1, routing="learned", route_on="embedding"),
+    "trix emergent, one wide tile, on embeddings": FFNConfig(num_tiles=NUM_TILES, top_k=1, routing="emergent", route_on="embedding"),
+    "trix explicit, one wide tile, on embeddings": FFNConfig(num_tiles=NUM_TILES, top_k=1, route_on="embedding"),
 }
 LONG_LAYERS = (
     "dense, equal active compute",
@@ -47,6 +51,8 @@ LONG_LAYERS = (
     "trix explicit",
     "learned gate, on embeddings",
     "trix explicit, on embeddings",
+    "learned gate, one wide tile, on embeddings",
+    "trix explicit, one wide tile, on embeddings",
 )
 FINISHED = Path(__file__).resolve().parents[1] / "results" / "char_lm_quality.runs.jsonl"
 
