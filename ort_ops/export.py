@@ -27,7 +27,7 @@ from ort_ops.file_format import describe_size, encode_array, to_properties
 from ort_ops.functions import ONNX_OPSET, fallback_functions, register_schemas
 from ort_ops.library import LibraryNotFoundError, session_options
 from ort_ops.parity import Parity, compare, selection_gap
-from trix.nn import Classifier, LanguageModel, TriXFFN, pack_model
+from trix.nn import Classifier, LanguageModel, pack_model, routed_layers
 
 ONNX_IR_VERSION = 9  # the newest that onnxruntime 1.17 reads
 MAX_RELATIVE_DIFFERENCE = 1e-4
@@ -249,7 +249,7 @@ def _write_verified(
 
 
 def _run_torch(model: LanguageModel | Classifier, held_out: Tensor) -> _Expected:
-    layers = [module for module in model.modules() if isinstance(module, TriXFFN)]
+    layers = routed_layers(model)
     logits, tile_idx, gap = [], [], []
     with torch.no_grad():
         for part in torch.split(held_out, CHECK_BATCH):

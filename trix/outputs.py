@@ -35,9 +35,10 @@ class RoutingInfo(TypedDict):
 
 
 class LookupInfo(TypedDict):
-    """What a sparse lookup layer reports, in the shape of its input: one tile per token.
+    """What a sparse lookup layer reports, in the shape of its input.
 
-    tile_idx: int64 [...]. weight: float [...], the gate on the tile's output. compressed: float [..., 2] in (-1, 1), where the
+    tile_idx: int64 [...], or [..., K] with more than one tile per token. weight: float, the same shape, the gate on the tile's
+    output. compressed: float [..., 2] in (-1, 1), where the
     token stands in the plane of the splines. scores: float [..., E].
     """
 

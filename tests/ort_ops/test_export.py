@@ -31,6 +31,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> exported_models.Export
         FFNConfig(num_tiles=4, routing="learned"),
         FFNConfig(num_tiles=4, route_on="embedding"),
         FFNConfig(kind="hierarchical", num_tiles=9),
+        FFNConfig(kind="sparse_lookup_v2", num_tiles=8, top_k=3, route_on="embedding"),
         FFNConfig(kind="dense"),
         FFNConfig(kind="none"),
     ],

@@ -63,7 +63,7 @@ def _note(layer: RoutedLayer, notes: list[Note]) -> tuple[RemovableHandle, Remov
     """Note each run of the layer; the second hook comes after the first."""
 
     def leave_out_padding(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], __: Any) -> None:
-        mask = inspect.signature(layer.forward).bind(*inputs, **named).arguments.get("mask")
+        mask = _argument(layer, "mask", inputs, named)
         if mask is not None:
             x_TD, decision = notes[-1]
             notes[-1] = (x_TD, decision._replace(weight=decision.weight * mask.reshape(-1, 1)))
@@ -74,19 +74,27 @@ def _note(layer: RoutedLayer, notes: list[Note]) -> tuple[RemovableHandle, Remov
 def _note_decision(layer: RoutedLayer, notes: list[Note]) -> RemovableHandle:
     if isinstance(layer, SparseLookupFFN):  # it asks its router for the choice alone, without a forward to hook
 
-        def note_lookup(_: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, LookupInfo, Any]) -> None:
-            info, num_tiles = output[1], layer.num_tiles
-            score_TE = info["scores"].reshape(-1, num_tiles)
-            x_TD = layer.norm(inputs[0].reshape(-1, layer.d_model)).to(score_TE.dtype)
-            tile_idx_TK, weight_TK = info["tile_idx"].reshape(-1, 1), info["weight"].reshape(-1, 1)
+        def note_lookup(
+            _: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: tuple[Tensor, LookupInfo, Any]
+        ) -> None:
+            info, routing_x = output[1], _argument(layer, "routing_x", inputs, named)
+            score_TE = info["scores"].reshape(-1, layer.num_tiles)
+            x = layer.norm(_argument(layer, "x", inputs, named)) if routing_x is None else routing_x
+            x_TD, choice_shape = x.reshape(-1, layer.d_model).to(score_TE.dtype), (len(score_TE), -1)
+            tile_idx_TK, weight_TK = info["tile_idx"].reshape(choice_shape), info["weight"].reshape(choice_shape)
             notes.append((x_TD, RoutingDecision(tile_idx_TK, weight_TK, score_TE)))
 
-        return layer.register_forward_hook(note_lookup)
+        return layer.register_forward_hook(note_lookup, with_kwargs=True)
 
     def note_router(_: nn.Module, inputs: tuple[Tensor, ...], decision: RoutingDecision) -> None:
         notes.append((inputs[0].to(decision.score.dtype), decision))
 
     return layer.router.register_forward_hook(note_router)
+
+
+def _argument(layer: RoutedLayer, name: str, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    """What a call of the layer's forward got under this name, or None."""
+    return inspect.signature(layer.forward).bind(*inputs, **named).arguments.get(name)
 
 
 @contextmanager

@@ -37,7 +37,7 @@ class TriXBlock(nn.Module):
         self.attention = RotaryAttention(d_model, n_heads, context_length, ternary_attention, dropout)
         ffn = ffn or FFNConfig()
         self.ffn = ffn.build(d_model, dropout)
-        reads_embedding = isinstance(self.ffn, TriXFFN) and ffn.route_on == "embedding"
+        reads_embedding = isinstance(self.ffn, TriXFFN | SparseLookupFFN) and ffn.route_on == "embedding"
         self.routing_norm = nn.RMSNorm(d_model, elementwise_affine=False) if reads_embedding else None
         has_own_norm = self.ffn is None or isinstance(self.ffn, SparseLookupFFN)
         self.ffn_norm = None if has_own_norm else nn.RMSNorm(d_model)
@@ -78,11 +78,12 @@ class TriXBlock(nn.Module):
         x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), is_causal, mask_BT))
         info: RoutingInfo | None = None
         aux: AuxLosses | None = None
+        routing_x = None if self.routing_norm is None else self.routing_norm(embedding_BTD)
         if isinstance(self.ffn, SparseLookupFFN):
-            x_BTD, lookup, aux = self.ffn(x_BTD, mask=mask_BT)
+            x_BTD, lookup, aux = self.ffn(x_BTD, mask=mask_BT, routing_x=routing_x)
             info = {
-                "tile_idx": lookup["tile_idx"].unsqueeze(-1),
-                "weight": lookup["weight"].unsqueeze(-1),
+                "tile_idx": lookup["tile_idx"].reshape(*x_BTD.shape[:-1], -1),
+                "weight": lookup["weight"].reshape(*x_BTD.shape[:-1], -1),
                 "scores": lookup["scores"],
             }
         elif self.ffn is not None and self.ffn_norm is not None:
@@ -92,7 +93,7 @@ class TriXBlock(nn.Module):
                     return_routing=True,
                     token_idx=token_BT,
                     mask=mask_BT,
-                    routing_x=None if self.routing_norm is None else self.routing_norm(embedding_BTD),
+                    routing_x=routing_x,
                 )
             else:
                 y_BTD = self.ffn(self.ffn_norm(x_BTD))

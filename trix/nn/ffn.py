@@ -264,12 +264,12 @@ class DenseFFN(nn.Module):
 
 
 # Fields of FFNConfig that a routed layer of some kind does not have.
-OF_OTHERS = ("route_on", "target_diversity", "tiles_per_cluster", "num_probes")
+OF_OTHERS = ("target_diversity", "tiles_per_cluster", "num_probes")
 FOREIGN_ARGUMENTS = {
     "trix": ("tiles_per_cluster", "num_probes"),
     "hierarchical": ("max_k", "confidence_threshold"),
-    "sparse_lookup": ("d_ff", "top_k", "routing", "max_k", "confidence_threshold", "diversity_weight", *OF_OTHERS),
-    "sparse_lookup_v2": ("d_ff", "top_k", "routing", "max_k", "confidence_threshold", *OF_OTHERS),
+    "sparse_lookup": ("d_ff", "routing", "max_k", "confidence_threshold", "diversity_weight", *OF_OTHERS),
+    "sparse_lookup_v2": ("d_ff", "routing", "max_k", "confidence_threshold", *OF_OTHERS),
 }
 
 
@@ -283,10 +283,10 @@ class FFNConfig:
             or a control: ``dense`` (float, width d_ff) or ``none`` (no feed-forward layer at all).
         route_on: what a block lets the signatures read. ``hidden``: the layer's own input, so the context. ``embedding``: the
             normalised embedding of the token, in every layer, so that a token goes to the same tiles whatever its context.
-        top_k: default: 2, or 1 with a single tile, with max_k and under ``hash``, which allow no other.
+        top_k: default: 2, or 1 with a single tile, with max_k and under ``hash``, which allow no other, and for a sparse lookup.
         tiles_per_cluster, num_probes: of a hierarchical layer alone, which in turn has no max_k.
-        All others: see :class:`TriXFFN`; a dense layer reads only d_ff (default 4 * d_model), a sparse lookup num_tiles,
-            balance_weight, balance_rate and, v2, diversity_weight. ``hash`` needs a model of tokens.
+        All others: see :class:`TriXFFN`; a dense layer reads only d_ff (default 4 * d_model), a sparse lookup num_tiles, top_k,
+            route_on, balance_weight, balance_rate and, v2, diversity_weight. ``hash`` needs a model of tokens.
     """
 
     kind: Literal["trix", "hierarchical", "sparse_lookup", "sparse_lookup_v2", "dense", "none"] = "trix"
@@ -324,6 +324,8 @@ class FFNConfig:
             if getattr(self, name) != getattr(FFNConfig, name):
                 default = getattr(FFNConfig, name)
                 raise ValueError(f"{name} ({getattr(self, name)}) must be {default} where kind is {self.kind!r}")
+        if self.route_on not in ("hidden", "embedding"):
+            raise ValueError(f"route_on ({self.route_on!r}) must be 'hidden' or 'embedding'")
         if self.kind == "sparse_lookup":
             return SparseLookupFFN(
                 d_model,
@@ -331,6 +333,7 @@ class FFNConfig:
                 dropout=dropout,
                 balance_weight=self.balance_weight,
                 balance_rate=self.balance_rate,
+                top_k=1 if self.top_k is None else self.top_k,
             )
         if self.kind == "sparse_lookup_v2":
             return SparseLookupFFNv2(
@@ -340,9 +343,8 @@ class FFNConfig:
                 diversity_weight=self.diversity_weight,
                 balance_weight=self.balance_weight,
                 balance_rate=self.balance_rate,
+                top_k=1 if self.top_k is None else self.top_k,
             )
-        if self.route_on not in ("hidden", "embedding"):
-            raise ValueError(f"route_on ({self.route_on!r}) must be 'hidden' or 'embedding'")
         arguments = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("kind", "route_on")}
         if self.top_k is None:
             allows_more = self.num_tiles > 1 and self.max_k is None and self.routing != "hash"

@@ -1,4 +1,4 @@
-"""SparseLookupFFN: a feed-forward layer without matrix products inside the tiles. Each token looks up a direction."""
+"""SparseLookupFFN: a feed-forward layer without matrix products inside the tiles. Each token looks up directions."""
 
 from typing import TypedDict
 
@@ -34,6 +34,8 @@ class SparseLookupFFN(SignatureSurgery):
     h = LayerNorm(x);  e = argmax_e <h, s_e> / sqrt(nnz(s_e)), s_e = sign(direction_e);
     p = tanh(W_2 gelu(W_1 h)), a point in the plane;  y = x + dropout(spline_e(p) * direction_e * output_scale).
 
+    With ``top_k`` > 1, so do the top_k tiles of the best scores: y = x + dropout(sum_k ...).
+
     The signatures' gradient passes straight through the sign to the directions (from the balance loss; the task reaches the
     directions themselves). All tiles' parameters are stacked and each token reads one tile's, so the cost of a token does not
     depend on the number of tiles, but for the scores.
@@ -46,9 +48,11 @@ class SparseLookupFFN(SignatureSurgery):
         balance_weight: weight of the balance loss. balance_rate: step of the router's balance bias, per training batch; 0, the
             default, leaves the choice to the signatures alone.
         num_classes: of the labels; by default the claims grow to the largest label seen.
+        top_k: tiles per token.
 
     Shape:
-        x: float [B, D] or [B, T, D] (any leading dimensions). labels: int64, one for each token or for each entry of the first
+        x: float [B, D] or [B, T, D] (any leading dimensions). routing_x: float, the shape of x: what the signatures are compared
+        with instead of h. labels: int64, one for each token or for each entry of the first
         dimension; -100 is ignored. mask: bool, one for each token, False for padding: computed like the others, but counted
         neither in losses nor in statistics. Returns (output, LookupInfo, AuxLosses), output in the shape and dtype of x.
 
@@ -56,7 +60,8 @@ class SparseLookupFFN(SignatureSurgery):
     the host: leave them out under torch.compile and export.
 
     Raises:
-        ValueError: a size below 1, a negative weight, a wrong last dimension of x, or a mask or labels that do not fit.
+        ValueError: a size below 1, top_k > num_tiles, a negative weight, a wrong last dimension of x, or a mask, labels or
+            routing_x that do not fit.
     """
 
     router: SignatureRouter
@@ -74,6 +79,7 @@ class SparseLookupFFN(SignatureSurgery):
         balance_weight: float = 0.01,
         balance_rate: float = 0.0,
         num_classes: int | None = None,
+        top_k: int = 1,
     ) -> None:
         super().__init__()
         compress_hidden = max(d_model // 4, 1) if compress_hidden is None else compress_hidden
@@ -82,7 +88,7 @@ class SparseLookupFFN(SignatureSurgery):
         check_weights(balance_weight=balance_weight)
         self.d_model, self.num_tiles, self.tiles_per_cluster = d_model, num_tiles, tiles_per_cluster
         self.balance_weight = balance_weight
-        self.router = self._make_router(balance_rate)
+        self.router = self._make_router(balance_rate, top_k)
         self.magnitude = self._make_magnitude(grid_size, ternary_splines)
         self.norm = nn.LayerNorm(d_model)
         self.compress = nn.Sequential(nn.Linear(d_model, compress_hidden), nn.GELU(), nn.Linear(compress_hidden, 2), nn.Tanh())
@@ -92,65 +98,69 @@ class SparseLookupFFN(SignatureSurgery):
         self.claims = ClaimMatrix(num_tiles, num_classes, is_persistent=True)
         self.register_buffer("usage_E", torch.zeros(num_tiles, dtype=torch.int64))
 
-    def _make_router(self, balance_rate: float) -> SignatureRouter:
-        return SignatureRouter(self.d_model, self.num_tiles, balance_rate=balance_rate, source="emergent")
+    def _make_router(self, balance_rate: float, top_k: int) -> SignatureRouter:
+        return SignatureRouter(self.d_model, self.num_tiles, top_k, balance_rate, "emergent")
 
     def _make_magnitude(self, grid_size: int, ternary_splines: bool) -> GridSplines | HingeSplines:
         return GridSplines(self.num_tiles, grid_size, ternary_splines)
 
     def forward(
-        self, x: Tensor, labels: Tensor | None = None, mask: Tensor | None = None
+        self, x: Tensor, labels: Tensor | None = None, mask: Tensor | None = None, routing_x: Tensor | None = None
     ) -> tuple[Tensor, LookupInfo, AuxLosses]:
         if x.shape[-1] != self.d_model:
             raise ValueError(f"last dimension of x ({x.shape[-1]}) must equal d_model ({self.d_model})")
         if mask is not None and (mask.shape != x.shape[:-1] or mask.dtype != torch.bool):
             raise ValueError(f"mask {tuple(mask.shape)} {mask.dtype} must have shape {tuple(x.shape[:-1])} torch.bool")
+        if routing_x is not None and routing_x.shape != x.shape:
+            raise ValueError(f"routing_x {tuple(routing_x.shape)} must have the shape of x {tuple(x.shape)}")
         x_TD = x.reshape(-1, self.d_model)
         h_TD = self.norm(x_TD)
-        tile_idx_T1, score_TE = self.router.select(h_TD, self._emergent_signatures())
-        tile_idx_T = tile_idx_T1.squeeze(-1)
+        routing_TD = h_TD if routing_x is None else routing_x.reshape(x_TD.shape)
+        tile_idx_TK, score_TE = self.router.select(routing_TD, self._emergent_signatures())
         point_T2 = self.compress(h_TD)
-        gate_T = self._gate(score_TE.gather(-1, tile_idx_T1).squeeze(-1))
-        size_T = gate_T * self.magnitude(point_T2, tile_idx_T) * self.output_scale
-        mask_TD = None
+        gate_TK = self._gate(score_TE.gather(-1, tile_idx_TK))
+        mask_TD, factor = None, 1.0
         if self.training and self.dropout.p > 0:
             mask_TD, factor = dropout_mask(x_TD.shape, self.dropout.p, x.device)
-            size_T = size_T * factor
-        y = add_rows(x_TD, size_T, self.direction_ED, tile_idx_T, mask_TD).reshape(x.shape)
-        self._count(tile_idx_T1, labels, mask, x.shape[:-1])
+        y_TD = x_TD
+        for gate_T, tile_idx_T in zip(gate_TK.unbind(-1), tile_idx_TK.unbind(-1), strict=True):
+            size_T = gate_T * self.magnitude(point_T2, tile_idx_T) * (self.output_scale * factor)
+            y_TD = add_rows(y_TD, size_T, self.direction_ED, tile_idx_T, mask_TD)
+        self._count(tile_idx_TK, labels, mask, x.shape[:-1])
+        choice_shape = x.shape[:-1] if self.router.top_k == 1 else (*x.shape[:-1], self.router.top_k)
         info: LookupInfo = {
-            "tile_idx": tile_idx_T.reshape(x.shape[:-1]),
-            "weight": gate_T.reshape(x.shape[:-1]),
+            "tile_idx": tile_idx_TK.reshape(choice_shape),
+            "weight": gate_TK.reshape(choice_shape),
             "compressed": point_T2.reshape(*x.shape[:-1], 2),
             "scores": score_TE.reshape(*x.shape[:-1], self.num_tiles),
         }
-        return y, info, self._aux_losses(score_TE, tile_idx_T1, mask)
+        return y_TD.reshape(x.shape), info, self._aux_losses(score_TE, tile_idx_TK, mask)
 
     def _emergent_signatures(self) -> Tensor | None:
         if self.router.packed_signatures is not None:
             return None
         return straight_through(self.direction_ED.detach().sign(), self.direction_ED)
 
-    def _gate(self, score_T: Tensor) -> Tensor:
-        """The factor on the chosen tile's output, by its score."""
-        return torch.ones_like(score_T)
+    def _gate(self, score_TK: Tensor) -> Tensor:
+        """The factor on the chosen tiles' output, by their scores."""
+        return torch.ones_like(score_TK)
 
-    def _count(self, tile_idx_T1: Tensor, labels: Tensor | None, mask: Tensor | None, shape: torch.Size) -> None:
+    def _count(self, tile_idx_TK: Tensor, labels: Tensor | None, mask: Tensor | None, shape: torch.Size) -> None:
         if self.training:
             with torch.no_grad():
-                ones_T = torch.ones_like(tile_idx_T1).squeeze(-1) if mask is None else mask.reshape(-1).to(torch.int64)
-                self.usage_E.scatter_add_(0, tile_idx_T1.squeeze(-1), ones_T)
-            self.router.update_balance(tile_idx_T1, None if mask is None else mask.reshape(-1, 1))
+                is_real_TK = torch.ones_like(tile_idx_TK) if mask is None else _like_choice(mask, tile_idx_TK).to(torch.int64)
+                self.usage_E.scatter_add_(0, tile_idx_TK.flatten(), is_real_TK.flatten())
+            self.router.update_balance(tile_idx_TK, None if mask is None else _like_choice(mask, tile_idx_TK))
             self.surgery_log.count_step()
         if labels is not None:
-            self.claims.update(tile_idx_T1.reshape(*shape, 1), labels, mask)
+            self.claims.update(tile_idx_TK.reshape(*shape, -1), labels, mask)
 
-    def _aux_losses(self, score_TE: Tensor, tile_idx_T1: Tensor, mask: Tensor | None) -> AuxLosses:
+    def _aux_losses(self, score_TE: Tensor, tile_idx_TK: Tensor, mask: Tensor | None) -> AuxLosses:
         zero = score_TE.new_zeros(())
         balance = zero
         if self.training and self.balance_weight > 0:
-            weight_T1 = None if mask is None else mask.reshape(-1, 1)
-            balance = self.balance_weight * balance_loss(score_TE, tile_idx_T1, weight_T1)
+            weight_TK = None if mask is None else _like_choice(mask, tile_idx_TK)
+            balance = self.balance_weight * balance_loss(score_TE, tile_idx_TK, weight_TK)
         return {"balance": balance, "ternary": zero, "sparsity": zero, "diversity": zero, "total_aux": balance}
 
     @torch.no_grad()
@@ -209,6 +219,11 @@ class SparseLookupFFN(SignatureSurgery):
         self.router.unpack_signatures()
 
 
+def _like_choice(mask: Tensor, tile_idx_TK: Tensor) -> Tensor:
+    """The mask of tokens for each tile that they chose: [T, K]."""
+    return mask.reshape(-1, 1).expand_as(tile_idx_TK)
+
+
 class LookupBlock(nn.Module):
     """x + attention(norm(x)), then a sparse lookup layer, which has a norm and a residual of its own.
 
@@ -251,6 +266,7 @@ class SparseLookupBlock(LookupBlock):
         balance_rate: float = 0.0,
         num_classes: int | None = None,
         context_length: int = 1024,
+        top_k: int = 1,
     ) -> None:
         ffn = SparseLookupFFN(
             d_model,
@@ -263,5 +279,6 @@ class SparseLookupBlock(LookupBlock):
             balance_weight,
             balance_rate,
             num_classes,
+            top_k,
         )
         super().__init__(ffn, n_heads, dropout, context_length)

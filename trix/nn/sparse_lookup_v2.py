@@ -67,6 +67,7 @@ class SparseLookupFFNv2(SparseLookupFFN):
         balance_weight: float = 0.01,
         balance_rate: float = 0.0,
         num_classes: int | None = None,
+        top_k: int = 1,
     ) -> None:
         super().__init__(
             d_model,
@@ -78,13 +79,14 @@ class SparseLookupFFNv2(SparseLookupFFN):
             balance_weight=balance_weight,
             balance_rate=balance_rate,
             num_classes=num_classes,
+            top_k=top_k,
         )
         check_weights(ternary_weight=ternary_weight, sparsity_weight=sparsity_weight, diversity_weight=diversity_weight)
         self.ternary_weight, self.sparsity_weight, self.diversity_weight = ternary_weight, sparsity_weight, diversity_weight
         self.calibration = ScoreCalibrationSpline() if use_score_calibration else None
 
-    def _make_router(self, balance_rate: float) -> SignatureRouter:
-        return SignatureRouter(self.d_model, self.num_tiles, balance_rate=balance_rate, source="explicit")
+    def _make_router(self, balance_rate: float, top_k: int) -> SignatureRouter:
+        return SignatureRouter(self.d_model, self.num_tiles, top_k, balance_rate, "explicit")
 
     def _make_magnitude(self, grid_size: int, ternary_splines: bool) -> HingeSplines:
         del ternary_splines
@@ -93,11 +95,11 @@ class SparseLookupFFNv2(SparseLookupFFN):
     def _emergent_signatures(self) -> None:
         return None
 
-    def _gate(self, score_T: Tensor) -> Tensor:
-        return score_T.sigmoid() if self.calibration is None else self.calibration(score_T)
+    def _gate(self, score_TK: Tensor) -> Tensor:
+        return score_TK.sigmoid() if self.calibration is None else self.calibration(score_TK)
 
-    def _aux_losses(self, score_TE: Tensor, tile_idx_T1: Tensor, mask: Tensor | None) -> AuxLosses:
-        aux = super()._aux_losses(score_TE, tile_idx_T1, mask)
+    def _aux_losses(self, score_TE: Tensor, tile_idx_TK: Tensor, mask: Tensor | None) -> AuxLosses:
+        aux = super()._aux_losses(score_TE, tile_idx_TK, mask)
         if not self.training or self.router.packed_signatures is not None:
             return aux
         penalties = self._penalties(self.diversity_weight > 0)
@@ -170,6 +172,7 @@ class SparseLookupBlockV2(LookupBlock):
         balance_rate: float = 0.0,
         num_classes: int | None = None,
         context_length: int = 1024,
+        top_k: int = 1,
     ) -> None:
         ffn = SparseLookupFFNv2(
             d_model,
@@ -185,5 +188,6 @@ class SparseLookupBlockV2(LookupBlock):
             balance_weight,
             balance_rate,
             num_classes,
+            top_k,
         )
         super().__init__(ffn, n_heads, dropout, context_length)

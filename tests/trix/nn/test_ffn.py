@@ -297,7 +297,7 @@ def test_a_language_model_of_sparse_lookups_reports_and_trains(kind: Any) -> Non
     [
         ({"kind": "trix", "num_probes": 2}, "num_probes"),
         ({"kind": "hierarchical", "max_k": 2}, "max_k"),
-        ({"kind": "sparse_lookup", "top_k": 2}, "top_k"),
+        ({"kind": "sparse_lookup", "d_ff": 2}, "d_ff"),
         ({"kind": "sparse_lookup", "diversity_weight": 0.1}, "diversity_weight"),
         ({"kind": "sparse_lookup_v2", "routing": "hash"}, "routing"),
     ],

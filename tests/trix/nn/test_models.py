@@ -190,12 +190,14 @@ def test_sizes_are_checked() -> None:
         small_model()(torch.zeros(1, 13, dtype=torch.int64))
 
 
-@pytest.mark.parametrize("routing", ["explicit", "emergent", "learned"])
-def test_routed_on_its_embedding_a_token_goes_to_the_same_tiles_in_every_context(routing: Any) -> None:
+@pytest.mark.parametrize(
+    "kind", [{"routing": "explicit"}, {"routing": "emergent"}, {"routing": "learned"}, {"kind": "sparse_lookup_v2", "top_k": 2}]
+)
+def test_routed_on_its_embedding_a_token_goes_to_the_same_tiles_in_every_context(kind: dict[str, Any]) -> None:
     torch.manual_seed(0)
     token = torch.arange(5).repeat(2)[None, torch.randperm(10)]
     for route_on, is_steady in (("embedding", True), ("hidden", False)):
-        model = small_model(FFNConfig(num_tiles=8, routing=routing, route_on=route_on)).eval()
+        model = small_model(FFNConfig(num_tiles=8, route_on=route_on, **kind)).eval()
         _, infos, _ = model(token, return_routing=True)
         tiles = [{tuple(chosen) for chosen in info["tile_idx"][token == t].tolist()} for info in infos for t in range(5)]
         assert all(len(choices) == 1 for choices in tiles) == is_steady

@@ -16,36 +16,57 @@ BLOCKS = [SparseLookupBlock, SparseLookupBlockV2]
 both = pytest.mark.parametrize("version", VERSIONS)
 
 
-def by_definition(ffn: SparseLookupFFN, x_TD: torch.Tensor) -> tuple[list[int], torch.Tensor]:
+def by_definition(
+    ffn: SparseLookupFFN, x_TD: torch.Tensor, routing_TD: torch.Tensor | None
+) -> tuple[list[list[int]], torch.Tensor]:
     """Token by token, with a loop over the tiles."""
     tiles, rows = [], []
     signatures = ffn.get_tile_signatures()
-    for x in x_TD:
+    for t, x in enumerate(x_TD):
         h = F.layer_norm(x, x.shape, ffn.norm.weight, ffn.norm.bias)
-        scores = [float(h @ s) / math.sqrt(max(int((s != 0).sum()), 1)) for s in signatures]
-        e = scores.index(max(scores))
+        read = h if routing_TD is None else routing_TD[t]
+        scores = [float(read @ s) / math.sqrt(max(int((s != 0).sum()), 1)) for s in signatures]
+        best = sorted(range(len(scores)), key=lambda e: -scores[e])[: ffn.router.top_k]
         first, _, second, _ = ffn.compress
         point = torch.tanh(second(F.gelu(first(h))))
-        size = ffn.magnitude(point[None], torch.tensor([e]))[0] * ffn.output_scale
-        if isinstance(ffn, SparseLookupFFNv2):
-            size = size * ffn.calibration(torch.tensor(scores[e], dtype=x.dtype))
-        tiles.append(e)
-        rows.append(x + size * ffn.direction_ED[e])
+        y = x
+        for e in best:
+            size = ffn.magnitude(point[None], torch.tensor([e]))[0] * ffn.output_scale
+            if isinstance(ffn, SparseLookupFFNv2):
+                size = size * ffn.calibration(torch.tensor(scores[e], dtype=x.dtype))
+            y = y + size * ffn.direction_ED[e]
+        tiles.append(best)
+        rows.append(y)
     return tiles, torch.stack(rows)
 
 
 @both
-def test_output_and_choice_equal_the_definition(version) -> None:
+@pytest.mark.parametrize("top_k", [1, 3])
+@pytest.mark.parametrize("reads_other", [False, True])
+def test_output_and_choice_equal_the_definition(version, top_k: int, reads_other: bool) -> None:
     torch.manual_seed(0)
-    ffn = version(12, 7, dropout=0.0).double()
-    x = torch.randn(30, 12, dtype=torch.float64)
+    ffn = version(12, 7, dropout=0.0, top_k=top_k).double()
+    x, routing_x = torch.randn(2, 30, 12, dtype=torch.float64)
     with torch.no_grad():
         ffn.norm.bias.normal_()
         ffn.norm.weight.uniform_(0.5, 2.0)
-        y, info, _ = ffn(x)
-        tiles, expected = by_definition(ffn, x)
-    assert info["tile_idx"].tolist() == tiles
+        y, info, _ = ffn(x, routing_x=routing_x if reads_other else None)
+        tiles, expected = by_definition(ffn, x, routing_x if reads_other else None)
+    assert info["tile_idx"].reshape(30, top_k).tolist() == tiles
+    assert info["weight"].shape == info["tile_idx"].shape == ((30,) if top_k == 1 else (30, 3))
     torch.testing.assert_close(y, expected)
+
+
+@both
+def test_several_tiles_for_each_token_train_and_are_counted(version) -> None:
+    torch.manual_seed(0)
+    ffn = version(16, 4, top_k=3)
+    mask = torch.tensor([[True] * 5, [True] * 2 + [False] * 3])
+    y, info, aux = ffn(torch.randn(2, 5, 16), labels=torch.zeros(2, 5, dtype=torch.int64), mask=mask)
+    (y.square().sum() + aux["total_aux"]).backward()
+    assert ffn.usage_E.sum() == ffn.claims.count_EC.sum() == 3 * 7
+    assert torch.equal(ffn.usage_E, info["tile_idx"][mask].flatten().bincount(minlength=4))
+    assert all(parameter.grad is not None for parameter in ffn.parameters())
 
 
 def test_signatures_of_v1_are_the_signs_of_its_directions() -> None:
@@ -287,7 +308,7 @@ def test_compiles_as_one_graph_in_both_modes(version) -> None:
 
 @both
 def test_exports_with_dynamic_batch_and_length(version) -> None:
-    ffn = version(16, 4).eval()
+    ffn = version(16, 4, top_k=2).eval()
     ffn.insert_signature(0, torch.ones(16))
     dims = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens")},)
     program = torch.export.export(ffn, (torch.randn(2, 5, 16),), dynamic_shapes=dims)
@@ -350,6 +371,10 @@ def test_errors_state_the_rule_and_the_values(version) -> None:
         version(8, 2, balance_weight=-1.0)
     with pytest.raises(ValueError, match=r"d_model \(8\) and num_tiles \(0\) must be >= 1"):
         version(8, 0)
+    with pytest.raises(ValueError, match=r"top_k \(3\) must be >= 1 and <= num_tiles \(2\)"):
+        version(8, 2, top_k=3)
+    with pytest.raises(ValueError, match=r"routing_x \(2, 8\) must have the shape of x \(3, 8\)"):
+        version(8, 2)(torch.randn(3, 8), routing_x=torch.randn(2, 8))
     ffn = version(8, 2)
     with pytest.raises(ValueError, match=r"tile_idx \(2\) must be >= 0 and < num_tiles \(2\)"):
         ffn.get_claim_rate(2, 0)
