@@ -34,8 +34,8 @@ class TriXFFN(SignatureSurgery):
         d_ff: hidden width of all tiles together; each gets d_ff / num_tiles. Default: d_model // top_k for each tile, so that a
             token meets the same width whatever top_k is.
         top_k: tiles per token.
-        routing: ``emergent`` reads signatures from the up weights, ``explicit`` learns them, ``learned`` is a float gate,
-            ``hash`` looks at the token's id alone.
+        routing: ``emergent`` reads signatures from the up weights, which the gate's gradient moves, too; ``explicit`` learns
+            them apart; ``learned`` is a float gate, ``hash`` looks at the token's id alone.
         balance_weight: weight of the balance loss. balance_rate: step of the balance bias, per training batch.
         max_k: adaptive k: one tile where the confidence exceeds ``confidence_threshold``, else more, up to max_k.
         diversity_weight: weight of relu(target_diversity - diversity of the signatures). Where routing has none (``learned``,
@@ -170,7 +170,7 @@ class TriXFFN(SignatureSurgery):
     def get_tile_signatures(self) -> Tensor:
         """Signatures in force: [E, D] in {-1, 0, +1}. Under a control's routing, those that the tiles' weights would give."""
         if not isinstance(self.router, SignatureRouter):
-            return self.tiles.signatures()
+            return self.tiles.signatures().detach()
         return super().get_tile_signatures()
 
     @torch.no_grad()

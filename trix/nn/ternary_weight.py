@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from trix.functional.packing import check_packed, pack_ternary, packed_width, unpack_ternary
-from trix.functional.signatures import signatures_from_codes
 from trix.functional.ternary import absmean_codes, absmean_ternary, straight_through
 
 
@@ -60,8 +59,9 @@ class TernaryWeight(nn.Module):
         return unpack_ternary(self.packed, self.shape[-1]).to(self.row_scale.dtype), self.row_scale
 
     def signatures(self) -> Tensor:
-        """sign of the column sums of the codes: [..., K] in {-1, 0, +1}, no gradient."""
-        return signatures_from_codes(self.codes_and_scale()[0])
+        """sign of the column sums of the codes: [..., K] in {-1, 0, +1}; gradient as of votes / sqrt(N)."""
+        votes = self.votes()
+        return straight_through(votes.detach().sign(), votes / math.sqrt(self.shape[-2]))
 
     def votes(self) -> Tensor:
         """The column sums of the codes, whose signs are the signatures: [..., K]; gradient as of sum_n weight[n] / scale[n]."""

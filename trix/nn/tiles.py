@@ -26,7 +26,7 @@ class TernaryTiles(nn.Module):
         self.down = TernaryWeight(num_tiles, d_model, tile_width)
 
     def signatures(self) -> Tensor:
-        """What each tile's up rows respond to: [E, D] in {-1, 0, +1}, no gradient."""
+        """What each tile's up rows respond to: [E, D] in {-1, 0, +1}, with a straight-through gradient to the up weights."""
         return self.up.signatures()
 
     def votes(self) -> Tensor:

@@ -97,7 +97,7 @@ class SignatureRouter(Router):
     score[t, e] = <x_t, s_e> / sqrt(nnz(s_e)): the agreement per active dimension (unit: activation standard deviations).
 
     ``explicit`` signatures are parameters, ternarised by a threshold of 0.3 with a straight-through gradient that reaches them
-    through the gate. ``emergent`` signatures are read from the tiles' weights by the caller and take no gradient. A frozen
+    through the gate. ``emergent`` signatures are read from the tiles' weights by the caller. A frozen
     signature is a stored value that replaces either, so no optimizer can move it.
 
     Tiles that were merged or split (:mod:`trix.evolution`) leave two marks, so that the gates of all tokens stay as they were:

@@ -180,6 +180,25 @@ def test_diversity_and_signatures_of_emergent_tiles() -> None:
     assert ffn.get_signature_diversity() == pytest.approx(0.0, abs=1e-6)
 
 
+def test_the_gate_moves_emergent_signatures_through_the_weights_they_are_read_from() -> None:
+    torch.manual_seed(0)
+    ffn = TriXFFN(16, 4, routing="emergent", balance_rate=0.0, balance_weight=0.0)
+    assert "router" not in {name.split(".")[0] for name, _ in ffn.named_parameters()}  # nothing of its own to learn
+    x, wanted = torch.randn(64, 16), torch.arange(64) % 4
+    optimizer = torch.optim.Adam(ffn.parameters(), 0.02)
+
+    def loss() -> torch.Tensor:
+        return F.cross_entropy(ffn(x, return_routing=True)[1]["scores"], wanted)
+
+    before = loss()
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+    assert loss() < before - 0.3
+    assert torch.equal(ffn.get_tile_signatures(), ffn.tiles.up.codes_and_scale()[0].sum(dim=1).sign())
+
+
 def test_freezing_an_emergent_signature_holds_it_while_its_tile_trains() -> None:
     ffn = TriXFFN(16, 4, routing="emergent")
     ffn.freeze_signature(1)
