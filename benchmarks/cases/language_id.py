@@ -27,7 +27,7 @@ LAYERS = {
     "none": FFNConfig(kind="none"),
     "dense, equal active compute": FFNConfig(kind="dense", d_ff=D_MODEL),
     "dense 4d": FFNConfig(kind="dense", d_ff=4 * D_MODEL),
-    "trix explicit": FFNConfig(num_tiles=NUM_TILES, top_k=1),
+    "trix explicit": FFNConfig(num_tiles=NUM_TILES, route_on="hidden"),
 }
 NGRAMS = ("naive Bayes", "logistic regression")
 

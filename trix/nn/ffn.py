@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trix.functional.signatures import check_target_diversity, signature_diversity_loss
+from trix.functional.ternary import threshold_ternary
 from trix.nn.sparse_lookup import SparseLookupFFN
 from trix.nn.sparse_lookup_v2 import SparseLookupFFNv2
 from trix.nn.tiles import TernaryTiles
@@ -34,8 +35,9 @@ class TriXFFN(SignatureSurgery):
         d_ff: hidden width of all tiles together; each gets d_ff / num_tiles. Default: d_model // top_k for each tile, so that a
             token meets the same width whatever top_k is.
         top_k: tiles per token.
-        routing: ``emergent`` reads signatures from the up weights, which the gate's gradient moves, too; ``explicit`` learns
-            them apart; ``learned`` is a float gate, ``hash`` looks at the token's id alone.
+        routing: ``emergent`` reads signatures from the up weights, which the gate's gradient moves, too: +1 or -1 where most of
+            a tile's rows agree, 0 where their votes nearly cancel; ``explicit`` learns them apart; ``learned`` is a float gate,
+            ``hash`` looks at the token's id alone.
         balance_weight: weight of the balance loss. balance_rate: step of the balance bias, per training batch.
         max_k: adaptive k: one tile where the confidence exceeds ``confidence_threshold``, else more, up to max_k.
         diversity_weight: weight of relu(target_diversity - diversity of the signatures). Where routing has none (``learned``,
@@ -145,7 +147,7 @@ class TriXFFN(SignatureSurgery):
         router = self.router
         if not isinstance(router, SignatureRouter) or router.source == "explicit" or router.packed_signatures is not None:
             return None
-        return self.tiles.signatures()
+        return self.tiles.votes()
 
     def _aux_losses(self, decision: RoutingDecision) -> AuxLosses:
         balance = diversity = zero = decision.score.new_zeros(())
@@ -164,13 +166,12 @@ class TriXFFN(SignatureSurgery):
     def _diversity_loss(self) -> Tensor:
         if not isinstance(self.router, SignatureRouter):
             return signature_diversity_loss(self.tiles.votes(), SIGNATURE_THRESHOLD, self.target_diversity)
-        votes_ED = self.tiles.votes() if self.router.source == "emergent" else None
-        return self.router.diversity_loss(self.target_diversity, votes_ED)
+        return self.router.diversity_loss(self.target_diversity, self._emergent_signatures())
 
     def get_tile_signatures(self) -> Tensor:
         """Signatures in force: [E, D] in {-1, 0, +1}. Under a control's routing, those that the tiles' weights would give."""
         if not isinstance(self.router, SignatureRouter):
-            return self.tiles.signatures().detach()
+            return threshold_ternary(self.tiles.votes().detach(), SIGNATURE_THRESHOLD)
         return super().get_tile_signatures()
 
     @torch.no_grad()
@@ -281,9 +282,8 @@ class FFNConfig:
         kind: ``trix`` (tiles), ``hierarchical`` (many tiles, found by clusters: :class:`~trix.nn.HierarchicalTriXFFN`),
             ``sparse_lookup`` or ``sparse_lookup_v2`` (:class:`~trix.nn.SparseLookupFFN`, :class:`~trix.nn.SparseLookupFFNv2`),
             or a control: ``dense`` (float, width d_ff) or ``none`` (no feed-forward layer at all).
-        route_on: what a block lets the signatures read. ``hidden``: the layer's own input, so the context. ``embedding``: the
-            normalised embedding of the token, in every layer, so that a token goes to the same tiles whatever its context.
-        top_k: default: 2, or 1 with a single tile, with max_k and under ``hash``, which allow no other, and for a sparse lookup.
+        route_on: what a block lets the signatures read. ``embedding``: the normalised embedding of the token, in every layer, so
+            that a token goes to the same tiles whatever its context. ``hidden``: the layer's own input, so the context, too.
         tiles_per_cluster, num_probes: of a hierarchical layer alone, which in turn has no max_k.
         All others: see :class:`TriXFFN`; a dense layer reads only d_ff (default 4 * d_model), a sparse lookup num_tiles, top_k,
             route_on, balance_weight, balance_rate and, v2, diversity_weight. ``hash`` needs a model of tokens.
@@ -292,9 +292,9 @@ class FFNConfig:
     kind: Literal["trix", "hierarchical", "sparse_lookup", "sparse_lookup_v2", "dense", "none"] = "trix"
     num_tiles: int = 16
     d_ff: int | None = None
-    top_k: int | None = None
+    top_k: int = 1
     routing: Routing = "explicit"
-    route_on: Literal["hidden", "embedding"] = "hidden"
+    route_on: Literal["embedding", "hidden"] = "embedding"
     balance_weight: float = 0.01
     balance_rate: float = 0.01
     max_k: int | None = None
@@ -325,7 +325,7 @@ class FFNConfig:
                 default = getattr(FFNConfig, name)
                 raise ValueError(f"{name} ({getattr(self, name)}) must be {default} where kind is {self.kind!r}")
         if self.route_on not in ("hidden", "embedding"):
-            raise ValueError(f"route_on ({self.route_on!r}) must be 'hidden' or 'embedding'")
+            raise ValueError(f"route_on ({self.route_on!r}) must be 'embedding' or 'hidden'")
         if self.kind == "sparse_lookup":
             return SparseLookupFFN(
                 d_model,
@@ -333,7 +333,7 @@ class FFNConfig:
                 dropout=dropout,
                 balance_weight=self.balance_weight,
                 balance_rate=self.balance_rate,
-                top_k=1 if self.top_k is None else self.top_k,
+                top_k=self.top_k,
             )
         if self.kind == "sparse_lookup_v2":
             return SparseLookupFFNv2(
@@ -343,12 +343,9 @@ class FFNConfig:
                 diversity_weight=self.diversity_weight,
                 balance_weight=self.balance_weight,
                 balance_rate=self.balance_rate,
-                top_k=1 if self.top_k is None else self.top_k,
+                top_k=self.top_k,
             )
         arguments = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("kind", "route_on")}
-        if self.top_k is None:
-            allows_more = self.num_tiles > 1 and self.max_k is None and self.routing != "hash"
-            arguments["top_k"] = 2 if allows_more else 1
         for name in foreign:
             del arguments[name]
         if self.kind == "hierarchical":

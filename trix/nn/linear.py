@@ -30,7 +30,7 @@ class TriXLinear(TernaryWeight):
 
     def get_signature(self) -> Tensor:
         """Signature of the whole layer: [in_features] in {-1, 0, +1}."""
-        return self.signatures().detach()
+        return self.signatures()
 
     def get_tile_signatures(self) -> Tensor:
         """Signature of each group of rows: [num_tiles, in_features] in {-1, 0, +1}."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from trix.functional.packing import check_packed, pack_ternary, packed_width, unpack_ternary
+from trix.functional.signatures import signatures_from_codes
 from trix.functional.ternary import absmean_codes, absmean_ternary, straight_through
 
 
@@ -59,16 +60,18 @@ class TernaryWeight(nn.Module):
         return unpack_ternary(self.packed, self.shape[-1]).to(self.row_scale.dtype), self.row_scale
 
     def signatures(self) -> Tensor:
-        """sign of the column sums of the codes: [..., K] in {-1, 0, +1}; gradient as of votes / sqrt(N)."""
-        votes = self.votes()
-        return straight_through(votes.detach().sign(), votes / math.sqrt(self.shape[-2]))
+        """sign of the column sums of the codes: [..., K] in {-1, 0, +1}, no gradient."""
+        return signatures_from_codes(self.codes_and_scale()[0])
 
     def votes(self) -> Tensor:
-        """The column sums of the codes, whose signs are the signatures: [..., K]; gradient as of sum_n weight[n] / scale[n]."""
+        """sum_n code[n] / sqrt(3 N): [..., K], with a gradient as of sum_n weight[n] / (scale[n] sqrt(3 N)).
+
+        Fresh weights are uniform, and three quarters of their codes not 0: so fresh votes have standard deviation 1/2.
+        """
         codes, scale = self.codes_and_scale()
         if self.weight is not None:
             codes = straight_through(codes, self.weight / scale.unsqueeze(-1))
-        return codes.sum(dim=-2)
+        return codes.sum(dim=-2) / math.sqrt(3 * self.shape[-2])
 
     def pack(self) -> None:
         """Drop the float weight for its packed form. A second call does nothing."""

@@ -25,12 +25,8 @@ class TernaryTiles(nn.Module):
         self.up = TernaryWeight(num_tiles, tile_width, d_model)
         self.down = TernaryWeight(num_tiles, d_model, tile_width)
 
-    def signatures(self) -> Tensor:
-        """What each tile's up rows respond to: [E, D] in {-1, 0, +1}, with a straight-through gradient to the up weights."""
-        return self.up.signatures()
-
     def votes(self) -> Tensor:
-        """The column sums behind the signatures: [E, D], with a straight-through gradient to the up weights."""
+        """What each tile's up rows respond to: [E, D], their codes' column sums, see :meth:`TernaryWeight.votes`."""
         return self.up.votes()
 
     def forward(self, x_TD: Tensor, tile_idx_TK: Tensor, weight_TK: Tensor, skip_unused: bool = False) -> Tensor:

@@ -96,8 +96,8 @@ class SignatureRouter(Router):
 
     score[t, e] = <x_t, s_e> / sqrt(nnz(s_e)): the agreement per active dimension (unit: activation standard deviations).
 
-    ``explicit`` signatures are parameters, ternarised by a threshold of 0.3 with a straight-through gradient that reaches them
-    through the gate. ``emergent`` signatures are read from the tiles' weights by the caller. A frozen
+    Signatures are raw values, ternarised by a threshold of 0.3 with a straight-through gradient that reaches them through the
+    gate. ``explicit`` ones are parameters; ``emergent`` ones are read from the tiles' weights by the caller. A frozen
     signature is a stored value that replaces either, so no optimizer can move it.
 
     Tiles that were merged or split (:mod:`trix.evolution`) leave two marks, so that the gates of all tokens stay as they were:
@@ -169,14 +169,9 @@ class SignatureRouter(Router):
         """Fresh initial values of explicit signatures, [E, D]: about half of the positions are active."""
         return torch.randn(self.num_tiles, self.d_model) * 0.5
 
-    def diversity_loss(self, target_diversity: float = 0.5, votes_ED: Tensor | None = None) -> Tensor:
-        """relu(target_diversity - diversity of the signatures in force), with gradient to all that are not frozen.
-
-        Args:
-            votes_ED: for emergent signatures, the column sums whose signs they are (:meth:`TernaryTiles.votes`).
-        """
-        # Column sums are whole numbers: the threshold of explicit signatures tells 0 from the others there, too.
-        return signature_diversity_loss(self.raw(votes_ED), SIGNATURE_THRESHOLD, target_diversity)
+    def diversity_loss(self, target_diversity: float = 0.5, emergent_ED: Tensor | None = None) -> Tensor:
+        """relu(target_diversity - diversity of the signatures in force), with gradient to all that are not frozen."""
+        return signature_diversity_loss(self.raw(emergent_ED), SIGNATURE_THRESHOLD, target_diversity)
 
     @torch.no_grad()
     def insert(self, tile_idx: int, signature_D: Tensor, freeze: bool = True) -> None:

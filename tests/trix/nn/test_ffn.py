@@ -174,7 +174,9 @@ def test_routing_stats_by_hand() -> None:
 def test_diversity_and_signatures_of_emergent_tiles() -> None:
     ffn = TriXFFN(32, 4, routing="emergent")
     signatures = ffn.get_tile_signatures()
-    assert torch.equal(signatures, ffn.tiles.up.codes_and_scale()[0].sum(1).sign())
+    sums = ffn.tiles.up.codes_and_scale()[0].sum(1)
+    assert torch.equal(signatures, sums.sign() * (sums.abs() > 0.3 * (3 * ffn.tiles.up.shape[1]) ** 0.5))
+    assert 0.3 < (signatures == 0).float().mean() < 0.6
     with torch.no_grad():
         ffn.tiles.up.weight[:] = ffn.tiles.up.weight[0]
     assert ffn.get_signature_diversity() == pytest.approx(0.0, abs=1e-6)
@@ -196,7 +198,6 @@ def test_the_gate_moves_emergent_signatures_through_the_weights_they_are_read_fr
         loss().backward()
         optimizer.step()
     assert loss() < before - 0.3
-    assert torch.equal(ffn.get_tile_signatures(), ffn.tiles.up.codes_and_scale()[0].sum(dim=1).sign())
 
 
 def test_freezing_an_emergent_signature_holds_it_while_its_tile_trains() -> None:
@@ -281,9 +282,9 @@ def test_config_builds_each_kind() -> None:
         FFNConfig(kind="soft").build(8)
 
 
-def test_by_default_a_token_meets_two_tiles_of_half_the_width_where_it_can() -> None:
+def test_by_default_a_token_meets_the_same_width_whatever_top_k_is() -> None:
     for config, top_k, width in [
-        (FFNConfig(), 2, 8),
+        (FFNConfig(), 1, 16),
         (FFNConfig(top_k=4), 4, 4),
         (FFNConfig(num_tiles=1), 1, 16),
         (FFNConfig(max_k=2), 2, 16),

@@ -54,8 +54,9 @@ def test_aux_losses_of_the_layers_add_up_and_vanish_in_evaluation() -> None:
     token = torch.randint(0, 11, (3, 12))
     _, _, aux = model.train()(token, return_routing=True)
     x, total = model.embedding(token), 0.0
+    embedding = x
     for block in model.stack.blocks:
-        x, _, layer_aux = block(x, return_routing=True)
+        x, _, layer_aux = block(x, return_routing=True, embedding_BTD=embedding)
         total += layer_aux["balance"].item()
     assert aux["total_aux"].item() == pytest.approx(total)
     assert aux["balance"].item() >= 2 * 0.5 * 0.9  # each layer's balance loss is about 1 or more
@@ -118,7 +119,7 @@ def test_classifier_looks_both_ways_and_trains() -> None:
     x[torch.arange(30), y] += 3.0  # the class is the position of the large row
     logits, infos, _ = model(x, return_routing=True)
     assert logits.shape == (30, 3)
-    assert infos[0]["tile_idx"].shape == (30, 5, 2)
+    assert infos[0]["tile_idx"].shape == (30, 5, 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(80):
         loss = F.cross_entropy(model(x), y)
@@ -169,11 +170,11 @@ def test_block_and_stack_agree_with_their_parts() -> None:
     x = torch.randn(2, 8, 16)
     y = x
     for block in stack.blocks:
-        y = block(y)
+        y = block(y, embedding_BTD=x)
     assert torch.equal(stack(x), y)
     block = TriXBlock(16, 2, FFNConfig(num_tiles=4), context_length=8).eval()
     h = x + block.attention(block.attention_norm(x))
-    torch.testing.assert_close(block(x), h + block.ffn(block.ffn_norm(h)))
+    torch.testing.assert_close(block(x), h + block.ffn(block.ffn_norm(h), routing_x=block.routing_norm(x)))
 
 
 def test_sizes_are_checked() -> None:
@@ -215,5 +216,5 @@ def test_routing_on_the_embedding_trains_embedding_and_signatures() -> None:
 def test_what_routing_reads_must_fit() -> None:
     with pytest.raises(ValueError, match=r"routing_x \(3, 8\) must have the shape of x \(2, 8\)"):
         TriXFFN(8, 2)(torch.randn(2, 8), routing_x=torch.randn(3, 8))
-    with pytest.raises(ValueError, match=r"route_on \('both'\) must be 'hidden' or 'embedding'"):
+    with pytest.raises(ValueError, match=r"route_on \('both'\) must be 'embedding' or 'hidden'"):
         FFNConfig(route_on="both").build(8)  # type: ignore[arg-type]
