@@ -29,7 +29,7 @@ LAYERS = {
     "none": FFNConfig(kind="none"),
     "dense, equal active compute": FFNConfig(kind="dense", d_ff=D_MODEL),
     "dense 4d": FFNConfig(kind="dense", d_ff=4 * D_MODEL),
-    "dense, equal parameters": FFNConfig(kind="dense", d_ff=NUM_TILES * D_MODEL),
+    "dense 8d": FFNConfig(kind="dense", d_ff=8 * D_MODEL),  # the parameters of 16 tiles of half width
     "learned gate": FFNConfig(num_tiles=NUM_TILES, routing="learned"),
     "hash": FFNConfig(num_tiles=NUM_TILES, routing="hash"),
     "sparse lookup v1": FFNConfig(kind="sparse_lookup", num_tiles=64, route_on="hidden"),
