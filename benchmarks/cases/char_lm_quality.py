@@ -47,7 +47,6 @@ LONG_LAYERS = (
     "dense, equal active compute",
     "dense 4d",
     "learned gate",
-    "trix emergent",
     "trix explicit",
     "trix explicit, 2 tiles of half width by hidden state",
 )
