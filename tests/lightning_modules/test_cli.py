@@ -66,7 +66,7 @@ def test_fit_then_validate_then_predict_then_resume(folder: Path, capfd: pytest.
     assert main(["fit", "--config", "small.yaml"]) == 0
     out, err = capfd.readouterr()
     lines = out.splitlines()
-    assert lines[0].startswith("network      4.8 K parameters, 2 routed layers of 4 tiles")
+    assert lines[0].startswith("network      6.8 K parameters, 2 routed layers of 4 tiles")
     assert lines[1].startswith("training     6 steps on cpu")
     assert lines[2] == "logs         runs/small/version_0"
     assert lines[3].startswith("step 3 ")

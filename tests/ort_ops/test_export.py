@@ -118,7 +118,7 @@ def test_classifier_exports(tmp_path: Path) -> None:
     logits, tile_idx = ExportedModel(path).run(held_out[:7].numpy())
     np.testing.assert_allclose(logits, model(held_out[:7]).detach().numpy(), rtol=1e-4, atol=1e-5)
     assert tile_idx is not None
-    assert tile_idx.shape == (7, 5, 2, 2)
+    assert tile_idx.shape == (7, 5, 2, 1)
     with pytest.raises(ExportError, match=r"class_names \(2\) must name each of the 3 classes"):
         export_classifier(model, ["a", "b"], held_out, path)
 
