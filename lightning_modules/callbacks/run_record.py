@@ -93,9 +93,10 @@ class MetricsLogger(CSVLogger):
         """
         for row in rows:
             if row["step"] <= last_step:
-                values = {name: value for name, value in row.items() if name != "step"}
-                super().log_metrics(values, int(row["step"]))
+                values: dict[str, Any] = {name: value for name, value in row.items() if name != "step"}
+                self.experiment.log_metrics(values, int(row["step"]))
                 self._taken_over.add((int(row["step"]), frozenset(values)))
+        self.save()
 
     @override
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:

@@ -147,7 +147,7 @@ def test_a_run_in_the_folders_of_lightning_is_resumed_too(folder: Path, capfd: p
     for max_steps in ("3", "4"):
         changes = ["--trainer.logger=true", "--trainer.callbacks=[]", "--trainer.val_check_interval=1"]
         assert main(["fit", "--config", "small.yaml", *changes, f"--trainer.max_steps={max_steps}"]) == 0
-    for run, step in (("lightning_logs/version_0", 3), ("lightning_logs", 4)):
+    for run, step in (("lightning_logs", 4), ("lightning_logs/version_0", 3)):  # the newest, or the one that is named
         capfd.readouterr()
         assert main(["fit", "--resume", run, "--trainer.max_steps=5"]) == 0
         assert f"going on after step {step}\n" in capfd.readouterr().out
@@ -173,8 +173,10 @@ def test_without_a_good_last_checkpoint_the_newest_other_one_is_taken(folder: Pa
     )
 
     last.unlink()
-    assert main(["fit", "--resume", "runs/small", "--trainer.fast_dev_run=1"]) == 0
-    assert "runs/small holds no last.ckpt; " in capfd.readouterr().err
+    assert main(["fit", "--resume", "runs/small", "--print_config"]) == 0
+    out, err = capfd.readouterr()
+    assert err == "trix: warning: runs/small holds no last.ckpt; going on from runs/small/step=16.ckpt (step 16)\n"
+    assert "ckpt_path: runs/small/step=16.ckpt" in out
 
 
 def test_a_resume_that_cannot_be_gives_one_line_and_leaves_nothing(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
