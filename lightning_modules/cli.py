@@ -35,6 +35,7 @@ examples
   trix fit --config configs/char_lm.yaml
   trix fit --config configs/char_lm.yaml --trainer.max_steps 100 --print_config
   trix fit --config configs/char_lm.yaml --ckpt_path runs/char_lm/last.ckpt
+  trix fit --resume runs/char_lm
   trix validate --config configs/char_lm.yaml --ckpt_path runs/char_lm/best.ckpt
   trix inspect runs/char_lm/best.ckpt
   trix why runs/char_lm/best.ckpt --prompt "The "

@@ -18,6 +18,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_modules.callbacks import FreezingSchedule
 from lightning_modules.callbacks.prediction_writer import PredictionWriter
+from lightning_modules.callbacks.random_state import RandomState
+from lightning_modules.callbacks.run_record import RunRecord
 from lightning_modules.callbacks.run_report import RunReport, StepProgressBar
 from lightning_modules.data.digits import DigitsDataModule
 from lightning_modules.data.language_id import LanguageIdDataModule
@@ -25,12 +27,16 @@ from lightning_modules.data.text import TextDataModule
 from lightning_modules.error_text import one_line, reason, shorten_parser_error
 from lightning_modules.errors import UserError
 from lightning_modules.quiet import quiet_lightning
+from lightning_modules.resume import log_folder, with_resumed_run
 from lightning_modules.tasks import ClassifierTask, LanguageModelTask, RoutedTask, check_resumable, read_checkpoint
 from lightning_modules.whole_files import WholeFileCheckpointIO
 
 # Short names in configurations work for imported classes; these are offered as corrections too.
 TASKS = (LanguageModelTask, ClassifierTask)
 DATA_MODULES = (TextDataModule, DigitsDataModule, LanguageIdDataModule)
+RESUME_HELP = (
+    "--resume RUN goes on from the last checkpoint of a run folder, or from one file, as the run's own configuration says"
+)
 EXIT_TERMINATED = 128 + signal.SIGTERM
 # What a task takes from its data.
 LINKED_PARAMETERS = ("vocabulary", "num_features", "num_classes", "class_names")
@@ -44,7 +50,7 @@ def run_training_command(arguments: list[str]) -> int:
     """
     with quiet_lightning():
         try:
-            TrixCLI(arguments)
+            TrixCLI(with_resumed_run(arguments), given=arguments)
         except SIGTERMException:
             return EXIT_TERMINATED
         except (MisconfigurationException, ValueError, OSError) as error:
@@ -83,14 +89,18 @@ class TrixCLI(LightningCLI):
 
     Differences: the task takes its vocabulary or classes from the data; a checkpoint must be a file and fit the
     configuration, which is checked before anything is written; validate, test and predict need a checkpoint.
+
+    Args:
+        arguments: the command and its options. given: the same as the user gave them, for the record of the run.
     """
 
     model: RoutedTask
 
-    def __init__(self, arguments: list[str]) -> None:
+    def __init__(self, arguments: list[str], given: list[str]) -> None:
         self._arguments = arguments
         self._checkpoint_path: str | None = None
         self._callbacks: list[Callback] = []
+        self._record = RunRecord(given)
         super().__init__(
             RoutedTask,
             L.LightningDataModule,
@@ -105,7 +115,7 @@ class TrixCLI(LightningCLI):
             save_config_callback=RunConfigSaver,
             save_config_kwargs={"overwrite": True},
             parser_class=TrixParser,
-            parser_kwargs={"prog": "trix"},
+            parser_kwargs={"prog": "trix", "fit": {"epilog": RESUME_HELP}},
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -166,7 +176,7 @@ class TrixCLI(LightningCLI):
             else:
                 settings["enable_progress_bar"] = False
         if self.subcommand == "fit":
-            callbacks.append(RunReport())
+            callbacks += [RunReport(), self._record, RandomState()]
         else:
             settings["logger"] = False  # what these commands find is printed or written to a file
         if self.subcommand == "predict" and not any(isinstance(callback, PredictionWriter) for callback in callbacks):
@@ -190,6 +200,7 @@ class TrixCLI(LightningCLI):
                 self.model.check_checkpoint(checkpoint)
                 if self.subcommand == "fit":
                     check_resumable(checkpoint)
+                    self._record.go_on_from(Path(self._checkpoint_path), log_folder(Path(self._checkpoint_path), checkpoint))
                 self.model.load_state_dict(checkpoint["state_dict"])
             except UserError as error:
                 text = str(error)
@@ -239,7 +250,9 @@ def _subclasses(base: type) -> Iterator[type]:
 
 def _known_keys() -> set[str]:
     """The parameters of the trainer and of this project's classes, dotted as on the command line, for corrections."""
-    keys = {"seed_everything", "ckpt_path", "config"} | {f"trainer.{key}" for key in inspect.signature(L.Trainer).parameters}
+    keys = {"seed_everything", "ckpt_path", "config", "resume"} | {
+        f"trainer.{key}" for key in inspect.signature(L.Trainer).parameters
+    }
     keys |= {f"model.{key}" for task in TASKS for key in _parameters(task)}
     keys |= {f"data.{key}" for kind in DATA_MODULES for key in _parameters(kind)}
     project_callbacks = [kind for kind in _subclasses(Callback) if kind.__module__.startswith("lightning_modules.")]

@@ -6,7 +6,9 @@ from lightning_modules.callbacks.diversity import DiversityMonitor
 from lightning_modules.callbacks.evolution import Evolution, EvolutionPolicy
 from lightning_modules.callbacks.freezing import FreezingEvent, FreezingSchedule
 from lightning_modules.callbacks.prediction_writer import PredictionWriter
+from lightning_modules.callbacks.random_state import RandomState
 from lightning_modules.callbacks.routing_monitor import RoutingMonitor
+from lightning_modules.callbacks.run_record import RunRecord
 from lightning_modules.callbacks.run_report import RunReport
 
 __all__ = [
@@ -17,7 +19,9 @@ __all__ = [
     "FreezingEvent",
     "FreezingSchedule",
     "PredictionWriter",
+    "RandomState",
     "ReclusterSchedule",
     "RoutingMonitor",
+    "RunRecord",
     "RunReport",
 ]

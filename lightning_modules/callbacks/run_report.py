@@ -97,7 +97,7 @@ def _metrics_text(metrics: Mapping[str, float]) -> str:
 
 def _log_places(trainer: L.Trainer) -> list[str]:
     places = (getattr(logger, "log_dir", None) for logger in trainer.loggers)
-    return [_relative(place) for place in places if place]
+    return list(dict.fromkeys(_relative(place) for place in places if place))
 
 
 def _relative(path: str) -> str:

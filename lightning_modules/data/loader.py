@@ -132,7 +132,9 @@ def permuted_loader(
 
 def evaluation_loader(input_N: Tensor, target_N: Tensor, batch_size: int) -> DataLoader[tuple[Tensor, ...]]:
     """Every (input, target) pair once, in order; the last batch may be smaller. Lightning shards it under ddp."""
-    return DataLoader(TensorDataset(input_N, target_N), batch_size=batch_size)
+    # An iterator draws a seed. From a generator of its own, so that validating more or less often leaves the training as it is:
+    # Lightning does not catch up on a validation that was due when the checkpoint was written.
+    return DataLoader(TensorDataset(input_N, target_N), batch_size=batch_size, generator=torch.Generator())
 
 
 def rank_and_world_size() -> tuple[int, int]:

@@ -1,0 +1,176 @@
+"""What a run leaves beside its config.yaml, so that it can be repeated and compared: environment.json and metrics.csv."""
+
+import csv
+import io
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from typing_extensions import override
+
+from lightning_modules.whole_files import write_whole
+
+ENVIRONMENT_NAME, METRICS_NAME = "environment.json", "metrics.csv"
+PACKAGES = ("trix", "torch", "lightning", "numpy")
+
+
+class RunRecord(L.Callback):
+    """Write environment.json and metrics.csv into the folder of the logs, where config.yaml is.
+
+    environment.json: the arguments of the command, the versions, the machine, the git commit of the working folder, the digests
+    of the data, and the checkpoint that the run goes on from. metrics.csv: all that is logged, written as it is logged; that of
+    a resumed run begins with the rows of the earlier one up to the checkpoint, so that it is whole.
+
+    ``trix`` adds it to every ``fit``. A run without logs leaves neither, nor does a trial (fast_dev_run).
+
+    Args:
+        arguments: those of the command.
+    """
+
+    def __init__(self, arguments: Sequence[str] = ()) -> None:
+        self._arguments = list(arguments)
+        self._checkpoint_path: Path | None = None
+        self._earlier_folder: Path | None = None
+        self._folder = ""
+        self._metrics: MetricsLogger | None = None
+
+    def go_on_from(self, checkpoint_path: Path, earlier_folder: Path | None) -> None:
+        """Say before the run starts what it resumes, and where the run that wrote the checkpoint has its logs."""
+        self._checkpoint_path, self._earlier_folder = checkpoint_path, earlier_folder
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage != "fit" or not trainer.loggers or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        self._folder = trainer.log_dir or ""  # of the first process, on all of them
+        if "://" in self._folder:  # not a folder of this machine
+            return
+        folder = Path(self._folder)
+        if not any(isinstance(logger, CSVLogger) for logger in trainer.loggers):
+            self._metrics = MetricsLogger(folder)
+            trainer.loggers = [*trainer.loggers, self._metrics]
+        if trainer.is_global_zero:
+            datamodule: L.LightningDataModule | None = getattr(trainer, "datamodule", None)
+            content = {
+                "arguments": self._arguments,
+                "resumed_from": None if self._checkpoint_path is None else str(self._checkpoint_path),
+                **environment(),
+                "data": data_digests(datamodule),
+            }
+            write_whole((json.dumps(content, indent=2) + "\n").encode(), folder / ENVIRONMENT_NAME)
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._metrics is not None and self._earlier_folder is not None:
+            self._metrics.take_over(read_metrics(self._earlier_folder / METRICS_NAME), trainer.global_step)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"folder": self._folder}
+
+
+class MetricsLogger(CSVLogger):
+    """Lightning's CSVLogger, for one folder, on the disk at every row; it can go on where an earlier file ended."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder.parent, name="", version=folder.name, flush_logs_every_n_steps=1)
+        self._taken_over: set[tuple[int, frozenset[str]]] = set()
+
+    def take_over(self, rows: Sequence[Mapping[str, float]], last_step: int) -> None:
+        """Begin with the rows up to last_step; what the resumed run logs a second time is left out then.
+
+        A step logs its rows before and after its checkpoint, and Lightning numbers the rows of training from 0 while callbacks
+        number theirs by the steps done: rows alone do not tell which of them the checkpoint comes after.
+        """
+        for row in rows:
+            if row["step"] <= last_step:
+                values: dict[str, Any] = {name: value for name, value in row.items() if name != "step"}
+                self.experiment.log_metrics(values, int(row["step"]))
+                self._taken_over.add((int(row["step"]), frozenset(values)))
+        self.save()
+
+    @override
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        if (step, frozenset(metrics)) not in self._taken_over:
+            super().log_metrics(metrics, step)
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The rows of a metrics.csv, each with the values that it has; none without a file, nor of a row that was cut short."""
+    if not path.is_file():
+        return []
+    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
+    rows = []
+    for row in csv.DictReader(io.StringIO(whole)):
+        try:
+            rows.append({name: _number(value) for name, value in row.items() if value} | {"step": int(row["step"])})
+        except (ValueError, TypeError, KeyError):
+            continue
+    return rows
+
+
+def environment() -> dict[str, Any]:
+    """Where a run takes place, as plain values."""
+    return {
+        "python": platform.python_version(),
+        "packages": {name: _package_version(name) for name in PACKAGES},
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "num_cpus": os.cpu_count(),
+        "num_threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "git": git_state(Path.cwd()),
+    }
+
+
+def data_digests(datamodule: L.LightningDataModule | None) -> dict[str, str]:
+    """The class of the data, and its digests: every attribute that is named ..._sha256."""
+    if datamodule is None:
+        return {}
+    digests = {name: value for name, value in vars(datamodule).items() if name.endswith("_sha256") and isinstance(value, str)}
+    return {"class": type(datamodule).__name__} | digests
+
+
+def git_state(folder: Path) -> dict[str, str | bool] | None:
+    """The commit that the folder is at, and whether tracked files differ from it; None outside a repository."""
+    commit = _git(folder, "rev-parse", "HEAD")
+    if commit is None:
+        return None
+    return {"commit": commit, "is_dirty": bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))}
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        result = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):  # no git here, or none that answers
+        return None
+    return result.stdout.strip() if result.returncode == 0 else None
+
+
+def _package_version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    """The model; platform.processor() says no more than the architecture on Linux."""
+    if sys.platform == "linux":
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _number(text: str) -> float:
+    return int(text) if text.isdecimal() else float(text)

@@ -1,0 +1,128 @@
+"""``trix fit --resume RUN``: which checkpoint of a run to go on from, and with which configuration.
+
+A run is a folder with checkpoints, in it or in its ``checkpoints``, as :class:`ModelCheckpoint` writes them; the folder of the
+logs, with ``config.yaml``, is beside them or around them.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_modules.errors import UserError
+from lightning_modules.tasks.checkpoint import check_resumable, read_checkpoint
+from lightning_modules.tasks.routed_task import CheckpointError
+
+CONFIG_NAME = "config.yaml"
+OPTION = "--resume"
+_LAST = re.compile(r"last(-v\d+)?\.ckpt")
+_VERSION = re.compile(r"version_(\d+)")
+
+
+def with_resumed_run(arguments: list[str]) -> list[str]:
+    """The arguments of a command, where ``--resume RUN`` has become ``--ckpt_path FILE``.
+
+    Without a ``--config`` there is also one: the run's own. What the command line says beside it overrides it.
+
+    Raises:
+        UserError: another command than fit, ``--ckpt_path`` beside it, no run named; and as :func:`find_checkpoint`.
+    """
+    run, rest = _taken_out(arguments)
+    if run is None:
+        return arguments
+    command, *rest = rest
+    if command != "fit":
+        raise UserError(f"{OPTION} is for `trix fit`; `trix {command}` takes --ckpt_path FILE")
+    options = {argument.split("=")[0] for argument in rest}
+    if "--ckpt_path" in options:
+        raise UserError(f"{OPTION} and --ckpt_path both name where to go on: only one may be given")
+    path, checkpoint = find_checkpoint(Path(run))
+    if not options & {"--config", "-c"}:
+        folder = log_folder(path, checkpoint)
+        if folder is None:
+            raise UserError(f"{path}: its run has left no {CONFIG_NAME} there: --config FILE gives the configuration")
+        rest = ["--config", str(folder / CONFIG_NAME), *rest]
+    return [command, *rest, "--ckpt_path", str(path)]
+
+
+def find_checkpoint(run: Path) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint to go on from, and its content: `run` itself where it is a file; of a folder last.ckpt.
+
+    Where last.ckpt is missing or cannot be loaded it is the newest other one that can, and a warning says so.
+
+    Raises:
+        UserError: there is nothing, or nothing that a training can go on from.
+    """
+    if run.is_file():
+        return run, _resumable(run)
+    if not run.is_dir():
+        raise UserError(f"{OPTION} {run}: there is no such run folder or checkpoint")
+    candidates = _checkpoints(run)
+    if not candidates:
+        raise UserError(f"{OPTION} {run}: the folder holds no checkpoint (*.ckpt)")
+    problems = [] if _LAST.fullmatch(candidates[0].name) else [f"{run} holds no last.ckpt"]
+    for path in candidates:
+        try:
+            checkpoint = _resumable(path)
+        except CheckpointError as error:
+            problems.append(str(error))
+            continue
+        if problems:
+            rank_zero_warn(f"{'; '.join(problems)}; going on from {path} (step {checkpoint['global_step']})")
+        return path, checkpoint
+    raise UserError(f"{OPTION} {run}: no checkpoint can be gone on from: {'; '.join(problems)}")
+
+
+def log_folder(path: Path, checkpoint: Mapping[str, Any]) -> Path | None:
+    """The folder of the logs of the run that wrote the checkpoint: the one with its config.yaml; None where there is none.
+
+    Checkpoints name it; for one that does not, it is the newest version_N.
+    """
+    named = checkpoint.get("callbacks", {}).get("RunRecord")
+    name = named.get("folder") if isinstance(named, dict) else None
+    if isinstance(name, str) and name:
+        places = [path.parent / Path(name).name, Path(name)]  # a run folder may have been moved as a whole
+    else:
+        places = sorted(path.parent.glob("version_*"), key=_version, reverse=True)
+    if path.parent.name == "checkpoints":
+        places.append(path.parent.parent)
+    return next((place for place in places if (place / CONFIG_NAME).is_file()), None)
+
+
+def _taken_out(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """What --resume names, the last time it is there, and the arguments without it."""
+    run, rest, remaining = None, [], iter(arguments)
+    for argument in remaining:
+        option, has_value, value = argument.partition("=")
+        if option != OPTION:
+            rest.append(argument)
+            continue
+        run = value if has_value else next(remaining, "")
+        if not run or run.startswith("--"):
+            raise UserError(f"{OPTION} needs a run folder or a checkpoint: {OPTION} RUN")
+    return run, rest
+
+
+def _checkpoints(run: Path) -> list[Path]:
+    """last.ckpt first, then the others, each kind from new to old; those of one version_N only where `run` has none itself."""
+    own = [*run.glob("*.ckpt"), *run.glob("checkpoints/*.ckpt")]
+    versions = sorted(run.glob("version_*"), key=_version, reverse=True)
+    groups = [own, *(list(version.glob("checkpoints/*.ckpt")) for version in versions)]
+    found = next((group for group in groups if group), [])
+    return sorted(found, key=lambda path: (bool(_LAST.fullmatch(path.name)), path.stat().st_mtime_ns, path.name), reverse=True)
+
+
+def _version(folder: Path) -> int:
+    match = _VERSION.fullmatch(folder.name)
+    return int(match[1]) if match else -1
+
+
+def _resumable(path: Path) -> dict[str, Any]:
+    checkpoint = read_checkpoint(path)
+    try:
+        check_resumable(checkpoint)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return checkpoint

@@ -1,0 +1,213 @@
+"""`trix fit --resume`: a run that was killed ends with the very weights and metrics of one that was not."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml  # type: ignore[import-untyped]
+
+from lightning_modules.cli import main
+
+KILLED_RUN = Path(__file__).parents[1] / "support" / "killed_run.py"
+TEXT = {
+    "class_path": "TextDataModule",
+    "init_args": {"path": "text.txt", "context_length": 8, "batch_size": 4, "batches_per_epoch": 7},
+}
+FFN = {"num_tiles": 4}
+LANGUAGE_MODEL = {
+    "class_path": "LanguageModelTask",
+    "init_args": {"network": {"d_model": 16, "num_layers": 2, "n_heads": 2, "context_length": 8, "dropout": 0.3, "ffn": FFN}},
+}
+DIGITS = {"class_path": "DigitsDataModule", "init_args": {"batch_size": 200}}  # seven batches
+CLASSIFIER = {
+    "class_path": "ClassifierTask",
+    "init_args": {"network": {"d_model": 16, "num_layers": 2, "n_heads": 2, "context_length": 8, "ffn": FFN}},
+}
+EXPERIMENTS = {"language_model": (LANGUAGE_MODEL, TEXT), "digits": (CLASSIFIER, DIGITS)}
+
+
+def write_config(model: dict[str, Any], data: dict[str, Any], **trainer: Any) -> None:
+    """small.yaml: a checkpoint every four steps and at the end, a validation every five."""
+    logger = {"class_path": "TensorBoardLogger", "init_args": {"save_dir": "runs", "name": "small"}}
+    keeper = {"dirpath": "runs/small", "filename": "{step}", "every_n_train_steps": 4, "save_top_k": -1, "save_last": True}
+    callbacks = [
+        {"class_path": "ModelCheckpoint", "init_args": {**keeper, "enable_version_counter": False}},
+        {"class_path": "DiversityMonitor", "init_args": {"every_n_steps": 3}},
+        {"class_path": "RoutingMonitor", "init_args": {"figures": False}},
+    ]
+    settings = {"accelerator": "cpu", "max_steps": 16, "val_check_interval": 5, "check_val_every_n_epoch": None}
+    settings |= {"log_every_n_steps": 2, "logger": logger, "callbacks": callbacks}
+    Path("small.yaml").write_text(yaml.safe_dump({"model": model, "data": data, "trainer": settings | trainer}))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("The quick brown fox jumps over the lazy dog.\n" * 20)
+    write_config(LANGUAGE_MODEL, TEXT)
+    return tmp_path
+
+
+def weights(path: str = "runs/small/last.ckpt", step: int = 16) -> dict[str, torch.Tensor]:
+    checkpoint = torch.load(path, weights_only=True)
+    assert checkpoint["global_step"] == step
+    return checkpoint["state_dict"]
+
+
+def differing(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[str]:
+    assert a.keys() == b.keys()
+    return [name for name, value in a.items() if not torch.equal(value, b[name])]
+
+
+def run_and_kill(step: int, moment: str = "step") -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [sys.executable, str(KILLED_RUN), str(step), moment, "fit", "--config", "small.yaml"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == -signal.SIGKILL, result.stderr
+
+
+@pytest.mark.parametrize(("name", "moment"), [("language_model", "step"), ("digits", "step"), ("digits", "checkpoint")])
+def test_a_killed_run_goes_on_as_if_nothing_had_been(
+    name: str, moment: str, folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_config(*EXPERIMENTS[name])
+    assert main(["fit", "--config", "small.yaml"]) == 0
+    expected = weights()
+    metrics = Path("runs/small/version_0/metrics.csv").read_text()
+    shutil.rmtree("runs")
+
+    run_and_kill(11 if moment == "step" else 12, moment)  # after the checkpoint of step 8, in the middle of the second epoch
+    assert bool(list(Path("runs/small").glob(".*.partial"))) == (moment == "checkpoint")
+    capfd.readouterr()
+    assert main(["fit", "--resume", "runs/small"]) == 0
+    out, err = capfd.readouterr()
+    assert "training     16 steps on cpu, going on after step 8\n" in out
+    assert err == ""
+    assert differing(weights(), expected) == []
+    assert Path("runs/small/version_1/metrics.csv").read_text() == metrics
+    assert Path("runs/small/version_0/metrics.csv").read_text() != metrics
+
+
+def test_dropout_makes_the_weights_depend_on_the_random_state(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Without this the test above would pass if no state were put back.
+    from lightning_modules.callbacks.random_state import RandomState
+
+    assert main(["fit", "--config", "small.yaml"]) == 0
+    expected = weights()
+    assert main(["fit", "--resume", "runs/small/step=8.ckpt"]) == 0
+    assert differing(weights(), expected) == []
+    monkeypatch.setattr(RandomState, "on_train_start", lambda *_: None)
+    assert main(["fit", "--resume", "runs/small/step=8.ckpt"]) == 0
+    assert differing(weights(), expected) != []
+
+
+def test_how_often_is_validated_leaves_the_training_as_it_is(folder: Path) -> None:
+    assert main(["fit", "--config", "small.yaml"]) == 0
+    expected = weights()
+    assert main(["fit", "--config", "small.yaml", "--trainer.val_check_interval=3"]) == 0
+    assert differing(weights(), expected) == []
+
+
+def test_other_options_go_with_resume(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--config", "small.yaml", "--trainer.max_steps", "8"]) == 0
+    capfd.readouterr()
+    assert main(["fit", "--trainer.max_steps", "12", "--resume=runs/small"]) == 0
+    out, err = capfd.readouterr()
+    assert "training     12 steps on cpu, going on after step 8" in out
+    assert err.startswith("trix: warning: trainer.max_steps (12) differs from the checkpoint's (8)")
+    weights(step=12)
+    # With a configuration of one's own the run's is not read.
+    Path("runs/small/version_0/config.yaml").unlink()
+    assert main(["fit", "--resume", "runs/small/step=4.ckpt", "--config", "small.yaml", "--trainer.max_steps=5"]) == 0
+    assert "training     5 steps on cpu, going on after step 4" in capfd.readouterr().out
+
+
+def test_the_configuration_is_that_of_the_run_that_wrote_the_checkpoint(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fit", "--config", "small.yaml", "--trainer.max_steps=4"]) == 0
+    # A later run that ended before its first checkpoint.
+    assert main(["fit", "--config", "small.yaml", "--trainer.max_steps=1", "--trainer.enable_checkpointing=false",
+                 "--trainer.callbacks=[]", "--model.network.d_model=32"]) == 0  # fmt: skip
+    assert Path("runs/small/version_1/config.yaml").is_file()
+    shutil.move("runs", "moved")  # the folder is known by its name beside the checkpoint
+    capfd.readouterr()
+    assert main(["fit", "--resume", "moved/small"]) == 0
+    assert "nothing left to do: the run is at step 4 and ends at trainer.max_steps (4)" in capfd.readouterr().out
+
+
+def test_a_run_in_the_folders_of_lightning_is_resumed_too(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for max_steps in ("3", "4"):
+        changes = ["--trainer.logger=true", "--trainer.callbacks=[]", "--trainer.val_check_interval=1"]
+        assert main(["fit", "--config", "small.yaml", *changes, f"--trainer.max_steps={max_steps}"]) == 0
+    for run, step in (("lightning_logs", 4), ("lightning_logs/version_0", 3)):  # the newest, or the one that is named
+        capfd.readouterr()
+        assert main(["fit", "--resume", run, "--trainer.max_steps=5"]) == 0
+        assert f"going on after step {step}\n" in capfd.readouterr().out
+
+
+def test_without_a_good_last_checkpoint_the_newest_other_one_is_taken(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--config", "small.yaml"]) == 0
+    last = Path("runs/small/last.ckpt")
+    last.write_bytes(last.read_bytes()[:1000])
+    no_optimizer = torch.load("runs/small/step=16.ckpt", weights_only=True)
+    del no_optimizer["optimizer_states"]
+    torch.save(no_optimizer, "runs/small/step=16.ckpt")
+    for path in Path("runs/small").glob("step=*.ckpt"):
+        os.utime(path, (0, int(path.stem.removeprefix("step="))))
+    capfd.readouterr()
+    assert main(["fit", "--resume", "runs/small"]) == 0
+    out, err = capfd.readouterr()
+    assert "going on after step 12\n" in out
+    assert err == (
+        "trix: warning: runs/small/last.ckpt is not a checkpoint that can be loaded safely (or it is cut short); "
+        "runs/small/step=16.ckpt: the checkpoint holds no optimizer_states, so no training can go on from it "
+        "(save_weights_only: false); going on from runs/small/step=12.ckpt (step 12)\n"
+    )
+
+    last.unlink()
+    assert main(["fit", "--resume", "runs/small", "--print_config"]) == 0
+    out, err = capfd.readouterr()
+    assert err == "trix: warning: runs/small holds no last.ckpt; going on from runs/small/step=16.ckpt (step 16)\n"
+    assert "ckpt_path: runs/small/step=16.ckpt" in out
+
+
+def test_a_resume_that_cannot_be_gives_one_line_and_leaves_nothing(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--config", "small.yaml", "--trainer.max_steps=4"]) == 0
+    Path("empty").mkdir()
+    Path("broken").mkdir()
+    Path("broken/last.ckpt").write_bytes(b"no checkpoint")
+    Path("bare").mkdir()
+    shutil.copy("runs/small/last.ckpt", "bare/last.ckpt")
+    shutil.move("runs/small/version_0/config.yaml", "kept.yaml")
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    capfd.readouterr()
+    with_config = "--config kept.yaml --resume runs/small"
+    for arguments, message in {
+        "fit --resume missing": "--resume missing: there is no such run folder or checkpoint",
+        "fit --resume empty": r"--resume empty: the folder holds no checkpoint \(\*.ckpt\)",
+        "fit --resume broken": "--resume broken: no checkpoint can be gone on from: broken/last.ckpt is not a checkpoint that ",
+        "fit --resume text.txt": r"text.txt is not a checkpoint that can be loaded safely \(or it is cut short\)",
+        "fit --resume bare": "bare/last.ckpt: its run has left no config.yaml there: --config FILE gives the configuration",
+        "fit --resume": "--resume needs a run folder or a checkpoint: --resume RUN",
+        "fit --resume= --config kept.yaml": "--resume needs a run folder or a checkpoint: --resume RUN",
+        "fit --resume --config kept.yaml": "--resume needs a run folder or a checkpoint: --resume RUN",
+        "fit --resum runs/small --config kept.yaml": r"unknown option '--resum'; did you mean --resume\?",
+        "validate --resume runs/small": "--resume is for `trix fit`; `trix validate` takes --ckpt_path FILE",
+        f"fit {with_config} --ckpt_path x.ckpt": "--resume and --ckpt_path both name where to go on: only one may be given",
+        f"fit {with_config} --model.network.d_model 32": (
+            r"runs/small/last.ckpt: network.d_model \(32\) must equal the checkpoint's \(16\)"
+        ),
+    }.items():
+        assert main(arguments.split()) == 2, arguments
+        out, err = capfd.readouterr()
+        assert out == ""
+        assert re.fullmatch(f"trix: error: {message}.*\n", err), err
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
