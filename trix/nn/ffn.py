@@ -282,8 +282,8 @@ class FFNConfig:
         kind: ``trix`` (tiles), ``hierarchical`` (many tiles, found by clusters: :class:`~trix.nn.HierarchicalTriXFFN`),
             ``sparse_lookup`` or ``sparse_lookup_v2`` (:class:`~trix.nn.SparseLookupFFN`, :class:`~trix.nn.SparseLookupFFNv2`),
             or a control: ``dense`` (float, width d_ff) or ``none`` (no feed-forward layer at all).
-        route_on: what a block lets the signatures read. ``embedding``: the normalised embedding of the token, in every layer, so
-            that a token goes to the same tiles whatever its context. ``hidden``: the layer's own input, so the context, too.
+        route_on: what a block lets the signatures read. ``embedding``: the normalised embedding of the token, in every layer: a
+            token goes to the same tiles whatever its context. ``hidden``: the layer's own input, so the context, too.
         tiles_per_cluster, num_probes: of a hierarchical layer alone, which in turn has no max_k.
         All others: see :class:`TriXFFN`; a dense layer reads only d_ff (default 4 * d_model), a sparse lookup num_tiles, top_k,
             route_on, balance_weight, balance_rate and, v2, diversity_weight. ``hash`` needs a model of tokens.

@@ -51,10 +51,10 @@ class SparseLookupFFN(SignatureSurgery):
         top_k: tiles per token.
 
     Shape:
-        x: float [B, D] or [B, T, D] (any leading dimensions). routing_x: float, the shape of x: what the signatures are compared
-        with instead of h. labels: int64, one for each token or for each entry of the first
-        dimension; -100 is ignored. mask: bool, one for each token, False for padding: computed like the others, but counted
-        neither in losses nor in statistics. Returns (output, LookupInfo, AuxLosses), output in the shape and dtype of x.
+        x: float [B, D] or [B, T, D] (any leading dimensions). routing_x: float, the shape of x: what the signatures are
+        compared with instead of h. labels: int64, one for each token or for each entry of the first dimension; -100 is
+        ignored. mask: bool, one for each token, False for padding: computed like the others, but counted neither in losses
+        nor in statistics. Returns (output, LookupInfo, AuxLosses), output in the shape and dtype of x.
 
     Forward in training counts steps and usage, and with labels, in any mode, claims; otherwise it is pure. Labels are read on
     the host: leave them out under torch.compile and export.
