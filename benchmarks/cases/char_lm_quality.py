@@ -35,9 +35,7 @@ LAYERS = {
     "sparse lookup v1": FFNConfig(kind="sparse_lookup", num_tiles=64, route_on="hidden"),
     "sparse lookup v2": FFNConfig(kind="sparse_lookup_v2", num_tiles=64, route_on="hidden", diversity_weight=0.01),
     "sparse lookup v1, 4 tiles by embedding": FFNConfig(kind="sparse_lookup", num_tiles=64, top_k=4),
-    "sparse lookup v2, 4 tiles by embedding": FFNConfig(
-        kind="sparse_lookup_v2", num_tiles=64, top_k=4, diversity_weight=0.01
-    ),
+    "sparse lookup v2, 4 tiles by embedding": FFNConfig(kind="sparse_lookup_v2", num_tiles=64, top_k=4, diversity_weight=0.01),
     "trix emergent": FFNConfig(num_tiles=NUM_TILES, routing="emergent"),
     "trix explicit": FFNConfig(num_tiles=NUM_TILES),
     "trix explicit, 2 tiles of half width": FFNConfig(num_tiles=NUM_TILES, top_k=2),
