@@ -1,5 +1,6 @@
 """``trix surgery``: change one signature of a checkpoint, by the layer's own surgery, and write a new checkpoint."""
 
+import copy
 import json
 from argparse import Namespace
 from pathlib import Path
@@ -39,9 +40,9 @@ def run_surgery(arguments: list[str]) -> int:
     try:
         with output_folder(output.parent):
             save_whole(edited, output)
+            check_written(output, options, layer, checkpoint, changed)
     except OSError as error:
         raise UserError(f"output {output} cannot be written: {error.strerror or error}") from error
-    check_written(output, options, layer, checkpoint, changed)
     after = layer.get_signature_analysis(options.tile)
     num_equal = len(checkpoint["state_dict"]) - len(changed)
     print(f"edited  layer {options.layer}, tile {options.tile}: {options.action}, tag {options.tag!r}")
@@ -125,7 +126,7 @@ def _from_dims(content: dict[str, Any], path: str, d_model: int) -> "Tensor":
 
 def with_state_of(task: "RoutedTask", checkpoint: dict[str, Any]) -> dict[str, Any]:
     """The checkpoint with those tensors of the task that differ; all else are the checkpoint's own objects."""
-    state = checkpoint["state_dict"].copy()
+    state = copy.copy(checkpoint["state_dict"])  # not .copy(), which would leave out torch's notes on the modules' versions
     for name, value in task.state_dict().items():
         if not is_equal(value, state[name]):
             state[name] = value
@@ -140,24 +141,28 @@ def check_written(
     Raises:
         RuntimeError: they do not; the file is removed.
     """
-    import torch
+    try:
+        _compare(output, options, layer, checkpoint, changed)
+    except BaseException:
+        output.unlink()
+        raise
 
-    from lightning_modules.tasks import load_checkpoint
 
-    task, written = load_checkpoint(output)
+def _compare(output: Path, options: Namespace, layer: "RoutedLayer", checkpoint: dict[str, Any], changed: list[str]) -> None:
+    from lightning_modules.tasks import CheckpointError, load_checkpoint
+
+    try:
+        task, written = load_checkpoint(output)
+    except CheckpointError as error:
+        raise RuntimeError(f"all must stand in the new checkpoint; the file is removed: {error}") from error
     found = routed_layer(task, options.layer)
-    has_edit = (
-        found.get_surgery_history() == layer.get_surgery_history()
-        and found.get_signature_analysis(options.tile) == layer.get_signature_analysis(options.tile)
-        and torch.equal(found.get_tile_signatures(), layer.get_tile_signatures())
-    )
+    has_edit = is_equal(found.state_dict(), layer.state_dict())
     old, new = ({**content, "state_dict": dict(content["state_dict"])} for content in (checkpoint, written))
     for name in changed:
         del old["state_dict"][name], new["state_dict"][name]
     if not has_edit or not is_equal(old, new):
-        output.unlink()
-        what = "the edit" if not has_edit else "what was not edited"
-        raise RuntimeError(f"{output}: {what} was not found in the new checkpoint as it should be; the file is removed")
+        what = "the old one's content" if has_edit else "the edit"
+        raise RuntimeError(f"{what} must stand in the new checkpoint {output}, and does not; the file is removed")
 
 
 def is_equal(one: Any, other: Any) -> bool:
