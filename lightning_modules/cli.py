@@ -23,9 +23,13 @@ training (trix COMMAND --help lists every option)
 reading
   inspect     write one HTML page: what each tile of a checkpoint responds to, and what lands on it
   why         print why each token went to its tile: winner, runner-up and what decided
+  runs        list the runs below a folder: when, how long, losses, checkpoints
+editing
+  surgery     insert, freeze or unfreeze a signature of a checkpoint, into a new checkpoint
 deployment
   export      write a checkpoint as one ONNX file with packed ternary weights
   generate    continue a text with an exported model (needs no torch)
+  doctor      check the installation: versions, kernels, what is missing
 
 options
   -h, --help  show this help
@@ -39,11 +43,14 @@ examples
   trix validate --config configs/char_lm.yaml --ckpt_path runs/char_lm/best.ckpt
   trix inspect runs/char_lm/best.ckpt
   trix why runs/char_lm/best.ckpt --prompt "The "
+  trix runs --sort val/loss
+  trix surgery runs/char_lm/best.ckpt freeze --layer 1 --tile 3 --tag keep --output runs/char_lm/frozen.ckpt
   trix export --ckpt runs/char_lm/best.ckpt --output runs/char_lm/model.onnx
   trix generate runs/char_lm/model.onnx --prompt "The "
+  trix doctor
 """
 TRAINING_COMMANDS = ("fit", "validate", "test", "predict")
-OTHER_COMMANDS = ("inspect", "why", "export", "generate")
+OTHER_COMMANDS = ("inspect", "why", "runs", "surgery", "export", "generate", "doctor")
 EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
 TRACEBACK_VARIABLE = "TRIX_TRACEBACK"
 
@@ -140,6 +147,18 @@ def _run_light(command: str, arguments: list[str]) -> int:
         from lightning_modules.commands.why import run_why
 
         return run_why(arguments)
+    if command == "runs":
+        from lightning_modules.commands.runs import run_runs
+
+        return run_runs(arguments)
+    if command == "surgery":
+        from lightning_modules.commands.surgery import run_surgery
+
+        return run_surgery(arguments)
+    if command == "doctor":
+        from lightning_modules.commands.doctor import run_doctor
+
+        return run_doctor(arguments)
     if command == "export":
         from lightning_modules.commands.export import run_export
 

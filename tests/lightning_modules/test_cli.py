@@ -56,7 +56,8 @@ def test_top_help_and_version_are_light() -> None:
         "print([name for name in ('torch', 'lightning', 'numpy', 'onnxruntime') if name in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    for command in ("fit", "validate", "test", "predict", "inspect", "why", "export", "generate"):
+    commands = ("fit", "validate", "test", "predict", "inspect", "why", "runs", "surgery", "export", "generate", "doctor")
+    for command in commands:
         assert f"\n  {command} " in result.stdout
     assert result.stdout.splitlines()[-1] == "[]"
     assert result.stderr == "trix: error: unknown command 'fitt'; did you mean fit?\n"

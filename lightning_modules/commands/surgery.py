@@ -1,0 +1,241 @@
+"""``trix surgery``: change one signature of a checkpoint, by the layer's own surgery, and write a new checkpoint."""
+
+import copy
+import json
+from argparse import Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_modules.commands.arguments import CommandParser
+from lightning_modules.commands.checkpoint_data import load_task
+from lightning_modules.commands.output_file import check_output_file, output_folder
+from lightning_modules.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lightning_modules.tasks import RoutedTask
+    from trix.nn import RoutedLayer
+
+ACTIONS = ("insert", "freeze", "unfreeze")
+SIGNS = {"+": 1, "0": 0, "-": -1}
+
+
+def run_surgery(arguments: list[str]) -> int:
+    """Change the signature, write the checkpoint, read it again, and print what has changed."""
+    options = _parser().parse_strictly(_with_signature_attached(arguments))
+    ckpt, output = Path(options.ckpt), Path(options.output)
+    _check_options(options, ckpt, output)
+    task, checkpoint = load_task(options.ckpt, "surgery")
+    from lightning_modules.whole_files import save_whole
+
+    try:
+        layer = routed_layer(task, options.layer)
+        before = layer.get_signature_analysis(options.tile)
+        operate(layer, options)
+    except ValueError as error:
+        raise UserError(f"{ckpt}: {error}") from error
+    edited = with_state_of(task, checkpoint)
+    changed = [name for name, value in edited["state_dict"].items() if value is not checkpoint["state_dict"][name]]
+    try:
+        with output_folder(output.parent):
+            save_whole(edited, output)
+            check_written(output, options, layer, checkpoint, changed)
+    except OSError as error:
+        raise UserError(f"output {output} cannot be written: {error.strerror or error}") from error
+    after = layer.get_signature_analysis(options.tile)
+    num_equal = len(checkpoint["state_dict"]) - len(changed)
+    print(f"edited  layer {options.layer}, tile {options.tile}: {options.action}, tag {options.tag!r}")
+    print(f"before  {_described(before)}")
+    print(f"after   {_described(after)}")
+    print(f"changed {', '.join(changed)}")
+    print(f"wrote   {output}  (read again: the edit stands, the other {num_equal} weights and buffers are equal)")
+    return 0
+
+
+def routed_layer(task: "RoutedTask", index: int) -> "RoutedLayer":
+    """Raises ValueError where there is no such layer."""
+    from trix.nn import routed_layers
+
+    layers = routed_layers(task.network)
+    if not layers:
+        raise ValueError("number of routed layers in the model (0) must be >= 1")
+    if not 0 <= index < len(layers):
+        raise ValueError(f"layer ({index}) must be >= 0 and < number of routed layers ({len(layers)})")
+    return layers[index]
+
+
+def operate(layer: "RoutedLayer", options: Namespace) -> None:
+    """Carry out the action; the layer writes it to its surgery history.
+
+    Raises:
+        ValueError: what the layer says; or a tile is frozen that is frozen, or the other way round.
+    """
+    if options.action == "insert":
+        signature_D = read_signature(options.signature, layer.router.d_model)
+        layer.insert_signature(options.tile, signature_D, freeze=not options.no_freeze, tag=options.tag)
+        return
+    is_to_freeze = options.action == "freeze"
+    if layer.is_frozen(options.tile) == is_to_freeze:
+        state = "frozen already" if is_to_freeze else "not frozen"
+        raise ValueError(f"nothing to {options.action}: tile ({options.tile}) of layer ({options.layer}) is {state}")
+    act = layer.freeze_signature if is_to_freeze else layer.unfreeze_signature
+    act(options.tile, tag=options.tag)
+
+
+def read_signature(text: str, d_model: int) -> "Tensor":
+    """A signature [D], written as signs ("+0-") or named as a JSON file: D numbers, or positive_dims and negative_dims.
+
+    Raises:
+        UserError: the file cannot be read, or holds something else.
+    """
+    import torch
+
+    if set(text) <= set(SIGNS):
+        return torch.tensor([SIGNS[sign] for sign in text], dtype=torch.int8)
+    try:
+        content = json.loads(Path(text).read_text(encoding="utf-8"))
+    except OSError as error:
+        why = error.strerror or error
+        raise UserError(f"--signature ({text}) must be a row of +, 0 and -, or a file that can be read: {why}") from error
+    except ValueError as error:  # of JSON or of UTF-8
+        raise UserError(f"{text} must hold JSON: {error}") from error
+    if isinstance(content, dict):
+        return _from_dims(content, text, d_model)
+    if not isinstance(content, list) or not all(type(value) in (int, float) for value in content):
+        raise UserError(f"{text} must hold a list of numbers, or positive_dims and negative_dims")
+    return torch.tensor(content, dtype=torch.float64)
+
+
+def _from_dims(content: dict[str, Any], path: str, d_model: int) -> "Tensor":
+    import torch
+
+    signature_D = torch.zeros(d_model)
+    for name, sign in (("positive_dims", 1), ("negative_dims", -1)):
+        dims = content.get(name)
+        if not isinstance(dims, list) or not all(type(dim) is int for dim in dims):
+            raise UserError(f"{path}: {name} must be a list of integers")
+        for dim in dims:
+            if not 0 <= dim < d_model:
+                raise UserError(f"{path}: {name} ({dim}) must be >= 0 and < d_model ({d_model})")
+            if signature_D[dim] != 0:
+                raise UserError(f"{path}: {name} ({dim}) must not be named twice")
+            signature_D[dim] = sign
+    return signature_D
+
+
+def with_state_of(task: "RoutedTask", checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The checkpoint with those tensors of the task that differ; all else are the checkpoint's own objects."""
+    state = copy.copy(checkpoint["state_dict"])  # not .copy(), which would leave out torch's notes on the modules' versions
+    for name, value in task.state_dict().items():
+        if not is_equal(value, state[name]):
+            state[name] = value
+    return {**checkpoint, "state_dict": state}
+
+
+def check_written(
+    output: Path, options: Namespace, layer: "RoutedLayer", checkpoint: dict[str, Any], changed: list[str]
+) -> None:
+    """Read the new file: the edit must stand in it, and all else must be what the checkpoint holds.
+
+    Raises:
+        RuntimeError: they do not; the file is removed.
+    """
+    try:
+        _compare(output, options, layer, checkpoint, changed)
+    except BaseException:
+        output.unlink()
+        raise
+
+
+def _compare(output: Path, options: Namespace, layer: "RoutedLayer", checkpoint: dict[str, Any], changed: list[str]) -> None:
+    from lightning_modules.tasks import CheckpointError, load_checkpoint
+
+    try:
+        task, written = load_checkpoint(output)
+    except CheckpointError as error:
+        raise RuntimeError(f"all must stand in the new checkpoint; the file is removed: {error}") from error
+    found = routed_layer(task, options.layer)
+    has_edit = is_equal(found.state_dict(), layer.state_dict())
+    old, new = ({**content, "state_dict": dict(content["state_dict"])} for content in (checkpoint, written))
+    for name in changed:
+        del old["state_dict"][name], new["state_dict"][name]
+    if not has_edit or not is_equal(old, new):
+        what = "the old one's content" if has_edit else "the edit"
+        raise RuntimeError(f"{what} must stand in the new checkpoint {output}, and does not; the file is removed")
+
+
+def is_equal(one: Any, other: Any) -> bool:
+    """The same types and values all the way down; NaN equals NaN, for an optimizer may hold it."""
+    import torch
+
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and one.shape == other.shape and torch.equal(_bytes(one), _bytes(other))
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(is_equal(value, other[key]) for key, value in one.items())
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(is_equal, one, other))
+    return bool(one == other) or (one != one and other != other)
+
+
+def _bytes(tensor: "Tensor") -> "Tensor":
+    import torch
+
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def _described(analysis: dict[str, Any]) -> str:
+    counts = f"{len(analysis['positive_dims'])} +, {len(analysis['negative_dims'])} -, {analysis['zero_count']} zeros"
+    return f"{counts}, {'frozen' if analysis['frozen'] else 'not frozen'}"
+
+
+def _with_signature_attached(arguments: list[str]) -> list[str]:
+    """A signature may begin with "-", which would be taken for an option."""
+    joined: list[str] = []
+    for argument in arguments:
+        if joined and joined[-1] == "--signature" and argument and set(argument) <= set(SIGNS):
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
+
+
+def _check_options(options: Namespace, ckpt: Path, output: Path) -> None:
+    if options.action == "insert" and not options.signature:
+        raise UserError("insert needs a signature: --signature SIGNS or --signature FILE.json")
+    if options.action != "insert" and (options.signature is not None or options.no_freeze):
+        option = "--no-freeze" if options.signature is None else "--signature"
+        raise UserError(f"{option} belongs to insert, not to {options.action}")
+    check_output_file(output, ckpt)
+    if output.exists():
+        raise UserError(f"output {output} must not exist yet: no checkpoint is replaced")
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser(
+        prog="trix surgery",
+        description="Change one signature of a checkpoint and write a new checkpoint, from which training can go on.\n"
+        "The change stands in the layer's surgery history; all else, the optimizer's memory too, is as it was.",
+        epilog="examples:\n"
+        "  trix surgery runs/digits/best.ckpt insert --layer 1 --tile 3 --signature loop.json --tag loops --output new.ckpt\n"
+        "  trix surgery runs/digits/best.ckpt freeze --layer 0 --tile 2 --tag keep --output new.ckpt",
+    )
+    parser.add_argument("ckpt", help="a checkpoint written by `trix fit`")
+    parser.add_argument(
+        "action",
+        choices=ACTIONS,
+        help="insert: give the tile a signature and hold it; freeze: hold the present one; unfreeze: let it learn again",
+    )
+    parser.add_argument("--layer", type=int, required=True, help="the routed layer, counted from 0")
+    parser.add_argument("--tile", type=int, required=True, help="the tile, counted from 0")
+    parser.add_argument(
+        "--signature",
+        help='one sign a dimension, as in "+0-", or a JSON file: a list of -1, 0 and 1, or {"positive_dims": [...], '
+        '"negative_dims": [...]}',
+    )
+    parser.add_argument("--no-freeze", action="store_true", help="let learning go on from the inserted signature")
+    parser.add_argument("--tag", required=True, help="a name for the surgery history")
+    parser.add_argument("--output", required=True, help="the checkpoint to write, a file that does not exist yet")
+    return parser

@@ -1,0 +1,60 @@
+"""The self-test of the operators: it passes here, and says what is wrong where something is."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from ort_ops import self_test
+from ort_ops.library import LibraryNotFoundError, get_library_path
+
+
+def test_the_portable_operators_agree_with_numpy() -> None:
+    assert self_test.check("portable") == "ok: standard ONNX operators"
+
+
+def test_the_kernels_agree_with_numpy(native_library: None) -> None:
+    assert self_test.check("native") == f"ok: {get_library_path()}"
+
+
+def test_wrong_results_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = self_test._pack
+    monkeypatch.setattr(self_test, "_pack", lambda ternary: right(-ternary))
+    found = self_test.check("portable")
+    assert found.startswith("wrong: relative error of TernaryTileMatMul (")
+    assert "relative error of SignatureRoute (inf) must be <= 1e-05" in found
+
+
+def test_an_error_just_above_rounding_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = self_test._run
+    monkeypatch.setattr(self_test, "_run", lambda *arguments: [output * np.float32(1.0001) for output in right(*arguments)[:1]])
+    assert self_test._check_matmul(self_test._portable)[1] > self_test.MAX_ERROR
+
+
+def test_nan_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = self_test._run
+    monkeypatch.setattr(self_test, "_run", lambda *arguments: [output * np.nan for output in right(*arguments)])
+    assert "relative error of TernaryTileMatMul (nan)" in self_test.check("portable")
+
+
+def test_a_missing_library_is_no_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**_: object) -> None:
+        raise LibraryNotFoundError("none found")
+
+    monkeypatch.setattr(self_test, "session_options", fail)
+    assert self_test.check("native") == "missing: none found"
+    assert self_test.check("portable").startswith("ok: ")
+
+
+def test_as_a_program_it_is_light_and_names_the_instruction_set(native_library: None) -> None:
+    code = (
+        "import sys; from ort_ops.self_test import main; main()\n"
+        "print([name for name in ('torch', 'trix', 'lightning', 'onnxscript') if name in sys.modules])"
+    )
+    environment = os.environ | {"TRIX_ORT_ISA": "scalar"}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    native, portable, heavy = result.stdout.splitlines()
+    assert (native, portable, heavy) == (f"native ok: {get_library_path()}", "portable ok: standard ONNX operators", "[]")
+    assert f"{self_test.ISA_MESSAGE}scalar" in result.stderr
