@@ -80,7 +80,7 @@ def _note_decision(layer: RoutedLayer, notes: list[Note]) -> RemovableHandle:
             info, routing_x = output[1], _argument(layer, "routing_x", inputs, named)
             score_TE = info["scores"].reshape(-1, layer.num_tiles)
             x = layer.norm(_argument(layer, "x", inputs, named)) if routing_x is None else routing_x
-            x_TD, choice_shape = x.reshape(-1, layer.d_model).to(score_TE.dtype), (len(score_TE), -1)
+            x_TD, choice_shape = x.reshape(-1, layer.d_model).to(score_TE.dtype), (len(score_TE), layer.router.top_k)
             tile_idx_TK, weight_TK = info["tile_idx"].reshape(choice_shape), info["weight"].reshape(choice_shape)
             notes.append((x_TD, RoutingDecision(tile_idx_TK, weight_TK, score_TE)))
 

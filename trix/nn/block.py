@@ -81,9 +81,10 @@ class TriXBlock(nn.Module):
         routing_x = None if self.routing_norm is None else self.routing_norm(embedding_BTD)
         if isinstance(self.ffn, SparseLookupFFN):
             x_BTD, lookup, aux = self.ffn(x_BTD, mask=mask_BT, routing_x=routing_x)
+            choice_shape = (*x_BTD.shape[:-1], self.ffn.router.top_k)
             info = {
-                "tile_idx": lookup["tile_idx"].reshape(*x_BTD.shape[:-1], -1),
-                "weight": lookup["weight"].reshape(*x_BTD.shape[:-1], -1),
+                "tile_idx": lookup["tile_idx"].reshape(choice_shape),
+                "weight": lookup["weight"].reshape(choice_shape),
                 "scores": lookup["scores"],
             }
         elif self.ffn is not None and self.ffn_norm is not None:

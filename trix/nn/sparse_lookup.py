@@ -153,7 +153,7 @@ class SparseLookupFFN(SignatureSurgery):
             self.router.update_balance(tile_idx_TK, None if mask is None else _like_choice(mask, tile_idx_TK))
             self.surgery_log.count_step()
         if labels is not None:
-            self.claims.update(tile_idx_TK.reshape(*shape, -1), labels, mask)
+            self.claims.update(tile_idx_TK.reshape(*shape, self.router.top_k), labels, mask)
 
     def _aux_losses(self, score_TE: Tensor, tile_idx_TK: Tensor, mask: Tensor | None) -> AuxLosses:
         zero = score_TE.new_zeros(())

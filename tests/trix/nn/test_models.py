@@ -213,6 +213,15 @@ def test_routing_on_the_embedding_trains_embedding_and_signatures() -> None:
         assert ffn.router.raw_signatures.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("kind", ["trix", "sparse_lookup", "sparse_lookup_v2"])
+@pytest.mark.parametrize("shape", [(0, 4, 16), (2, 0, 16)])
+def test_an_empty_batch_goes_through_a_block(kind: Any, shape: tuple[int, ...]) -> None:
+    block = TriXBlock(16, 2, FFNConfig(kind=kind, num_tiles=4, top_k=2), context_length=8)
+    y, info, _ = block(torch.randn(shape), return_routing=True)
+    assert y.shape == shape
+    assert info["tile_idx"].shape == info["weight"].shape == (*shape[:-1], 2)
+
+
 def test_what_routing_reads_must_fit() -> None:
     with pytest.raises(ValueError, match=r"routing_x \(3, 8\) must have the shape of x \(2, 8\)"):
         TriXFFN(8, 2)(torch.randn(2, 8), routing_x=torch.randn(3, 8))

@@ -58,6 +58,17 @@ def test_output_and_choice_equal_the_definition(version, top_k: int, reads_other
 
 
 @both
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("shape", [(0, 16), (0, 5, 16), (2, 0, 16)])
+def test_an_empty_batch_with_labels(version, top_k: int, shape: tuple[int, ...]) -> None:
+    ffn = version(16, 4, top_k=top_k)
+    y, info, _ = ffn(torch.randn(shape), labels=torch.zeros(shape[:-1], dtype=torch.int64))
+    assert y.shape == shape
+    assert info["tile_idx"].shape == (shape[:-1] if top_k == 1 else (*shape[:-1], 2))
+    assert ffn.claims.count_EC.sum() == 0
+
+
+@both
 def test_several_tiles_for_each_token_train_and_are_counted(version) -> None:
     torch.manual_seed(0)
     ffn = version(16, 4, top_k=3)
