@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -12,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from lightning_modules.commands.arguments import CommandParser
+from lightning_modules.commands.output_text import print_rich
 from lightning_modules.errors import UserError
 
 EVENT_FILES = "events.out.tfevents.*"
 LOSS = "val/loss"
 SHOWN_STAGES = ("val/", "test/")
-PIPE_WIDTH = 10_000  # lines are not broken where a program reads them
 
 
 @dataclass(frozen=True)
@@ -173,13 +172,9 @@ def _finite(value: float) -> float | None:
 
 def _print(runs: Sequence[Run], metric: str, is_descending: bool) -> None:
     """One line a run: best and last value of one metric, the last values of what else was measured on held-out data."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=PIPE_WIDTH)
     names = {name for run in runs for name in run.metrics}
     others = sorted(name for name in names if name.startswith(SHOWN_STAGES) and name != metric)
     table = Table(box=None, pad_edge=False)
@@ -199,10 +194,7 @@ def _print(runs: Sequence[Run], metric: str, is_descending: bool) -> None:
             _joined(run.checkpoints),
         )
         table.add_row(*map(Text, cells))
-    with console.capture() as printed:
-        console.print(table)
-    # Not by rich: where the reader has gone, as in `trix runs | head`, it would end the program as failed.
-    sys.stdout.write(printed.get())
+    print_rich(lambda console: console.print(table))
 
 
 def _joined(paths: Iterable[Path]) -> str:

@@ -1,22 +1,22 @@
 """``trix why``: for each token of a text or an image, the tile it went to, the runner-up, and what decided."""
 
-import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning_modules.commands.arguments import CommandParser
 from lightning_modules.commands.checkpoint_data import load_task, make_labelled_data
+from lightning_modules.commands.output_text import print_rich
 from lightning_modules.errors import UserError
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from torch import Tensor
 
     from lightning_modules.tasks import ClassifierTask, LanguageModelTask, RoutedTask
     from trix.introspection import Explanation
 
 SHADES = " .:*#"
-PIPE_WIDTH = 10_000  # lines are not broken where a program reads them
 LEGEND = """\
 score       how well the token agrees with the tile's signature, with the tile's balance bias; the highest score wins
 bias        how much of the difference of the two scores is balance bias, which training keeps to spread the load
@@ -121,13 +121,9 @@ def _positions(options: Namespace, num_tokens: int) -> Sequence[int]:
 
 
 def _print(header: str, explanations: Sequence["Explanation"], tokens: Sequence[str]) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=PIPE_WIDTH)
     table = Table(box=None, pad_edge=False)
     for name in ("at", "token", "tile", "score", "runner-up", "score", "bias", "decided by"):
         is_number = name in ("at", "tile", "score", "runner-up", "bias")
@@ -142,12 +138,13 @@ def _print(header: str, explanations: Sequence["Explanation"], tokens: Sequence[
         )
         cells = (f"{e.token_idx}", tokens[e.token_idx], f"{e.tile_idx}", f"{e.score:.2f}", *rival)
         table.add_row(*map(Text, cells))
-    with console.capture() as printed:
+
+    def draw(console: "Console") -> None:
         console.print(Text(header), soft_wrap=True)
         console.print(table, "")
         console.print(Text(LEGEND), soft_wrap=True)
-    # Not by rich: where the reader has gone, as in `trix why ... | head`, it would end the program as failed.
-    sys.stdout.write(printed.get())
+
+    print_rich(draw)
 
 
 def _check_options(options: Namespace) -> None:
