@@ -62,7 +62,7 @@ class SurgeryEvent:
         tiles: tile indices; one for insert. layers: ``all``, or indices of routed layers.
         step, epoch, when: exactly one of them; the event happens before that training step or epoch, both counted from 0, or
             after the first validation at which the condition is met.
-        signature: of insert: signs ("+0-"), a list of -1, 0 and 1, or positive_dims and negative_dims.
+        signature: of insert: signs ("+0-", in YAML with quotes), a list of -1, 0 and 1, or positive_dims and negative_dims.
         freeze: of insert: hold the signature; without it, learning goes on from it.
         tag: a name for the layer's surgery history.
 
@@ -265,6 +265,8 @@ def _no_metric(name: str, metrics: Iterable[str]) -> str:
     names = sorted(metrics)
     nearest = get_close_matches(name, names, n=1, cutoff=0.0)
     hint = f"; did you mean {nearest[0]}?" if nearest else ""
+    if name.startswith("claims/"):
+        hint += " (ClaimMonitor logs the claims, those of one class where its `watch` names it)"
     return f"metric ({name}) must be one of the {len(names)} that have been logged by the end of a validation{hint}"
 
 

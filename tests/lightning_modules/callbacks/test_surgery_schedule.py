@@ -166,7 +166,7 @@ def test_signatures_can_be_written_as_signs_and_numbers(
 def test_an_unfrozen_insert_learns_without_what_the_optimizer_remembered(
     text: TextDataModule, make_trainer: MakeTrainer
 ) -> None:
-    """With a learning rate of 0 from the insert on, and without gradient, momentum alone could move it."""
+    """Of the weights of the tile it goes on remembering; the signature moves as by a first step of Adam."""
     L.seed_everything(0)
     task = LanguageModelTask(text.vocabulary, small_network(), lambda p: torch.optim.Adam(p, lr=1e-2), None)
     layer = routed_layers(task)["layer_0"]
@@ -225,6 +225,15 @@ def test_a_condition_fires_once_after_the_validation_that_meets_it(
     assert [(event.step, event.value) for event in frozen] == [(6, 1.0), (8, 0.0)]
 
 
+def test_the_sanity_check_before_the_training_is_no_validation(
+    language_model: LanguageModelTask, text: TextDataModule, make_trainer: MakeTrainer
+) -> None:
+    script = Scripted(0.99, 0.1, 0.1)
+    schedule = SurgerySchedule([SurgeryEvent("freeze", [1], when=RISEN)])
+    make_trainer(max_steps=4, num_sanity_val_steps=1, callbacks=[schedule, script]).fit(language_model, text)
+    assert script.frozen == [[]] * 4
+
+
 def test_a_tile_is_frozen_once_it_has_claimed_a_class(digits: DigitsDataModule, make_trainer: MakeTrainer) -> None:
     """Freeze tile 3 once its claim rate of class 7 is above 0.9: it rises from 0.77 to 0.94 as the digits are learned."""
     L.seed_everything(3)
@@ -275,13 +284,17 @@ def test_a_condition_that_a_checkpoint_has_seen_is_neither_lost_nor_repeated(
         assert [entry["operation"] for entry in routed_layers(task)["layer_1"].get_surgery_history()] == ["freeze", "unfreeze"]
 
 
+@pytest.mark.parametrize(
+    ("metric", "hint"),
+    [("val/los", r"did you mean val/loss\?$"), ("claims/layer_0/e/tile_1", r"\(ClaimMonitor logs the claims")],
+)
 def test_a_metric_that_is_not_logged_is_named_with_the_nearest_after_the_first_validation(
-    language_model: LanguageModelTask, text: TextDataModule, make_trainer: MakeTrainer
+    metric: str, hint: str, language_model: LanguageModelTask, text: TextDataModule, make_trainer: MakeTrainer
 ) -> None:
-    event = SurgeryEvent("freeze", [1], when=MetricCondition("val/los", below=1.0))
+    event = SurgeryEvent("freeze", [1], when=MetricCondition(metric, below=1.0))
     trainer = make_trainer(max_steps=4, callbacks=[SurgerySchedule([event])])
     with pytest.raises(
-        UserError, match=r"freeze tiles 1 .* once val/los < 1.0: metric \(val/los\) .*; did you mean val/loss\?"
+        UserError, match=rf"freeze tiles 1 of all layers once {metric} < 1.0: metric \({metric}\) must .*{hint}"
     ):
         trainer.fit(language_model, text)
     assert trainer.global_step == 2
