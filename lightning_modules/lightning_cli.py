@@ -16,7 +16,6 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lightning_modules.callbacks import FreezingSchedule
 from lightning_modules.callbacks.prediction_writer import PredictionWriter
 from lightning_modules.callbacks.random_state import RandomState
 from lightning_modules.callbacks.run_record import RunRecord
@@ -189,8 +188,9 @@ class TrixCLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         # All that can be checked is checked here, before the logger makes its folder.
         for callback in self._callbacks:
-            if isinstance(callback, FreezingSchedule):
-                callback.check_network(self.model)
+            check = getattr(callback, "check_network", None)
+            if check is not None:
+                check(self.model)
         self.model.check_data(self.datamodule)
         if self.subcommand == "fit":
             self.model.make_optimizer(self.trainer.max_steps)

@@ -7,6 +7,7 @@ import lightning as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -89,6 +90,14 @@ class Evolution(L.Callback):
 
     Raises:
         UserError: as the run starts, where no layer is routed by signatures.
+
+    Example::
+
+        trainer:
+          callbacks+:
+          - class_path: Evolution
+            init_args:
+              policy: {every_n_steps: 50, stop_after: 400}
     """
 
     def __init__(self, policy: EvolutionPolicy = EvolutionPolicy()) -> None:
@@ -101,10 +110,15 @@ class Evolution(L.Callback):
         self._last_step = -1
         self._restored: dict[str, dict[str, torch.Tensor]] = {}
 
+    def check_network(self, network: nn.Module) -> None:
+        """Raise UserError unless a layer is routed by signatures."""
+        if not _evolving_layers(network):
+            raise UserError("Evolution needs a layer routed by signatures: routing 'explicit' or 'emergent'")
+
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage == "fit" and not _evolving_layers(pl_module):
-            raise UserError("Evolution needs a layer routed by signatures: routing 'explicit' or 'emergent'")
+        if stage == "fit":
+            self.check_network(pl_module)
         self._reset()  # a run before has nothing to do with this one; the state of a checkpoint comes after setup
 
     @override
@@ -249,7 +263,7 @@ class _Look:
         self.acts.append(f"tile {tile_idx} re-seeded")
 
 
-def _evolving_layers(network: torch.nn.Module) -> dict[str, TriXFFN]:
+def _evolving_layers(network: nn.Module) -> dict[str, TriXFFN]:
     return {
         name: layer
         for name, layer in routed_layers(network).items()

@@ -24,6 +24,13 @@ class RoutingMonitor(L.Callback):
 
     Args:
         figures: draw figures; they cost about half a second for each validation.
+
+    Example::
+
+        trainer:
+          callbacks+:
+          - class_path: RoutingMonitor
+            init_args: {figures: false}
     """
 
     def __init__(self, figures: bool = True) -> None:

@@ -10,6 +10,7 @@ from lightning_modules.commands.arguments import CommandParser
 from lightning_modules.commands.checkpoint_data import load_task
 from lightning_modules.commands.output_file import check_output_file, output_folder
 from lightning_modules.errors import UserError
+from lightning_modules.signature_values import is_signs, signature_from
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from trix.nn import RoutedLayer
 
 ACTIONS = ("insert", "freeze", "unfreeze")
-SIGNS = {"+": 1, "0": 0, "-": -1}
 
 
 def run_surgery(arguments: list[str]) -> int:
@@ -89,10 +89,8 @@ def read_signature(text: str, d_model: int) -> "Tensor":
     Raises:
         UserError: the file cannot be read, or holds something else.
     """
-    import torch
-
-    if set(text) <= set(SIGNS):
-        return torch.tensor([SIGNS[sign] for sign in text], dtype=torch.int8)
+    if is_signs(text):
+        return signature_from(text, d_model, "--signature")
     try:
         content = json.loads(Path(text).read_text(encoding="utf-8"))
     except OSError as error:
@@ -100,28 +98,7 @@ def read_signature(text: str, d_model: int) -> "Tensor":
         raise UserError(f"--signature ({text}) must be a row of +, 0 and -, or a file that can be read: {why}") from error
     except ValueError as error:  # of JSON or of UTF-8
         raise UserError(f"{text} must hold JSON: {error}") from error
-    if isinstance(content, dict):
-        return _from_dims(content, text, d_model)
-    if not isinstance(content, list) or not all(type(value) in (int, float) for value in content):
-        raise UserError(f"{text} must hold a list of numbers, or positive_dims and negative_dims")
-    return torch.tensor(content, dtype=torch.float64)
-
-
-def _from_dims(content: dict[str, Any], path: str, d_model: int) -> "Tensor":
-    import torch
-
-    signature_D = torch.zeros(d_model)
-    for name, sign in (("positive_dims", 1), ("negative_dims", -1)):
-        dims = content.get(name)
-        if not isinstance(dims, list) or not all(type(dim) is int for dim in dims):
-            raise UserError(f"{path}: {name} must be a list of integers")
-        for dim in dims:
-            if not 0 <= dim < d_model:
-                raise UserError(f"{path}: {name} ({dim}) must be >= 0 and < d_model ({d_model})")
-            if signature_D[dim] != 0:
-                raise UserError(f"{path}: {name} ({dim}) must not be named twice")
-            signature_D[dim] = sign
-    return signature_D
+    return signature_from(content, d_model, text)
 
 
 def with_state_of(task: "RoutedTask", checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -195,7 +172,7 @@ def _with_signature_attached(arguments: list[str]) -> list[str]:
     """A signature may begin with "-", which would be taken for an option."""
     joined: list[str] = []
     for argument in arguments:
-        if joined and joined[-1] == "--signature" and argument and set(argument) <= set(SIGNS):
+        if joined and joined[-1] == "--signature" and argument and is_signs(argument):
             joined[-1] += f"={argument}"
         else:
             joined.append(argument)

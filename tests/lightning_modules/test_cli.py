@@ -143,7 +143,9 @@ MISTAKES = {
     "--config unknown_key.yaml": r"unknown key 'trainer.max_stps'; did you mean max_steps\? \(in unknown_key.yaml, line 3\)",
     "--config unknown_class.yaml": r"unknown class 'DiversityMonitr'; did you mean DiversityMonitor\? \(in unknown_class.yaml",
     "--config unknown_argument.yaml": r"unknown key 'treshold'; did you mean threshold\? \(in unknown_argument.yaml, line 4\)",
-    "--config unknown_event.yaml": r"action must be one of 'freeze', 'unfreeze', got 'freze' \(in unknown_event.yaml, line 4\)",
+    "--config unknown_event.yaml": r"action must be one of 'insert', 'freeze', 'unfreeze', got 'freze' \(in unknown_event",
+    "--config no_condition.yaml": r"when must be keys and values, got 'val/loss' \(in no_condition.yaml, line 4\)",
+    "--config wrong_signature.yaml": r"insert tiles 0 of all layers at step 1: signature \(3,\) must have shape \(16,\)",
     "--config wrong_tile.yaml": r"tile \(99\) must be < num_tiles \(4\) of layer 0",
     "--trainer.max_step=3": r"unknown option '--trainer.max_step'; did you mean --trainer.max_steps\?",
     "--data.batchsize=3": r"unknown key 'batchsize'; did you mean batch_size\?",
@@ -190,10 +192,16 @@ def test_a_mistake_gives_one_line_and_leaves_nothing(arguments: str, folder: Pat
     (folder / "unknown_class.yaml").write_text(callback.format("DiversityMonitr", ""))
     (folder / "unknown_argument.yaml").write_text(callback.format("DiversityMonitor", "treshold: 0.3"))
     (folder / "unknown_event.yaml").write_text(
-        callback.format("FreezingSchedule", "events: [{action: freze, tiles: [0], step: 1}]")
+        callback.format("SurgerySchedule", "events: [{action: freze, tiles: [0], step: 1}]")
     )
     (folder / "wrong_tile.yaml").write_text(
-        callback.format("FreezingSchedule", "events: [{action: freeze, tiles: [99], step: 1}]")
+        callback.format("SurgerySchedule", "events: [{action: freeze, tiles: [99], step: 1}]")
+    )
+    (folder / "no_condition.yaml").write_text(
+        callback.format("SurgerySchedule", "events: [{action: freeze, tiles: [0], when: val/loss}]")
+    )
+    (folder / "wrong_signature.yaml").write_text(
+        callback.format("SurgerySchedule", "events: [{action: insert, tiles: [0], signature: +0-, step: 1}]")
     )
     (folder / "list.yaml").write_text("- 1\n")
     (folder / "binary.yaml").write_bytes(b"\xff\xfe\xf9")

@@ -1,0 +1,56 @@
+"""Signatures as people write them: signs, numbers, or the dimensions of each sign. Light: torch comes with the first one."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from lightning_modules.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SIGNS = {"+": 1, "0": 0, "-": -1}
+
+
+def is_signs(text: str) -> bool:
+    return set(text) <= set(SIGNS)
+
+
+def signature_from(content: object, d_model: int, name: str) -> "Tensor":
+    """A signature [D] from signs ("+0-"), a list of D numbers, or {"positive_dims": [...], "negative_dims": [...]}.
+
+    Whether signs and numbers are D, and numbers -1, 0 or 1, is left to the layer that takes the signature.
+
+    Args:
+        name: what errors call it: a file, or a key.
+
+    Raises:
+        UserError: it is nothing of the three; a dimension is outside [0, D) or named twice.
+    """
+    import torch
+
+    if isinstance(content, str):
+        if not is_signs(content):
+            raise UserError(f"{name} ({content}) must be a row of +, 0 and -")
+        return torch.tensor([SIGNS[sign] for sign in content], dtype=torch.int8)
+    if isinstance(content, Mapping):
+        return _from_dims(content, d_model, name)
+    if not isinstance(content, list) or not all(type(value) in (int, float) for value in content):
+        raise UserError(f"{name} must hold a list of numbers, or positive_dims and negative_dims")
+    return torch.tensor(content, dtype=torch.float64)
+
+
+def _from_dims(content: Mapping[str, Any], d_model: int, name: str) -> "Tensor":
+    import torch
+
+    signature_D = torch.zeros(d_model)
+    for key, sign in (("positive_dims", 1), ("negative_dims", -1)):
+        dims = content.get(key)
+        if not isinstance(dims, list) or not all(type(dim) is int for dim in dims):
+            raise UserError(f"{name}: {key} must be a list of integers")
+        for dim in dims:
+            if not 0 <= dim < d_model:
+                raise UserError(f"{name}: {key} ({dim}) must be >= 0 and < d_model ({d_model})")
+            if signature_D[dim] != 0:
+                raise UserError(f"{name}: {key} ({dim}) must not be named twice")
+            signature_D[dim] = sign
+    return signature_D
