@@ -1,9 +1,9 @@
 """Take a picture of a page of TensorBoard, as a reader of a run sees it.
 
-python benchmarks/screenshot.py runs/digits                                   # benchmarks/results/tensorboard.png
-python benchmarks/screenshot.py runs/digits --page images --output images.png
+python benchmarks/screenshot.py runs/digits/version_0                                    # benchmarks/results/tensorboard.png
+python benchmarks/screenshot.py runs --page custom_scalars --output custom_scalars.png   # all runs
 
-Needs Chromium or Chrome, and the run: trix fit --config configs/digits.yaml
+Needs Chromium or Chrome; `make screenshot` trains the run, too.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from pathlib import Path
 from PIL import Image
 
 HERE = Path(__file__).resolve().parent
+EVENT_FILES = "events.out.tfevents.*"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 PAGES = ("timeseries", "scalars", "custom_scalars", "images", "histograms", "text", "hparams", "projector")
 COLOURS = 256  # of the palette: a page is mostly plain areas
@@ -32,18 +33,18 @@ COLOURS = 256  # of the palette: a page is mostly plain areas
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="of TensorBoard files, at any depth")
-    parser.add_argument("--page", choices=PAGES, default="custom_scalars", help="default: %(default)s")
+    parser.add_argument("folder", type=Path, help="a run, or a folder of runs")
+    parser.add_argument("--page", choices=PAGES, default="images", help="default: %(default)s")
     parser.add_argument("--query", default="", help="settings of the page, as they stand in its address between ? and #")
-    parser.add_argument("--width", type=int, default=1400, help="pixels (default: %(default)s)")
-    parser.add_argument("--height", type=int, default=1000, help="pixels (default: %(default)s)")
+    parser.add_argument("--width", type=int, default=1060, help="pixels (default: %(default)s)")
+    parser.add_argument("--height", type=int, default=1600, help="pixels (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "tensorboard.png", help="default: %(default)s")
     arguments = parser.parse_args()
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         print(f"a browser must be on the path: {', '.join(BROWSERS)}", file=sys.stderr)
         return 1
-    if next(arguments.folder.rglob("events.out.tfevents.*"), None) is None:
+    if next(arguments.folder.rglob(EVENT_FILES), None) is None:
         print(f"folder {arguments.folder} must hold TensorBoard files", file=sys.stderr)
         return 1
     with tensorboard(arguments.folder) as address:
@@ -61,15 +62,20 @@ def tensorboard(folder: Path) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(folder), "--port", str(port), "--load_fast", "false"]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    address = f"http://127.0.0.1:{port}"
-    try:
-        wait_for(f"{address}/data/runs", server)
-        yield address
-    finally:
-        server.terminate()
-        server.wait(timeout=30)
+    is_run = next(folder.glob(EVENT_FILES), None) is not None
+    with tempfile.TemporaryDirectory() as root:
+        # The page shows the path of its folder, and calls a run that is the whole folder ".": here they are runs, runs/NAME.
+        link = Path(root, "runs", folder.resolve().parent.name) if is_run else Path(root, "runs")
+        link.parent.mkdir(exist_ok=True)
+        link.symlink_to(folder.resolve())
+        command = [sys.executable, "-m", "tensorboard.main", "--logdir", "runs", "--port", str(port), "--load_fast", "false"]
+        server = subprocess.Popen(command, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            wait_for(f"http://127.0.0.1:{port}/data/runs", server)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            server.terminate()
+            server.wait(timeout=30)
 
 
 def wait_for(address: str, server: "subprocess.Popen[bytes]", seconds: float = 60.0) -> None:

@@ -142,8 +142,9 @@ def _add_tile_histogram(logger: TensorBoardLogger, tag: str, count_E: Tensor, st
     index = torch.arange(len(count), dtype=torch.float64)
     logger.experiment.add_histogram_raw(
         tag,
-        min=0,
-        max=len(count) - 1,
+        # Not the first and last index: the buckets at the ends would be half as wide, and drawn twice as high.
+        min=-0.5,
+        max=len(count) - 0.5,
         num=int(count.sum()),
         sum=float((count * index).sum()),
         sum_squares=float((count * index**2).sum()),

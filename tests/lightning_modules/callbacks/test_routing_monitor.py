@@ -86,6 +86,7 @@ def test_writes_scalars_figures_and_histograms_for_tensorboard(
     histogram = events.Histograms("routing/layer_0/tiles")[0]
     assert histogram.histogram_value.num == 23 * 8
     assert sum(histogram.histogram_value.bucket) == 23 * 8
+    assert (histogram.histogram_value.min, histogram.histogram_value.max) == (-0.5, 3.5)  # buckets of one width
     usage = [events.Scalars(f"tile_usage/layer_0/tile_{tile}")[0].value for tile in range(4)]
     assert usage == pytest.approx([count / (23 * 8) for count in _per_tile(histogram.histogram_value)])
     gaps = events.Histograms("routing/layer_0/confidences")[0].histogram_value
