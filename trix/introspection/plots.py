@@ -40,7 +40,8 @@ def draw_claims(axes: Axes, rate_EC: Tensor, class_names: Sequence[str], kind: s
         for row, column in zip(*(rate_CE >= 0.05).nonzero(), strict=True):
             share = rate_CE[row, column]
             colour = "white" if share > 0.6 else "black"
-            axes.text(column, row, f"{share:.0%}", ha="center", va="center", fontsize=7, color=colour)
+            text = axes.text(column, row, f"{share:.0%}", ha="center", va="center", fontsize=7, color=colour)
+            text.set_in_layout(False)  # it is inside the axes; to measure all takes a sixth of the time
     return image
 
 

@@ -15,6 +15,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from lightning_modules.callbacks import ClaimMonitor, DiversityMonitor, RoutingMonitor, RunNotebook
 from lightning_modules.callbacks.run_notebook import history_table, scalar_layout, tile_rows
+from lightning_modules.cli import main
 from lightning_modules.commands.runs import find_runs
 from lightning_modules.data.digits import DigitsDataModule
 from lightning_modules.data.text import TextDataModule
@@ -235,3 +236,36 @@ def test_class_names_stay_in_their_cells(language_model: LanguageModelTask) -> N
     layer, count_EC = routed_layers(language_model)["layer_0"], torch.tensor([[0, 3, 1], [0, 0, 0], [0, 0, 2], [4, 0, 0]])
     names = [row[2] for row in tile_rows("layer_0", layer, count_EC, ["7", "a\tb\n", "-"])]
     assert names == ["a b", "-", "-", "class 7"]
+
+
+@pytest.mark.parametrize(
+    "ffn",
+    [
+        FFNConfig(kind="sparse_lookup_v2", num_tiles=4, top_k=1),
+        FFNConfig(kind="hierarchical", num_tiles=16, d_ff=64, top_k=2),
+        FFNConfig(routing="learned", num_tiles=4),
+        FFNConfig(routing="hash", num_tiles=4),
+    ],
+    ids=["sparse_lookup", "hierarchical", "learned", "hash"],
+)
+def test_every_kind_of_layer_has_its_points(
+    ffn: FFNConfig, text: TextDataModule, make_trainer: MakeTrainer, tensorboard: TensorBoardLogger
+) -> None:
+    task = LanguageModelTask(text.vocabulary, small_network(ffn=ffn))
+    make_trainer(logger=tensorboard, callbacks=[RoutingMonitor(), RunNotebook()]).fit(task, text)
+    rows = (Path(tensorboard.log_dir) / "00002/signatures/metadata.tsv").read_text().splitlines()
+    assert len(rows) == 1 + 2 * ffn.num_tiles
+    assert sum(float(row.split("\t")[4]) for row in rows[1:]) == pytest.approx(2.0, abs=0.01)
+    assert "routing/tokens" in read_events(tensorboard).Tags()["images"]
+
+
+def test_every_fit_has_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small.yaml").write_text(
+        "model: {class_path: ClassifierTask, init_args: {network: {d_model: 16, n_heads: 2, context_length: 8}}}\n"
+        "data: {class_path: DigitsDataModule, init_args: {batch_size: 256}}\n"
+        "trainer: {accelerator: cpu, max_steps: 2, enable_checkpointing: false, num_sanity_val_steps: 0}\n"
+    )
+    options = ["--trainer.logger=TensorBoardLogger", "--trainer.logger.save_dir=runs", "--trainer.limit_val_batches=1"]
+    assert main(["fit", "--config", "small.yaml", *options]) == 0
+    assert len(list(tmp_path.glob("runs/**/signatures/tensors.tsv"))) == 1
