@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_modules.callbacks.prediction_writer import PredictionWriter
 from lightning_modules.callbacks.random_state import RandomState
+from lightning_modules.callbacks.run_notebook import RunNotebook
 from lightning_modules.callbacks.run_record import RunRecord
 from lightning_modules.callbacks.run_report import RunReport, StepProgressBar
 from lightning_modules.data.digits import DigitsDataModule
@@ -175,7 +176,7 @@ class TrixCLI(LightningCLI):
             else:
                 settings["enable_progress_bar"] = False
         if self.subcommand == "fit":
-            callbacks += [RunReport(), self._record, RandomState()]
+            callbacks += [RunReport(), self._record, RandomState(), RunNotebook()]
         else:
             settings["logger"] = False  # what these commands find is printed or written to a file
         if self.subcommand == "predict" and not any(isinstance(callback, PredictionWriter) for callback in callbacks):

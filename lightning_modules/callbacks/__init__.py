@@ -7,6 +7,7 @@ from lightning_modules.callbacks.evolution import Evolution, EvolutionPolicy
 from lightning_modules.callbacks.prediction_writer import PredictionWriter
 from lightning_modules.callbacks.random_state import RandomState
 from lightning_modules.callbacks.routing_monitor import RoutingMonitor
+from lightning_modules.callbacks.run_notebook import RunNotebook
 from lightning_modules.callbacks.run_record import RunRecord
 from lightning_modules.callbacks.run_report import RunReport
 from lightning_modules.callbacks.surgery import MetricCondition, SurgeryEvent, SurgerySchedule
@@ -22,6 +23,7 @@ __all__ = [
     "RandomState",
     "ReclusterSchedule",
     "RoutingMonitor",
+    "RunNotebook",
     "RunRecord",
     "RunReport",
     "SurgeryEvent",

@@ -139,7 +139,7 @@ class Evolution(L.Callback):
             return
         for name, statistics in self._statistics.items():
             info = outputs["routing"][name]
-            statistics.update(info["tile_idx"][info["weight"] != 0], info["scores"])
+            statistics.update(info["tile_idx"], info["weight"], info["scores"])
         # With gradients accumulated, several batches belong to one step.
         if step % policy.every_n_steps or step == self._last_step:
             return
