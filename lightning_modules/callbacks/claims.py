@@ -18,7 +18,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_modules.callbacks.figures import add_figure, claim_figure, has_tensorboard, save_figure
+from lightning_modules.callbacks.figures import DrawingBudget, add_figure, claim_figure, has_tensorboard, save_figure
 from lightning_modules.errors import UserError
 from lightning_modules.routed_layers import layer_name, routed_layers
 from lightning_modules.whole_files import write_whole
@@ -81,8 +81,9 @@ class ClaimMonitor(L.Callback):
 
     Of the last validation of a fit, all classes stand in claims.csv in the folder of the logs, however many: class, layer,
     favourite_tile, claim_rate (the share of the class that this tile gets), tile_purity, count (the class's assignments to all
-    tiles). With few classes also a figure ``claims/class_by_tile`` for TensorBoard, which stands at the end of ``fit`` in the
-    folder of the logs as class_by_tile.png, and at the end of ``fit`` and ``validate`` a table: which class goes to which tile.
+    tiles). With few classes also a figure ``claims/class_by_tile`` for TensorBoard (of the last validation, and of so many before
+    that drawing takes at most 1 % of the time), which stands at the end of ``fit`` in the folder of the logs as class_by_tile.png,
+    and at the end of ``fit`` and ``validate`` a table: which class goes to which tile.
     Classes and their names are those of the task (``class_names``); the classes of a language model are its characters. A token
     of a classifier is of the class of its sequence; padding is not counted.
 
@@ -112,6 +113,7 @@ class ClaimMonitor(L.Callback):
         self.max_classes = max_classes
         self.watch = list(watch)
         self._claims: dict[str, ClaimMatrix] = {}
+        self._budget = DrawingBudget()
 
     def check_network(self, network: nn.Module) -> None:
         """Raise UserError unless the task has class_names and what is watched is there."""
@@ -130,6 +132,7 @@ class ClaimMonitor(L.Callback):
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.check_network(pl_module)
+        self._budget = DrawingBudget()
 
     @override
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -150,7 +153,7 @@ class ClaimMonitor(L.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         for name, info in outputs["routing"].items():
-            self._claims[name].update(info["tile_idx"], outputs["label"])
+            self._claims[name].update(info["tile_idx"], outputs["label"], weight=info["weight"])
 
     @override
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -172,8 +175,11 @@ class ClaimMonitor(L.Callback):
             counted, class_idx = claims[layer_name(watch.layer)], watch.class_idx(class_names)
             is_seen = counted.count_EC[:, class_idx].any()
             pl_module.log(watch.metric, torch.where(is_seen, counted.rate_EC[watch.tile, class_idx], torch.nan))
-        if len(class_names) <= self.max_classes and has_tensorboard(trainer) and trainer.is_global_zero:
-            add_figure(trainer, "claims/class_by_tile", claim_figure(_rates(claims), class_names))
+        if trainer.is_global_zero and self._is_drawn(trainer, class_names):
+            if trainer.state.fn == "fit" and not self._budget.is_due():
+                return
+            with self._budget.drawing():
+                add_figure(trainer, "claims/class_by_tile", claim_figure(_rates(claims), class_names))
 
     @override
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -185,8 +191,13 @@ class ClaimMonitor(L.Callback):
         claims = self._counted()  # on every rank: it synchronises
         if trainer.is_global_zero and folder is not None and "://" not in folder:  # a folder of this machine
             write_whole(claims_csv(claims, class_names).encode(), Path(folder) / CLAIMS_NAME)
-        if len(class_names) <= self.max_classes and has_tensorboard(trainer):
-            save_figure(trainer, "class_by_tile.png", claim_figure(_rates(claims), class_names))
+        if trainer.is_global_zero and self._is_drawn(trainer, class_names):
+            figure = claim_figure(_rates(claims), class_names)
+            add_figure(trainer, "claims/class_by_tile", figure)
+            save_figure(trainer, "class_by_tile.png", figure)
+
+    def _is_drawn(self, trainer: L.Trainer, class_names: Sequence[str]) -> bool:
+        return len(class_names) <= self.max_classes and has_tensorboard(trainer)
 
     @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

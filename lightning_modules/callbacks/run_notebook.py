@@ -92,8 +92,7 @@ class RunNotebook(L.Callback):
     ) -> None:
         for name, claims in self._claims.items():
             info = outputs["routing"][name]
-            for k in range(info["tile_idx"].shape[-1]):
-                claims.update(info["tile_idx"][..., k : k + 1], outputs["label"], info["weight"][..., k] != 0)
+            claims.update(info["tile_idx"], outputs["label"], weight=info["weight"])
 
     @override
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

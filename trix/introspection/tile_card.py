@@ -52,8 +52,7 @@ class LayerReading:
 def count_claims(decision: RoutingDecision, num_tiles: int, sample: Sample) -> ClaimMatrix:
     """How the tokens of each class are spread over the tiles; assignments of weight 0 are not counted."""
     claims = ClaimMatrix(num_tiles, len(sample.class_names))
-    for k in range(decision.tile_idx.shape[1]):
-        claims.update(decision.tile_idx[:, k : k + 1].cpu(), sample.label_N.cpu(), decision.weight[:, k].cpu() != 0)
+    claims.update(decision.tile_idx.cpu(), sample.label_N.cpu(), weight=decision.weight.cpu())
     return claims
 
 
