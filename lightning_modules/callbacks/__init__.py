@@ -10,6 +10,7 @@ from lightning_modules.callbacks.random_state import RandomState
 from lightning_modules.callbacks.routing_monitor import RoutingMonitor
 from lightning_modules.callbacks.run_record import RunRecord
 from lightning_modules.callbacks.run_report import RunReport
+from lightning_modules.callbacks.stability import StabilityMonitor
 
 __all__ = [
     "ClaimMonitor",
@@ -24,4 +25,5 @@ __all__ = [
     "RoutingMonitor",
     "RunRecord",
     "RunReport",
+    "StabilityMonitor",
 ]
