@@ -64,11 +64,13 @@ class StabilityMonitor(L.Callback):
 
     @override
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        norm = torch.nn.utils.get_total_norm([p.grad for p in pl_module.parameters() if p.grad is not None])
-        pl_module.log("train/gradient_norm", norm)
+        parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        step = trainer.global_step + 1
+        if trainer.log_every_n_steps and step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            pl_module.log("train/gradient_norm", norm)  # in other steps it would take as long as the norm, for nothing
         loss, self._loss = norm if self._loss is None else self._loss, None
         watched = loss if getattr(trainer.precision_plugin, "scaler", None) is not None else loss.abs() + norm
-        step = trainer.global_step + 1
         if self._first_bad_step is None:
             self._first_bad_step = torch.zeros((), dtype=torch.int64, device=watched.device)
         is_first = ~watched.isfinite() & (self._first_bad_step == 0)

@@ -45,11 +45,12 @@ def test_the_norm_before_clipping_is_logged(
 ) -> None:
     spoil = Spoil(1, factor=100.0)
     logger = CSVLogger(tmp_path)
-    settings: dict[str, Any] = {"logger": logger, "log_every_n_steps": 1, "gradient_clip_val": 0.5}
+    settings: dict[str, Any] = {"logger": logger, "log_every_n_steps": 2, "gradient_clip_val": 0.5, "max_steps": 4}
     make_trainer(callbacks=[StabilityMonitor(), spoil], **settings).fit(language_model, text)
     rows = read_metrics(Path(logger.log_dir) / "metrics.csv")
     norms = [row["train/gradient_norm"] for row in rows if "train/gradient_norm" in row]
     assert len(norms) == 2
+    assert all("train/loss" in row for row in rows if "train/gradient_norm" in row)
     assert norms[-1] == pytest.approx(spoil.norm, rel=1e-5)
     assert spoil.norm > 10
 
