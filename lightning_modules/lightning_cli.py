@@ -1,6 +1,7 @@
 """``trix fit``, ``validate``, ``test`` and ``predict``: LightningCLI with strict keys and errors in one line."""
 
 import inspect
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -20,7 +21,8 @@ from lightning_modules.callbacks.prediction_writer import PredictionWriter
 from lightning_modules.callbacks.random_state import RandomState
 from lightning_modules.callbacks.run_notebook import RunNotebook
 from lightning_modules.callbacks.run_record import RunRecord
-from lightning_modules.callbacks.run_report import RunReport, StepProgressBar
+from lightning_modules.callbacks.run_report import RunReport, StepProgressBar, relative_path
+from lightning_modules.callbacks.stability import StabilityMonitor
 from lightning_modules.data.digits import DigitsDataModule
 from lightning_modules.data.language_id import LanguageIdDataModule
 from lightning_modules.data.text import TextDataModule
@@ -52,10 +54,14 @@ def run_training_command(arguments: list[str]) -> int:
         try:
             TrixCLI(with_resumed_run(arguments), given=arguments)
         except SIGTERMException:
+            print("trix: terminated", file=sys.stderr)
             return EXIT_TERMINATED
-        except (MisconfigurationException, ValueError, OSError) as error:
-            if isinstance(error, UserError):
-                raise
+        except UserError:
+            raise
+        except OSError as error:
+            place = "" if error.filename is None else f"{relative_path(os.fsdecode(error.filename))}: "
+            raise UserError(one_line(f"{place}{error.strerror or error}")) from error
+        except (MisconfigurationException, ValueError) as error:
             raise UserError(one_line(error)) from error
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise UserError(one_line(f"out of memory: {error}")) from error
@@ -177,6 +183,8 @@ class TrixCLI(LightningCLI):
                 settings["enable_progress_bar"] = False
         if self.subcommand == "fit":
             callbacks += [RunReport(), self._record, RandomState(), RunNotebook()]
+            if not any(isinstance(callback, StabilityMonitor) for callback in callbacks):
+                callbacks.append(StabilityMonitor())
         else:
             settings["logger"] = False  # what these commands find is printed or written to a file
         if self.subcommand == "predict" and not any(isinstance(callback, PredictionWriter) for callback in callbacks):

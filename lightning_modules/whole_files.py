@@ -25,7 +25,7 @@ def save_whole(value: object, path: Path) -> None:
     """torch.save to `path`, by way of a file beside it that takes its place at the end.
 
     Raises:
-        OSError: the file cannot be written; what was at `path` is as it was.
+        OSError: the file cannot be written; what was at `path` is as it was. It names `path`.
     """
     content = io.BytesIO()  # written by torch itself, a full disk would be a RuntimeError about something else
     torch.save(value, content)
@@ -38,10 +38,13 @@ def write_whole(content: bytes | memoryview, path: Path) -> None:
     Raises:
         OSError: as :func:`save_whole`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            partial.write_bytes(content)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:  # that of a full disk names no file
+        raise OSError(error.errno, error.strerror, str(path)) from error

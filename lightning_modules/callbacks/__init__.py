@@ -10,6 +10,7 @@ from lightning_modules.callbacks.routing_monitor import RoutingMonitor
 from lightning_modules.callbacks.run_notebook import RunNotebook
 from lightning_modules.callbacks.run_record import RunRecord
 from lightning_modules.callbacks.run_report import RunReport
+from lightning_modules.callbacks.stability import StabilityMonitor
 from lightning_modules.callbacks.surgery import MetricCondition, SurgeryEvent, SurgerySchedule
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "RunNotebook",
     "RunRecord",
     "RunReport",
+    "StabilityMonitor",
     "SurgeryEvent",
     "SurgerySchedule",
 ]

@@ -103,6 +103,13 @@ class MetricsLogger(CSVLogger):
         if (step, frozenset(metrics)) not in self._taken_over:
             super().log_metrics(metrics, step)
 
+    @override
+    def save(self) -> None:
+        try:
+            super().save()
+        except OSError as error:  # that of a full disk names no file
+            raise OSError(error.errno, error.strerror, str(Path(self.log_dir) / METRICS_NAME)) from error
+
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """The rows of a metrics.csv, each with the values that it has; none without a file, nor of a row that was cut short."""

@@ -60,9 +60,9 @@ class RunReport(L.Callback):
             if not isinstance(callback, ModelCheckpoint):
                 continue
             if not callback.best_model_path and callback.last_model_path:  # too short for a validation
-                self._print(trainer, f"checkpoint   {_relative(callback.last_model_path)}")
+                self._print(trainer, f"checkpoint   {relative_path(callback.last_model_path)}")
             if callback.best_model_path:
-                path = _relative(callback.best_model_path)
+                path = relative_path(callback.best_model_path)
                 score = (
                     f" ({callback.monitor} {float(callback.best_model_score):.4f})"
                     if callback.best_model_score is not None
@@ -97,10 +97,11 @@ def _metrics_text(metrics: Mapping[str, float]) -> str:
 
 def _log_places(trainer: L.Trainer) -> list[str]:
     places = (getattr(logger, "log_dir", None) for logger in trainer.loggers)
-    return list(dict.fromkeys(_relative(place) for place in places if place))
+    return list(dict.fromkeys(relative_path(place) for place in places if place))
 
 
-def _relative(path: str) -> str:
+def relative_path(path: str) -> str:
+    """As seen from the working folder, where it is in it."""
     try:
         return str(Path(path).resolve().relative_to(Path.cwd()))
     except ValueError:

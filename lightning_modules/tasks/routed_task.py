@@ -1,5 +1,6 @@
 """What every task of routed networks shares: the step, the losses, the optimizer, what a checkpoint says about itself."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, TypedDict, TypeVar, cast
@@ -78,7 +79,7 @@ class RoutedTask(L.LightningModule, ABC):
         self.network = network
         self._make_optimizer = optimizer
         self._make_lr_scheduler = lr_scheduler
-        self.mean_loss = MeanMetric()
+        self.mean_loss = MeanMetric(nan_strategy=math.nan)  # what is not a number stays so: by default it would be left out
 
     def forward(self, x: Tensor) -> Tensor:
         """The logits."""

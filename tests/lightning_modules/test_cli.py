@@ -267,7 +267,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(folder: Path, ca
         assert main(["fit", "--config", "small.yaml"]) == 2
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard_limit))
-    assert capfd.readouterr().err == "trix: error: [Errno 27] File too large\n"
+    assert re.fullmatch(r"trix: error: runs/small/(.*/)?best.ckpt: File too large\n", capfd.readouterr().err)
     assert (folder / "runs/small/last.ckpt").read_bytes() == content
     assert {path.name for path in (folder / "runs/small").iterdir() if path.is_file()} == {"best.ckpt", "last.ckpt"}
 
@@ -305,7 +305,7 @@ def test_an_error_of_the_program_keeps_its_traceback(folder: Path, monkeypatch: 
 
 @pytest.mark.parametrize(
     ("sent", "code", "message"),
-    [(signal.SIGINT, 130, "trix: interrupted\n"), (signal.SIGTERM, 143, "[rank: 0] Received SIGTERM: 15\n")],
+    [(signal.SIGINT, 130, "trix: interrupted\n"), (signal.SIGTERM, 143, "trix: terminated\n")],
 )
 def test_a_signal_ends_the_run_without_success(sent: signal.Signals, code: int, message: str, folder: Path) -> None:
     command = [sys.executable, "-m", "lightning_modules.cli", "fit", "--config", "small.yaml", "--trainer.max_steps=100000"]
