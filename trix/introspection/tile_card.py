@@ -51,7 +51,8 @@ class LayerReading:
 
 def count_claims(decision: RoutingDecision, num_tiles: int, sample: Sample) -> ClaimMatrix:
     """How the tokens of each class are spread over the tiles; assignments of weight 0 are not counted."""
-    claims = ClaimMatrix(num_tiles, len(sample.class_names))
+    # The sample is of this process alone.
+    claims = ClaimMatrix(num_tiles, len(sample.class_names), sync_on_compute=False)
     for k in range(decision.tile_idx.shape[1]):
         claims.update(decision.tile_idx[:, k : k + 1].cpu(), sample.label_N.cpu(), decision.weight[:, k].cpu() != 0)
     return claims

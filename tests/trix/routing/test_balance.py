@@ -71,8 +71,8 @@ def test_two_processes_have_the_balance_of_one(is_padded: bool, monkeypatch: pyt
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     sent: list[list[torch.Tensor]] = [[], []]  # by half, what it tells the other
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda count: sent[half].append(count.clone()))
     for half, part in enumerate(halves):
+        monkeypatch.setattr(torch.distributed, "all_reduce", lambda count, told=sent[half]: told.append(count.clone()))
         balance_loss(score[part], tile_idx[part], weight[part])
         balance_nudge(tile_idx[part], 4, 0.1, weight[part])
     losses = []
