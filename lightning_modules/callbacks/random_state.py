@@ -55,7 +55,7 @@ def _state() -> dict[str, Any]:
     name, key, *place = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+        "cuda": torch.cuda.get_rng_state() if _is_on_gpu() else None,
         "numpy": [str(name), torch.from_numpy(np.asarray(key).astype(np.int64)), *place],
         "python": random.getstate(),
     }
@@ -63,8 +63,12 @@ def _state() -> dict[str, Any]:
 
 def _put_back(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_initialized():
+    if state["cuda"] is not None and _is_on_gpu():
         torch.cuda.set_rng_state(state["cuda"])
     name, key, *place = state["numpy"]
     np.random.set_state((name, key.numpy().astype(np.uint32), *place))
     random.setstate(state["python"])
+
+
+def _is_on_gpu() -> bool:
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]

@@ -60,8 +60,8 @@ class RunReport(L.Callback):
         written = written_checkpoint(trainer)
         if written is not None:
             path, chooser = written
-            has_score = chooser is not None and chooser.best_model_score is not None
-            score = f" ({chooser.monitor} {float(chooser.best_model_score):.4f})" if has_score else ""
+            best_score = None if chooser is None else chooser.best_model_score
+            score = "" if chooser is None or best_score is None else f" ({chooser.monitor} {float(best_score):.4f})"
             self._print(trainer, f"checkpoint   {relative(str(path))}{score}")
 
     def _print(self, trainer: L.Trainer, text: str) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 import lightning as L
 import pytest
 import yaml  # type: ignore[import-untyped]
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_modules.cli import main
@@ -67,13 +66,15 @@ def test_a_trainer_of_several_processes_can_be_made(
 ) -> None:
     arguments = [str(CONFIGS.parent / text) if text.startswith("configs/") else text for text in opening_command(path)]
     assert str(path) in arguments
-    monkeypatch.setattr(corpora, "fetch", lambda _file: tmp_path)  # nothing is downloaded in tests
+    stand_in = tmp_path / "stand_in.txt"
+    stand_in.write_text("The quick brown fox jumps over the lazy dog.\n" * 200)
+    monkeypatch.setattr(corpora, "fetch", lambda _file: stand_in)
     monkeypatch.chdir(tmp_path)
     assert main([*arguments, "--print_config"]) == 0
     settings = yaml.safe_load(capsys.readouterr().out)["trainer"]
     if settings["strategy"] == "fsdp":  # as far as it goes without a GPU
-        with pytest.raises(MisconfigurationException, match="requires a GPU accelerator"):
-            L.Trainer(accelerator="cpu", strategy="fsdp", devices=2)
+        assert main([*arguments, "--trainer.accelerator=cpu", "--trainer.devices=2"]) == 2
+        assert "strategy `fsdp` requires a GPU accelerator" in capsys.readouterr().err
         return
     devices = 2 if settings["devices"] == -1 else settings["devices"]
     trainer = L.Trainer(accelerator="cpu", strategy=settings["strategy"], devices=devices, num_nodes=settings["num_nodes"])
