@@ -56,6 +56,13 @@ def weights(version: int) -> dict[str, torch.Tensor]:
     return checkpoint["state_dict"]
 
 
+def tokens_counted(version: int) -> torch.Tensor:
+    """By tile of the first layer, since Evolution last looked at it."""
+    checkpoint = torch.load(f"lightning_logs/version_{version}/checkpoints/last.ckpt", weights_only=True)
+    count_E: torch.Tensor = checkpoint["callbacks"]["Evolution"]["statistics"]["layer_0"]["count_E"]
+    return count_E
+
+
 def test_two_processes_train_as_one_with_their_batches_together(folder: Path) -> None:
     result = run_two("fit", "--config", "small.yaml", "--data.batch_size=4")
     assert main(["fit", "--config", "small.yaml"]) == 0
@@ -79,11 +86,14 @@ def test_two_processes_train_as_one_with_their_batches_together(folder: Path) ->
 
 def test_each_process_gets_its_own_random_numbers_back(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     changes = ["--model.network.dropout=0.3", "--trainer.callbacks+=uneven_draws.UnevenDraws", "--report.num_tokens=0"]
-    run_two("fit", "--config", "small.yaml", *changes)
+    run_two("fit", "--config", "small.yaml", *changes, "--trainer.callbacks+=Evolution")  # which acts at step 100
     checkpoint = "lightning_logs/version_0/checkpoints/step=8.ckpt"
     run_two("fit", "--resume", checkpoint)
     expected, resumed = weights(0), weights(1)
     assert [name for name, value in expected.items() if not torch.equal(value, resumed[name])] == []
+    counts = [tokens_counted(version) for version in (0, 1)]
+    assert counts[0].sum() == 12 * 2 * 8 * 8  # steps, processes, windows, characters
+    assert counts[1].tolist() == counts[0].tolist()
 
     capfd.readouterr()
     options = ["--trainer.devices=1", "--trainer.strategy=auto", "--trainer.callbacks=[]", "--trainer.limit_val_batches=0"]
