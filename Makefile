@@ -37,7 +37,7 @@ $(STAMP): pyproject.toml constraints.txt $(NATIVE) | $(BIN)/python
 
 demo: $(STAMP) ## Train a character model, export it to ONNX, let it write
 	$(BIN)/trix fit --config configs/char_lm.yaml
-	$(BIN)/trix export --ckpt runs/char_lm/best.ckpt --output runs/char_lm/model.onnx
+	$(BIN)/trix export --ckpt runs/char_lm --output runs/char_lm/model.onnx
 	$(BIN)/trix generate runs/char_lm/model.onnx --prompt "The "
 
 test: $(STAMP) ## Run the tests, without the full-length ones

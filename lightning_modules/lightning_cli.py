@@ -17,8 +17,10 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from lightning_modules.callbacks.last_checkpoint import LastCheckpoint
 from lightning_modules.callbacks.prediction_writer import PredictionWriter
 from lightning_modules.callbacks.random_state import RandomState
+from lightning_modules.callbacks.report_page import ReportPage
 from lightning_modules.callbacks.run_notebook import RunNotebook
 from lightning_modules.callbacks.run_record import RunRecord
 from lightning_modules.callbacks.run_report import RunReport, StepProgressBar, relative_path
@@ -30,6 +32,7 @@ from lightning_modules.error_text import one_line, reason, shorten_parser_error
 from lightning_modules.errors import UserError
 from lightning_modules.quiet import quiet_lightning
 from lightning_modules.resume import log_folder, with_resumed_run
+from lightning_modules.run_folder import best_checkpoint
 from lightning_modules.tasks import ClassifierTask, LanguageModelTask, RoutedTask, check_resumable, read_checkpoint
 from lightning_modules.whole_files import WholeFileCheckpointIO
 
@@ -125,6 +128,7 @@ class TrixCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(ReportPage, "report")
         for name in LINKED_PARAMETERS:
             parser.link_arguments("data", f"model.init_args.{name}", compute_fn=_attribute(name), apply_on="instantiate")
 
@@ -150,11 +154,13 @@ class TrixCLI(LightningCLI):
         settings["weights_only"] = True
         # Kept back until the classes are made: LightningCLI would let the checkpoint override the configuration in silence.
         self._checkpoint_path = settings["ckpt_path"]
+        if self._checkpoint_path is not None and self.config["subcommand"] != "fit":
+            self._checkpoint_path = str(best_checkpoint(Path(self._checkpoint_path)))
         settings["ckpt_path"] = None
 
     def before_instantiate_classes(self) -> None:
         if self._checkpoint_path is None and self.subcommand != "fit":
-            raise UserError(f"`trix {self.subcommand}` needs a checkpoint: --ckpt_path FILE")
+            raise UserError(f"`trix {self.subcommand}` needs a checkpoint: --ckpt_path RUN")
 
     def instantiate_classes(self) -> None:
         try:
@@ -185,6 +191,8 @@ class TrixCLI(LightningCLI):
             callbacks += [RunReport(), self._record, RandomState(), RunNotebook()]
             if not any(isinstance(callback, StabilityMonitor) for callback in callbacks):
                 callbacks.append(StabilityMonitor())
+            if config["enable_checkpointing"] is not False and not config["fast_dev_run"]:
+                callbacks.append(LastCheckpoint())
         else:
             settings["logger"] = False  # what these commands find is printed or written to a file
         if self.subcommand == "predict" and not any(isinstance(callback, PredictionWriter) for callback in callbacks):
@@ -263,6 +271,7 @@ def _known_keys() -> set[str]:
         f"trainer.{key}" for key in inspect.signature(L.Trainer).parameters
     }
     keys |= {f"model.{key}" for task in TASKS for key in _parameters(task)}
+    keys |= {f"report.{key}" for key in _parameters(ReportPage)}
     keys |= {f"data.{key}" for kind in DATA_MODULES for key in _parameters(kind)}
     project_callbacks = [kind for kind in _subclasses(Callback) if kind.__module__.startswith("lightning_modules.")]
     return keys | {f"trainer.callbacks.{key}" for kind in project_callbacks for key in _parameters(kind)}

@@ -4,8 +4,10 @@ from lightning_modules.callbacks.claims import ClaimMonitor, ClaimWatch
 from lightning_modules.callbacks.clustering import ReclusterSchedule
 from lightning_modules.callbacks.diversity import DiversityMonitor
 from lightning_modules.callbacks.evolution import Evolution, EvolutionPolicy
+from lightning_modules.callbacks.last_checkpoint import LastCheckpoint
 from lightning_modules.callbacks.prediction_writer import PredictionWriter
 from lightning_modules.callbacks.random_state import RandomState
+from lightning_modules.callbacks.report_page import ReportPage
 from lightning_modules.callbacks.routing_monitor import RoutingMonitor
 from lightning_modules.callbacks.run_notebook import RunNotebook
 from lightning_modules.callbacks.run_record import RunRecord
@@ -19,10 +21,12 @@ __all__ = [
     "DiversityMonitor",
     "Evolution",
     "EvolutionPolicy",
+    "LastCheckpoint",
     "MetricCondition",
     "PredictionWriter",
     "RandomState",
     "ReclusterSchedule",
+    "ReportPage",
     "RoutingMonitor",
     "RunNotebook",
     "RunRecord",

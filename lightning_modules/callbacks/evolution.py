@@ -125,8 +125,9 @@ class Evolution(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         for name, layer in _evolving_layers(pl_module).items():
             statistics = RoutingStatistics(layer.num_tiles)
-            for key, value in self._restored.get(name, {}).items():
-                setattr(statistics, key, value.clone())
+            if trainer.is_global_zero:  # they are those of all ranks
+                for key, value in self._restored.get(name, {}).items():
+                    setattr(statistics, key, value.clone())
             self._statistics[name] = statistics.to(pl_module.device)
             self._last_act.setdefault(name, [None] * layer.num_tiles)
 
@@ -167,10 +168,11 @@ class Evolution(L.Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        statistics = {
-            name: {key: value.clone() for key, value in metric.metric_state.items() if isinstance(value, torch.Tensor)}
-            for name, metric in self._statistics.items()
-        }
+        statistics = {}
+        for name, metric in self._statistics.items():
+            with metric.sync_context():  # on every rank, as Lightning asks each for its state
+                values = {key: value.clone() for key, value in metric.metric_state.items() if isinstance(value, torch.Tensor)}
+            statistics[name] = values
         last_act = {name: list(steps) for name, steps in self._last_act.items()}
         return {"statistics": statistics, "last_act": last_act, "last_step": self._last_step}
 

@@ -87,9 +87,10 @@ class RoutedTask(L.LightningModule, ABC):
 
     def training_step(self, batch: Batch) -> StepOutput:
         output, _, aux = self._step(batch)
-        self.log("train/loss", output["loss"], prog_bar=True)
+        # sync_dist: the mean over the processes, whose batches have the same size.
+        self.log("train/loss", output["loss"], prog_bar=True, sync_dist=True)
         if aux is not None:
-            self.log("train/aux_loss", aux["total_aux"])
+            self.log("train/aux_loss", aux["total_aux"], sync_dist=True)
             output["loss"] = output["loss"] + aux["total_aux"]
         return output
 

@@ -51,7 +51,8 @@ class LayerReading:
 
 def count_claims(decision: RoutingDecision, num_tiles: int, sample: Sample) -> ClaimMatrix:
     """How the tokens of each class are spread over the tiles; assignments of weight 0 are not counted."""
-    claims = ClaimMatrix(num_tiles, len(sample.class_names))
+    # The sample is of this process alone.
+    claims = ClaimMatrix(num_tiles, len(sample.class_names), sync_on_compute=False)
     claims.update(decision.tile_idx.cpu(), sample.label_N.cpu(), weight=decision.weight.cpu())
     return claims
 

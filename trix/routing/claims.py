@@ -19,7 +19,7 @@ class ClaimMatrix(Metric):
     Args:
         num_tiles, num_classes: the size of the matrix; independent of each other. Without num_classes the matrix starts with
             one class and grows to the largest label seen, on all ranks alike.
-        is_persistent: the counts stand in the state_dict.
+        is_persistent: the counts stand in the state_dict. sync_on_compute: add up the counts of all ranks.
 
     Raises:
         ValueError: a size below 1; at update, a label outside [0, num_classes) that is not -100, or shapes that do not fit; at
@@ -29,8 +29,10 @@ class ClaimMatrix(Metric):
     full_state_update = False
     count_EC: Tensor
 
-    def __init__(self, num_tiles: int, num_classes: int | None = None, is_persistent: bool = False) -> None:
-        super().__init__()
+    def __init__(
+        self, num_tiles: int, num_classes: int | None = None, is_persistent: bool = False, sync_on_compute: bool = True
+    ) -> None:
+        super().__init__(sync_on_compute=sync_on_compute)
         self.is_growing = num_classes is None
         num_classes = 1 if num_classes is None else num_classes
         if num_tiles < 1 or num_classes < 1:

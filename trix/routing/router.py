@@ -77,9 +77,9 @@ class Router(nn.Module):
     def update_balance(self, tile_idx_TK: Tensor, weight_TK: Tensor | None = None) -> None:
         """Nudge ``balance_bias`` by ``balance_rate`` toward equal load; the layer calls it once per training batch.
 
-        Assignments of weight 0 are not counted.
+        Assignments of weight 0 are not counted. With several processes the load is that of all of them.
         """
-        if self.balance_rate > 0 and tile_idx_TK.shape[0] > 0:
+        if self.balance_rate > 0:
             self.balance_bias += balance_nudge(tile_idx_TK, self.num_tiles, self.balance_rate, weight_TK)
 
     def _check_width(self, x_TD: Tensor) -> None:
@@ -267,7 +267,7 @@ class SignatureRouter(Router):
         Free slots have no part in it. The masses that mergers and splits left behind go a little way back to 1.
         """
         self.log_mass_E.mul_(MASS_DECAY)
-        if self.balance_rate == 0 or tile_idx_TK.shape[0] == 0:
+        if self.balance_rate == 0:
             return
         in_use_E = ~self.is_free_E
         nudge_E = balance_nudge(tile_idx_TK, self.num_tiles, self.balance_rate, weight_TK, in_use_E)
