@@ -2,12 +2,14 @@
 
 from argparse import Namespace
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_modules.commands.arguments import CommandParser
+from lightning_modules.commands.arguments import CHECKPOINT_HELP, FILE, CommandParser
 from lightning_modules.commands.checkpoint_data import load_task, make_labelled_data
 from lightning_modules.commands.output_text import print_rich
 from lightning_modules.errors import UserError
+from lightning_modules.run_folder import best_checkpoint
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,8 +28,9 @@ decided by  dimension:how much, for the dimensions that spoke most for the winne
 
 def run_why(arguments: list[str]) -> int:
     """Print the table."""
-    options = _parser().parse_strictly(arguments)
+    options = make_parser().parse_strictly(arguments)
     _check_options(options)
+    options.ckpt = str(best_checkpoint(Path(options.ckpt)))
     task, checkpoint = load_task(options.ckpt, "why")
     inputs, tokens, subject = _example(task, checkpoint, options)
     positions = _positions(options, len(tokens))
@@ -157,14 +160,14 @@ def _check_options(options: Namespace) -> None:
         raise UserError(f"--last ({options.last}) must be >= 1")
 
 
-def _parser() -> CommandParser:
+def make_parser() -> CommandParser:
     parser = CommandParser(
         prog="trix why",
         description="Print, for each token, the tile it went to, the runner-up, their scores, and the dimensions that decided.",
-        epilog='examples:\n  trix why runs/char_lm/best.ckpt --prompt "The " --layer 2\n'
-        "  trix why runs/digits/best.ckpt --index 7",
+        epilog='examples:\n  trix why runs/char_lm --prompt "The " --layer 2\n'
+        "  trix why runs/digits --index 7",
     )
-    parser.add_argument("ckpt", help="a checkpoint written by `trix fit`")
+    parser.add_argument("ckpt", metavar="CKPT", help=CHECKPOINT_HELP).complete = FILE
     parser.add_argument("--prompt", help="for a model of text: the text to ask about")
     parser.add_argument("--index", type=int, help="for a classifier of images: which of its validation images, counted from 0")
     parser.add_argument("--layer", type=int, default=0, help="the routed layer, counted from 0 (default: %(default)s)")
