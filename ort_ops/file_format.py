@@ -57,7 +57,9 @@ def _layer_record(value: Any) -> LayerRecord:
     except TypeError as error:
         names = ", ".join(part.name for part in fields(LayerRecord))
         raise ValueError(f"metadata of a layer ({value!r:.40}) must have the keys {names}") from error
-    is_list = [isinstance(tiles, list) and all(type(tile) is int for tile in tiles) for tiles in (record.frozen, record.has_mass)]
+    is_list = [
+        isinstance(tiles, list) and all(type(tile) is int for tile in tiles) for tiles in (record.frozen, record.has_mass)
+    ]
     is_history = isinstance(record.history, list) and all(isinstance(entry, dict) for entry in record.history)
     if not all(is_list) or not is_history or type(record.step) is not int:
         raise ValueError(f"metadata of a layer ({value!r:.40}) must hold lists of tiles, a history and a step")

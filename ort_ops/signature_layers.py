@@ -45,7 +45,7 @@ class SignatureLayer:
         self._exclude = next((n for n in graph.node if n.op_type == "Add" and n.input[0] == self.score), None)
 
     @property
-    def is_free_E(self) -> NDArray[np.bool_]:
+    def is_free_E(self) -> NDArray[np.bool_]:  # noqa: N802
         return np.isneginf(self.bias_E)
 
     def set_signature(self, tile_idx: int, signature_D: NDArray[np.int8]) -> None:

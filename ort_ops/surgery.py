@@ -252,7 +252,9 @@ def _write_verified(
         _require(has_edit and records[edit.layer] == record, "the edit must stand in the new file")
         old_constants, new_constants = _constants(old), _constants(written)
         kept = old_constants.keys() - layer.changed
-        _require(all(new_constants.get(name) == old_constants[name] for name in kept), "the other constants must be as they were")
+        _require(
+            all(new_constants.get(name) == old_constants[name] for name in kept), "the other constants must be as they were"
+        )
         _require(_without_edit(written, layer.places) == _without_edit(old, layer.places), "the rest must be as it was")
         _check_answer(temporary)
         temporary.replace(output)

@@ -153,9 +153,7 @@ def sequences(model: ExportedModel, lengths: Sequence[int]) -> list[NDArray[Any]
     return [np.resize(token_T, (1, length)) for length in sorted({min(length, limit) for length in lengths})]
 
 
-def measure(
-    sessions: Mapping[tuple[str, int], ExportedModel], inputs: Sequence[NDArray[Any]], num_rounds: int
-) -> list[Timing]:
+def measure(sessions: Mapping[tuple[str, int], ExportedModel], inputs: Sequence[NDArray[Any]], num_rounds: int) -> list[Timing]:
     """All take turns, round by round, in an order that moves on, so that a change of the machine's speed meets all alike."""
     cases = [(kernels, threads, place) for kernels, threads in sessions for place in range(len(inputs))]
     repeats: dict[tuple[str, int, int], int] = {}
@@ -205,7 +203,12 @@ def _print(console: "Console", title: str, timings: Sequence[Timing]) -> None:
     for timing in timings:
         ms = (f"{value:.3f}" for value in (timing.median_ms, timing.min_ms, timing.max_ms))
         table.add_row(
-            timing.kernels, f"{timing.threads}", f"{timing.length}", *ms, f"{timing.tokens_per_s:,.0f}", f"{timing.ms_per_token:.4f}"
+            timing.kernels,
+            f"{timing.threads}",
+            f"{timing.length}",
+            *ms,
+            f"{timing.tokens_per_s:,.0f}",
+            f"{timing.ms_per_token:.4f}",
         )
     console.print(Text(title), soft_wrap=True)
     console.print(table)
@@ -227,6 +230,9 @@ def figure(timings: Sequence[Timing], title: str) -> "Figure":
         axes.errorbar(lengths, medians, yerr=[below, above], marker="o", capsize=3, label=label)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
     axes.set(xlabel="tokens in the sequence", ylabel="ms a run, median and range", title=title.replace("$", r"\$"))
     axes.grid(alpha=0.3)
     axes.legend()
@@ -263,7 +269,9 @@ def make_parser() -> CommandParser:
         metavar="N",
         help=f"tokens of the sequences, at most what the model looks back on (default: {' '.join(map(str, LENGTHS))})",
     )
-    parser.add_argument("--threads", type=int, nargs="+", metavar="N", help="threads of onnxruntime (default: 1, and all cores)")
+    parser.add_argument(
+        "--threads", type=int, nargs="+", metavar="N", help="threads of onnxruntime (default: 1, and all cores)"
+    )
     parser.add_argument(
         "--rounds", type=int, default=DEFAULT_ROUNDS, help=f"how often all take turns, >= {MIN_ROUNDS} (default: %(default)s)"
     )

@@ -22,9 +22,7 @@ def run_export(arguments: list[str]) -> int:
         raise UserError(f"--held-out-tokens ({options.held_out_tokens}) must be >= 2")
     try:
         with output_folder(output.parent):
-            report = export_checkpoint(
-                ckpt, output, fallback=not options.no_fallback, held_out_tokens=options.held_out_tokens
-            )
+            report = export_checkpoint(ckpt, output, fallback=not options.no_fallback, held_out_tokens=options.held_out_tokens)
     except OSError as error:  # reading has errors of its own
         raise UserError(f"output {output} cannot be written: {error.strerror or error}") from error
     except ValueError as error:

@@ -54,9 +54,7 @@ def make_onnx_page(model: Path) -> str:
     usages = _usages(reference.get("tile_idx"), layers)
     sections = [_layer_section(index, *parts) for index, parts in enumerate(zip(layers, records, usages, strict=True))]
     none = "" if layers else "<p>No layer of this file is routed by signatures.</p>"
-    body = (
-        f"<p>{html.escape(INTRODUCTION)}</p>{definitions(facts.items())}{surgery_table(entries)}{none}{''.join(sections)}"
-    )
+    body = f"<p>{html.escape(INTRODUCTION)}</p>{definitions(facts.items())}{surgery_table(entries)}{none}{''.join(sections)}"
     return page(f"TriX model: {model.name}", body)
 
 
@@ -95,4 +93,3 @@ def _layer_section(index: int, layer: SignatureLayer, record: LayerRecord, usage
 def _claims(count_C: Sequence[int]) -> str:
     top = sorted(range(len(count_C)), key=lambda c: -count_C[c])[:3]
     return ", ".join(f"class {c}: {count_C[c]}" for c in top if count_C[c]) or "-"
-

@@ -31,7 +31,9 @@ def run_onnx_surgery(options: Namespace, model: Path, output: Path) -> int:
     print(f"before  {_described(report.before_D, report.was_frozen)}")
     print(f"after   {after}")
     print(f"changed {', '.join([*report.changed, 'metadata'])}")
-    print(f"routing {report.num_rerouted} of the {report.num_tokens} tokens of the file's example go to other tiles at the layer")
+    print(
+        f"routing {report.num_rerouted} of the {report.num_tokens} tokens of the file's example go to other tiles at the layer"
+    )
     print(f"wrote   {output}  (run and read again: the edit stands, the other {report.num_equal} constants are equal)")
     return 0
 

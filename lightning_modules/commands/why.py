@@ -164,8 +164,7 @@ def make_parser() -> CommandParser:
     parser = CommandParser(
         prog="trix why",
         description="Print, for each token, the tile it went to, the runner-up, their scores, and the dimensions that decided.",
-        epilog='examples:\n  trix why runs/char_lm --prompt "The " --layer 2\n'
-        "  trix why runs/digits --index 7",
+        epilog='examples:\n  trix why runs/char_lm --prompt "The " --layer 2\n  trix why runs/digits --index 7',
     )
     parser.add_argument("ckpt", metavar="CKPT", help=CHECKPOINT_HELP).complete = FILE
     parser.add_argument("--prompt", help="for a model of text: the text to ask about")

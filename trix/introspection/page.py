@@ -76,7 +76,10 @@ def surgery_table(entries: Sequence[tuple[int, Mapping[str, Any]]]) -> str:
     shown = entries[-MAX_SURGERY_ROWS:]
     left_out = f"<p>The last {len(shown)} of {len(entries)}.</p>" if len(shown) < len(entries) else ""
     rows = [
-        tuple(html.escape(str(value)) for value in (entry["step"], index, _tile(entry), entry["operation"], _details(entry), entry["tag"]))
+        tuple(
+            html.escape(str(value))
+            for value in (entry["step"], index, _tile(entry), entry["operation"], _details(entry), entry["tag"])
+        )
         for index, entry in shown
     ]
     return title + left_out + table(("step", "layer", "tile", "action", "details", "tag"), rows)
