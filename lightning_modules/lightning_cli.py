@@ -59,8 +59,9 @@ LINKED_PARAMETERS = ("vocabulary", "num_features", "num_classes", "class_names")
 def training_actions(command: str) -> list[argparse.Action]:
     """The options of ``trix COMMAND``, for the completion."""
     parser = capture_parser(lambda: TrixCLI([command], given=[]))
-    choices: dict[str, LightningArgumentParser] = parser._subcommands_action.choices
-    return choices[command]._actions
+    assert parser._subcommands_action is not None
+    of_command: TrixParser = parser._subcommands_action.choices[command]
+    return of_command._actions
 
 
 def run_training_command(arguments: list[str]) -> int:

@@ -11,8 +11,8 @@ _VERSION = re.compile(r"version_(\d+)")
 
 
 def best_checkpoint(run: Path) -> Path:
-    """The checkpoint that a command means by `run`: a path that is no folder as it is; of a run folder, or of one of its versions,
-    best.ckpt, where there is none last.ckpt, else the newest.
+    """The checkpoint that a command means by `run`: a path that is no folder as it is; of a run folder, or of one of its
+    versions, best.ckpt, where there is none last.ckpt, else the newest.
 
     Raises:
         UserError: the folder holds no checkpoint.

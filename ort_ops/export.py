@@ -27,8 +27,8 @@ from ort_ops.file_format import LayerRecord, describe_size, encode_array, to_pro
 from ort_ops.functions import ONNX_OPSET, fallback_functions, register_schemas
 from ort_ops.library import LibraryNotFoundError, session_options
 from ort_ops.parity import Parity, compare, selection_gap
-from trix.nn import Classifier, LanguageModel, RoutedLayer, pack_model, routed_layers
-from trix.routing import ClaimMatrix, SignatureRouter
+from trix.nn import Classifier, LanguageModel, RoutedLayer, SparseLookupFFN, pack_model, routed_layers
+from trix.routing import SignatureRouter
 
 ONNX_IR_VERSION = 9  # the newest that onnxruntime 1.17 reads
 MAX_RELATIVE_DIFFERENCE = 1e-4
@@ -267,8 +267,7 @@ def _write_verified(
 
 
 def _layer_record(layer: RoutedLayer, router: SignatureRouter) -> LayerRecord:
-    claims = getattr(layer, "claims", None)
-    has_claims = isinstance(claims, ClaimMatrix) and bool(claims.count_EC.any())
+    claims = layer.claims.count_EC if isinstance(layer, SparseLookupFFN) and layer.claims.count_EC.any() else None
     return LayerRecord(
         kind=type(layer).__name__,
         source=router.source,
@@ -276,7 +275,7 @@ def _layer_record(layer: RoutedLayer, router: SignatureRouter) -> LayerRecord:
         frozen=router.is_frozen_E.nonzero().flatten().tolist(),
         has_mass=router.log_mass_E.nonzero().flatten().tolist(),
         history=layer.get_surgery_history(),
-        claims=claims.count_EC.tolist() if has_claims else None,
+        claims=None if claims is None else claims.tolist(),
     )
 
 

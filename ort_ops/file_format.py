@@ -1,8 +1,8 @@
 """What an exported file says about itself, beside the graph: JSON values in the ONNX metadata, under one prefix.
 
 Keys: format, task, config, float32_bytes, reference (an example with torch's answer; after surgery on the file with its own, by
-onnxruntime), export_parity, layers (one :class:`LayerRecord` per layer routed by signatures); and by task vocabulary and context_length, or
-class_names.
+onnxruntime), export_parity, layers (one :class:`LayerRecord` per layer routed by signatures); and by task vocabulary and
+context_length, or class_names.
 """
 
 import base64
@@ -23,9 +23,9 @@ _PREFIX = "trix."
 class LayerRecord:
     """What the graph does not say of a layer that is routed by signatures.
 
-    kind: its class. source: of its signatures, ``explicit`` or ``emergent``. step: the training batches it has seen. frozen: tiles whose signature is held. has_mass: tiles whose gates a merger or a split has changed.
-    history: its surgery, in order; an entry with ``file`` "onnx" was done to the exported file. claims: the labels counted per
-    tile, [E, C], where the layer counts them.
+    kind: its class. source: of its signatures, ``explicit`` or ``emergent``. step: the training batches it has seen. frozen:
+    tiles whose signature is held. has_mass: tiles whose gates a merger or a split has changed. history: its surgery, in order;
+    an entry with ``file`` "onnx" was done to the exported file. claims: the labels counted per tile, [E, C], where it counts.
     """
 
     kind: str = "unknown"

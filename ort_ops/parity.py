@@ -28,7 +28,8 @@ class Parity:
 
     def __str__(self) -> str:
         return (
-            f"with {self.compared_with} on {self.num_tokens} held-out tokens: max relative difference {self.max_relative_difference:.1e}, "
+            f"with {self.compared_with} on {self.num_tokens} held-out tokens: "
+            f"max relative difference {self.max_relative_difference:.1e}, "
             f"routed the same {self.routing_agreement:.2%}, near ties {self.num_near_ties}"
         )
 

@@ -26,8 +26,8 @@ class SignatureLayer:
 
     Attributes:
         signature_ED: int8 in {-1, 0, +1}. bias_E: float32, -inf in a free slot. top_k: tiles per token. x, tile_idx, score: the
-            names of the node's input and outputs. changed: the names of the initializers that were changed or added. places: where
-        they are read, as the first output of a node and the place among its inputs.
+            names of the node's input and outputs. changed: the names of the initializers that were changed or added. places:
+            where they are read, as the first output of a node and the place among its inputs.
 
     An initializer that other nodes read too, as equal ones may have been joined at the export, stays as it is: the layer gets
     its own.

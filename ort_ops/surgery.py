@@ -64,8 +64,8 @@ class SurgeryReport:
 def operate_on_file(source: Path, output: Path, edit: Edit) -> SurgeryReport:
     """Write the edited file, whole or not at all.
 
-    Verified on it: it loads; signature, history and flags read back; all other nodes, constants and functions are byte-equal; on
-    the reference example the routing is what numpy computes from the constants, the other tiles' scores at the layer are as
+    Verified on it: it loads; signature, history and flags read back; all other nodes, constants and functions are byte-equal;
+    on the reference example the routing is what numpy computes from the constants, the other tiles' scores at the layer are as
     they were, no token changes its tiles but to or from the edited tile, and the output is finite.
 
     Raises:
@@ -193,7 +193,8 @@ class _Run:
             session = ort.InferenceSession(probed.SerializeToString(), options, providers=["CPUExecutionProvider"])
             source = session.get_inputs()[0]
             self.example = example.astype(np.int64 if source.type == "tensor(int64)" else np.float32)
-            self.output = dict(zip([out.name for out in session.get_outputs()], session.run(None, {source.name: self.example})))
+            names = [value.name for value in session.get_outputs()]
+            self.output = dict(zip(names, session.run(names, {source.name: self.example}), strict=True))
         except Exception as error:  # onnxruntime's exceptions share no base class of their own
             raise VerificationError(f"onnxruntime cannot run the file: {' '.join(str(error).split())}") from error
         self.x = [self.output[layer.x].reshape(-1, layer.signature_ED.shape[1]) for layer in layers]

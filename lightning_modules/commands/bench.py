@@ -127,7 +127,8 @@ def open_sessions(model: Path, threads: Sequence[int] | None) -> dict[tuple[str,
         ModelFileError: neither path can run the file.
     """
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    sessions, errors = {}, {}
+    sessions: dict[tuple[str, int], ExportedModel] = {}
+    errors: dict[str, Exception] = {}
     for num_threads in sorted({1, num_cores} if threads is None else set(threads)):
         for kernels in ("native", "portable"):
             try:
@@ -136,8 +137,8 @@ def open_sessions(model: Path, threads: Sequence[int] | None) -> dict[tuple[str,
                 errors[kernels] = error
     if not sessions:
         raise ModelFileError(str(errors["portable"]))
-    for kernels, error in errors.items():
-        print(f"trix: the {kernels} operators are left out: {error}", file=sys.stderr)
+    for kernels, reason in errors.items():
+        print(f"trix: the {kernels} operators are left out: {reason}", file=sys.stderr)
     return sessions
 
 
@@ -252,7 +253,7 @@ def make_parser() -> CommandParser:
         prog="trix bench",
         usage="trix bench MODEL.onnx [--lengths N ...] [--threads N ...] [--rounds N] [--output FILE.json]\n"
         "       trix bench [CASE [OPTIONS]]",
-        description="Measure how fast an exported model runs here, with native and with portable operators: a table, a plot, JSON.\n"
+        description="Measure how fast an exported model runs here, with native and portable operators: a table, a plot, JSON.\n"
         "In the source tree also: run a case of benchmarks/ (without a name: list them).",
         epilog="examples:\n"
         "  trix bench runs/char_lm/model.onnx\n"

@@ -17,8 +17,8 @@ from ort_ops.signature_layers import SignatureLayer, operator_counts, read_model
 from trix.introspection.page import definitions, heading, page, strip, surgery_table, table
 
 INTRODUCTION = (
-    "An exported TriX model: a feed-forward layer is cut into tiles, each token goes to the tiles whose signatures (-1, 0 or +1 "
-    "per dimension) agree with it most. This page shows what the file says of itself."
+    "An exported TriX model: a feed-forward layer is cut into tiles, each token goes to the tiles whose signatures (-1, 0 or "
+    "+1 per dimension) agree with it most. This page shows what the file says of itself."
 )
 
 

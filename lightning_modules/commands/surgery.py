@@ -225,8 +225,8 @@ def make_parser() -> CommandParser:
     parser = CommandParser(
         prog="trix surgery",
         description="Change one signature, or remove one tile, of a checkpoint or of an exported model, and write a new file.\n"
-        "From a new checkpoint training can go on: all else in it, the optimizer's memory too, is as it was. An exported model\n"
-        "is edited without torch. The change stands in the layer's surgery history, and the new file is read and verified.",
+        "From a new checkpoint training can go on: all else in it, the optimizer's memory too, is as it was. An exported\n"
+        "model is edited without torch. The change stands in the layer's surgery history, and the new file is verified.",
         epilog="examples:\n"
         "  trix surgery runs/digits insert --layer 1 --tile 3 --signature loop.json --tag loops --output new.ckpt\n"
         "  trix surgery runs/digits freeze --layer 0 --tile 2 --tag keep --output new.ckpt\n"

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 SHADES = " .:*#"
 LEGEND = """\
-score       how well the token agrees with the tile's signature, with the tile's balance bias; the highest score wins
+tile        where the token went, best first; the runner-up is the best tile that it did not go to
+score       how well the token agrees with the tile's signature, with the tile's balance bias; the highest wins
 bias        how much of the difference of the two scores is balance bias, which training keeps to spread the load
 decided by  dimension:how much, for the dimensions that spoke most for the winner over the runner-up; over all dimensions,
             with the bias, they sum to the difference of the scores"""
@@ -139,7 +140,8 @@ def _print(header: str, explanations: Sequence["Explanation"], tokens: Sequence[
             if is_alone
             else (f"{e.runner_up_idx}", f"{e.runner_up_score:.2f}", f"{e.bias - e.runner_up_bias:+.2f}", decided)
         )
-        cells = (f"{e.token_idx}", tokens[e.token_idx], f"{e.tile_idx}", f"{e.score:.2f}", *rival)
+        chosen = " ".join(map(str, e.chosen or [e.tile_idx]))
+        cells = (f"{e.token_idx}", tokens[e.token_idx], chosen, f"{e.score:.2f}", *rival)
         table.add_row(*map(Text, cells))
 
     def draw(console: "Console") -> None:

@@ -56,7 +56,21 @@ def test_top_help_and_version_are_light() -> None:
         "print([name for name in ('torch', 'lightning', 'numpy', 'onnxruntime') if name in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    commands = ("fit", "validate", "test", "predict", "inspect", "why", "runs", "surgery", "export", "generate", "doctor")
+    commands = (
+        "fit",
+        "validate",
+        "test",
+        "predict",
+        "inspect",
+        "why",
+        "runs",
+        "surgery",
+        "export",
+        "generate",
+        "bench",
+        "doctor",
+        "completion",
+    )
     for command in commands:
         assert f"\n  {command} " in result.stdout
     assert result.stdout.splitlines()[-1] == "[]"

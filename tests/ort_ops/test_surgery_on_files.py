@@ -64,7 +64,7 @@ def test_an_inserted_signature_computes_as_in_torch(exported: Exported, tmp_path
     assert report.is_frozen
     assert not report.was_frozen
     assert (report.after_D == SIGNATURE_D.numpy()).all()
-    _, _, layers, records = read_model(output)
+    _, _, _, records = read_model(output)
     history = [{**entry, "file": "onnx"} for entry in routed_layers(expected)[1].get_surgery_history()]
     assert records[1].history == history
     assert records[1].frozen == [2]

@@ -66,9 +66,9 @@ def surgery_table(entries: Sequence[tuple[int, Mapping[str, Any]]]) -> str:
         2,
         "Surgery history",
         "Every change made to a layer's tiles by hand or by a schedule rather than by learning: signatures inserted, frozen, "
-        "unfrozen; tiles removed, drawn anew (reseed), merged with another (dropped), split into two (the other is the target); "
-        "one more tile per token (raise_k). Step: how many training batches the layer had seen. File onnx: done to an exported "
-        "file.",
+        "unfrozen; tiles removed, drawn anew (reseed), merged with another (dropped), split into two (the other is the "
+        "target); one more tile per token (raise_k). Step: how many training batches the layer had seen. File onnx: done to an "
+        "exported file.",
     )
     if not entries:
         return title + "<p>None: all signatures are as training made them.</p>"

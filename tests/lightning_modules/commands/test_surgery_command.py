@@ -129,7 +129,7 @@ def test_training_goes_on_and_holds_the_signature(checkpoints: Path, tmp_path: P
 WHERE = ["--layer", "0", "--tile", "0", "--tag", "t", "--output", "{out}"]
 INSERT = ["{lm}", "insert", *WHERE]
 MISTAKES = [
-    ([], "the following arguments are required: ckpt, action, --layer, --tile, --tag, --output"),
+    ([], "the following arguments are required: MODEL, action, --layer, --tile, --tag, --output"),
     (["{lm}", "freze", *WHERE], "argument action: invalid choice: 'freze'"),
     (INSERT, "insert needs a signature: --signature SIGNS or --signature FILE.json"),
     ([*INSERT, "--signature", ""], "insert needs a signature: --signature SIGNS or --signature FILE.json"),
@@ -154,7 +154,7 @@ MISTAKES = [
     (["{lm}", "freeze", *WHERE, "--tile", "4"], "lm.ckpt: tile_idx (4) must be >= 0 and < num_tiles (4)"),
     (["{lm}", "freeze", *WHERE, "--output", "{lm}"], "must be another file than the checkpoint, which it would replace"),
     (["{lm}", "freeze", *WHERE, "--output", "{dir}"], "must be a file, not a directory"),
-    (["{lm}", "freeze", *WHERE, "--output", "{dir}/half.json"], "half.json must not exist yet: no checkpoint is replaced"),
+    (["{lm}", "freeze", *WHERE, "--output", "{dir}/half.json"], "half.json must not exist yet: no file is replaced"),
     (["{lm}", "freeze", *WHERE, "--output", "{dir}/half.json/new.ckpt"], "new.ckpt cannot be written: "),
     (["{lm}", "freeze", *WHERE, "--tiles", "1"], "unknown option --tiles of `trix surgery`; did you mean --tile?"),
     (["{hash}", "freeze", *WHERE], "hash.ckpt: a router of type HashRouter has no signatures to freeze or insert"),
@@ -261,10 +261,10 @@ def test_mistakes_and_help_are_told_without_torch(tmp_path: Path) -> None:
         "assert main(['surgery', '--help']) == 0\n"
         "assert main(['surgery', '--wrong']) == 2\n"
         "where = ['--layer', '0', '--tile', '0', '--tag', 't', '--output', 'new.ckpt']\n"
-        "assert main(['surgery', 'model.onnx', 'freeze', *where]) == 2\n"
+        "assert main(['surgery', 'missing.onnx', 'freeze', *where]) == 2\n"
         "heavy = [name for name in ('torch', 'lightning', 'trix') if name in sys.modules]\n"
         "assert not heavy, heavy"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert "`trix surgery` reads checkpoints: give the .ckpt file" in result.stderr
+    assert "trix: error: missing.onnx: No such file" in result.stderr
