@@ -52,13 +52,8 @@ class Timing:
 
 def run_bench(arguments: list[str]) -> int:
     """Measure a model, run a case, or list the cases."""
-    subject = next((argument for argument in arguments if not argument.startswith("-")), None)
-    if {"-h", "--help"} & set(arguments) and (subject is None or is_model(subject)):
-        make_parser().parse_strictly(["--help"])
-    if subject is not None and is_model(subject):
+    if arguments and (arguments[0].startswith("-") or is_model(arguments[0])):
         return _bench_model(arguments)
-    if subject is None and arguments:
-        make_parser().parse_strictly(arguments)
     return _run_case(arguments)
 
 

@@ -147,7 +147,7 @@ class TriXIntrospector:
 
     @torch.no_grad()
     def why(self, inputs: Any, layer: int = 0, num_dims: int = 5) -> list[Explanation]:
-        """For each token the best of the chosen tiles and the best that was not chosen, the runner-up, their scores, and the dimensions that decided.
+        """For each token its best tile and the runner-up, the best that it did not go to: their scores, and what decided.
 
         contribution[d] = x[d] * (s_win[d] / sqrt(nnz_win) - s_runner_up[d] / sqrt(nnz_runner_up))
 

@@ -32,16 +32,7 @@ def test_a_file_is_edited_and_its_page_says_so(model: Path, tmp_path: Path, caps
     assert read_model(output)[3][1].history[0]["tag"] == "<tag>"
     assert main(["inspect", str(output)]) == 0
     page = output.with_suffix(".html").read_text()
-    for text in (
-        "language model",
-        "Layer 1",
-        "&lt;tag&gt;",
-        "insert",
-        "onnx",
-        "frozen",
-        "SignatureRoute",
-        "max relative difference",
-    ):
+    for text in ("language model", "Layer 1", "&lt;tag&gt;", "insert", "onnx", "frozen", "SignatureRoute", "routed the same"):
         assert text in page
     assert page.count('class="strip"') == 8
     assert "<tag>" not in page
@@ -101,6 +92,10 @@ MISTAKES = [
         "signature (2,) must have shape (20,)",
     ),
     (["surgery", "{model}", "unfreeze", *WHERE, "--output", "{out}"], "nothing to unfreeze: tile (2) of layer (1) is not"),
+    (
+        ["surgery", "{empty}", "freeze", *WHERE, "--output", "{out}"],
+        "file format (None) must be 1: was it written by `trix export`?",
+    ),
     (["bench", "{missing}"], "missing.onnx: no such file"),
     (["bench", "{model}", "--rounds", "4"], "--rounds (4) must be >= 5"),
     (["bench", "{model}", "--lengths", "0"], "--lengths (0) must be >= 1"),
@@ -116,17 +111,16 @@ def test_a_mistake_gives_one_line_and_no_file(
     arguments: list[str], message: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "text.onnx").write_text("no model")
-    places = {name: tmp_path / f"{name}.onnx" for name in ("missing", "text")} | {
-        "model": model,
-        "out": tmp_path / "a" / "new.onnx",
-    }
+    places = {name: tmp_path / f"{name}.onnx" for name in ("missing", "text", "empty")}
+    places |= {"model": model, "out": tmp_path / "a" / "new.onnx"}
+    places["empty"].touch()
     before = set(model.parent.iterdir())
     assert main([text.format(**places) for text in arguments]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.count("\n") == 1
     assert message in err
-    assert {path.name for path in tmp_path.iterdir()} == {"text.onnx"}
+    assert {path.name for path in tmp_path.iterdir()} == {"text.onnx", "empty.onnx"}
     assert set(model.parent.iterdir()) == before
 
 

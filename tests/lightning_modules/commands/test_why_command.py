@@ -129,6 +129,7 @@ MISTAKES = [
     (["{lm}", "--prompt", "a", "--last", "0"], "--last (0) must be >= 1"),
     (["{lm}", "--prompt", "a", "--position", "1"], "--position (1) must be >= 0 and < tokens (1)"),
     (["{lm}", "--prompt", "a", "--position", "0", "--last", "1"], "--position and --last cannot both be given"),
+    (["model.onnx", "--prompt", "a"], "`trix why` reads checkpoints: give the .ckpt file that the ONNX file was exported from"),
     (["{lm}", "--promt", "a"], "unknown option --promt of `trix why`; did you mean --prompt?"),
     (["{hash}", "--prompt", "a"], "layer (0) is routed by a hash of the token's id, which has no directions"),
     (["{texts}"], "a classifier of texts needs one: --prompt TEXT"),
