@@ -60,10 +60,14 @@ def _layer_record(value: Any) -> LayerRecord:
     is_list = [
         isinstance(tiles, list) and all(type(tile) is int for tile in tiles) for tiles in (record.frozen, record.has_mass)
     ]
-    is_history = isinstance(record.history, list) and all(isinstance(entry, dict) for entry in record.history)
+    is_history = isinstance(record.history, list) and all(map(_is_operation, record.history))
     if not all(is_list) or not is_history or type(record.step) is not int:
         raise ValueError(f"metadata of a layer ({value!r:.40}) must hold lists of tiles, a history and a step")
     return record
+
+
+def _is_operation(entry: Any) -> bool:
+    return isinstance(entry, dict) and type(entry.get("tile_idx")) is int and {"operation", "step", "tag"} <= entry.keys()
 
 
 def to_properties(metadata: Mapping[str, Any]) -> dict[str, str]:

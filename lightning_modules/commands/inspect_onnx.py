@@ -38,13 +38,14 @@ def make_onnx_page(model: Path) -> str:
     except ValueError as error:
         raise UserError(str(error)) from error
     kernels = "native operators" if session.uses_library else "portable operators"
-    at_export = metadata.get("export_parity") or {}
+    at_export = metadata.get("export_parity")
+    figures = at_export.items() if isinstance(at_export, dict) else ()
     facts = {
         "file": str(model),
         "task": str(metadata.get("task")).replace("_", " "),
         "size": describe_size(session.file_bytes, session.float32_bytes),
         "runs here": f"{parity} ({kernels})",
-        "at export": ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in at_export.items()),
+        "at export": ", ".join(f"{name.replace('_', ' ')} {_figure(value)}" for name, value in figures),
         "operators": ", ".join(f"{name} {count}" for name, count in operator_counts(proto).most_common()),
         "portable functions": ", ".join(function.name for function in proto.functions) or "none: needs the native operators",
         "configuration": json.dumps(metadata.get("config")),
@@ -88,6 +89,10 @@ def _layer_section(index: int, layer: SignatureLayer, record: LayerRecord, usage
         rows.append((f"{tile} {badges}", strip(signature_D), *counts, f"{usage_E[tile]:.1%}", bias, *claims))
     columns = ("tile", "signature", "plus", "minus", "zero", "usage", "bias", *(() if record.claims is None else ("claims",)))
     return title + f'<div class="signatures">{table(columns, rows)}</div>'
+
+
+def _figure(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _claims(count_C: Sequence[int]) -> str:

@@ -65,8 +65,9 @@ def test_a_run_folder_means_its_newest_best_checkpoint(
     assert main([*surgery, str(tmp_path / "new.ckpt")]) == 0
     assert main(["inspect", str(tmp_path / "run"), "--num-tokens", "32"]) == 0
     assert (tmp_path / "run/version_1/checkpoints/best.html").is_file()
+    (tmp_path / "none").mkdir()
     capsys.readouterr()
-    assert main(["export", "--ckpt", str(tmp_path), "--output", str(output)]) == 2
+    assert main(["export", "--ckpt", str(tmp_path / "none"), "--output", str(output)]) == 2
     assert "the folder holds no checkpoint" in capsys.readouterr().err
 
 
