@@ -214,6 +214,7 @@ def _print(console: "Console", title: str, timings: Sequence[Timing]) -> None:
 def figure(timings: Sequence[Timing], title: str) -> "Figure":
     """Milliseconds a run against its tokens, with the range over the rounds."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     drawn = Figure(figsize=(6, 4), layout="constrained")
     axes = drawn.subplots()
@@ -226,6 +227,7 @@ def figure(timings: Sequence[Timing], title: str) -> "Figure":
         axes.errorbar(lengths, medians, yerr=[below, above], marker="o", capsize=3, label=label)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter("{x:g}")
     axes.minorticks_off()

@@ -100,6 +100,18 @@ def test_freezing_and_unfreezing(checkpoints: Path, tmp_path: Path) -> None:
     assert [entry["operation"] for entry in layer_of(learning).get_surgery_history()] == ["freeze", "unfreeze"]
 
 
+def test_a_removed_tile_is_free_in_the_new_checkpoint(
+    checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "new.ckpt"
+    assert operate(checkpoints / "lm.ckpt", output, "remove") == 0
+    assert "after   removed" in capsys.readouterr().out
+    assert layer_of(output).router.is_free_E.tolist() == [False, False, False, True]
+    assert layer_of(output).get_surgery_history()[-1]["operation"] == "remove"
+    assert operate(output, tmp_path / "again.ckpt", "remove") == 2
+    assert "tile_idx (3) must be a tile in use, not a free slot" in capsys.readouterr().err
+
+
 def test_a_signature_can_come_from_a_file(checkpoints: Path, tmp_path: Path) -> None:
     analysis = {
         "positive_dims": (SIGNATURE > 0).nonzero().flatten().tolist(),
