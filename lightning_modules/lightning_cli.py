@@ -1,5 +1,6 @@
 """``trix fit``, ``validate``, ``test`` and ``predict``: LightningCLI with strict keys and errors in one line."""
 
+import argparse
 import inspect
 import os
 import signal
@@ -12,6 +13,7 @@ from typing import Any, NoReturn, get_args, get_type_hints
 import lightning as L
 import torch
 import yaml  # type: ignore[import-untyped]
+from jsonargparse import DefaultHelpFormatter, capture_parser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -42,9 +44,29 @@ DATA_MODULES = (TextDataModule, DigitsDataModule, LanguageIdDataModule)
 RESUME_HELP = (
     "--resume RUN goes on from the last checkpoint of a run folder, or from one file, as the run's own configuration says"
 )
+CKPT_EXAMPLE = "--ckpt_path runs/char_lm/version_0/checkpoints"
+EXAMPLES = {
+    "fit": [
+        "fit --config configs/char_lm.yaml",
+        "fit --config configs/char_lm.yaml --trainer.max_steps 100 --print_config",
+        f"fit --config configs/char_lm.yaml {CKPT_EXAMPLE}/last.ckpt",
+        "fit --resume runs/char_lm",
+    ],
+    "validate": [f"validate --config configs/char_lm.yaml {CKPT_EXAMPLE}/best.ckpt"],
+    "test": [f"test --config configs/digits.yaml {CKPT_EXAMPLE.replace('char_lm', 'digits')}/best.ckpt"],
+    "predict": [f"predict --config configs/char_lm.yaml {CKPT_EXAMPLE}/best.ckpt"],
+}
 EXIT_TERMINATED = 128 + signal.SIGTERM
 # What a task takes from its data.
 LINKED_PARAMETERS = ("vocabulary", "num_features", "num_classes", "class_names")
+
+
+def training_actions(command: str) -> list[argparse.Action]:
+    """The options of ``trix COMMAND``, for the completion."""
+    parser = capture_parser(lambda: TrixCLI([command], given=[]))
+    assert parser._subcommands_action is not None
+    of_command: TrixParser = parser._subcommands_action.choices[command]
+    return of_command._actions
 
 
 def run_training_command(arguments: list[str]) -> int:
@@ -83,11 +105,15 @@ class RunConfigSaver(SaveConfigCallback):
             super().setup(trainer, pl_module, stage)
 
 
+class HelpWithExamples(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """jsonargparse's, which leaves the lines of the examples as they are."""
+
+
 class TrixParser(LightningArgumentParser):
     """Without abbreviations; it raises errors in place of printing its usage and leaving."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
-        super().__init__(*args, **settings, allow_abbrev=False)
+        super().__init__(*args, **(settings | {"formatter_class": HelpWithExamples}), allow_abbrev=False)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise ParserError(message) from ex
@@ -124,7 +150,7 @@ class TrixCLI(LightningCLI):
             save_config_callback=RunConfigSaver,
             save_config_kwargs={"overwrite": True},
             parser_class=TrixParser,
-            parser_kwargs={"prog": "trix", "fit": {"epilog": RESUME_HELP}},
+            parser_kwargs={"prog": "trix", **{command: {"epilog": _epilog(command)} for command in EXAMPLES}},
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -223,6 +249,11 @@ class TrixCLI(LightningCLI):
                 text = str(error)
                 raise UserError(text if self._checkpoint_path in text else f"{self._checkpoint_path}: {text}") from error
             self.config_init[self.subcommand]["ckpt_path"] = self._checkpoint_path
+
+
+def _epilog(command: str) -> str:
+    examples = "examples:\n" + "\n".join(f"  trix {example}" for example in EXAMPLES[command])
+    return f"{RESUME_HELP}\n\n{examples}" if command == "fit" else examples
 
 
 def _attribute(name: str) -> Callable[[Any], Any]:

@@ -1,13 +1,14 @@
 """Files that are written whole or not at all: one that is there stays as it was until the new one is complete."""
 
 import io
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from typing_extensions import override
+
+from lightning_modules.whole_bytes import write_whole as write_whole
 
 
 class WholeFileCheckpointIO(TorchCheckpointIO):
@@ -30,21 +31,3 @@ def save_whole(value: object, path: Path) -> None:
     content = io.BytesIO()  # written by torch itself, a full disk would be a RuntimeError about something else
     torch.save(value, content)
     write_whole(content.getbuffer(), path)
-
-
-def write_whole(content: bytes | memoryview, path: Path) -> None:
-    """Write bytes to `path`, by way of a file beside it that takes its place at the end; the folder is made.
-
-    Raises:
-        OSError: as :func:`save_whole`.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_bytes(content)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:  # that of a full disk names no file
-        raise OSError(error.errno, error.strerror, str(path)) from error

@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from typing import Any, Literal, get_args
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
@@ -236,7 +237,7 @@ def _check_layer(event: SurgeryEvent, index: int, layer: RoutedLayer) -> None:
         raise UserError(f"{event}: the router ({kind}) of layer {index} has no signatures to {event.action}")
     if event.action == "insert":
         try:
-            signature_D = signature_from(event.signature, layer.router.d_model, "signature")
+            signature_D = torch.tensor(signature_from(event.signature, layer.router.d_model, "signature"))
             copy.deepcopy(layer.router).insert(event.tiles[0], signature_D, event.freeze)  # says what the layer would say
         except (UserError, ValueError) as error:
             raise UserError(f"{event}: {error}") from error
@@ -246,7 +247,7 @@ def _apply(event: SurgeryEvent, layers: dict[str, RoutedLayer], optimizers: Iter
     names = list(layers) if event.layers == "all" else [layer_name(index) for index in event.layers]
     for layer in (layers[name] for name in names):
         if event.action == "insert":
-            signature_D = signature_from(event.signature, layer.router.d_model, "signature")
+            signature_D = torch.tensor(signature_from(event.signature, layer.router.d_model, "signature"))
             layer.insert_signature(event.tiles[0], signature_D, event.freeze, event.tag)
             for optimizer in optimizers:
                 reset_signature_state(optimizer, layer, event.tiles[0])

@@ -10,7 +10,7 @@ from lightning_modules.signature_values import is_signs, signature_from
     "content", ["+0-0", [1, 0, -1, 0], [1.0, 0.0, -1.0, 0.0], {"positive_dims": [0], "negative_dims": [2]}]
 )
 def test_three_ways_to_write_a_signature(content: Any) -> None:
-    assert signature_from(content, 4, "signature").tolist() == [1, 0, -1, 0]
+    assert signature_from(content, 4, "signature") == [1, 0, -1, 0]
 
 
 @pytest.mark.parametrize(

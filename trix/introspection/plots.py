@@ -9,8 +9,9 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from torch import Tensor
 
-# Blue and orange stay apart for colour-blind readers; grey recedes.
-SIGNATURE_COLOURS = {-1: "#2166ac", 0: "#eeeeee", 1: "#e08214"}
+from trix.introspection.symbols import SIGNATURE_COLOURS as SIGNATURE_COLOURS
+from trix.introspection.symbols import visible
+
 MAX_CELLS_WITH_TEXT = 400
 
 
@@ -129,11 +130,3 @@ def usage_bars(usage_E: Tensor, title: str) -> Figure:
 def printable(text: str) -> str:
     """The text with white space and control characters made visible, in words that matplotlib does not take for mathematics."""
     return visible(text).replace("$", r"\$")
-
-
-def visible(text: str) -> str:
-    """The text with a sign in the place of each space and control character."""
-    return "".join(_VISIBLE.get(character, character) for character in text)
-
-
-_VISIBLE = {chr(code): chr(0x2400 + code) for code in range(32)} | {" ": "␣", "\n": "⏎", "\t": "⇥", "\x7f": "␡"}

@@ -71,7 +71,7 @@ def tile_card(reading: LayerReading, tile: int, sample: Sample) -> str:
     bar = f'<div class="bar"><div style="width:{min(usage, 1):.1%}"></div></div>'
     signature_D = reading.signature_ED[tile]
     return (
-        f'<div class="tile"><h4>Tile {tile}{badges}</h4>{strip(signature_D)}'
+        f'<div class="tile"><h4>Tile {tile}{badges}</h4>{strip(signature_D.cpu().numpy())}'
         f'<div class="muted">{_counts(signature_D)}</div>{_nearest(reading.similarity_EE[tile], tile)}'
         f"<p>usage: {usage:.1%}</p>{bar}{_traffic(reading, tile, sample)}</div>"
     )

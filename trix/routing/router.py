@@ -224,6 +224,19 @@ class SignatureRouter(Router):
         self.log_mass_E[tile_idx] = 0.0
         self.balance_bias[tile_idx] = balance_bias
 
+    @torch.no_grad()
+    def remove(self, tile_idx: int) -> None:
+        """Make the slot of a tile free: see :meth:`trix.routing.surgery.SignatureSurgery.remove_tile`."""
+        self._check_change(tile_idx)
+        if self.is_free_E[tile_idx]:
+            raise ValueError(f"tile_idx ({tile_idx}) must be a tile in use, not a free slot")
+        if self.is_frozen_E[tile_idx]:
+            raise ValueError(f"the signature of tile_idx ({tile_idx}) must not be frozen: unfreeze it first")
+        if self.k_limit - 1 < self.top_k:
+            raise ValueError(f"tiles in use and in reach after it ({self.k_limit - 1}) must be >= top_k ({self.top_k})")
+        self.log_mass_E[tile_idx] = 0.0
+        self.is_free_E[tile_idx] = True
+
     @property
     def k_limit(self) -> int:
         """How many tiles there are to choose from."""
