@@ -42,6 +42,13 @@ class StabilityMonitor(L.Callback):
 
     Raises:
         ValueError: every_n_steps < 1, spike_factor <= 1, or another on_spike. In the run, UserError: as above.
+
+    Example::
+
+        trainer:
+          callbacks+:
+          - class_path: StabilityMonitor
+            init_args: {spike_factor: 10, on_spike: stop}
     """
 
     def __init__(self, every_n_steps: int | None = None, spike_factor: float = 30.0, on_spike: SpikeAction = "warn") -> None:

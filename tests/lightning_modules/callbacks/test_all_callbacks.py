@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from small_runs import SENTENCE, MakeTrainer, small_network
 
@@ -34,8 +35,11 @@ from lightning_modules.tasks import LanguageModelTask
 from trix.nn import FFNConfig
 
 KINDS = {name: kind for name in callbacks.__all__ if issubclass(kind := getattr(callbacks, name), L.Callback)}
-STATEFUL = {"DiversityMonitor", "Evolution", "RandomState", "ReclusterSchedule", "RunRecord", "SurgerySchedule"}
-ADDED_BY_TRIX = {"RandomState", "RunRecord", "RunReport"}
+STATEFUL = {
+    *("DiversityMonitor", "Evolution", "RandomState", "ReclusterSchedule", "RoutingMonitor"),
+    *("RunNotebook", "RunRecord", "StabilityMonitor", "SurgerySchedule"),
+}
+ADDED_BY_TRIX = {"LastCheckpoint", "RandomState", "ReportPage", "RunNotebook", "RunRecord", "RunReport"}
 EVENTS = [
     SurgeryEvent("insert", [3], step=1, signature={"positive_dims": [0], "negative_dims": [1]}, tag="concept"),
     SurgeryEvent("freeze", [1], [0], when=MetricCondition("val/loss", above=0.0)),
@@ -69,7 +73,8 @@ def test_state_is_plain_and_resumes(
         task = LanguageModelTask(text.vocabulary, small_network(ffn=FFNConfig("hierarchical", num_tiles=4)), lr_scheduler=None)
         recorder = StateAtStart(callback)
         settings_of_trainer = {"max_steps": max_steps, "val_check_interval": 1, "limit_val_batches": 1, "logger": tensorboard}
-        trainer = make_trainer(**settings_of_trainer, callbacks=[callback, recorder])
+        is_checkpoint = isinstance(callback, Checkpoint)
+        trainer = make_trainer(**settings_of_trainer, callbacks=[callback, recorder], enable_checkpointing=is_checkpoint)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             trainer.fit(task, text, **settings)
