@@ -65,23 +65,25 @@ def has_tensorboard(trainer: L.Trainer) -> bool:
 class DrawingBudget:
     """Says when to draw figures in a run, so that they take at most a share of its time, whatever a figure costs.
 
+    Time is that of this thread on the CPU: what others do on the machine makes figures neither fewer nor more.
+
     Args:
         share: of the time, in (0, 1]. first_cost_s: what the first drawing is expected to take, in seconds.
     """
 
     def __init__(self, share: float = 0.01, first_cost_s: float = 0.5) -> None:
-        self.share, self._cost_s, self._last = share, first_cost_s, time.monotonic()
+        self.share, self._cost_s, self._last = share, first_cost_s, time.thread_time()
 
     def is_due(self) -> bool:
         """Whether enough time has passed since the last drawing, or since this object was made."""
-        return self._cost_s <= self.share * (time.monotonic() - self._last)
+        return self._cost_s <= self.share * (time.thread_time() - self._last)
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
         """Draw inside it: takes the time."""
-        start = time.monotonic()
+        start = time.thread_time()
         yield
-        self._last = time.monotonic()
+        self._last = time.thread_time()
         self._cost_s = self._last - start
 
 

@@ -218,7 +218,7 @@ def test_a_long_run_draws_before_its_end(
 
 def test_drawing_takes_its_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr("lightning_modules.callbacks.figures.time.monotonic", lambda: now)
+    monkeypatch.setattr("lightning_modules.callbacks.figures.time.thread_time", lambda: now)
     budget = DrawingBudget(share=0.25, first_cost_s=1.0)
     now = 103.9
     assert not budget.is_due()
