@@ -12,6 +12,12 @@ namespace {
 constexpr KernelVariant<TernaryTileMatMulKernel> kTernaryTileMatMulRows[] = {
 #include "kernels/ternary_tile_matmul/ternary_tile_matmul.inc"
 };
+constexpr KernelVariant<TernaryInt8MatMulKernel> kTernaryInt8MatMulRows[] = {
+#include "kernels/ternary_int8_matmul/ternary_int8_matmul.inc"
+};
+constexpr KernelVariant<QuantizeRowsKernel> kQuantizeRowsRows[] = {
+#include "kernels/quantize_rows/quantize_rows.inc"
+};
 constexpr KernelVariant<SignatureRouteKernel> kSignatureRouteRows[] = {
 #include "kernels/signature_route/signature_route.inc"
 };
@@ -54,6 +60,14 @@ KernelVariants<TernaryTileMatMulKernel> ternary_tile_matmul_variants() {
     return {kTernaryTileMatMulRows, static_cast<int>(std::size(kTernaryTileMatMulRows))};
 }
 
+KernelVariants<TernaryInt8MatMulKernel> ternary_int8_matmul_variants() {
+    return {kTernaryInt8MatMulRows, static_cast<int>(std::size(kTernaryInt8MatMulRows))};
+}
+
+KernelVariants<QuantizeRowsKernel> quantize_rows_variants() {
+    return {kQuantizeRowsRows, static_cast<int>(std::size(kQuantizeRowsRows))};
+}
+
 KernelVariants<SignatureRouteKernel> signature_route_variants() {
     return {kSignatureRouteRows, static_cast<int>(std::size(kSignatureRouteRows))};
 }
@@ -62,6 +76,7 @@ KernelTable choose_kernels(const char* requested) {
     const bool is_limited = requested != nullptr && *requested != '\0';
     const Isa isa = is_limited ? requested_isa(requested) : best_isa();
     return {isa, best_variant(ternary_tile_matmul_variants(), isa),
+            best_variant(ternary_int8_matmul_variants(), isa), best_variant(quantize_rows_variants(), isa),
             best_variant(signature_route_variants(), isa)};
 }
 
