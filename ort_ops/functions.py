@@ -143,7 +143,7 @@ def _decode_table() -> list[NodeProto]:
 
 
 def _decode(packed: str, weight: str, num_rows: str) -> list[NodeProto]:
-    """Panels [P, B, 128] to their first N rows, floats [N, 16 B]. Gather takes int32 or int64 indices, so uint8 is cast first."""
+    """Panels [P, B, 128] to their first N rows, float [N, 16 B]. Gather wants int32 or int64 indices, so uint8 is cast first."""
     panels, rows, padded = f"{packed}_panels", f"{packed}_rows", f"{packed}_padded"
     return [
         _node("Cast", [packed], [f"{packed}_bytes"], to=TensorProto.INT32),
@@ -176,9 +176,7 @@ def _pad_columns(packed: str) -> list[NodeProto]:
 
 def _quantise(x: str, output: str) -> list[NodeProto]:
     """x [T, K] as the int8 kernels see it, q * scale; x itself where activation_bits is 32."""
-    as_it_is = helper.make_graph(
-        [_node("Identity", [x], ["as_it_is"])], "as_it_is_graph", [], [_float_info("as_it_is")]
-    )
+    as_it_is = helper.make_graph([_node("Identity", [x], ["as_it_is"])], "as_it_is_graph", [], [_float_info("as_it_is")])
     quantised = helper.make_graph(_quantised(x), "quantised_graph", [], [_float_info("quantised")])
     return [
         _attribute_value("activation_bits", "activation_bits"),

@@ -1,8 +1,8 @@
 """The layout of ternary matrices in exported files; the C++ side states it in native/kernels/ternary_panels.hpp.
 
 A matrix of N rows and K columns is cut into panels of 32 rows, and a panel into blocks of 16 columns: uint8
-[ceil(N / 32), ceil(K / 16), 128]. Byte 4r + j of a block holds columns j, 4 + j, 8 + j and 12 + j of the block for its row r, the
-lowest bits first, each as the code w + 1 (0 to 2; 3 is reserved). Rows and columns past the end hold w = 0.
+[ceil(N / 32), ceil(K / 16), 128]. Byte 4r + j of a block holds columns j, 4 + j, 8 + j and 12 + j of the block for its row r,
+the lowest bits first, each as the code w + 1 (0 to 2; 3 is reserved). Rows and columns past the end hold w = 0.
 """
 
 import numpy as np

@@ -55,6 +55,18 @@ def tile_matmul_reference(inputs: Arrays, weight: np.ndarray) -> np.ndarray:
     return product * inputs["row_scale"][tile_idx]
 
 
+def quantised(x_TK: np.ndarray, group_size: int) -> np.ndarray:
+    """x as the int8 kernels see it: q * scale, in groups of group_size columns (0: one group)."""
+    num_tokens, num_columns = x_TK.shape
+    size = group_size or max(num_columns, 1)
+    num_groups = -(-num_columns // size)
+    group_TGC = np.pad(x_TK, ((0, 0), (0, num_groups * size - num_columns))).reshape(num_tokens, num_groups, size)
+    largest = np.abs(group_TGC).max(-1, keepdims=True, initial=0)
+    factor = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=largest > 0)
+    q_TGC = np.rint(group_TGC * factor)
+    return (q_TGC * (largest / np.float32(127))).reshape(num_tokens, num_groups * size)[:, :num_columns]
+
+
 def score_reference(inputs: Arrays, signatures: np.ndarray) -> np.ndarray:
     """Scores in float64."""
     nnz = np.maximum(np.abs(signatures).sum(-1, dtype=np.int64), 1)
