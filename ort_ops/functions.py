@@ -20,6 +20,7 @@ from ort_ops.schema import DOMAIN, OPS, OPSET_VERSION, SIGNATURE_ROUTE, TERNARY_
 
 ONNX_OPSET = 18
 
+SMALLEST = 2.0**-100  # a group of activations below it counts as zeros
 _VALUE_OF_CODE = (-1.0, 0.0, 1.0, float("nan"))
 
 
@@ -143,7 +144,7 @@ def _decode_table() -> list[NodeProto]:
 
 
 def _decode(packed: str, weight: str, num_rows: str) -> list[NodeProto]:
-    """Panels [P, B, 128] to their first N rows, float [N, 16 B]. Gather wants int32 or int64 indices, so uint8 is cast first."""
+    """Panels [P, B, 128] to their first N rows, float [N, 16 B]. Gather takes int32 or int64, so uint8 is cast."""
     panels, rows, padded = f"{packed}_panels", f"{packed}_rows", f"{packed}_padded"
     return [
         _node("Cast", [packed], [f"{packed}_bytes"], to=TensorProto.INT32),
@@ -175,7 +176,7 @@ def _pad_columns(packed: str) -> list[NodeProto]:
 
 
 def _quantise(x: str, output: str) -> list[NodeProto]:
-    """x [T, K] as the int8 kernels see it, q * scale; x itself where activation_bits is 32."""
+    """x [T, K] as the int8 kernels see it, q * scale; x itself where activation_bits is 24."""
     as_it_is = helper.make_graph([_node("Identity", [x], ["as_it_is"])], "as_it_is_graph", [], [_float_info("as_it_is")])
     quantised = helper.make_graph(_quantised(x), "quantised_graph", [], [_float_info("quantised")])
     return [
@@ -216,7 +217,8 @@ def _quantised(x: str) -> list[NodeProto]:
         _node("ReduceMax", ["magnitude", "last_axis"], ["largest"], keepdims=1),
         _node("Constant", [], ["levels"], value_float=127.0),
         _node("Div", ["levels", "largest"], ["inverse"]),
-        _node("IsInf", ["inverse"], ["is_tiny"]),
+        _node("Constant", [], ["smallest"], value_float=SMALLEST),
+        _node("Less", ["largest", "smallest"], ["is_tiny"]),
         _node("Constant", [], ["no_scale"], value_float=0.0),
         _node("Where", ["is_tiny", "no_scale", "inverse"], ["factor"]),
         _node("Mul", ["group", "factor"], ["scaled"]),

@@ -51,11 +51,11 @@ TERNARY_TILE_MATMUL = OpSchema(
         TensorSchema("tile_idx", "int64", ("T",)),
     ),
     outputs=(TensorSchema("y", "float32", ("T", "N")),),
-    attributes=(IntAttribute("activation_bits", 32), IntAttribute("group_size", 0)),
+    attributes=(IntAttribute("activation_bits", 24), IntAttribute("group_size", 128)),
     doc=(
-        "y[t, n] = row_scale[e, n] * sum_k x[t, k] * w[e, n, k] with e = tile_idx[t], 0 <= e < E. With activation_bits 8 "
-        "(else 32) x is quantised: in groups of group_size columns (128, or 0: one group) to q = round(x * (127 / m)) with the "
-        "scale m / 127, m = max |x| of the group."
+        "y[t, n] = row_scale[e, n] * sum_k x[t, k] * w[e, n, k] with e = tile_idx[t], 0 <= e < E. activation_bits 24: as exact "
+        "as a float32 product. 8: x is quantised, in groups of group_size columns (128, or 0: all), to "
+        "round(x * (127 / m)) * m / 127 with m = max |x| of the group."
     ),
 )
 

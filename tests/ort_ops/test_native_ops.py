@@ -48,16 +48,6 @@ def test_tile_matmul_equals_float64_reference(num_tokens: int, num_tiles: int, n
     )
 
 
-def test_tile_matmul_sums_in_groups_of_128_columns() -> None:
-    """The documented order, bit for bit: each group from left to right, then the groups."""
-    inputs, weight = tile_matmul_inputs(np.random.default_rng(1), 3, 1, 4, 300)
-    product = (inputs["x"][:, None, :] * weight[0][None]).astype(np.float32)
-    total = np.zeros((3, 4), np.float32)
-    for begin in range(0, 300, 128):
-        total += np.cumsum(product[..., begin : begin + 128], axis=-1)[..., -1]
-    np.testing.assert_array_equal(run_tile_matmul(inputs), total * inputs["row_scale"])
-
-
 def test_permuting_tokens_permutes_outputs_exactly() -> None:
     rng = np.random.default_rng(2)
     inputs, _ = tile_matmul_inputs(rng, 50, 4, 20, 45)
@@ -92,16 +82,35 @@ def test_tiles_without_rows_cost_no_memory() -> None:
     assert session.run(None, inputs)[0].shape == (3, 0)
 
 
-def test_infinity_and_nan_follow_multiplication() -> None:
-    weight = np.array([[[1, 0, -1], [0, 0, 0], [1, 1, 1]]])
-    inputs = {
-        "packed": to_panels(weight),
-        "row_scale": np.ones((1, 3), np.float32),
-        "tile_idx": np.zeros(3, np.int64),
-        "x": np.array([[np.inf, 1, 1], [np.nan, 1, 1], [1, np.inf, 1]], np.float32),
-    }
-    expected = [[np.inf, np.nan, np.inf], [np.nan] * 3, [np.nan, np.nan, np.inf]]
-    np.testing.assert_array_equal(run_tile_matmul(inputs), np.array(expected, np.float32))
+@pytest.mark.parametrize("bits", [24, 8])
+def test_a_token_with_a_value_that_is_not_finite_is_nan(bits: int) -> None:
+    x = np.ones((4, 300), np.float32)
+    x[0, 3], x[1, 290], x[3] = np.nan, -np.inf, 2.0**-101  # the last counts as zeros
+    weight = random_ternary(np.random.default_rng(6), 1, 3, 300)
+    inputs = {"x": x, "packed": to_panels(weight), "row_scale": np.ones((1, 3), np.float32), "tile_idx": np.zeros(4, np.int64)}
+    y = native_session(make_model(TERNARY_TILE_MATMUL, activation_bits=bits)).run(None, inputs)[0]
+    expected = np.array([[np.nan] * 3, [np.nan] * 3, weight[0].sum(-1), np.zeros(3)])
+    np.testing.assert_allclose(y, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "heavy tails", "outlier channels", "one massive channel"])
+def test_24_bits_are_as_exact_as_float32(kind: str) -> None:
+    """No worse than twice the error of a float32 product of numpy, whatever the activations are like."""
+    rng = np.random.default_rng(14)
+    inputs, weight = tile_matmul_inputs(rng, 8, 1, 256, 4096)
+    if kind == "heavy tails":
+        inputs["x"] = rng.standard_t(2, inputs["x"].shape).astype(np.float32)
+    if kind == "outlier channels":
+        inputs["x"][:, rng.integers(0, 4096, 8)] *= 30
+    if kind == "one massive channel":
+        inputs["x"][:, 1000] = 1000
+    exact = tile_matmul_reference(inputs, weight)
+    as_float32 = (inputs["x"] @ weight[0].T.astype(np.float32)) * inputs["row_scale"][0]
+
+    def error(y: np.ndarray) -> float:
+        return float(np.sqrt(np.mean((y - exact) ** 2) / np.mean(exact**2)))
+
+    assert error(run_tile_matmul(inputs)) <= 2 * max(error(as_float32), 1e-7)
 
 
 @pytest.mark.parametrize("num_threads", [2, 5])
@@ -188,16 +197,6 @@ def test_error_of_int8_activations_is_that_of_rounding() -> None:
         assert (np.abs(y - exact) <= 0.5001 * step * 1024 * inputs["row_scale"][0]).all()
         errors.append(float(np.sqrt(np.mean((y - exact) ** 2))))
     assert errors[1] < 0.6 * errors[0], errors
-
-
-def test_int8_special_values() -> None:
-    """A group with a NaN or an infinity makes its token NaN; one of zeros or below 3.7e-37 counts as zeros."""
-    weight = np.ones((1, 2, 8), np.int8)
-    x = np.zeros((5, 8), np.float32)
-    x[0, 3], x[1, 3], x[3], x[4] = np.nan, -np.inf, 1e-38, 1.0
-    inputs = {"x": x, "packed": to_panels(weight), "row_scale": np.ones((1, 2), np.float32), "tile_idx": np.zeros(5, np.int64)}
-    y = native_session(make_model(TERNARY_TILE_MATMUL, activation_bits=8)).run(None, inputs)[0]
-    np.testing.assert_array_equal(y[:, 0], np.array([np.nan, np.nan, 0, 0, 8], np.float32))
 
 
 # --- SignatureRoute: values -------------------------------------------------------------------------------------------
@@ -444,13 +443,8 @@ SESSION_REJECTIONS = {
         {"constants": {"signatures": np.full((1, 1, 128), 0xFF, np.uint8)}},
         "byte signatures[0, 0, 0] (0xff) must hold only the codes 00, 01 and 10, it holds 11",
     ),
-    "activation_bits": (TERNARY_TILE_MATMUL, {"activation_bits": 16}, "activation_bits (16) must be 32 or 8"),
+    "activation_bits": (TERNARY_TILE_MATMUL, {"activation_bits": 16}, "activation_bits (16) must be 24 or 8"),
     "group_size": (TERNARY_TILE_MATMUL, {"activation_bits": 8, "group_size": 64}, "group_size (64) must be 0 or 128"),
-    "group_size of floats": (
-        TERNARY_TILE_MATMUL,
-        {"group_size": 128},
-        "group_size (128) must be 0 where activation_bits is 32",
-    ),
     "top_k zero": (SIGNATURE_ROUTE, {"top_k": 0}, "top_k (0) must be >= 1"),
     "top_k of another type": (SIGNATURE_ROUTE, {"top_k": 1.5}, "attribute top_k must be an integer"),
     "top_k as text": (SIGNATURE_ROUTE, {"top_k": "two"}, "attribute top_k must be an integer"),

@@ -29,6 +29,9 @@ from ort_ops.schema import OPS, SIGNATURE_ROUTE, TERNARY_TILE_MATMUL, OpSchema
 pytestmark = pytest.mark.usefixtures("native_library")
 
 
+ATTRIBUTES = [{}, {"group_size": 0}, {"activation_bits": 8}, {"activation_bits": 8, "group_size": 0}]
+
+
 class IsaWorker:
     """A subprocess that runs cases with TRIX_ORT_ISA set to one value."""
 
@@ -97,7 +100,7 @@ sizes = settings(max_examples=120, deadline=None, suppress_health_check=[HealthC
     num_rows=st.integers(0, 100),
     num_columns=st.one_of(st.integers(0, 70), st.integers(200, 2100)),
     is_special=st.booleans(),
-    attributes=st.sampled_from([{}, {"activation_bits": 8}, {"activation_bits": 8, "group_size": 128}]),
+    attributes=st.sampled_from(ATTRIBUTES),
 )
 def test_tile_matmul_has_the_same_bits_on_every_instruction_set(
     workers: list[IsaWorker],
@@ -147,7 +150,7 @@ def test_route_has_the_same_bits_on_every_instruction_set(
     assert_all_agree(workers, case)
 
 
-@pytest.mark.parametrize("attributes", [{}, {"activation_bits": 8}, {"activation_bits": 8, "group_size": 128}], ids=str)
+@pytest.mark.parametrize("attributes", ATTRIBUTES, ids=str)
 @pytest.mark.parametrize(("num_tokens", "num_columns"), [(1, 64), (33, 130), (128, 1000)])
 def test_function_and_kernel_agree_to_rounding(num_tokens: int, num_columns: int, attributes: dict[str, int]) -> None:
     inputs, _ = tile_matmul_inputs(np.random.default_rng(num_tokens), num_tokens, 7, 50, num_columns)

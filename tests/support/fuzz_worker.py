@@ -30,7 +30,7 @@ def options_for(library: str) -> ort.SessionOptions:
 def valid_case(rng: np.random.Generator) -> tuple[OpSchema, Inputs, dict[str, int]]:
     if rng.random() < 0.5:
         sizes = (rng.integers(0, 9), rng.integers(1, 5), rng.integers(0, 70), rng.integers(0, 300))
-        attributes = ({}, {"activation_bits": 8}, {"activation_bits": 8, "group_size": 128})[int(rng.integers(3))]
+        attributes = {"activation_bits": int(rng.choice([8, 24])), "group_size": int(rng.choice([0, 128]))}
         return TERNARY_TILE_MATMUL, tile_matmul_inputs(rng, *map(int, sizes))[0], attributes
     num_tiles = int(rng.integers(1, 70))
     inputs, _ = route_inputs(rng, int(rng.integers(0, 9)), num_tiles, int(rng.integers(0, 70)))

@@ -9,11 +9,8 @@ namespace {
 
 #define TRIX_KERNEL(isa, function) {isa, function, #function},
 
-constexpr KernelVariant<TernaryTileMatMulKernel> kTernaryTileMatMulRows[] = {
-#include "kernels/ternary_tile_matmul/ternary_tile_matmul.inc"
-};
-constexpr KernelVariant<TernaryInt8MatMulKernel> kTernaryInt8MatMulRows[] = {
-#include "kernels/ternary_int8_matmul/ternary_int8_matmul.inc"
+constexpr KernelVariant<TernaryMatMulKernel> kTernaryMatMulRows[] = {
+#include "kernels/ternary_matmul/ternary_matmul.inc"
 };
 constexpr KernelVariant<QuantizeRowsKernel> kQuantizeRowsRows[] = {
 #include "kernels/quantize_rows/quantize_rows.inc"
@@ -56,12 +53,8 @@ Function best_variant(KernelVariants<Function> variants, Isa limit) {
 
 }  // namespace
 
-KernelVariants<TernaryTileMatMulKernel> ternary_tile_matmul_variants() {
-    return {kTernaryTileMatMulRows, static_cast<int>(std::size(kTernaryTileMatMulRows))};
-}
-
-KernelVariants<TernaryInt8MatMulKernel> ternary_int8_matmul_variants() {
-    return {kTernaryInt8MatMulRows, static_cast<int>(std::size(kTernaryInt8MatMulRows))};
+KernelVariants<TernaryMatMulKernel> ternary_matmul_variants() {
+    return {kTernaryMatMulRows, static_cast<int>(std::size(kTernaryMatMulRows))};
 }
 
 KernelVariants<QuantizeRowsKernel> quantize_rows_variants() {
@@ -75,8 +68,7 @@ KernelVariants<SignatureRouteKernel> signature_route_variants() {
 KernelTable choose_kernels(const char* requested) {
     const bool is_limited = requested != nullptr && *requested != '\0';
     const Isa isa = is_limited ? requested_isa(requested) : best_isa();
-    return {isa, best_variant(ternary_tile_matmul_variants(), isa),
-            best_variant(ternary_int8_matmul_variants(), isa), best_variant(quantize_rows_variants(), isa),
+    return {isa, best_variant(ternary_matmul_variants(), isa), best_variant(quantize_rows_variants(), isa),
             best_variant(signature_route_variants(), isa)};
 }
 

@@ -4,8 +4,7 @@
 #include "kernels/cpu_features.hpp"
 #include "kernels/quantize_rows/quantize_rows.hpp"
 #include "kernels/signature_route/signature_route.hpp"
-#include "kernels/ternary_int8_matmul/ternary_int8_matmul.hpp"
-#include "kernels/ternary_tile_matmul/ternary_tile_matmul.hpp"
+#include "kernels/ternary_matmul/ternary_matmul.hpp"
 
 namespace trix {
 
@@ -25,15 +24,13 @@ struct KernelVariants {
 };
 
 /// Every variant that was compiled, best first: the rows of <kernel>/<kernel>.inc.
-KernelVariants<TernaryTileMatMulKernel> ternary_tile_matmul_variants();
-KernelVariants<TernaryInt8MatMulKernel> ternary_int8_matmul_variants();
+KernelVariants<TernaryMatMulKernel> ternary_matmul_variants();
 KernelVariants<QuantizeRowsKernel> quantize_rows_variants();
 KernelVariants<SignatureRouteKernel> signature_route_variants();
 
 struct KernelTable {
     Isa isa;
-    TernaryTileMatMulKernel ternary_tile_matmul;
-    TernaryInt8MatMulKernel ternary_int8_matmul;
+    TernaryMatMulKernel ternary_matmul;
     QuantizeRowsKernel quantize_rows;
     SignatureRouteKernel signature_route;
 };

@@ -26,19 +26,10 @@ struct WorkUnit {
     std::size_t panel_end;
 };
 
-/// How much of a product is one unit: at most `tokens` tokens, by as many panels as make about `products`
-/// multiply-adds.
-struct UnitSize {
-    std::size_t tokens;
-    std::size_t products;
-};
-
-inline constexpr UnitSize kFloatUnit{24, std::size_t{1} << 18};
-inline constexpr UnitSize kInt8Unit{64, std::size_t{1} << 21};  // eight times as fast
-
-/// Units that together cover every (token, panel) once, each of about the given size. Every sum is
+/// Units that together cover every (token, panel) once, each of at most
+/// 64 tokens and about 2 million multiply-adds of int8. Every sum is
 /// computed inside one unit, so results do not depend on how the units are spread over threads.
 std::vector<WorkUnit> plan_units(const TokenGroups& groups, std::size_t num_rows, std::size_t num_columns,
-                                 UnitSize size);
+                                 std::size_t num_planes);
 
 }  // namespace trix

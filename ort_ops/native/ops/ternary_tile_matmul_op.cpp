@@ -1,5 +1,4 @@
-// ai.trix::TernaryTileMatMul: y[t, n] = row_scale[e, n] * sum_k x[t, k] * w[e, n, k] with e = tile_idx[t], in
-// float32 or with x quantised to int8.
+// ai.trix::TernaryTileMatMul: y[t, n] = row_scale[e, n] * sum_k x[t, k] * w[e, n, k] with e = tile_idx[t].
 #include "kernels/dispatch.hpp"
 #include "kernels/work_plan.hpp"
 #include "ops/custom_op.hpp"
@@ -62,7 +61,7 @@ class TernaryTileMatMul {
                    " must be [E, N] with the E tiles of packed ", shape_text(packed.shape));
         }
         packed_.check(packed, row_scale.dim(1), x.dim(1));
-        activations_.check_columns(x);
+        check_columns(x);
         if (tile_idx.dim(0) != x.dim(0)) {
             reject("length of tile_idx (", tile_idx.dim(0), ") must be the number of tokens of x (", x.dim(0),
                    ")");

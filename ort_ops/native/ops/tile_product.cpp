@@ -13,16 +13,14 @@ struct Quantised {
     std::vector<std::int8_t> q;
     std::vector<float> scale;
     std::vector<std::int32_t> sum;
-    std::size_t group_columns;
 };
 
 Quantised quantise(const KernelContext& context, const float* x, std::size_t num_tokens,
-                   std::size_t num_columns, std::size_t group_columns) {
+                   std::size_t num_columns, std::size_t group_columns, std::size_t num_planes) {
     const std::size_t stride = ceil_div(num_columns, kBlockColumns) * kBlockColumns;
-    const std::size_t num_groups = ceil_div(stride, group_columns);
-    Quantised result{std::vector<std::int8_t>(num_tokens * stride),
-                     std::vector<float>(num_tokens * num_groups),
-                     std::vector<std::int32_t>(num_tokens * num_groups), group_columns};
+    const std::size_t num_scales = num_tokens * ceil_div(stride, group_columns) * num_planes;
+    Quantised result{std::vector<std::int8_t>(num_tokens * num_planes * stride),
+                     std::vector<float>(num_scales), std::vector<std::int32_t>(num_scales)};
     const QuantizeRowsKernel kernel = kernels().quantize_rows;
     context.parallel_for(ceil_div(num_tokens, kRowsPerUnit), [&](std::size_t unit) noexcept {
         QuantizeRowsJob job{};
@@ -32,6 +30,7 @@ Quantised quantise(const KernelContext& context, const float* x, std::size_t num
         job.sum = result.sum.data();
         job.num_columns = num_columns;
         job.group_columns = group_columns;
+        job.num_planes = num_planes;
         job.row_begin = unit * kRowsPerUnit;
         job.row_end = std::min(job.row_begin + kRowsPerUnit, num_tokens);
         kernel(job);
@@ -39,64 +38,15 @@ Quantised quantise(const KernelContext& context, const float* x, std::size_t num
     return result;
 }
 
-void multiply_int8(const KernelContext& context, const Quantised& x, const TileMatrices& tiles,
-                   const TokenGroups& groups, float* y) {
-    const std::size_t tile_bytes = ceil_div(tiles.num_rows, kPanelRows) * panel_bytes(tiles.num_columns);
-    const std::vector<WorkUnit> units = plan_units(groups, tiles.num_rows, tiles.num_columns, kInt8Unit);
-    const TernaryInt8MatMulKernel kernel = kernels().ternary_int8_matmul;
-    context.parallel_for(units.size(), [&](std::size_t i) noexcept {
-        const WorkUnit& unit = units[i];
-        TernaryInt8MatMulJob job{};
-        job.q = x.q.data();
-        job.scale = x.scale.data();
-        job.sum = x.sum.data();
-        job.panels = tiles.panels + unit.tile * tile_bytes;
-        job.row_scale = tiles.row_scale + unit.tile * tiles.num_rows;
-        job.token_idx = groups.order.data() + unit.token_begin;
-        job.y = y;
-        job.num_tokens = unit.token_end - unit.token_begin;
-        job.num_columns = tiles.num_columns;
-        job.group_columns = x.group_columns;
-        job.num_rows = tiles.num_rows;
-        job.panel_begin = unit.panel_begin;
-        job.panel_end = unit.panel_end;
-        kernel(job);
-    });
-}
-
 }  // namespace
-
-void multiply_float(const KernelContext& context, const float* x, const TileMatrices& tiles,
-                    const TokenGroups& groups, float* y) {
-    const std::size_t tile_bytes = ceil_div(tiles.num_rows, kPanelRows) * panel_bytes(tiles.num_columns);
-    const std::vector<WorkUnit> units = plan_units(groups, tiles.num_rows, tiles.num_columns, kFloatUnit);
-    const TernaryTileMatMulKernel kernel = kernels().ternary_tile_matmul;
-    context.parallel_for(units.size(), [&](std::size_t i) noexcept {
-        const WorkUnit& unit = units[i];
-        TernaryTileMatMulJob job{};
-        job.x = x;
-        job.panels = tiles.panels + unit.tile * tile_bytes;
-        job.row_scale = tiles.row_scale + unit.tile * tiles.num_rows;
-        job.token_idx = groups.order.data() + unit.token_begin;
-        job.y = y;
-        job.num_tokens = unit.token_end - unit.token_begin;
-        job.num_columns = tiles.num_columns;
-        job.num_rows = tiles.num_rows;
-        job.panel_begin = unit.panel_begin;
-        job.panel_end = unit.panel_end;
-        kernel(job);
-    });
-}
 
 Activations::Activations(const KernelInfo& info)
     : bits_(info.int_attribute(kBitsAttribute, kBitsDefault)),
       group_size_(info.int_attribute(kGroupAttribute, kGroupDefault)) {
-    if (bits_ != 32 && bits_ != 8) reject(kBitsAttribute, " (", bits_, ") must be 32 or 8");
+    if (bits_ != 24 && bits_ != 8) reject(kBitsAttribute, " (", bits_, ") must be 24 or 8");
     const auto group = static_cast<std::int64_t>(kGroupColumns);
     if (group_size_ != 0 && group_size_ != group)
         reject(kGroupAttribute, " (", group_size_, ") must be 0 or ", group);
-    if (group_size_ != 0 && bits_ != 8)
-        reject(kGroupAttribute, " (", group_size_, ") must be 0 where ", kBitsAttribute, " is 32");
 }
 
 std::size_t Activations::group_columns(std::size_t num_columns) const {
@@ -104,22 +54,37 @@ std::size_t Activations::group_columns(std::size_t num_columns) const {
     return std::max(ceil_div(num_columns, kBlockColumns), std::size_t{1}) * kBlockColumns;
 }
 
-void Activations::check_columns(const TensorView& x) const {
-    if (is_int8() && x.size(1) > kMaxInt8Columns) {
-        reject("columns of x (", x.dim(1), ") must be <= ", kMaxInt8Columns, " where ", kBitsAttribute,
-               " is 8");
-    }
+void check_columns(const TensorView& x) {
+    if (x.size(1) > kMaxColumns) reject("columns of x (", x.dim(1), ") must be <= ", kMaxColumns);
 }
 
 void multiply_tiles(const KernelContext& context, const Activations& activations, const float* x,
                     std::size_t num_tokens, const TileMatrices& tiles, const TokenGroups& groups, float* y) {
-    if (!activations.is_int8()) {
-        multiply_float(context, x, tiles, groups, y);
-        return;
-    }
     const std::size_t group_columns = activations.group_columns(tiles.num_columns);
-    multiply_int8(context, quantise(context, x, num_tokens, tiles.num_columns, group_columns), tiles, groups,
-                  y);
+    const std::size_t num_planes = activations.num_planes();
+    const Quantised rows = quantise(context, x, num_tokens, tiles.num_columns, group_columns, num_planes);
+    const std::size_t tile_bytes = ceil_div(tiles.num_rows, kPanelRows) * panel_bytes(tiles.num_columns);
+    const std::vector<WorkUnit> units = plan_units(groups, tiles.num_rows, tiles.num_columns, num_planes);
+    const TernaryMatMulKernel kernel = kernels().ternary_matmul;
+    context.parallel_for(units.size(), [&](std::size_t i) noexcept {
+        const WorkUnit& unit = units[i];
+        TernaryMatMulJob job{};
+        job.q = rows.q.data();
+        job.scale = rows.scale.data();
+        job.sum = rows.sum.data();
+        job.panels = tiles.panels + unit.tile * tile_bytes;
+        job.row_scale = tiles.row_scale + unit.tile * tiles.num_rows;
+        job.token_idx = groups.order.data() + unit.token_begin;
+        job.y = y;
+        job.num_tokens = unit.token_end - unit.token_begin;
+        job.num_columns = tiles.num_columns;
+        job.group_columns = group_columns;
+        job.num_planes = num_planes;
+        job.num_rows = tiles.num_rows;
+        job.panel_begin = unit.panel_begin;
+        job.panel_end = unit.panel_end;
+        kernel(job);
+    });
 }
 
 }  // namespace trix

@@ -9,29 +9,32 @@
 
 namespace trix {
 
-/// How x meets the ternary weights: the attributes activation_bits (32: as it is; 8: quantised to int8) and
-/// group_size (of the columns that share a scale where activation_bits is 8; 0: all).
+/// How x meets the ternary weights: the attributes activation_bits (24: as exact as float32; 8) and
+/// group_size (of the columns that share a scale; 0: all).
 class Activations {
   public:
     static constexpr const char* kBitsAttribute = "activation_bits";
     static constexpr const char* kGroupAttribute = "group_size";
-    static constexpr std::int64_t kBitsDefault = 32;
-    static constexpr std::int64_t kGroupDefault = 0;
+    static constexpr std::int64_t kBitsDefault = 24;
+    static constexpr std::int64_t kGroupDefault = 128;
+
+    /// The defaults.
+    Activations() : bits_(kBitsDefault), group_size_(kGroupDefault) {}
 
     explicit Activations(const KernelInfo& info);
 
-    bool is_int8() const { return bits_ == 8; }
+    std::size_t num_planes() const { return bits_ == 8 ? 1 : 3; }
 
     /// Columns that share a scale, a multiple of 16: 128, or num_columns rounded up.
     std::size_t group_columns(std::size_t num_columns) const;
-
-    /// Rejects more columns than the int8 kernels can sum.
-    void check_columns(const TensorView& x) const;
 
   private:
     std::int64_t bits_;
     std::int64_t group_size_;
 };
+
+/// Rejects more columns than the kernels can sum.
+void check_columns(const TensorView& x);
 
 /// Matrices [E, N, K] in panels one after the other, and their row scales [E, N].
 struct TileMatrices {
@@ -40,10 +43,6 @@ struct TileMatrices {
     std::size_t num_rows;
     std::size_t num_columns;
 };
-
-/// As multiply_tiles, with x as it is, in float32.
-void multiply_float(const KernelContext& context, const float* x, const TileMatrices& tiles,
-                    const TokenGroups& groups, float* y);
 
 /// y[t, :] = tile of t times x[t, :], for the tokens of all groups. x [num_tokens, K], y [num_tokens, N].
 void multiply_tiles(const KernelContext& context, const Activations& activations, const float* x,

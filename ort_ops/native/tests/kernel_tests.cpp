@@ -116,99 +116,69 @@ std::pair<std::size_t, std::size_t> random_panels(const Product& p) {
     return {begin, begin + random_below(num_panels - begin + 1)};
 }
 
-// The contract of the float sum, written as directly as possible.
-float contract_dot(const float* x, const int* weight, std::size_t num_columns) {
-    float dot = 0.0f;
-    for (std::size_t begin = 0; begin < num_columns; begin += kGroupColumns) {
-        float group = 0.0f;
-        for (std::size_t k = begin; k < std::min(begin + kGroupColumns, num_columns); ++k)
-            group += x[k] * static_cast<float>(weight[k]);
-        dot += group;
-    }
-    return dot;
-}
-
-void test_product(const KernelVariant<TernaryTileMatMulKernel>& variant) {
-    for (int round = 0; round < 800; ++round) {
-        const Product p = product_of_round(round);
-        const bool has_specials = round % 4 == 3;
-        const auto [panel_begin, panel_end] = random_panels(p);
-        std::vector<float> y(p.num_tokens * p.num_rows, kUntouched);
-        variant.function({p.x.data(), p.panels.data(), p.row_scale.data(), p.token_idx.data(), y.data(),
-                          p.num_tokens, p.num_columns, p.num_rows, panel_begin, panel_end});
-        for (std::size_t t = 0; t < p.num_tokens; ++t) {
-            for (std::size_t n = 0; n < p.num_rows; ++n) {
-                const float got = y[t * p.num_rows + n];
-                if (n / kPanelRows < panel_begin || n / kPanelRows >= panel_end) {
-                    EXPECT(same(got, kUntouched), "%s wrote row %zu", variant.name, n);
-                    continue;
-                }
-                const float* x = p.x.data() + t * p.num_columns;
-                const int* weight = p.weight.data() + n * p.num_columns;
-                const float expected = p.row_scale[n] * contract_dot(x, weight, p.num_columns);
-                EXPECT(same(got, expected), "%s: T %zu N %zu K %zu token %zu row %zu: %a, not %a",
-                       variant.name, p.num_tokens, p.num_rows, p.num_columns, t, n, static_cast<double>(got),
-                       static_cast<double>(expected));
-                if (has_specials) continue;
-                double exact = 0, magnitude = 0;
-                for (std::size_t k = 0; k < p.num_columns; ++k) {
-                    exact += static_cast<double>(x[k]) * weight[k];
-                    magnitude += std::abs(static_cast<double>(x[k]) * weight[k]);
-                }
-                const double scale = std::abs(static_cast<double>(p.row_scale[n]));
-                const double error =
-                    std::abs(static_cast<double>(got) - exact * static_cast<double>(p.row_scale[n]));
-                const auto num_sums = static_cast<double>(kGroupColumns + p.num_columns / kGroupColumns + 2);
-                EXPECT(error <= num_sums * 0x1p-24 * magnitude * scale + 1e-30, "%s: K %zu error %g",
-                       variant.name, p.num_columns, error);
-            }
-        }
-    }
-}
-
 struct Quantised {
-    std::size_t group_columns, num_groups;
+    std::size_t group_columns, num_groups, num_planes;
     std::vector<std::int8_t> q;
     std::vector<float> scale;
     std::vector<std::int32_t> sum;
 };
 
-Quantised empty_quantised(const Product& p, bool has_groups) {
-    const std::size_t stride = ceil_div(p.num_columns, kBlockColumns) * kBlockColumns;
-    const std::size_t group_columns = has_groups ? kGroupColumns : std::max(stride, kBlockColumns);
-    const std::size_t num_groups = ceil_div(stride, group_columns);
-    return {group_columns, num_groups, std::vector<std::int8_t>(p.num_tokens * stride, 99),
-            std::vector<float>(p.num_tokens * num_groups, kUntouched),
-            std::vector<std::int32_t>(p.num_tokens * num_groups)};
+std::size_t row_stride(const Product& p) {
+    return ceil_div(p.num_columns, kBlockColumns) * kBlockColumns;
+}
+
+Quantised empty_quantised(const Product& p, bool has_groups, std::size_t num_planes) {
+    const std::size_t group_columns = has_groups ? kGroupColumns : std::max(row_stride(p), kBlockColumns);
+    const std::size_t num_groups = ceil_div(row_stride(p), group_columns);
+    const std::size_t num_scales = p.num_tokens * num_groups * num_planes;
+    return {group_columns,
+            num_groups,
+            num_planes,
+            std::vector<std::int8_t>(p.num_tokens * num_planes * row_stride(p), 99),
+            std::vector<float>(num_scales, kUntouched),
+            std::vector<std::int32_t>(num_scales)};
 }
 
 // The contract of the quantiser, written as directly as possible.
-Quantised reference_quantised(const Product& p, bool has_groups) {
-    Quantised result = empty_quantised(p, has_groups);
-    const std::size_t stride = ceil_div(p.num_columns, kBlockColumns) * kBlockColumns;
+Quantised reference_quantised(const Product& p, bool has_groups, std::size_t num_planes) {
+    Quantised result = empty_quantised(p, has_groups, num_planes);
+    const float levels = num_planes == 1 ? 127.0f : 127.0f * (65536 + 256 + 1);
     std::fill(result.q.begin(), result.q.end(), std::int8_t{0});
     for (std::size_t t = 0; t < p.num_tokens; ++t) {
         for (std::size_t g = 0; g < result.num_groups; ++g) {
             const std::size_t begin = g * result.group_columns;
             const std::size_t end = std::min(begin + result.group_columns, p.num_columns);
+            const float* x = p.x.data() + t * p.num_columns;
             float m = 0.0f;
             bool is_finite = true;
             for (std::size_t k = begin; k < end; ++k) {
-                is_finite = is_finite && std::isfinite(p.x[t * p.num_columns + k]);
-                m = std::max(m, std::abs(p.x[t * p.num_columns + k]));
+                is_finite = is_finite && std::isfinite(x[k]);
+                m = std::max(m, std::abs(x[k]));
             }
-            float& scale = result.scale[t * result.num_groups + g];
-            std::int32_t& sum = result.sum[t * result.num_groups + g];
-            scale = is_finite ? 0.0f : kNan;
-            sum = 0;
-            const float inverse = 127.0f / m;
-            if (!is_finite || !std::isfinite(inverse)) continue;
-            scale = m / 127.0f;
-            for (std::size_t k = begin; k < end; ++k) {
-                const float value = std::nearbyint(p.x[t * p.num_columns + k] * inverse);
-                EXPECT(std::abs(value) <= 127.0f, "%a", static_cast<double>(value));
-                result.q[t * stride + k] = static_cast<std::int8_t>(value);
-                sum += static_cast<std::int32_t>(value);
+            const bool is_zero = !is_finite || m < 0x1p-100f;
+            const auto scaled = [&](float value) {
+                if (num_planes == 1) return static_cast<double>(value * (levels / m));
+                return static_cast<double>(value) * (static_cast<double>(levels) / static_cast<double>(m));
+            };
+            const std::size_t place = (t * result.num_groups + g) * num_planes;
+            for (std::size_t plane = 0; plane < num_planes; ++plane) {
+                const float weight = std::pow(256.0f, static_cast<float>(num_planes - 1 - plane));
+                result.scale[place + plane] = !is_finite ? kNan : is_zero ? 0.0f : m / levels * weight;
+                result.sum[place + plane] = 0;
+            }
+            for (std::size_t k = begin; k < end && !is_zero; ++k) {
+                auto rest = static_cast<std::int32_t>(std::nearbyint(scaled(x[k])));
+                EXPECT(std::abs(static_cast<double>(rest) * static_cast<double>(m / levels) -
+                                static_cast<double>(x[k])) <=
+                           static_cast<double>(m) * (num_planes == 1 ? 0.5001 / 127 : 0x1p-23),
+                       "K %zu: %a of %a", p.num_columns, static_cast<double>(x[k]), static_cast<double>(m));
+                for (std::size_t plane = num_planes; plane-- > 0;) {
+                    const std::int32_t digit = plane == 0 ? rest : ((rest % 256 + 384) % 256) - 128;
+                    EXPECT(digit >= -128 && digit <= 127, "%d", digit);
+                    result.q[(t * num_planes + plane) * row_stride(p) + k] = static_cast<std::int8_t>(digit);
+                    result.sum[place + plane] += digit;
+                    rest = (rest - digit) / 256;
+                }
             }
         }
     }
@@ -220,15 +190,18 @@ void test_quantise(const KernelVariant<QuantizeRowsKernel>& variant) {
         Product p = product_of_round(round);
         if (round % 5 == 0) {
             for (float& value : p.x)
-                value *= 1e-38f;  // groups that count as zeros, and some that just do not
+                value *= 0x1p-100f;  // groups that count as zeros, and some that just do not
         }
-        const Quantised expected = reference_quantised(p, round % 2 == 0);
-        Quantised got = empty_quantised(p, round % 2 == 0);
+        const std::size_t num_planes = round % 3 == 0 ? 1 : 3;
+        const Quantised expected = reference_quantised(p, round % 2 == 0, num_planes);
+        Quantised got = empty_quantised(p, round % 2 == 0, num_planes);
         const std::size_t split = random_below(p.num_tokens + 1);
-        variant.function({p.x.data(), got.q.data(), got.scale.data(), got.sum.data(), p.num_columns,
-                          got.group_columns, 0, split});
-        variant.function({p.x.data(), got.q.data(), got.scale.data(), got.sum.data(), p.num_columns,
-                          got.group_columns, split, p.num_tokens});
+        const auto run = [&](std::size_t begin, std::size_t end) {
+            variant.function({p.x.data(), got.q.data(), got.scale.data(), got.sum.data(), p.num_columns,
+                              got.group_columns, num_planes, begin, end});
+        };
+        run(0, split);
+        run(split, p.num_tokens);
         EXPECT(got.q == expected.q && got.sum == expected.sum, "%s: K %zu", variant.name, p.num_columns);
         for (std::size_t i = 0; i < got.scale.size(); ++i)
             EXPECT(same(got.scale[i], expected.scale[i]), "%s: K %zu scale %zu", variant.name, p.num_columns,
@@ -236,60 +209,93 @@ void test_quantise(const KernelVariant<QuantizeRowsKernel>& variant) {
     }
 }
 
-void test_int8_product(const KernelVariant<TernaryInt8MatMulKernel>& variant) {
-    for (int round = 0; round < 800; ++round) {
+// The contract of the product, written as directly as possible.
+float contract_value(const Product& p, const Quantised& x, std::size_t t, std::size_t n) {
+    float total = 0.0f;
+    for (std::size_t g = 0; g < x.num_groups; ++g) {
+        for (std::size_t plane = 0; plane < x.num_planes; ++plane) {
+            std::int32_t dot = 0;
+            for (std::size_t k = g * x.group_columns; k < std::min((g + 1) * x.group_columns, p.num_columns);
+                 ++k)
+                dot += x.q[(t * x.num_planes + plane) * row_stride(p) + k] * p.weight[n * p.num_columns + k];
+            total += static_cast<float>(dot) * x.scale[(t * x.num_groups + g) * x.num_planes + plane];
+        }
+    }
+    return p.row_scale[n] * total;
+}
+
+// As good as sums of float32: 3 roundings a group, and what the quantiser leaves out.
+void check_exactness(const Product& p, const Quantised& x, std::size_t t, std::size_t n, float got) {
+    double exact = 0, bound = 1e-30, magnitude = 0;
+    for (std::size_t g = 0; g < x.num_groups; ++g) {
+        double largest = 0, count = 0;
+        for (std::size_t k = g * x.group_columns; k < std::min((g + 1) * x.group_columns, p.num_columns);
+             ++k) {
+            const auto value = static_cast<double>(p.x[t * p.num_columns + k]);
+            const int w = p.weight[n * p.num_columns + k];
+            exact += value * w;
+            magnitude += std::abs(value * w);
+            count += w != 0 ? 1 : 0;
+            largest = std::max(largest, std::abs(value));
+        }
+        bound += count * largest * 0x1p-23;
+    }
+    bound += 2.0 * static_cast<double>(3 * x.num_groups + 2) * 0x1p-24 * magnitude;
+    const auto scale = static_cast<double>(p.row_scale[n]);
+    const double error = std::abs(static_cast<double>(got) - exact * scale);
+    EXPECT(error <= bound * std::abs(scale), "K %zu: error %g, bound %g", p.num_columns, error,
+           bound * std::abs(scale));
+}
+
+void test_product(const KernelVariant<TernaryMatMulKernel>& variant) {
+    for (int round = 0; round < 1200; ++round) {
         const Product p = product_of_round(round);
-        Quantised x = reference_quantised(p, round % 2 == 0);
-        const std::size_t stride = ceil_div(p.num_columns, kBlockColumns) * kBlockColumns;
-        if (round % 7 == 0) {  // the largest sums that there can be
-            const auto extreme = static_cast<std::int8_t>(round % 2 == 0 ? 127 : -127);
-            for (std::size_t t = 0; t < p.num_tokens; ++t) {
-                std::fill_n(x.q.begin() + static_cast<std::ptrdiff_t>(t * stride), p.num_columns, extreme);
-                for (std::size_t g = 0; g < x.num_groups; ++g) {
-                    const std::size_t count = std::min(x.group_columns, p.num_columns - g * x.group_columns);
-                    x.sum[t * x.num_groups + g] = extreme * static_cast<std::int32_t>(count);
-                }
+        const std::size_t num_planes = round % 3 == 0 ? 1 : 3;
+        Quantised x = reference_quantised(p, round % 2 == 0, num_planes);
+        const bool is_extreme = round % 7 == 0;
+        if (is_extreme) {  // the largest sums that there can be
+            const auto value = static_cast<std::int8_t>(round % 2 == 0 ? 127 : -128);
+            for (std::size_t row = 0; row < p.num_tokens * num_planes; ++row)
+                std::fill_n(x.q.begin() + static_cast<std::ptrdiff_t>(row * row_stride(p)), p.num_columns,
+                            value);
+            for (std::size_t i = 0; i < x.sum.size(); ++i) {
+                const std::size_t begin = i / num_planes % x.num_groups * x.group_columns;
+                x.sum[i] =
+                    value * static_cast<std::int32_t>(std::min(x.group_columns, p.num_columns - begin));
             }
         }
         const auto [panel_begin, panel_end] = random_panels(p);
         std::vector<float> y(p.num_tokens * p.num_rows, kUntouched);
         variant.function({x.q.data(), x.scale.data(), x.sum.data(), p.panels.data(), p.row_scale.data(),
                           p.token_idx.data(), y.data(), p.num_tokens, p.num_columns, x.group_columns,
-                          p.num_rows, panel_begin, panel_end});
+                          num_planes, p.num_rows, panel_begin, panel_end});
         for (std::size_t t = 0; t < p.num_tokens; ++t) {
             for (std::size_t n = 0; n < p.num_rows; ++n) {
-                float total = 0.0f;
-                for (std::size_t g = 0; g < x.num_groups; ++g) {
-                    std::int32_t dot = 0;
-                    for (std::size_t k = g * x.group_columns;
-                         k < std::min((g + 1) * x.group_columns, p.num_columns); ++k)
-                        dot += x.q[t * stride + k] * p.weight[n * p.num_columns + k];
-                    total += static_cast<float>(dot) * x.scale[t * x.num_groups + g];
-                }
                 const bool is_named = n / kPanelRows >= panel_begin && n / kPanelRows < panel_end;
-                const float expected = is_named ? p.row_scale[n] * total : kUntouched;
+                const float expected = is_named ? contract_value(p, x, t, n) : kUntouched;
                 const float got = y[t * p.num_rows + n];
                 EXPECT(same(got, expected), "%s: T %zu N %zu K %zu token %zu row %zu: %a, not %a",
                        variant.name, p.num_tokens, p.num_rows, p.num_columns, t, n, static_cast<double>(got),
                        static_cast<double>(expected));
+                if (is_named && num_planes == 3 && !is_extreme && round % 4 != 3)
+                    check_exactness(p, x, t, n, got);
             }
         }
     }
 }
 
 // The most columns that the contract allows, all products as large as can be.
-void test_longest_sum(const KernelVariant<TernaryInt8MatMulKernel>& variant) {
-    constexpr std::size_t kColumns = kMaxInt8Columns;
-    for (const int value : {127, -127}) {
-        const std::vector<std::int8_t> q(kColumns, static_cast<std::int8_t>(value));
-        const std::int32_t sum = value * static_cast<std::int32_t>(kColumns);
-        const std::vector<std::uint8_t> panels(panel_bytes(kColumns), 0xaa);  // all +1
+void test_longest_sum(const KernelVariant<TernaryMatMulKernel>& variant) {
+    for (const int value : {127, -128}) {
+        const std::vector<std::int8_t> q(kMaxColumns, static_cast<std::int8_t>(value));
+        const std::int32_t sum = value * static_cast<std::int32_t>(kMaxColumns);
+        const std::vector<std::uint8_t> panels(panel_bytes(kMaxColumns), 0xaa);  // all +1
         const std::vector<float> row_scale(kPanelRows, 1.0f);
         const float scale = 1.0f;
         const std::int64_t token = 0;
         std::vector<float> y(kPanelRows);
         variant.function({q.data(), &scale, &sum, panels.data(), row_scale.data(), &token, y.data(), 1,
-                          kColumns, kColumns, kPanelRows, 0, 1});
+                          kMaxColumns, kMaxColumns, 1, kPanelRows, 0, 1});
         for (const float got : y)
             EXPECT(same(got, static_cast<float>(sum)), "%s: %a", variant.name, static_cast<double>(got));
     }
@@ -383,8 +389,7 @@ void test_work_plan() {
         const TokenGroups groups = group_tokens(tile_idx.data(), num_tokens, num_tiles);
         const std::size_t num_panels = ceil_div(num_rows, kPanelRows);
         std::vector<int> visits(num_tokens * num_panels, 0);
-        for (const WorkUnit& unit :
-             plan_units(groups, num_rows, num_columns, round % 2 == 0 ? kFloatUnit : kInt8Unit)) {
+        for (const WorkUnit& unit : plan_units(groups, num_rows, num_columns, round % 2 == 0 ? 1 : 3)) {
             for (std::size_t i = unit.token_begin; i < unit.token_end; ++i) {
                 const auto token = static_cast<std::size_t>(groups.order[i]);
                 EXPECT(static_cast<std::size_t>(tile_idx[token]) == unit.tile, "token %zu", token);
@@ -398,14 +403,14 @@ void test_work_plan() {
 }
 
 void test_dispatch() {
-    EXPECT(choose_kernels("scalar").ternary_tile_matmul == ternary_tile_matmul_scalar, "scalar by name");
+    EXPECT(choose_kernels("scalar").ternary_matmul == ternary_matmul_scalar, "scalar by name");
     EXPECT(choose_kernels("scalar").signature_route == signature_route_scalar, "scalar by name");
     for (const char* unlimited : {static_cast<const char*>(nullptr), ""}) {
         const KernelTable table = choose_kernels(unlimited);
         EXPECT(cpu_supports(table.isa), "%s", isa_name(table.isa));
-        for (const auto& row : ternary_tile_matmul_variants()) {
+        for (const auto& row : ternary_matmul_variants()) {
             if (!cpu_supports(row.isa)) continue;
-            EXPECT(table.ternary_tile_matmul == row.function, "the first usable row, %s", row.name);
+            EXPECT(table.ternary_matmul == row.function, "the first usable row, %s", row.name);
             break;
         }
     }
@@ -442,10 +447,9 @@ void for_each_variant(KernelVariants<Function> variants, const Test& test) {
 }  // namespace
 
 int main() {
-    for_each_variant(ternary_tile_matmul_variants(), test_product);
     for_each_variant(quantize_rows_variants(), test_quantise);
-    for_each_variant(ternary_int8_matmul_variants(), test_int8_product);
-    for_each_variant(ternary_int8_matmul_variants(), test_longest_sum);
+    for_each_variant(ternary_matmul_variants(), test_product);
+    for_each_variant(ternary_matmul_variants(), test_longest_sum);
     for_each_variant(signature_route_variants(), test_route);
     test_panels();
     test_work_plan();
