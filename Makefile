@@ -12,7 +12,7 @@ CPP := find ort_ops/native -name '*.cpp' -o -name '*.hpp'
 IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format bench clean
+.PHONY: help setup demo test test-slow lint format bench screenshot clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,7 +37,7 @@ $(STAMP): pyproject.toml constraints.txt $(NATIVE) | $(BIN)/python
 
 demo: $(STAMP) ## Train a character model, export it to ONNX, let it write
 	$(BIN)/trix fit --config configs/char_lm.yaml
-	$(BIN)/trix export --ckpt runs/char_lm/best.ckpt --output runs/char_lm/model.onnx
+	$(BIN)/trix export --ckpt runs/char_lm --output runs/char_lm/model.onnx
 	$(BIN)/trix generate runs/char_lm/model.onnx --prompt "The "
 
 test: $(STAMP) ## Run the tests, without the full-length ones
@@ -60,6 +60,10 @@ format: $(STAMP) ## Mend what `make lint` can mend by itself
 
 bench: $(STAMP) ## Run all benchmarks (hours), or CASE=packed_matmul; record benchmarks/results
 	@set -e; for case in $(CASE); do $(BIN)/python benchmarks/run.py $$case; done
+
+screenshot: $(STAMP) ## Draw benchmarks/results/tensorboard.png: what a run of digits shows (needs Chromium)
+	@test -d runs/digits/version_0 || $(BIN)/trix fit --config configs/digits.yaml
+	$(BIN)/python benchmarks/screenshot.py runs/digits/version_0
 
 clean: ## Remove build products and caches (keeps .venv and runs)
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -20,16 +20,18 @@ training (trix COMMAND --help lists every option)
   validate    measure a checkpoint on the validation data
   test        measure a checkpoint on the test data (the validation data, where a data set has no other)
   predict     write the predictions of a checkpoint to a file
-reading
-  inspect     write one HTML page: what each tile of a checkpoint responds to, and what lands on it
+reading (CKPT: a checkpoint, or a run folder, which means its newest best.ckpt)
+  inspect     write one HTML page: what each tile of a checkpoint, or of an exported model, responds to
   why         print why each token went to its tile: winner, runner-up and what decided
   runs        list the runs below a folder: when, how long, losses, checkpoints
 editing
-  surgery     insert, freeze or unfreeze a signature of a checkpoint, into a new checkpoint
+  surgery     insert, freeze, unfreeze a signature or remove a tile of a checkpoint or exported model, into a new file
 deployment
   export      write a checkpoint as one ONNX file with packed ternary weights
   generate    continue a text with an exported model (needs no torch)
+  bench       measure how fast an exported model runs here, or run a benchmark of the source tree
   doctor      check the installation: versions, kernels, what is missing
+  completion  print a script that completes all this in bash, zsh or tcsh
 
 options
   -h, --help  show this help
@@ -38,19 +40,20 @@ options
 examples
   trix fit --config configs/char_lm.yaml
   trix fit --config configs/char_lm.yaml --trainer.max_steps 100 --print_config
-  trix fit --config configs/char_lm.yaml --ckpt_path runs/char_lm/last.ckpt
   trix fit --resume runs/char_lm
-  trix validate --config configs/char_lm.yaml --ckpt_path runs/char_lm/best.ckpt
-  trix inspect runs/char_lm/best.ckpt
-  trix why runs/char_lm/best.ckpt --prompt "The "
+  trix validate --config configs/char_lm.yaml --ckpt_path runs/char_lm/version_0/checkpoints/best.ckpt
+  trix inspect runs/char_lm
+  trix why runs/char_lm --prompt "The "
   trix runs --sort val/loss
-  trix surgery runs/char_lm/best.ckpt freeze --layer 1 --tile 3 --tag keep --output runs/char_lm/frozen.ckpt
-  trix export --ckpt runs/char_lm/best.ckpt --output runs/char_lm/model.onnx
+  trix surgery runs/char_lm freeze --layer 1 --tile 3 --tag keep --output frozen.ckpt
+  trix export --ckpt runs/char_lm --output runs/char_lm/model.onnx
   trix generate runs/char_lm/model.onnx --prompt "The "
+  trix bench runs/char_lm/model.onnx
+  trix completion bash > ~/.local/share/bash-completion/completions/trix
   trix doctor
 """
 TRAINING_COMMANDS = ("fit", "validate", "test", "predict")
-OTHER_COMMANDS = ("inspect", "why", "runs", "surgery", "export", "generate", "doctor")
+OTHER_COMMANDS = ("inspect", "why", "runs", "surgery", "export", "generate", "bench", "doctor", "completion")
 EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
 TRACEBACK_VARIABLE = "TRIX_TRACEBACK"
 
@@ -159,6 +162,14 @@ def _run_light(command: str, arguments: list[str]) -> int:
         from lightning_modules.commands.doctor import run_doctor
 
         return run_doctor(arguments)
+    if command == "bench":
+        from lightning_modules.commands.bench import run_bench
+
+        return run_bench(arguments)
+    if command == "completion":
+        from lightning_modules.commands.completion import run_completion
+
+        return run_completion(arguments)
     if command == "export":
         from lightning_modules.commands.export import run_export
 

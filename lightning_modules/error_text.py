@@ -98,7 +98,9 @@ def reason(message: str) -> str:
         return own[0]
     given = _GIVEN.search(message)  # the innermost comes first
     value = given["value"].strip() if given else ""
-    return f"must be of type {' or '.join(types)}, got {value!r}" if types else message
+    if types:
+        return f"must be of type {' or '.join(types)}, got {value!r}"
+    return f"must be keys and values, got {value!r}" if given else message
 
 
 def _last_key(message: str, end: int) -> str:

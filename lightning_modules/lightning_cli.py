@@ -1,6 +1,8 @@
 """``trix fit``, ``validate``, ``test`` and ``predict``: LightningCLI with strict keys and errors in one line."""
 
+import argparse
 import inspect
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -11,16 +13,20 @@ from typing import Any, NoReturn, get_args, get_type_hints
 import lightning as L
 import torch
 import yaml  # type: ignore[import-untyped]
+from jsonargparse import DefaultHelpFormatter, capture_parser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lightning_modules.callbacks import FreezingSchedule
+from lightning_modules.callbacks.last_checkpoint import LastCheckpoint
 from lightning_modules.callbacks.prediction_writer import PredictionWriter
 from lightning_modules.callbacks.random_state import RandomState
+from lightning_modules.callbacks.report_page import ReportPage
+from lightning_modules.callbacks.run_notebook import RunNotebook
 from lightning_modules.callbacks.run_record import RunRecord
-from lightning_modules.callbacks.run_report import RunReport, StepProgressBar
+from lightning_modules.callbacks.run_report import RunReport, StepProgressBar, relative_path
+from lightning_modules.callbacks.stability import StabilityMonitor
 from lightning_modules.data.digits import DigitsDataModule
 from lightning_modules.data.language_id import LanguageIdDataModule
 from lightning_modules.data.text import TextDataModule
@@ -28,6 +34,7 @@ from lightning_modules.error_text import one_line, reason, shorten_parser_error
 from lightning_modules.errors import UserError
 from lightning_modules.quiet import quiet_lightning
 from lightning_modules.resume import log_folder, with_resumed_run
+from lightning_modules.run_folder import best_checkpoint
 from lightning_modules.tasks import ClassifierTask, LanguageModelTask, RoutedTask, check_resumable, read_checkpoint
 from lightning_modules.whole_files import WholeFileCheckpointIO
 
@@ -37,9 +44,29 @@ DATA_MODULES = (TextDataModule, DigitsDataModule, LanguageIdDataModule)
 RESUME_HELP = (
     "--resume RUN goes on from the last checkpoint of a run folder, or from one file, as the run's own configuration says"
 )
+CKPT_EXAMPLE = "--ckpt_path runs/char_lm/version_0/checkpoints"
+EXAMPLES = {
+    "fit": [
+        "fit --config configs/char_lm.yaml",
+        "fit --config configs/char_lm.yaml --trainer.max_steps 100 --print_config",
+        f"fit --config configs/char_lm.yaml {CKPT_EXAMPLE}/last.ckpt",
+        "fit --resume runs/char_lm",
+    ],
+    "validate": [f"validate --config configs/char_lm.yaml {CKPT_EXAMPLE}/best.ckpt"],
+    "test": [f"test --config configs/digits.yaml {CKPT_EXAMPLE.replace('char_lm', 'digits')}/best.ckpt"],
+    "predict": [f"predict --config configs/char_lm.yaml {CKPT_EXAMPLE}/best.ckpt"],
+}
 EXIT_TERMINATED = 128 + signal.SIGTERM
 # What a task takes from its data.
 LINKED_PARAMETERS = ("vocabulary", "num_features", "num_classes", "class_names")
+
+
+def training_actions(command: str) -> list[argparse.Action]:
+    """The options of ``trix COMMAND``, for the completion."""
+    parser = capture_parser(lambda: TrixCLI([command], given=[]))
+    assert parser._subcommands_action is not None
+    of_command: TrixParser = parser._subcommands_action.choices[command]
+    return of_command._actions
 
 
 def run_training_command(arguments: list[str]) -> int:
@@ -52,10 +79,14 @@ def run_training_command(arguments: list[str]) -> int:
         try:
             TrixCLI(with_resumed_run(arguments), given=arguments)
         except SIGTERMException:
+            print("trix: terminated", file=sys.stderr)
             return EXIT_TERMINATED
-        except (MisconfigurationException, ValueError, OSError) as error:
-            if isinstance(error, UserError):
-                raise
+        except UserError:
+            raise
+        except OSError as error:
+            place = "" if error.filename is None else f"{relative_path(os.fsdecode(error.filename))}: "
+            raise UserError(one_line(f"{place}{error.strerror or error}")) from error
+        except (MisconfigurationException, ValueError) as error:
             raise UserError(one_line(error)) from error
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise UserError(one_line(f"out of memory: {error}")) from error
@@ -74,11 +105,15 @@ class RunConfigSaver(SaveConfigCallback):
             super().setup(trainer, pl_module, stage)
 
 
+class HelpWithExamples(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """jsonargparse's, which leaves the lines of the examples as they are."""
+
+
 class TrixParser(LightningArgumentParser):
     """Without abbreviations; it raises errors in place of printing its usage and leaving."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
-        super().__init__(*args, **settings, allow_abbrev=False)
+        super().__init__(*args, **(settings | {"formatter_class": HelpWithExamples}), allow_abbrev=False)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise ParserError(message) from ex
@@ -115,10 +150,11 @@ class TrixCLI(LightningCLI):
             save_config_callback=RunConfigSaver,
             save_config_kwargs={"overwrite": True},
             parser_class=TrixParser,
-            parser_kwargs={"prog": "trix", "fit": {"epilog": RESUME_HELP}},
+            parser_kwargs={"prog": "trix", **{command: {"epilog": _epilog(command)} for command in EXAMPLES}},
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(ReportPage, "report")
         for name in LINKED_PARAMETERS:
             parser.link_arguments("data", f"model.init_args.{name}", compute_fn=_attribute(name), apply_on="instantiate")
 
@@ -144,11 +180,13 @@ class TrixCLI(LightningCLI):
         settings["weights_only"] = True
         # Kept back until the classes are made: LightningCLI would let the checkpoint override the configuration in silence.
         self._checkpoint_path = settings["ckpt_path"]
+        if self._checkpoint_path is not None and self.config["subcommand"] != "fit":
+            self._checkpoint_path = str(best_checkpoint(Path(self._checkpoint_path)))
         settings["ckpt_path"] = None
 
     def before_instantiate_classes(self) -> None:
         if self._checkpoint_path is None and self.subcommand != "fit":
-            raise UserError(f"`trix {self.subcommand}` needs a checkpoint: --ckpt_path FILE")
+            raise UserError(f"`trix {self.subcommand}` needs a checkpoint: --ckpt_path RUN")
 
     def instantiate_classes(self) -> None:
         try:
@@ -176,7 +214,11 @@ class TrixCLI(LightningCLI):
             else:
                 settings["enable_progress_bar"] = False
         if self.subcommand == "fit":
-            callbacks += [RunReport(), self._record, RandomState()]
+            callbacks += [RunReport(), self._record, RandomState(), RunNotebook()]
+            if not any(isinstance(callback, StabilityMonitor) for callback in callbacks):
+                callbacks.append(StabilityMonitor())
+            if config["enable_checkpointing"] is not False and not config["fast_dev_run"]:
+                callbacks.append(LastCheckpoint())
         else:
             settings["logger"] = False  # what these commands find is printed or written to a file
         if self.subcommand == "predict" and not any(isinstance(callback, PredictionWriter) for callback in callbacks):
@@ -189,8 +231,9 @@ class TrixCLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         # All that can be checked is checked here, before the logger makes its folder.
         for callback in self._callbacks:
-            if isinstance(callback, FreezingSchedule):
-                callback.check_network(self.model)
+            check = getattr(callback, "check_network", None)
+            if check is not None:
+                check(self.model)
         self.model.check_data(self.datamodule)
         if self.subcommand == "fit":
             self.model.make_optimizer(self.trainer.max_steps)
@@ -206,6 +249,11 @@ class TrixCLI(LightningCLI):
                 text = str(error)
                 raise UserError(text if self._checkpoint_path in text else f"{self._checkpoint_path}: {text}") from error
             self.config_init[self.subcommand]["ckpt_path"] = self._checkpoint_path
+
+
+def _epilog(command: str) -> str:
+    examples = "examples:\n" + "\n".join(f"  trix {example}" for example in EXAMPLES[command])
+    return f"{RESUME_HELP}\n\n{examples}" if command == "fit" else examples
 
 
 def _attribute(name: str) -> Callable[[Any], Any]:
@@ -254,6 +302,7 @@ def _known_keys() -> set[str]:
         f"trainer.{key}" for key in inspect.signature(L.Trainer).parameters
     }
     keys |= {f"model.{key}" for task in TASKS for key in _parameters(task)}
+    keys |= {f"report.{key}" for key in _parameters(ReportPage)}
     keys |= {f"data.{key}" for kind in DATA_MODULES for key in _parameters(kind)}
     project_callbacks = [kind for kind in _subclasses(Callback) if kind.__module__.startswith("lightning_modules.")]
     return keys | {f"trainer.callbacks.{key}" for kind in project_callbacks for key in _parameters(kind)}

@@ -1,6 +1,7 @@
 """Keep what Lightning says about itself out of the way, so that what the run says can be read."""
 
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -22,7 +23,9 @@ _ROUTINE_MESSAGES = (
     "You are using the plain ModelCheckpoint",
     "\nDetected KeyboardInterrupt",
     "`Trainer(",
+    "Received SIGTERM",
 )
+_RANK = re.compile(r"^\[rank: \d+\] ")
 _ROUTINE_WARNINGS = (
     r".*does not have many workers",  # batches are made in place, from memory
     r".*Checkpoint directory .* exists and is not empty",  # a new run replaces the files, as its configuration says
@@ -38,7 +41,7 @@ _ROUTINE_WARNINGS = (
 
 class _RoutineFilter(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith(_ROUTINE_MESSAGES)
+        return not _RANK.sub("", record.getMessage()).startswith(_ROUTINE_MESSAGES)
 
 
 @contextmanager

@@ -1,10 +1,9 @@
 """``trix fit --resume RUN``: which checkpoint of a run to go on from, and with which configuration.
 
-A run is a folder with checkpoints, in it or in its ``checkpoints``, as :class:`ModelCheckpoint` writes them; the folder of the
-logs, with ``config.yaml``, is beside them or around them.
+A run is a folder RUN with a ``version_N`` for each time it was started: there are its logs, its ``config.yaml`` and, in
+``checkpoints``, what it wrote. Where ModelCheckpoint has a ``dirpath`` the checkpoints may be beside the logs.
 """
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,12 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_modules.errors import UserError
+from lightning_modules.run_folder import CHECKPOINTS_NAME, LAST, checkpoints, version
 from lightning_modules.tasks.checkpoint import check_resumable, read_checkpoint
 from lightning_modules.tasks.routed_task import CheckpointError
 
 CONFIG_NAME = "config.yaml"
 OPTION = "--resume"
-_LAST = re.compile(r"last(-v\d+)?\.ckpt")
-_VERSION = re.compile(r"version_(\d+)")
 
 
 def with_resumed_run(arguments: list[str]) -> list[str]:
@@ -34,7 +32,7 @@ def with_resumed_run(arguments: list[str]) -> list[str]:
         return arguments
     command, *rest = rest
     if command != "fit":
-        raise UserError(f"{OPTION} is for `trix fit`; `trix {command}` takes --ckpt_path FILE")
+        raise UserError(f"{OPTION} is for `trix fit`; `trix {command}` takes --ckpt_path RUN")
     options = {argument.split("=")[0] for argument in rest}
     if "--ckpt_path" in options:
         raise UserError(f"{OPTION} and --ckpt_path both name where to go on: only one may be given")
@@ -59,10 +57,10 @@ def find_checkpoint(run: Path) -> tuple[Path, dict[str, Any]]:
         return run, _resumable(run)
     if not run.is_dir():
         raise UserError(f"{OPTION} {run}: there is no such run folder or checkpoint")
-    candidates = _checkpoints(run)
+    candidates = sorted(checkpoints(run), key=lambda path: not LAST.fullmatch(path.name))  # stable: each kind from new to old
     if not candidates:
         raise UserError(f"{OPTION} {run}: the folder holds no checkpoint (*.ckpt)")
-    problems = [] if _LAST.fullmatch(candidates[0].name) else [f"{run} holds no last.ckpt"]
+    problems = [] if LAST.fullmatch(candidates[0].name) else [f"{run} holds no last.ckpt"]
     for path in candidates:
         try:
             checkpoint = _resumable(path)
@@ -85,8 +83,8 @@ def log_folder(path: Path, checkpoint: Mapping[str, Any]) -> Path | None:
     if isinstance(name, str) and name:
         places = [path.parent / Path(name).name, Path(name)]  # a run folder may have been moved as a whole
     else:
-        places = sorted(path.parent.glob("version_*"), key=_version, reverse=True)
-    if path.parent.name == "checkpoints":
+        places = sorted(path.parent.glob("version_*"), key=version, reverse=True)
+    if path.parent.name == CHECKPOINTS_NAME:
         places.append(path.parent.parent)
     return next((place for place in places if (place / CONFIG_NAME).is_file()), None)
 
@@ -103,20 +101,6 @@ def _taken_out(arguments: list[str]) -> tuple[str | None, list[str]]:
         if not run or run.startswith("--"):
             raise UserError(f"{OPTION} needs a run folder or a checkpoint: {OPTION} RUN")
     return run, rest
-
-
-def _checkpoints(run: Path) -> list[Path]:
-    """last.ckpt first, then the others, each kind from new to old; those of one version_N only where `run` has none itself."""
-    own = [*run.glob("*.ckpt"), *run.glob("checkpoints/*.ckpt")]
-    versions = sorted(run.glob("version_*"), key=_version, reverse=True)
-    groups = [own, *(list(version.glob("checkpoints/*.ckpt")) for version in versions)]
-    found = next((group for group in groups if group), [])
-    return sorted(found, key=lambda path: (bool(_LAST.fullmatch(path.name)), path.stat().st_mtime_ns, path.name), reverse=True)
-
-
-def _version(folder: Path) -> int:
-    match = _VERSION.fullmatch(folder.name)
-    return int(match[1]) if match else -1
 
 
 def _resumable(path: Path) -> dict[str, Any]:

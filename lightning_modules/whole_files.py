@@ -1,13 +1,14 @@
 """Files that are written whole or not at all: one that is there stays as it was until the new one is complete."""
 
 import io
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from typing_extensions import override
+
+from lightning_modules.whole_bytes import write_whole as write_whole
 
 
 class WholeFileCheckpointIO(TorchCheckpointIO):
@@ -25,23 +26,8 @@ def save_whole(value: object, path: Path) -> None:
     """torch.save to `path`, by way of a file beside it that takes its place at the end.
 
     Raises:
-        OSError: the file cannot be written; what was at `path` is as it was.
+        OSError: the file cannot be written; what was at `path` is as it was. It names `path`.
     """
     content = io.BytesIO()  # written by torch itself, a full disk would be a RuntimeError about something else
     torch.save(value, content)
     write_whole(content.getbuffer(), path)
-
-
-def write_whole(content: bytes | memoryview, path: Path) -> None:
-    """Write bytes to `path`, by way of a file beside it that takes its place at the end; the folder is made.
-
-    Raises:
-        OSError: as :func:`save_whole`.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

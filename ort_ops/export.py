@@ -23,13 +23,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ort_ops import schema
-from ort_ops.file_format import describe_size, encode_array, to_properties
+from ort_ops.file_format import LayerRecord, describe_size, encode_array, to_properties
 from ort_ops.functions import ONNX_OPSET, fallback_functions, register_schemas
 from ort_ops.library import LibraryNotFoundError, session_options
 from ort_ops.panels import to_panels
 from ort_ops.parity import Parity, compare, selection_gap
 from trix.functional.packing import CODES_PER_BYTE, unpack_ternary
-from trix.nn import Classifier, LanguageModel, pack_model, routed_layers
+from trix.nn import Classifier, LanguageModel, RoutedLayer, SparseLookupFFN, pack_model, routed_layers
+from trix.routing import SignatureRouter
 
 ONNX_IR_VERSION = 9  # the newest that onnxruntime 1.17 reads
 MAX_RELATIVE_DIFFERENCE = 1e-4
@@ -141,6 +142,7 @@ def _export(
     if output.is_dir():
         raise ExportError(f"the output ({output}) must be a file, it is a folder")
     output = output.resolve()  # a link stays, the file that it names is replaced
+    check_finite(model)
     model = copy.deepcopy(model).to(device="cpu", dtype=torch.float32).eval()
     proto = _to_onnx(pack_model(copy.deepcopy(model)), input_name, held_out[:2], dynamic_axes)
     if fallback:
@@ -153,6 +155,17 @@ def _export(
         with suppress(FileNotFoundError):
             temporary.unlink()
     return report
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raises ExportError, which names the parameter or buffer, where a value is NaN or infinite."""
+    for name, value in model.state_dict().items():
+        is_bad = ~value.isfinite() if isinstance(value, Tensor) and value.is_floating_point() else None
+        if is_bad is not None and bool(is_bad.any()):
+            num_nan, num_bad = int(value.isnan().sum()), int(is_bad.sum())
+            raise ExportError(
+                f"weight {name} must be finite: of {value.numel()} values {num_nan} are NaN, {num_bad - num_nan} infinite"
+            )
 
 
 def _to_onnx(
@@ -247,6 +260,11 @@ def _write_verified(
         "config": asdict(model.config),
         "float32_bytes": sum(parameter.numel() for parameter in model.parameters()) * 4,
         "reference": _reference(held_out[:1], expected),
+        "layers": [
+            asdict(_layer_record(layer, layer.router))
+            for layer in routed_layers(model)
+            if isinstance(layer.router, SignatureRouter)
+        ],
     }
     _save(proto, metadata, path)
     onnx.checker.check_model(str(path), full_check=True)
@@ -259,6 +277,19 @@ def _write_verified(
         )
     _save(proto, metadata | {"export_parity": asdict(parity) | {"used_library": used_library}}, path)
     return ExportReport(parity, used_library, path.stat().st_size, metadata["float32_bytes"])
+
+
+def _layer_record(layer: RoutedLayer, router: SignatureRouter) -> LayerRecord:
+    claims = layer.claims.count_EC if isinstance(layer, SparseLookupFFN) and layer.claims.count_EC.any() else None
+    return LayerRecord(
+        kind=type(layer).__name__,
+        source=router.source,
+        step=int(layer.surgery_log.step),
+        frozen=router.is_frozen_E.nonzero().flatten().tolist(),
+        has_mass=router.log_mass_E.nonzero().flatten().tolist(),
+        history=layer.get_surgery_history(),
+        claims=None if claims is None else claims.tolist(),
+    )
 
 
 def _run_torch(model: LanguageModel | Classifier, held_out: Tensor) -> _Expected:

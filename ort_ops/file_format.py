@@ -1,19 +1,73 @@
 """What an exported file says about itself, beside the graph: JSON values in the ONNX metadata, under one prefix.
 
-Keys: format, task, config, float32_bytes, reference (an example with torch's answer), export_parity; and by task vocabulary
-and context_length, or class_names.
+Keys: format, task, config, float32_bytes, reference (an example with torch's answer; after surgery on the file with its own, by
+onnxruntime), export_parity, layers (one :class:`LayerRecord` per layer routed by signatures); and by task vocabulary and
+context_length, or class_names.
 """
 
 import base64
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 FORMAT_VERSION = 1
+BY_ONNXRUNTIME = "onnxruntime"  # the value of reference["by"] where the answer is not torch's
 _PREFIX = "trix."
+
+
+@dataclass
+class LayerRecord:
+    """What the graph does not say of a layer that is routed by signatures.
+
+    kind: its class. source: of its signatures, ``explicit`` or ``emergent``. step: the training batches it has seen. frozen:
+    tiles whose signature is held. has_mass: tiles whose gates a merger or a split has changed. history: its surgery, in order;
+    an entry with ``file`` "onnx" was done to the exported file. claims: the labels counted per tile, [E, C], where it counts.
+    """
+
+    kind: str = "unknown"
+    source: str = "unknown"
+    step: int = 0
+    frozen: list[int] = field(default_factory=list)
+    has_mass: list[int] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    claims: list[list[int]] | None = None
+
+
+def layer_records(metadata: Mapping[str, Any], num_layers: int) -> list[LayerRecord]:
+    """One per layer that is routed by signatures; empty ones from a file of before there were records.
+
+    Raises:
+        ValueError: they are not such records, or not as many as the file has layers.
+    """
+    values = metadata.get("layers")
+    if values is None:
+        return [LayerRecord() for _ in range(num_layers)]
+    if not isinstance(values, list) or len(values) != num_layers:
+        raise ValueError(f"metadata layers ({values!r:.40}) must be a list of {num_layers} layers routed by signatures")
+    return [_layer_record(value) for value in values]
+
+
+def _layer_record(value: Any) -> LayerRecord:
+    try:
+        record = LayerRecord(**value)
+    except TypeError as error:
+        names = ", ".join(part.name for part in fields(LayerRecord))
+        raise ValueError(f"metadata of a layer ({value!r:.40}) must have the keys {names}") from error
+    is_list = [
+        isinstance(tiles, list) and all(type(tile) is int for tile in tiles) for tiles in (record.frozen, record.has_mass)
+    ]
+    is_history = isinstance(record.history, list) and all(map(_is_operation, record.history))
+    if not all(is_list) or not is_history or type(record.step) is not int:
+        raise ValueError(f"metadata of a layer ({value!r:.40}) must hold lists of tiles, a history and a step")
+    return record
+
+
+def _is_operation(entry: Any) -> bool:
+    return isinstance(entry, dict) and type(entry.get("tile_idx")) is int and {"operation", "step", "tag"} <= entry.keys()
 
 
 def to_properties(metadata: Mapping[str, Any]) -> dict[str, str]:

@@ -8,6 +8,7 @@ the lowest bits first, each as the code w + 1 (0 to 2; 3 is reserved). Rows and 
 import numpy as np
 from numpy.typing import NDArray
 
+RESERVED_VALUE = 2  # what the reserved code reads as
 PANEL_ROWS, BLOCK_COLUMNS, BLOCK_BYTES = 32, 16, 128
 _SHIFTS = np.array([0, 2, 4, 6], dtype=np.uint8)
 
@@ -31,7 +32,14 @@ def to_panels(ternary: NDArray[np.integer]) -> NDArray[np.uint8]:
 
 
 def from_panels(panels: NDArray[np.uint8], num_rows: int, num_columns: int) -> NDArray[np.int8]:
-    """The inverse of :func:`to_panels`: int8 [..., N, K]; the reserved code reads as 2."""
+    """The inverse of :func:`to_panels`: int8 [..., N, K]; the reserved code reads as 2.
+
+    Raises:
+        ValueError: the panels are not those of N rows and K columns.
+    """
+    expected = (-(-num_rows // PANEL_ROWS), -(-num_columns // BLOCK_COLUMNS), BLOCK_BYTES)
+    if panels.shape[-3:] != expected:
+        raise ValueError(f"panels {panels.shape} must end in {expected} for {num_rows} rows and {num_columns} columns")
     *outer, num_panels, num_blocks, _ = panels.shape
     packed = np.moveaxis(panels.reshape(*outer, num_panels, num_blocks, PANEL_ROWS, 4), -2, -3)
     fields = (packed[..., None, :] >> _SHIFTS[:, None]) & 3

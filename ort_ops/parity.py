@@ -16,6 +16,7 @@ class Parity:
     routing_agreement: share of (token, layer) pairs sent to the same tiles; 1 without routed layers.
     num_near_ties: pairs whose last chosen and first unchosen tile score within SCORE_ROUNDING of each other.
     num_unexplained: pairs routed differently although no near tie stands there or in the same sequence at an earlier layer.
+    compared_with: whose answers were expected.
     """
 
     num_tokens: int
@@ -23,10 +24,12 @@ class Parity:
     routing_agreement: float = 1.0
     num_near_ties: int = 0
     num_unexplained: int = 0
+    compared_with: str = "torch"
 
     def __str__(self) -> str:
         return (
-            f"with torch on {self.num_tokens} held-out tokens: max relative difference {self.max_relative_difference:.1e}, "
+            f"with {self.compared_with} on {self.num_tokens} held-out tokens: "
+            f"max relative difference {self.max_relative_difference:.1e}, "
             f"routed the same {self.routing_agreement:.2%}, near ties {self.num_near_ties}"
         )
 

@@ -21,6 +21,7 @@ from trix.functional.ternary import threshold_ternary
 from trix.nn.ffn import TriXFFN
 from trix.nn.hierarchical import HierarchicalTriXFFN
 from trix.routing.router import SIGNATURE_THRESHOLD, SignatureRouter
+from trix.routing.surgery import SignatureSurgery
 
 ENTRY_MARGIN = 1.0
 ALL_TILES = -1  # the tile_idx in the history of an act on the whole layer
@@ -146,21 +147,33 @@ def reset_tile_state(optimizer: Optimizer, ffn: TriXFFN, tile_idx: int) -> None:
     That covers momentum and the moments of Adam; the count of steps belongs to the whole parameter and stays, so that Adam's
     first updates of the tile are up to (1 - beta1) / sqrt(1 - beta2) = 3.2 times its learning rate.
     """
-    for value in _tile_states(optimizer, ffn):
+    for value in _states(optimizer, tile_parameters(ffn)):
         value[tile_idx] = 0
+
+
+@torch.no_grad()
+def reset_signature_state(optimizer: Optimizer, layer: SignatureSurgery, tile_idx: int) -> None:
+    """Forget what the optimizer remembers of one tile's explicit signature, as :func:`reset_tile_state`, but of nothing else.
+
+    For a signature that was inserted, while the tile keeps its weights. An emergent one has no parameter of its own.
+    """
+    router = layer.router
+    if isinstance(router, SignatureRouter) and router.raw_signatures is not None:
+        for value in _states(optimizer, [router.raw_signatures]):
+            value[tile_idx] = 0
 
 
 @torch.no_grad()
 def copy_tile_state(optimizer: Optimizer, ffn: TriXFFN, source_idx: int, target_idx: int) -> None:
     """Let the optimizer remember of the target what it does of the source; see :func:`reset_tile_state`."""
-    for value in _tile_states(optimizer, ffn):
+    for value in _states(optimizer, tile_parameters(ffn)):
         value[target_idx] = value[source_idx]
 
 
-def _tile_states(optimizer: Optimizer, ffn: TriXFFN) -> list[Tensor]:
+def _states(optimizer: Optimizer, parameters: list[nn.Parameter]) -> list[Tensor]:
     return [
         value
-        for parameter in tile_parameters(ffn)
+        for parameter in parameters
         for value in optimizer.state.get(parameter, {}).values()
         if isinstance(value, Tensor) and value.shape == parameter.shape
     ]

@@ -3,6 +3,7 @@
 from typing import Any
 
 import lightning as L
+from torch import nn
 from typing_extensions import override
 
 from lightning_modules.errors import UserError
@@ -21,6 +22,17 @@ class ReclusterSchedule(L.Callback):
 
     Raises:
         ValueError: every_n_steps < 1. As the run starts, UserError: the network has no hierarchical layer.
+
+    Example::
+
+        model:
+          init_args:
+            network:
+              ffn: {kind: hierarchical}
+        trainer:
+          callbacks+:
+          - class_path: ReclusterSchedule
+            init_args: {every_n_steps: 50}
     """
 
     def __init__(self, every_n_steps: int = 100) -> None:
@@ -29,11 +41,15 @@ class ReclusterSchedule(L.Callback):
         self.every_n_steps = every_n_steps
         self._last_step = -1
 
+    def check_network(self, network: nn.Module) -> None:
+        """Raise UserError unless the network has a hierarchical layer."""
+        if not any(isinstance(layer, HierarchicalTriXFFN) for layer in routed_layers(network).values()):
+            raise UserError("ReclusterSchedule needs a layer of kind 'hierarchical', which the network has not")
+
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        is_there = any(isinstance(layer, HierarchicalTriXFFN) for layer in routed_layers(pl_module).values())
-        if stage == "fit" and not is_there:
-            raise UserError("ReclusterSchedule needs a layer of kind 'hierarchical', which the network has not")
+        if stage == "fit":
+            self.check_network(pl_module)
 
     @override
     def on_train_batch_end(

@@ -39,6 +39,13 @@ class DiversityMonitor(L.Callback):
 
     Raises:
         ValueError: threshold or min_difference outside [0, 1], every_n_steps < 1, max_weight <= 0, or another level.
+
+    Example::
+
+        trainer:
+          callbacks+:
+          - class_path: DiversityMonitor
+            init_args: {level: medium, threshold: 0.5, every_n_steps: 25}
     """
 
     def __init__(

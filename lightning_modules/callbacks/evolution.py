@@ -7,6 +7,7 @@ import lightning as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -89,6 +90,14 @@ class Evolution(L.Callback):
 
     Raises:
         UserError: as the run starts, where no layer is routed by signatures.
+
+    Example::
+
+        trainer:
+          callbacks+:
+          - class_path: Evolution
+            init_args:
+              policy: {every_n_steps: 50, stop_after: 400}
     """
 
     def __init__(self, policy: EvolutionPolicy = EvolutionPolicy()) -> None:
@@ -101,18 +110,24 @@ class Evolution(L.Callback):
         self._last_step = -1
         self._restored: dict[str, dict[str, torch.Tensor]] = {}
 
+    def check_network(self, network: nn.Module) -> None:
+        """Raise UserError unless a layer is routed by signatures."""
+        if not _evolving_layers(network):
+            raise UserError("Evolution needs a layer routed by signatures: routing 'explicit' or 'emergent'")
+
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage == "fit" and not _evolving_layers(pl_module):
-            raise UserError("Evolution needs a layer routed by signatures: routing 'explicit' or 'emergent'")
+        if stage == "fit":
+            self.check_network(pl_module)
         self._reset()  # a run before has nothing to do with this one; the state of a checkpoint comes after setup
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         for name, layer in _evolving_layers(pl_module).items():
             statistics = RoutingStatistics(layer.num_tiles)
-            for key, value in self._restored.get(name, {}).items():
-                setattr(statistics, key, value.clone())
+            if trainer.is_global_zero:  # they are those of all ranks
+                for key, value in self._restored.get(name, {}).items():
+                    setattr(statistics, key, value.clone())
             self._statistics[name] = statistics.to(pl_module.device)
             self._last_act.setdefault(name, [None] * layer.num_tiles)
 
@@ -125,7 +140,7 @@ class Evolution(L.Callback):
             return
         for name, statistics in self._statistics.items():
             info = outputs["routing"][name]
-            statistics.update(info["tile_idx"][info["weight"] != 0], info["scores"])
+            statistics.update(info["tile_idx"], info["weight"], info["scores"])
         # With gradients accumulated, several batches belong to one step.
         if step % policy.every_n_steps or step == self._last_step:
             return
@@ -153,10 +168,11 @@ class Evolution(L.Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        statistics = {
-            name: {key: value.clone() for key, value in metric.metric_state.items() if isinstance(value, torch.Tensor)}
-            for name, metric in self._statistics.items()
-        }
+        statistics = {}
+        for name, metric in self._statistics.items():
+            with metric.sync_context():  # on every rank, as Lightning asks each for its state
+                values = {key: value.clone() for key, value in metric.metric_state.items() if isinstance(value, torch.Tensor)}
+            statistics[name] = values
         last_act = {name: list(steps) for name, steps in self._last_act.items()}
         return {"statistics": statistics, "last_act": last_act, "last_step": self._last_step}
 
@@ -249,7 +265,7 @@ class _Look:
         self.acts.append(f"tile {tile_idx} re-seeded")
 
 
-def _evolving_layers(network: torch.nn.Module) -> dict[str, TriXFFN]:
+def _evolving_layers(network: nn.Module) -> dict[str, TriXFFN]:
     return {
         name: layer
         for name, layer in routed_layers(network).items()

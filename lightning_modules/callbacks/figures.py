@@ -1,10 +1,13 @@
 """Figures for TensorBoard: drawn on figures of their own, so pyplot's global state is never touched.
 
-Shape suffixes: E tiles, D model width, C classes.
+Shape suffixes: E tiles, D model width, C classes, T tokens, K chosen tiles.
 """
 
 import io
-from collections.abc import Mapping, Sequence
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import lightning as L
@@ -19,17 +22,25 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_modules.whole_files import write_whole
-from trix.introspection.plots import SIGNATURE_COLOURS, draw_claims, draw_signatures
+from trix.functional.signatures import pairwise_cosine
+from trix.introspection.plots import (
+    SIGNATURE_COLOURS,
+    draw_claims,
+    draw_routing,
+    draw_signatures,
+    draw_similarity,
+    printable,
+)
+from trix.outputs import RoutingInfo
 
 MAX_CLASSES_BY_LABEL = 32
+PAGE_WIDTH = 6.0  # inches; TensorBoard shows figures in columns of about 350 pixels
 
 
 def add_figure(trainer: L.Trainer, tag: str, figure: Figure) -> None:
     """Write the figure to each TensorBoard logger, at the present step; other loggers get nothing."""
-    if not trainer.is_global_zero:
-        return
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
+    for logger in tensorboard_loggers(trainer):
+        if trainer.is_global_zero:
             logger.experiment.add_figure(tag, figure, global_step=trainer.global_step, close=False)
 
 
@@ -39,19 +50,45 @@ def save_figure(trainer: L.Trainer, name: str, figure: Figure) -> None:
         return
     content = io.BytesIO()
     figure.savefig(content, format="png")
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
-            write_whole(content.getvalue(), Path(logger.log_dir) / name)
+    for logger in tensorboard_loggers(trainer):
+        write_whole(content.getvalue(), Path(logger.log_dir) / name)
+
+
+def tensorboard_loggers(trainer: L.Trainer) -> list[TensorBoardLogger]:
+    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
 
 
 def has_tensorboard(trainer: L.Trainer) -> bool:
-    return any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers)
+    return bool(tensorboard_loggers(trainer))
+
+
+class DrawingBudget:
+    """Says when to draw figures in a run, so that they take at most a share of its time, whatever a figure costs.
+
+    Args:
+        share: of the time, in (0, 1]. first_cost_s: what the first drawing is expected to take, in seconds.
+    """
+
+    def __init__(self, share: float = 0.01, first_cost_s: float = 0.5) -> None:
+        self.share, self._cost_s, self._last = share, first_cost_s, time.monotonic()
+
+    def is_due(self) -> bool:
+        """Whether enough time has passed since the last drawing, or since this object was made."""
+        return self._cost_s <= self.share * (time.monotonic() - self._last)
+
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Draw inside it: takes the time."""
+        start = time.monotonic()
+        yield
+        self._last = time.monotonic()
+        self._cost_s = self._last - start
 
 
 def signature_figure(signatures: Mapping[str, Tensor]) -> Figure:
     """A heat map [E, D] of -1, 0 and +1 for each layer, given its signatures in force."""
     heights = [0.9 + 0.11 * len(signature_ED) for signature_ED in signatures.values()]
-    figure, axes = _rows(heights, width=8.0)
+    figure, axes = _rows(heights, width=PAGE_WIDTH)
     for axis, (name, signature_ED) in zip(axes, signatures.items(), strict=True):
         draw_signatures(axis, signature_ED)
         axis.set(title=name, ylabel="tile")
@@ -61,23 +98,66 @@ def signature_figure(signatures: Mapping[str, Tensor]) -> Figure:
         Patch(facecolor=colour, edgecolor="#999999", label=f"{value:+d}" if value else "0")
         for value, colour in SIGNATURE_COLOURS.items()
     ]
-    figure.suptitle("Signatures of the tiles")
+    figure.suptitle("Signatures of the tiles", x=0.02, horizontalalignment="left")  # beside the legend
     figure.legend(handles=legend, loc="upper right", ncols=3, frameon=False)
     return figure
 
 
 def usage_figure(usage: Mapping[str, Tensor]) -> Figure:
     """Bars of the share of assignments that each tile gets, [E] for each layer, with the equal share as a line."""
-    figure, axes = _rows([1.7] * len(usage), width=8.0)
+    figure, axes = _rows([1.4] * len(usage), width=PAGE_WIDTH)
     for axis, (name, usage_E) in zip(axes, usage.items(), strict=True):
         num_tiles = len(usage_E)
         axis.bar(range(num_tiles), usage_E.cpu().numpy(), color="#4477aa")
         axis.axhline(1 / num_tiles, color="#cc3311", linewidth=1, linestyle="--", label=f"equal share, 1/{num_tiles}")
         axis.set(title=name, ylabel="share", xlim=(-0.6, num_tiles - 0.4))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.margins(y=0.3)  # room for the legend
     axes[0].legend(loc="upper right", frameon=False)
     axes[-1].set_xlabel("tile")
     figure.suptitle("Share of the tokens of the validation that each tile got")
+    return figure
+
+
+def similarity_figure(signatures: Mapping[str, Tensor]) -> Figure:
+    """For each layer the cosine of each pair of its signatures, given those in force [E, D]; layers side by side."""
+    num_columns = min(len(signatures), 2)
+    num_rows = math.ceil(len(signatures) / num_columns)
+    figure = Figure(figsize=(0.9 + 2.3 * num_columns, 0.6 + 2.4 * num_rows), dpi=80, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(num_rows, num_columns, squeeze=False).flatten()
+    for axis, (name, signature_ED) in zip(axes, signatures.items(), strict=False):
+        image = draw_similarity(axis, pairwise_cosine(signature_ED.float()))
+        axis.set_title(name)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.yaxis.set_major_locator(MaxNLocator(integer=True))
+    for axis in axes[len(signatures) :]:
+        axis.set_axis_off()
+    axes[0].set(xlabel="tile", ylabel="tile")
+    figure.colorbar(image, ax=list(axes), label="cosine", fraction=0.03)
+    figure.suptitle("Likeness of the signatures, tile by tile")
+    return figure
+
+
+def routing_figure(routing: Mapping[str, RoutingInfo], tokens: Sequence[str] | None) -> Figure:
+    """For each layer a heat map [E, T] of one sequence: the softmax of the scores, a dot on each tile that was used.
+
+    tokens: how the T tokens are written below; None numbers them.
+    """
+    num_tokens = max(len(info["tile_idx"]) for info in routing.values())
+    heights = [0.6 + 0.1 * info["scores"].shape[-1] for info in routing.values()]
+    figure, axes = _rows(heights, width=max(PAGE_WIDTH, 1.2 + 0.13 * num_tokens))
+    for axis, (name, info) in zip(axes, routing.items(), strict=True):
+        image = draw_routing(axis, info["scores"].softmax(dim=-1), info["tile_idx"], info["weight"] != 0)
+        axis.set(title=name, ylabel="tile", xticks=[])
+        axis.yaxis.set_major_locator(MaxNLocator(integer=True))
+    if tokens is None:
+        axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    else:
+        axes[-1].set_xticks(range(len(tokens)), [printable(token) for token in tokens])
+    axes[-1].set_xlabel("token")
+    figure.colorbar(image, ax=axes, label="softmax of the scores", fraction=0.02)
+    figure.suptitle("Where the first tokens of the validation went")
     return figure
 
 

@@ -21,6 +21,15 @@ class PredictionWriter(BasePredictionWriter):
 
     Args:
         output: the file; replaced whole, at the end.
+
+    ``trix predict`` adds one where the configuration has none.
+
+    Example::
+
+        trainer:
+          callbacks+:
+          - class_path: PredictionWriter
+            init_args: {output: predictions.pt}
     """
 
     def __init__(self, output: Path | str = "predictions.pt") -> None:

@@ -26,9 +26,12 @@ class RoutingStatistics(Metric):
         self.add_state("gap_sum", torch.zeros(()), dist_reduce_fx="sum")
         self.add_state("num_tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, tile_idx: Tensor, scores: Tensor) -> None:
-        """Take a batch into account: tile_idx int64 [..., K], scores float [..., E]."""
-        self.count_E += torch.bincount(tile_idx.reshape(-1), minlength=self.num_tiles)
+    def update(self, tile_idx: Tensor, weight: Tensor, scores: Tensor) -> None:
+        """Take a batch into account: tile_idx int64 and weight float [..., K], scores float [..., E].
+
+        An assignment of weight 0 (adaptive k) is none.
+        """
+        self.count_E += torch.bincount(tile_idx[weight != 0], minlength=self.num_tiles)
         best = scores.reshape(-1, self.num_tiles).float().topk(min(2, self.num_tiles), dim=-1).values
         self.gap_sum += (best[:, 0] - best[:, -1]).sum()
         self.num_tokens += len(best)
@@ -38,7 +41,7 @@ class RoutingStatistics(Metric):
 
         count: assignments per tile, int64 [E]. usage: their shares, float32 [E]. balance: min / max of usage.
         max_over_mean_load: 1 is even, E is collapse. entropy_nats: of usage. relative_entropy: entropy / log E (1 with one
-        tile). confidence: mean gap between the best two scores (0 with one tile).
+        tile). confidence: mean gap between the best two scores (0 with one tile). mean_k: assignments per token.
         """
         usage_E = self.count_E / self.count_E.sum().clamp_min(1)
         entropy = torch.special.entr(usage_E).sum()
@@ -52,4 +55,5 @@ class RoutingStatistics(Metric):
             "entropy_nats": entropy,
             "relative_entropy": torch.ones_like(entropy) if one_tile else entropy / math.log(self.num_tiles),
             "confidence": self.gap_sum / self.num_tokens.clamp_min(1),
+            "mean_k": self.count_E.sum() / self.num_tokens.clamp_min(1),
         }

@@ -26,9 +26,10 @@ PACKAGES = ("trix", "torch", "lightning", "numpy")
 class RunRecord(L.Callback):
     """Write environment.json and metrics.csv into the folder of the logs, where config.yaml is.
 
-    environment.json: the arguments of the command, the versions, the machine, the git commit of the working folder, the digests
-    of the data, and the checkpoint that the run goes on from. metrics.csv: all that is logged, written as it is logged; that of
-    a resumed run begins with the rows of the earlier one up to the checkpoint, so that it is whole.
+    environment.json: the arguments of the command, the working folder (from which relative paths in config.yaml count), its git
+    commit, the versions, the machine, the digests of the data, and the checkpoint that the run goes on from. metrics.csv: all
+    that is logged, written as it is logged; that of a resumed run begins with the rows of the earlier one up to the checkpoint,
+    so that it is whole.
 
     ``trix`` adds it to every ``fit``. A run without logs leaves neither, nor does a trial (fast_dev_run).
 
@@ -62,6 +63,7 @@ class RunRecord(L.Callback):
             datamodule: L.LightningDataModule | None = getattr(trainer, "datamodule", None)
             content = {
                 "arguments": self._arguments,
+                "folder": str(Path.cwd()),
                 "resumed_from": None if self._checkpoint_path is None else str(self._checkpoint_path),
                 **environment(),
                 "data": data_digests(datamodule),
@@ -102,6 +104,13 @@ class MetricsLogger(CSVLogger):
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         if (step, frozenset(metrics)) not in self._taken_over:
             super().log_metrics(metrics, step)
+
+    @override
+    def save(self) -> None:
+        try:
+            super().save()
+        except OSError as error:  # that of a full disk names no file
+            raise OSError(error.errno, error.strerror, str(Path(self.log_dir) / METRICS_NAME)) from error
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.utilities.model_summary.model_summary import get_human_readable_count
 from rich import get_console
 from typing_extensions import override
 
+from lightning_modules.callbacks.last_checkpoint import written_checkpoint
 from lightning_modules.routed_layers import routed_layers
 
 
@@ -56,19 +57,12 @@ class RunReport(L.Callback):
             end = f"max_steps ({trainer.max_steps})" if trainer.max_steps > 0 else f"max_epochs ({trainer.max_epochs})"
             text = f"nothing left to do: the run is at step {trainer.global_step} and ends at trainer.{end}"
             self._print(trainer, f"training     {text}")
-        for callback in trainer.checkpoint_callbacks:
-            if not isinstance(callback, ModelCheckpoint):
-                continue
-            if not callback.best_model_path and callback.last_model_path:  # too short for a validation
-                self._print(trainer, f"checkpoint   {_relative(callback.last_model_path)}")
-            if callback.best_model_path:
-                path = _relative(callback.best_model_path)
-                score = (
-                    f" ({callback.monitor} {float(callback.best_model_score):.4f})"
-                    if callback.best_model_score is not None
-                    else ""
-                )
-                self._print(trainer, f"checkpoint   {path}{score}")
+        written = written_checkpoint(trainer)
+        if written is not None:
+            path, chooser = written
+            best_score = None if chooser is None else chooser.best_model_score
+            score = "" if chooser is None or best_score is None else f" ({chooser.monitor} {float(best_score):.4f})"
+            self._print(trainer, f"checkpoint   {relative_path(str(path))}{score}")
 
     def _print(self, trainer: L.Trainer, text: str) -> None:
         if trainer.is_global_zero:
@@ -97,10 +91,11 @@ def _metrics_text(metrics: Mapping[str, float]) -> str:
 
 def _log_places(trainer: L.Trainer) -> list[str]:
     places = (getattr(logger, "log_dir", None) for logger in trainer.loggers)
-    return list(dict.fromkeys(_relative(place) for place in places if place))
+    return list(dict.fromkeys(relative_path(place) for place in places if place))
 
 
-def _relative(path: str) -> str:
+def relative_path(path: str) -> str:
+    """As short as it can be said from the working folder."""
     try:
         return str(Path(path).resolve().relative_to(Path.cwd()))
     except ValueError:

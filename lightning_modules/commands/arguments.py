@@ -6,6 +6,10 @@ from typing import Any, NoReturn
 
 from lightning_modules.errors import UserError
 
+CHECKPOINT_HELP = "a checkpoint written by `trix fit`, or a run folder: its newest best.ckpt"
+# What `trix completion` offers for an argument; shtab reads it from an action's attribute `complete`.
+FILE = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}
+
 
 class CommandParser(argparse.ArgumentParser):
     """argparse without abbreviations, whose errors are UserErrors that name the nearest option."""
@@ -14,7 +18,7 @@ class CommandParser(argparse.ArgumentParser):
         self._known_options: list[str] = []  # before argparse adds --help, while it is being made
         super().__init__(**settings, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
 
-    def add_argument(self, *names: str, **settings: Any) -> argparse.Action:
+    def add_argument(self, *names: str, **settings: Any) -> Any:  # an action, to which `complete` can be added
         action = super().add_argument(*names, **settings)
         self._known_options.extend(action.option_strings)
         return action

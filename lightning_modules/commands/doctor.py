@@ -38,7 +38,7 @@ class Finding:
 
 def run_doctor(arguments: list[str]) -> int:
     """Print the report; 0 where all that is required works, else 2."""
-    _parser().parse_strictly(arguments)
+    make_parser().parse_strictly(arguments)
     sections = {
         "system": system(),
         "required": required_packages(),
@@ -176,10 +176,10 @@ def _num_usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _parser() -> CommandParser:
+def make_parser() -> CommandParser:
     return CommandParser(
         prog="trix doctor",
         description="Print what is installed and what is missing, which kernels this CPU gets, and whether they compute what\n"
         "they should. Exit code 0 where all that is required works, else 2.",
-        epilog="example:\n  trix doctor",
+        epilog="examples:\n  trix doctor\n  TRIX_ORT_ISA=scalar trix doctor",
     )

@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_modules.commands.arguments import CommandParser
+from lightning_modules.commands.arguments import CHECKPOINT_HELP, FILE, CommandParser
 from lightning_modules.commands.checkpoint_data import make_labelled_data, make_text
 from lightning_modules.commands.output_file import check_output_file, output_folder
 from lightning_modules.errors import UserError
+from lightning_modules.run_folder import best_checkpoint
 
 if TYPE_CHECKING:
     from ort_ops.export import ExportReport
@@ -14,16 +15,14 @@ if TYPE_CHECKING:
 
 def run_export(arguments: list[str]) -> int:
     """Export, and print what was written and how it compares with torch on held-out data."""
-    options = _parser().parse_strictly(arguments)
-    output = Path(options.output)
-    check_output_file(output, Path(options.ckpt))
+    options = make_parser().parse_strictly(arguments)
+    ckpt, output = best_checkpoint(Path(options.ckpt)), Path(options.output)
+    check_output_file(output, ckpt)
     if options.held_out_tokens < 2:
         raise UserError(f"--held-out-tokens ({options.held_out_tokens}) must be >= 2")
     try:
         with output_folder(output.parent):
-            report = export_checkpoint(
-                options.ckpt, output, fallback=not options.no_fallback, held_out_tokens=options.held_out_tokens
-            )
+            report = export_checkpoint(ckpt, output, fallback=not options.no_fallback, held_out_tokens=options.held_out_tokens)
     except OSError as error:  # reading has errors of its own
         raise UserError(f"output {output} cannot be written: {error.strerror or error}") from error
     except ValueError as error:
@@ -64,14 +63,16 @@ def export_checkpoint(ckpt: Path | str, output: Path, fallback: bool, held_out_t
     )
 
 
-def _parser() -> CommandParser:
+def make_parser() -> CommandParser:
     parser = CommandParser(
         prog="trix export",
         description="Write a checkpoint as one ONNX file with packed ternary weights, and compare it with torch.",
-        epilog="example:\n  trix export --ckpt runs/char_lm/best.ckpt --output runs/char_lm/model.onnx",
+        epilog="examples:\n"
+        "  trix export --ckpt runs/char_lm --output runs/char_lm/model.onnx\n"
+        "  trix export --ckpt runs/char_lm/version_0/checkpoints/last.ckpt --output last.onnx",
     )
-    parser.add_argument("--ckpt", required=True, help="a checkpoint written by `trix fit`")
-    parser.add_argument("--output", required=True, help="the ONNX file to write")
+    parser.add_argument("--ckpt", required=True, help=CHECKPOINT_HELP).complete = FILE
+    parser.add_argument("--output", required=True, help="the ONNX file to write").complete = FILE
     parser.add_argument(
         "--no-fallback",
         action="store_true",

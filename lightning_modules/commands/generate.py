@@ -4,7 +4,7 @@ import sys
 import time
 from collections.abc import Iterator
 
-from lightning_modules.commands.arguments import CommandParser
+from lightning_modules.commands.arguments import FILE, CommandParser
 from lightning_modules.errors import UserError
 from ort_ops.file_format import describe_size
 from ort_ops.library import LibraryNotFoundError
@@ -13,7 +13,7 @@ from ort_ops.runtime import LanguageModelSession
 
 def run_generate(arguments: list[str]) -> int:
     """Write the prompt and its continuation to stdout as it comes; then speed, size and parity to stderr."""
-    options = _parser().parse_strictly(arguments)
+    options = make_parser().parse_strictly(arguments)
     try:
         session = _open(options.model, use_library=not options.no_library, num_threads=options.threads)
     except (ValueError, OSError) as error:
@@ -64,13 +64,14 @@ def _report(session: LanguageModelSession, num_generated: int, seconds: float) -
     print("", *lines, sep="\n", file=sys.stderr)
 
 
-def _parser() -> CommandParser:
+def make_parser() -> CommandParser:
     parser = CommandParser(
         prog="trix generate",
         description="Continue a text with an exported language model.",
-        epilog='example:\n  trix generate runs/char_lm/model.onnx --prompt "The " --temperature 0.5',
+        epilog='examples:\n  trix generate runs/char_lm/model.onnx --prompt "The "\n'
+        '  trix generate runs/char_lm/model.onnx --prompt "The " --num-tokens 500 --temperature 0.5 --seed 1',
     )
-    parser.add_argument("model", help="a file written by `trix export`")
+    parser.add_argument("model", help="a file written by `trix export`").complete = FILE
     parser.add_argument("--prompt", required=True, help="the text to continue")
     parser.add_argument("--num-tokens", type=int, default=200, help="how many characters to add (default: %(default)s)")
     parser.add_argument(

@@ -1,41 +1,56 @@
-"""``trix inspect``: one HTML page about a checkpoint, layer by layer and tile by tile."""
+"""``trix inspect``: one HTML page about a checkpoint or an exported model, layer by layer and tile by tile."""
 
 import functools
+from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_modules.commands.arguments import CommandParser
+from lightning_modules.commands.arguments import CHECKPOINT_HELP, FILE, CommandParser
 from lightning_modules.commands.checkpoint_data import held_out, load_task, make_labelled_data, make_text
 from lightning_modules.commands.output_file import check_output_file, output_folder
 from lightning_modules.errors import UserError
+from lightning_modules.run_folder import best_checkpoint
+from lightning_modules.whole_bytes import write_whole
 
 if TYPE_CHECKING:
     from lightning_modules.tasks import RoutedTask
 
+DEFAULT_TOKENS = 4096
+
 
 def run_inspect(arguments: list[str]) -> int:
     """Write the page, and print where it is."""
-    options = _parser().parse_strictly(arguments)
-    ckpt = Path(options.ckpt)
-    output = ckpt.parent / f"{ckpt.stem}.html" if options.output is None else Path(options.output)
-    check_output_file(output, ckpt)
-    if options.num_tokens < 1:
+    options = make_parser().parse_strictly(arguments)
+    model = best_checkpoint(Path(options.model))
+    output = model.parent / f"{model.stem}.html" if options.output is None else Path(options.output)
+    check_output_file(output, model)
+    if options.num_tokens is not None and options.num_tokens < 1:
         raise UserError(f"--num-tokens ({options.num_tokens}) must be >= 1")
-    task, checkpoint = load_task(options.ckpt, "inspect")
-    from lightning_modules.whole_files import write_whole
-
+    page = _page_maker(model, options)
     try:
         with output_folder(output.parent):
-            page = make_page(task, checkpoint, options.ckpt, options.num_tokens)
-            write_whole(page.encode(), output.resolve())  # a link stays, the file that it names is replaced
+            write_whole(page().encode(), output.resolve())  # a link stays, the file that it names is replaced
     except UserError:
         raise
     except ValueError as error:
-        raise UserError(f"{options.ckpt}: {error}") from error
+        raise UserError(f"{model}: {error}") from error
     except OSError as error:
         raise UserError(f"output {output} cannot be written: {error.strerror or error}") from error
     print(f"wrote   {output}  (open it in a browser)")
     return 0
+
+
+def _page_maker(model: Path, options: Namespace) -> Callable[[], str]:
+    """What makes the page; a checkpoint is read at once."""
+    if model.suffix.lower() == ".onnx":
+        from lightning_modules.commands.inspect_onnx import make_onnx_page
+
+        if options.num_tokens is not None:
+            raise UserError("--num-tokens belongs to a checkpoint: an exported model has no data but its own example")
+        return functools.partial(make_onnx_page, model)
+    task, checkpoint = load_task(str(model), "inspect")
+    return functools.partial(make_page, task, checkpoint, str(model), options.num_tokens or DEFAULT_TOKENS)
 
 
 def make_page(task: "RoutedTask", checkpoint: dict[str, Any], ckpt: str, num_tokens: int) -> str:
@@ -81,18 +96,24 @@ def make_page(task: "RoutedTask", checkpoint: dict[str, Any], ckpt: str, num_tok
     raise UserError(f"task ({task.task_name}) must be {LanguageModelTask.task_name} or {ClassifierTask.task_name}")
 
 
-def _parser() -> CommandParser:
+def make_parser() -> CommandParser:
     parser = CommandParser(
         prog="trix inspect",
-        description="Write one HTML page about a checkpoint: what each tile responds to, its usage, what lands on it.",
-        epilog="example:\n  trix inspect runs/char_lm/best.ckpt --output report.html",
+        description="Write one HTML page about a checkpoint: what each tile responds to, its usage, what lands on it.\n"
+        "Of an exported model (no torch needed): what it is, how it agrees with torch, its signatures and their history.",
+        epilog="examples:\n"
+        "  trix inspect runs/char_lm\n"
+        "  trix inspect runs/char_lm/version_0/checkpoints/last.ckpt --output report.html\n"
+        "  trix inspect runs/char_lm/model.onnx",
     )
-    parser.add_argument("ckpt", help="a checkpoint written by `trix fit`")
-    parser.add_argument("--output", help="the HTML file to write (default: beside the checkpoint, with the ending .html)")
+    parser.add_argument("model", metavar="MODEL", help=f"{CHECKPOINT_HELP}, or a file written by `trix export`").complete = FILE
+    parser.add_argument(
+        "--output", help="the HTML file to write (default: beside the checkpoint or model, with the ending .html)"
+    ).complete = FILE
     parser.add_argument(
         "--num-tokens",
         type=int,
-        default=4096,
-        help="measure on at most so many tokens of the validation data, in whole sequences (default: %(default)s)",
+        help="measure a checkpoint on at most so many tokens of the validation data, in whole sequences "
+        f"(default: {DEFAULT_TOKENS})",
     )
     return parser

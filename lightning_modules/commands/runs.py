@@ -47,7 +47,7 @@ class Run:
 
 def run_runs(arguments: list[str]) -> int:
     """Print the table, or the JSON."""
-    options = _parser().parse_strictly(arguments)
+    options = make_parser().parse_strictly(arguments)
     if options.descending and options.sort is None:
         raise UserError("--descending needs a metric to sort by: --sort METRIC")
     runs = find_runs(Path(options.folder))
@@ -201,7 +201,7 @@ def _joined(paths: Iterable[Path]) -> str:
     return " ".join(map(str, paths)) or "-"
 
 
-def _parser() -> CommandParser:
+def make_parser() -> CommandParser:
     parser = CommandParser(
         prog="trix runs",
         description="List the runs below a folder, in the order in which they began: last step, metrics, checkpoints.\n"

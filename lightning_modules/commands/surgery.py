@@ -1,15 +1,16 @@
-"""``trix surgery``: change one signature of a checkpoint, by the layer's own surgery, and write a new checkpoint."""
+"""``trix surgery``: change one signature, or remove one tile, of a checkpoint or an exported model, into a new file."""
 
 import copy
-import json
 from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_modules.commands.arguments import CommandParser
+from lightning_modules.commands.arguments import CHECKPOINT_HELP, FILE, CommandParser
 from lightning_modules.commands.checkpoint_data import load_task
 from lightning_modules.commands.output_file import check_output_file, output_folder
 from lightning_modules.errors import UserError
+from lightning_modules.run_folder import best_checkpoint
+from lightning_modules.signature_values import is_signs, read_signature
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,16 +18,19 @@ if TYPE_CHECKING:
     from lightning_modules.tasks import RoutedTask
     from trix.nn import RoutedLayer
 
-ACTIONS = ("insert", "freeze", "unfreeze")
-SIGNS = {"+": 1, "0": 0, "-": -1}
+ACTIONS = ("insert", "freeze", "unfreeze", "remove")
 
 
 def run_surgery(arguments: list[str]) -> int:
-    """Change the signature, write the checkpoint, read it again, and print what has changed."""
-    options = _parser().parse_strictly(_with_signature_attached(arguments))
-    ckpt, output = Path(options.ckpt), Path(options.output)
+    """Change the tile, write the new file, read it again, and print what has changed."""
+    options = make_parser().parse_strictly(_with_signature_attached(arguments))
+    ckpt, output = best_checkpoint(Path(options.model)), Path(options.output)
     _check_options(options, ckpt, output)
-    task, checkpoint = load_task(options.ckpt, "surgery")
+    if ckpt.suffix.lower() == ".onnx":
+        from lightning_modules.commands.surgery_onnx import run_onnx_surgery
+
+        return run_onnx_surgery(options, ckpt, output)
+    task, checkpoint = load_task(str(ckpt), "surgery")
     from lightning_modules.whole_files import save_whole
 
     try:
@@ -47,7 +51,7 @@ def run_surgery(arguments: list[str]) -> int:
     num_equal = len(checkpoint["state_dict"]) - len(changed)
     print(f"edited  layer {options.layer}, tile {options.tile}: {options.action}, tag {options.tag!r}")
     print(f"before  {_described(before)}")
-    print(f"after   {_described(after)}")
+    print("after   removed" if options.action == "remove" else f"after   {_described(after)}")
     print(f"changed {', '.join(changed)}")
     print(f"wrote   {output}  (read again: the edit stands, the other {num_equal} weights and buffers are equal)")
     return 0
@@ -72,8 +76,13 @@ def operate(layer: "RoutedLayer", options: Namespace) -> None:
         ValueError: what the layer says; or a tile is frozen that is frozen, or the other way round.
     """
     if options.action == "insert":
-        signature_D = read_signature(options.signature, layer.router.d_model)
+        import torch
+
+        signature_D = torch.tensor(read_signature(options.signature, layer.router.d_model))
         layer.insert_signature(options.tile, signature_D, freeze=not options.no_freeze, tag=options.tag)
+        return
+    if options.action == "remove":
+        layer.remove_tile(options.tile, tag=options.tag)
         return
     is_to_freeze = options.action == "freeze"
     if layer.is_frozen(options.tile) == is_to_freeze:
@@ -81,47 +90,6 @@ def operate(layer: "RoutedLayer", options: Namespace) -> None:
         raise ValueError(f"nothing to {options.action}: tile ({options.tile}) of layer ({options.layer}) is {state}")
     act = layer.freeze_signature if is_to_freeze else layer.unfreeze_signature
     act(options.tile, tag=options.tag)
-
-
-def read_signature(text: str, d_model: int) -> "Tensor":
-    """A signature [D], written as signs ("+0-") or named as a JSON file: D numbers, or positive_dims and negative_dims.
-
-    Raises:
-        UserError: the file cannot be read, or holds something else.
-    """
-    import torch
-
-    if set(text) <= set(SIGNS):
-        return torch.tensor([SIGNS[sign] for sign in text], dtype=torch.int8)
-    try:
-        content = json.loads(Path(text).read_text(encoding="utf-8"))
-    except OSError as error:
-        why = error.strerror or error
-        raise UserError(f"--signature ({text}) must be a row of +, 0 and -, or a file that can be read: {why}") from error
-    except ValueError as error:  # of JSON or of UTF-8
-        raise UserError(f"{text} must hold JSON: {error}") from error
-    if isinstance(content, dict):
-        return _from_dims(content, text, d_model)
-    if not isinstance(content, list) or not all(type(value) in (int, float) for value in content):
-        raise UserError(f"{text} must hold a list of numbers, or positive_dims and negative_dims")
-    return torch.tensor(content, dtype=torch.float64)
-
-
-def _from_dims(content: dict[str, Any], path: str, d_model: int) -> "Tensor":
-    import torch
-
-    signature_D = torch.zeros(d_model)
-    for name, sign in (("positive_dims", 1), ("negative_dims", -1)):
-        dims = content.get(name)
-        if not isinstance(dims, list) or not all(type(dim) is int for dim in dims):
-            raise UserError(f"{path}: {name} must be a list of integers")
-        for dim in dims:
-            if not 0 <= dim < d_model:
-                raise UserError(f"{path}: {name} ({dim}) must be >= 0 and < d_model ({d_model})")
-            if signature_D[dim] != 0:
-                raise UserError(f"{path}: {name} ({dim}) must not be named twice")
-            signature_D[dim] = sign
-    return signature_D
 
 
 def with_state_of(task: "RoutedTask", checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -195,7 +163,7 @@ def _with_signature_attached(arguments: list[str]) -> list[str]:
     """A signature may begin with "-", which would be taken for an option."""
     joined: list[str] = []
     for argument in arguments:
-        if joined and joined[-1] == "--signature" and argument and set(argument) <= set(SIGNS):
+        if joined and joined[-1] == "--signature" and argument and is_signs(argument):
             joined[-1] += f"={argument}"
         else:
             joined.append(argument)
@@ -210,23 +178,26 @@ def _check_options(options: Namespace, ckpt: Path, output: Path) -> None:
         raise UserError(f"{option} belongs to insert, not to {options.action}")
     check_output_file(output, ckpt)
     if output.exists():
-        raise UserError(f"output {output} must not exist yet: no checkpoint is replaced")
+        raise UserError(f"output {output} must not exist yet: no file is replaced")
 
 
-def _parser() -> CommandParser:
+def make_parser() -> CommandParser:
     parser = CommandParser(
         prog="trix surgery",
-        description="Change one signature of a checkpoint and write a new checkpoint, from which training can go on.\n"
-        "The change stands in the layer's surgery history; all else, the optimizer's memory too, is as it was.",
+        description="Change one signature, or remove one tile, of a checkpoint or of an exported model, and write a new file.\n"
+        "From a new checkpoint training can go on: all else in it, the optimizer's memory too, is as it was. An exported\n"
+        "model is edited without torch. The change stands in the layer's surgery history, and the new file is verified.",
         epilog="examples:\n"
-        "  trix surgery runs/digits/best.ckpt insert --layer 1 --tile 3 --signature loop.json --tag loops --output new.ckpt\n"
-        "  trix surgery runs/digits/best.ckpt freeze --layer 0 --tile 2 --tag keep --output new.ckpt",
+        "  trix surgery runs/digits insert --layer 1 --tile 3 --signature loop.json --tag loops --output new.ckpt\n"
+        "  trix surgery runs/digits freeze --layer 0 --tile 2 --tag keep --output new.ckpt\n"
+        "  trix surgery runs/digits/model.onnx remove --layer 0 --tile 5 --tag off --output new.onnx",
     )
-    parser.add_argument("ckpt", help="a checkpoint written by `trix fit`")
+    parser.add_argument("model", metavar="MODEL", help=f"{CHECKPOINT_HELP}, or a file written by `trix export`").complete = FILE
     parser.add_argument(
         "action",
         choices=ACTIONS,
-        help="insert: give the tile a signature and hold it; freeze: hold the present one; unfreeze: let it learn again",
+        help="insert: give the tile a signature and hold it; freeze: hold the present one; unfreeze: let it learn again; "
+        "remove: let no token go to the tile",
     )
     parser.add_argument("--layer", type=int, required=True, help="the routed layer, counted from 0")
     parser.add_argument("--tile", type=int, required=True, help="the tile, counted from 0")
@@ -234,8 +205,8 @@ def _parser() -> CommandParser:
         "--signature",
         help='one sign a dimension, as in "+0-", or a JSON file: a list of -1, 0 and 1, or {"positive_dims": [...], '
         '"negative_dims": [...]}',
-    )
+    ).complete = FILE
     parser.add_argument("--no-freeze", action="store_true", help="let learning go on from the inserted signature")
     parser.add_argument("--tag", required=True, help="a name for the surgery history")
-    parser.add_argument("--output", required=True, help="the checkpoint to write, a file that does not exist yet")
+    parser.add_argument("--output", required=True, help="the file to write, which does not exist yet").complete = FILE
     return parser

@@ -2,12 +2,14 @@
 
 from argparse import Namespace
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_modules.commands.arguments import CommandParser
+from lightning_modules.commands.arguments import CHECKPOINT_HELP, FILE, CommandParser
 from lightning_modules.commands.checkpoint_data import load_task, make_labelled_data
 from lightning_modules.commands.output_text import print_rich
 from lightning_modules.errors import UserError
+from lightning_modules.run_folder import best_checkpoint
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -18,7 +20,8 @@ if TYPE_CHECKING:
 
 SHADES = " .:*#"
 LEGEND = """\
-score       how well the token agrees with the tile's signature, with the tile's balance bias; the highest score wins
+tile        where the token went, best first; the runner-up is the best tile that it did not go to
+score       how well the token agrees with the tile's signature, with the tile's balance bias; the highest wins
 bias        how much of the difference of the two scores is balance bias, which training keeps to spread the load
 decided by  dimension:how much, for the dimensions that spoke most for the winner over the runner-up; over all dimensions,
             with the bias, they sum to the difference of the scores"""
@@ -26,8 +29,9 @@ decided by  dimension:how much, for the dimensions that spoke most for the winne
 
 def run_why(arguments: list[str]) -> int:
     """Print the table."""
-    options = _parser().parse_strictly(arguments)
+    options = make_parser().parse_strictly(arguments)
     _check_options(options)
+    options.ckpt = str(best_checkpoint(Path(options.ckpt)))
     task, checkpoint = load_task(options.ckpt, "why")
     inputs, tokens, subject = _example(task, checkpoint, options)
     positions = _positions(options, len(tokens))
@@ -136,7 +140,8 @@ def _print(header: str, explanations: Sequence["Explanation"], tokens: Sequence[
             if is_alone
             else (f"{e.runner_up_idx}", f"{e.runner_up_score:.2f}", f"{e.bias - e.runner_up_bias:+.2f}", decided)
         )
-        cells = (f"{e.token_idx}", tokens[e.token_idx], f"{e.tile_idx}", f"{e.score:.2f}", *rival)
+        chosen = " ".join(map(str, e.chosen or [e.tile_idx]))
+        cells = (f"{e.token_idx}", tokens[e.token_idx], chosen, f"{e.score:.2f}", *rival)
         table.add_row(*map(Text, cells))
 
     def draw(console: "Console") -> None:
@@ -157,14 +162,13 @@ def _check_options(options: Namespace) -> None:
         raise UserError(f"--last ({options.last}) must be >= 1")
 
 
-def _parser() -> CommandParser:
+def make_parser() -> CommandParser:
     parser = CommandParser(
         prog="trix why",
         description="Print, for each token, the tile it went to, the runner-up, their scores, and the dimensions that decided.",
-        epilog='examples:\n  trix why runs/char_lm/best.ckpt --prompt "The " --layer 2\n'
-        "  trix why runs/digits/best.ckpt --index 7",
+        epilog='examples:\n  trix why runs/char_lm --prompt "The " --layer 2\n  trix why runs/digits --index 7',
     )
-    parser.add_argument("ckpt", help="a checkpoint written by `trix fit`")
+    parser.add_argument("ckpt", metavar="CKPT", help=CHECKPOINT_HELP).complete = FILE
     parser.add_argument("--prompt", help="for a model of text: the text to ask about")
     parser.add_argument("--index", type=int, help="for a classifier of images: which of its validation images, counted from 0")
     parser.add_argument("--layer", type=int, default=0, help="the routed layer, counted from 0 (default: %(default)s)")

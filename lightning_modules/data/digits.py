@@ -3,6 +3,8 @@
 Shape suffixes: B batch, N images, T rows (8), D pixels of a row (8).
 """
 
+import hashlib
+
 import lightning as L
 import numpy as np
 import torch
@@ -36,7 +38,7 @@ class DigitsDataModule(L.LightningDataModule):
 
     Attributes:
         class_names: the ten digits as text, by label. num_features: pixels of a row, 8.
-        num_classes: 10.
+        num_classes: 10. images_sha256: digest of all images and labels.
 
     Raises:
         DataError: a value is out of range, or a split is smaller than the number of classes or than a batch.
@@ -62,6 +64,8 @@ class DigitsDataModule(L.LightningDataModule):
         self.class_names = tuple(str(name) for name in digits.target_names)
         self.num_classes = len(self.class_names)
         self.num_features = digits.images.shape[-1]
+        pixels, labels = digits.images.astype("<f4"), digits.target.astype("<i8")
+        self.images_sha256 = hashlib.sha256(pixels.tobytes() + labels.tobytes()).hexdigest()
         num_images = len(digits.target)
         num_validation = round(num_images * self._validation_fraction)
         for split, count in (("training", num_images - num_validation), ("validation", num_validation)):
@@ -79,7 +83,8 @@ class DigitsDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> ResumableLoader[ImageBatch]:
         """Whole batches of each epoch's permutation, resumable within an epoch."""
-        return permuted_loader(*self._train, "images", self.batch_size, self.seed, {}, self.trainer)
+        settings: dict[str, int | str] = {"images_sha256": self.images_sha256}
+        return permuted_loader(*self._train, "images", self.batch_size, self.seed, settings, self.trainer)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         """All validation images once, in order; the last batch may be smaller."""

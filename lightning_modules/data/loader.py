@@ -6,6 +6,7 @@ from typing import Any, Generic, TypeVar
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
@@ -131,10 +132,26 @@ def permuted_loader(
 
 
 def evaluation_loader(input_N: Tensor, target_N: Tensor, batch_size: int) -> DataLoader[tuple[Tensor, ...]]:
-    """Every (input, target) pair once, in order; the last batch may be smaller. Lightning shards it under ddp."""
+    """Every (input, target) pair once, in order; the last batch may be smaller.
+
+    Of several processes each takes every world_size-th pair, none twice: what is measured is what one process measures. All
+    have the same number of batches, for which batch_size grows a little where it must.
+    """
+    dataset = TensorDataset(input_N, target_N)
+    rank, world_size = rank_and_world_size()
+    sampler = None
+    if world_size > 1:
+        num_least, num_longer = divmod(len(dataset), world_size)
+        if num_least == 0:
+            raise DataError(f"number of processes ({world_size}) must be <= examples to evaluate ({len(dataset)})")
+        # One process would have a batch more than another, which must not wait for it.
+        while num_longer and num_least % batch_size == 0:
+            batch_size += 1
+        # Lightning's own, which it would put here for predictions only; else it repeats pairs to make the parts equal.
+        sampler = UnrepeatedDistributedSampler(dataset, world_size, rank, shuffle=False)
     # An iterator draws a seed. From a generator of its own, so that validating more or less often leaves the training as it is:
     # Lightning does not catch up on a validation that was due when the checkpoint was written.
-    return DataLoader(TensorDataset(input_N, target_N), batch_size=batch_size, generator=torch.Generator())
+    return DataLoader(dataset, batch_size=batch_size, sampler=sampler, generator=torch.Generator())
 
 
 def rank_and_world_size() -> tuple[int, int]:

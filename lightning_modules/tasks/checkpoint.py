@@ -1,6 +1,7 @@
 """Reading checkpoint files: as plain data (no code in a file is ever run), with an error that says what is wrong."""
 
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -59,11 +60,14 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error.strerror or error}") from error
     try:
+        damaged = _damaged_part(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of a strange pickle before it refuses it
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what torch.load raises for a file of another kind depends on its bytes
         raise CheckpointError(f"{path} is not a checkpoint that can be loaded safely (or it is cut short)") from error
+    if damaged is not None:
+        raise CheckpointError(f"{path} is damaged: the checksum of its part {damaged} is wrong")
     entry = checkpoint.get(CHECKPOINT_KEY) if isinstance(checkpoint, dict) else None
     if not isinstance(entry, dict) or not isinstance(entry.get("version"), int):
         raise CheckpointError(f"{path} was not written by `trix fit`: it has no entry {CHECKPOINT_KEY!r}")
@@ -80,6 +84,14 @@ def check_resumable(checkpoint: Mapping[str, Any]) -> None:
     for key in OPTIMIZER_PARTS:
         if key not in checkpoint:
             raise CheckpointError(f"the checkpoint holds no {key}, so no training can go on from it (save_weights_only: false)")
+
+
+def _damaged_part(path: Path) -> str | None:
+    """torch.load does not look at the checksums that torch.save writes."""
+    if not zipfile.is_zipfile(path):
+        return None
+    with zipfile.ZipFile(path) as archive:
+        return archive.testzip()
 
 
 def _check_parts(checkpoint: Mapping[str, Any], path: Path) -> None:

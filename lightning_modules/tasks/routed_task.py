@@ -1,5 +1,6 @@
 """What every task of routed networks shares: the step, the losses, the optimizer, what a checkpoint says about itself."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, TypedDict, TypeVar, cast
@@ -78,7 +79,7 @@ class RoutedTask(L.LightningModule, ABC):
         self.network = network
         self._make_optimizer = optimizer
         self._make_lr_scheduler = lr_scheduler
-        self.mean_loss = MeanMetric()
+        self.mean_loss = MeanMetric(nan_strategy=math.nan)  # what is not a number stays so: by default it would be left out
 
     def forward(self, x: Tensor) -> Tensor:
         """The logits."""
@@ -86,9 +87,10 @@ class RoutedTask(L.LightningModule, ABC):
 
     def training_step(self, batch: Batch) -> StepOutput:
         output, _, aux = self._step(batch)
-        self.log("train/loss", output["loss"], prog_bar=True)
+        # sync_dist: the mean over the processes, whose batches have the same size.
+        self.log("train/loss", output["loss"], prog_bar=True, sync_dist=True)
         if aux is not None:
-            self.log("train/aux_loss", aux["total_aux"])
+            self.log("train/aux_loss", aux["total_aux"], sync_dist=True)
             output["loss"] = output["loss"] + aux["total_aux"]
         return output
 

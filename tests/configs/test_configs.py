@@ -4,13 +4,19 @@ import re
 import shlex
 from pathlib import Path
 
+import lightning as L
 import pytest
+import yaml  # type: ignore[import-untyped]
+from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_modules.cli import main
 from lightning_modules.data import corpora
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))
+# What starts further processes; a run of two is tests/lightning_modules/test_scale_out.py.
+SEVERAL_PROCESSES = sorted((CONFIGS / "trainer").glob("*.yaml"))
+OF_ONE_PROCESS = [path for path in FILES if path not in SEVERAL_PROCESSES]
 
 
 def opening_command(path: Path) -> list[str]:
@@ -24,7 +30,7 @@ def test_there_are_configs() -> None:
     assert {"char_lm.yaml", "digits.yaml", "language_id.yaml"} <= {path.name for path in FILES}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(CONFIGS)))
+@pytest.mark.parametrize("path", OF_ONE_PROCESS, ids=lambda path: str(path.relative_to(CONFIGS)))
 def test_config_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = opening_command(path)
     assert str(path.relative_to(CONFIGS.parent)) in arguments
@@ -46,5 +52,31 @@ def test_experiments_keep_all_they_write_in_one_folder(
     small = ["--model.network.d_model=16", "--model.network.num_layers=1", "--data.batch_size=2"]
     assert main(["fit", "--config", str(CONFIGS / f"{name}.yaml"), "--trainer.max_steps=1", *interval, *small]) == 0
     assert [item.name for item in tmp_path.iterdir()] == ["runs"]
-    assert {item.name for item in (tmp_path / "runs" / name).iterdir()} == {"best.ckpt", "last.ckpt", "version_0"}
-    assert f"runs/{name}/best.ckpt" in capsys.readouterr().out
+    run = tmp_path / "runs" / name / "version_0"
+    assert {item.name for item in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert {item.name for item in run.iterdir()} >= {"config.yaml", "environment.json", "metrics.csv", "report.html"}
+    out = capsys.readouterr().out
+    assert f"checkpoint   runs/{name}/version_0/checkpoints/best.ckpt (val/" in out
+    assert out.endswith(f"report       runs/{name}/version_0/report.html\n")
+
+
+@pytest.mark.parametrize("path", SEVERAL_PROCESSES, ids=lambda path: path.name)
+def test_a_trainer_of_several_processes_can_be_made(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(CONFIGS.parent / text) if text.startswith("configs/") else text for text in opening_command(path)]
+    assert str(path) in arguments
+    stand_in = tmp_path / "stand_in.txt"
+    stand_in.write_text("The quick brown fox jumps over the lazy dog.\n" * 200)
+    monkeypatch.setattr(corpora, "fetch", lambda _file: stand_in)
+    monkeypatch.chdir(tmp_path)
+    assert main([*arguments, "--print_config"]) == 0
+    settings = yaml.safe_load(capsys.readouterr().out)["trainer"]
+    if settings["strategy"] == "fsdp":  # as far as it goes without a GPU
+        assert main([*arguments, "--trainer.accelerator=cpu", "--trainer.devices=2"]) == 2
+        assert "strategy `fsdp` requires a GPU accelerator" in capsys.readouterr().err
+        return
+    devices = 2 if settings["devices"] == -1 else settings["devices"]
+    trainer = L.Trainer(accelerator="cpu", strategy=settings["strategy"], devices=devices, num_nodes=settings["num_nodes"])
+    assert isinstance(trainer.strategy, DDPStrategy)
+    assert trainer.world_size == (16 if path.stem == "multi_node" else 2)

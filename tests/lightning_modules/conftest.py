@@ -46,11 +46,11 @@ def make_trainer(tmp_path: Path) -> MakeTrainer:
 
     def make(**arguments: Any) -> L.Trainer:
         defaults = {"max_steps": 2, "val_check_interval": 2, "num_sanity_val_steps": 0, "logger": False}
+        defaults |= {"enable_checkpointing": False}
         return L.Trainer(
             **(defaults | arguments),
             accelerator="cpu",
             default_root_dir=tmp_path,
-            enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
         )

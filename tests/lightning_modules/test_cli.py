@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_modules.cli import main
+from lightning_modules.cli import OTHER_COMMANDS, TRAINING_COMMANDS, main
 
 SMALL = """\
 model:
@@ -33,8 +33,10 @@ trainer:
     init_args: {save_dir: runs, name: small, default_hp_metric: false}
   callbacks:
   - class_path: ModelCheckpoint
-    init_args: {dirpath: runs/small, filename: best, monitor: val/loss, save_last: true, enable_version_counter: false}
+    init_args: {filename: best, monitor: val/loss}
 """
+CHECKPOINTS = "runs/small/version_0/checkpoints"
+BEST, LAST = f"{CHECKPOINTS}/best.ckpt", f"{CHECKPOINTS}/last.ckpt"
 
 
 @pytest.fixture
@@ -56,8 +58,7 @@ def test_top_help_and_version_are_light() -> None:
         "print([name for name in ('torch', 'lightning', 'numpy', 'onnxruntime') if name in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    commands = ("fit", "validate", "test", "predict", "inspect", "why", "runs", "surgery", "export", "generate", "doctor")
-    for command in commands:
+    for command in (*TRAINING_COMMANDS, *OTHER_COMMANDS):
         assert f"\n  {command} " in result.stdout
     assert result.stdout.splitlines()[-1] == "[]"
     assert result.stderr == "trix: error: unknown command 'fitt'; did you mean fit?\n"
@@ -73,46 +74,64 @@ def test_fit_then_validate_then_predict_then_resume(folder: Path, capfd: pytest.
     assert lines[3].startswith("step 3 ")
     assert lines[4].startswith("step 6 ")
     assert "val/loss" in lines[4]
-    assert lines[5].startswith("checkpoint   runs/small/best.ckpt (val/loss ")
-    assert len(lines) == 6
+    assert lines[5].startswith(f"checkpoint   {BEST} (val/loss ")
+    assert lines[6] == "report       runs/small/version_0/report.html"
+    assert len(lines) == 7
     assert err == ""
-    assert {"runs/small/best.ckpt", "runs/small/last.ckpt", "runs/small/version_0/config.yaml"} <= files(folder)
+    names = {str(path.relative_to(folder / "runs/small")) for path in (folder / "runs/small").iterdir()}
+    assert names == {"version_0"}
+    assert {BEST, LAST, "runs/small/version_0/config.yaml", "runs/small/version_0/report.html"} <= files(folder)
     assert not (folder / "lightning_logs").exists()
 
     before = files(folder)
-    assert main(["validate", "--config", "small.yaml", "--ckpt_path", "runs/small/best.ckpt"]) == 0
-    assert "val/perplexity" in capfd.readouterr().out
-    assert main(["predict", "--config", "small.yaml", "--ckpt_path", "runs/small/best.ckpt"]) == 0
+    assert main(["validate", "--config", "small.yaml", "--ckpt_path", BEST]) == 0
+    measured = capfd.readouterr().out
+    assert "val/perplexity" in measured
+    assert main(["validate", "--config", "runs/small/version_0/config.yaml", "--ckpt_path", "runs/small"]) == 0
+    assert capfd.readouterr().out == measured  # of a run folder, the best
+    assert main(["predict", "--config", "small.yaml", "--ckpt_path", "runs/small"]) == 0
     assert "wrote   predictions.pt: next_token [11, 8]" in capfd.readouterr().out
     assert files(folder) - before == {"predictions.pt"}
 
     # The run's own configuration starts the same run again; a checkpoint goes on where it was.
-    arguments = ["--trainer.max_steps", "8", "--ckpt_path", "runs/small/last.ckpt"]
+    arguments = ["--trainer.max_steps", "8", "--ckpt_path", LAST]
     assert main(["fit", "--config", "runs/small/version_0/config.yaml", *arguments]) == 0
     out, err = capfd.readouterr()
     assert "training     8 steps on cpu, going on after step 6" in out
     assert err.startswith("trix: warning: trainer.max_steps (8) differs from the checkpoint's (6)")
-    assert torch.load("runs/small/last.ckpt", weights_only=True)["global_step"] >= 6
+    last = torch.load(LAST.replace("version_0", "version_1"), weights_only=True)
+    assert last["global_step"] == 8  # the end, though no validation was due
 
 
 def test_a_finished_run_says_that_nothing_is_left_to_do(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", "--config", "small.yaml"]) == 0
     capfd.readouterr()
-    assert main(["fit", "--config", "small.yaml", "--ckpt_path", "runs/small/last.ckpt"]) == 0
+    assert main(["fit", "--config", "small.yaml", "--ckpt_path", LAST]) == 0
     lines = capfd.readouterr().out.splitlines()
     assert lines[0] == "training     nothing left to do: the run is at step 6 and ends at trainer.max_steps (6)"
 
 
 def test_a_run_without_a_validation_says_where_its_checkpoint_is(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", "--config", "small.yaml", "--trainer.max_steps", "2"]) == 0
-    assert capfd.readouterr().out.splitlines()[-1] == "checkpoint   runs/small/last.ckpt"
+    assert capfd.readouterr().out.splitlines()[-2] == f"checkpoint   {LAST}"
+    assert main(["validate", "--config", "small.yaml", "--ckpt_path", "runs/small"]) == 0
 
 
-def test_a_new_run_replaces_the_checkpoints_of_the_old(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_new_run_leaves_the_checkpoints_of_the_old(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--config", "small.yaml"]) == 0
+    content = {path: path.read_bytes() for path in folder.rglob("*.ckpt")}
+    assert {str(path.relative_to(folder)) for path in content} == {BEST, LAST}
+    assert main(["fit", "--config", "small.yaml"]) == 0
+    assert {path: path.read_bytes() for path in content} == content
+    assert {name.replace("version_1", "version_0") for name in files(folder) if name.endswith(".ckpt")} == {BEST, LAST}
+
+
+def test_a_run_without_logs_has_its_checkpoints_in_the_folder_of_the_trainer(folder: Path) -> None:
     for _ in range(2):
-        assert main(["fit", "--config", "small.yaml"]) == 0
-    assert {name for name in files(folder) if name.endswith(".ckpt")} == {"runs/small/best.ckpt", "runs/small/last.ckpt"}
-    assert (folder / "runs/small/version_1").is_dir()
+        options = ["--trainer.logger=false", "--trainer.default_root_dir=here"]
+        assert main(["fit", "--config", "small.yaml", *options]) == 0
+    assert {path.name for path in (folder / "here").rglob("*")} == {"checkpoints", "best.ckpt", "best-v1.ckpt", "last.ckpt"}
+    assert main(["validate", "--config", "small.yaml", "--ckpt_path", "here"]) == 0
 
 
 def test_print_config_shows_every_default(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -143,7 +162,9 @@ MISTAKES = {
     "--config unknown_key.yaml": r"unknown key 'trainer.max_stps'; did you mean max_steps\? \(in unknown_key.yaml, line 3\)",
     "--config unknown_class.yaml": r"unknown class 'DiversityMonitr'; did you mean DiversityMonitor\? \(in unknown_class.yaml",
     "--config unknown_argument.yaml": r"unknown key 'treshold'; did you mean threshold\? \(in unknown_argument.yaml, line 4\)",
-    "--config unknown_event.yaml": r"action must be one of 'freeze', 'unfreeze', got 'freze' \(in unknown_event.yaml, line 4\)",
+    "--config unknown_event.yaml": r"action must be one of 'insert', 'freeze', 'unfreeze', got 'freze' \(in unknown_event",
+    "--config no_condition.yaml": r"when must be keys and values, got 'val/loss' \(in no_condition.yaml, line 4\)",
+    "--config wrong_signature.yaml": r"insert tiles 0 of all layers at step 1: signature \(3,\) must have shape \(16,\)",
     "--config wrong_tile.yaml": r"tile \(99\) must be < num_tiles \(4\) of layer 0",
     "--trainer.max_step=3": r"unknown option '--trainer.max_step'; did you mean --trainer.max_steps\?",
     "--data.batchsize=3": r"unknown key 'batchsize'; did you mean batch_size\?",
@@ -190,10 +211,16 @@ def test_a_mistake_gives_one_line_and_leaves_nothing(arguments: str, folder: Pat
     (folder / "unknown_class.yaml").write_text(callback.format("DiversityMonitr", ""))
     (folder / "unknown_argument.yaml").write_text(callback.format("DiversityMonitor", "treshold: 0.3"))
     (folder / "unknown_event.yaml").write_text(
-        callback.format("FreezingSchedule", "events: [{action: freze, tiles: [0], step: 1}]")
+        callback.format("SurgerySchedule", "events: [{action: freze, tiles: [0], step: 1}]")
     )
     (folder / "wrong_tile.yaml").write_text(
-        callback.format("FreezingSchedule", "events: [{action: freeze, tiles: [99], step: 1}]")
+        callback.format("SurgerySchedule", "events: [{action: freeze, tiles: [99], step: 1}]")
+    )
+    (folder / "no_condition.yaml").write_text(
+        callback.format("SurgerySchedule", "events: [{action: freeze, tiles: [0], when: val/loss}]")
+    )
+    (folder / "wrong_signature.yaml").write_text(
+        callback.format("SurgerySchedule", "events: [{action: insert, tiles: [0], signature: +0-, step: 1}]")
     )
     (folder / "list.yaml").write_text("- 1\n")
     (folder / "binary.yaml").write_bytes(b"\xff\xfe\xf9")
@@ -215,7 +242,7 @@ def test_a_mistake_gives_one_line_and_leaves_nothing(arguments: str, folder: Pat
     [
         (["fit"], "the following arguments are required: fit.data, fit.model; a configuration file gives them: --config FILE"),
         (["--config", "small.yaml", "fit"], "the command must come first, got --config; see `trix --help`"),
-        (["validate", "--config", "small.yaml"], "`trix validate` needs a checkpoint: --ckpt_path FILE"),
+        (["validate", "--config", "small.yaml"], "`trix validate` needs a checkpoint: --ckpt_path RUN"),
     ],
 )
 def test_commands_are_checked(arguments: list[str], message: str, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -227,16 +254,16 @@ def test_a_checkpoint_of_another_network_leaves_nothing(folder: Path, capfd: pyt
     assert main(["fit", "--config", "small.yaml"]) == 0
     before = files(folder)
     capfd.readouterr()
-    arguments = ["--ckpt_path=runs/small/best.ckpt", "--model.network.d_model=32"]
+    arguments = [f"--ckpt_path={BEST}", "--model.network.d_model=32"]
     assert main(["fit", "--config", "small.yaml", *arguments]) == 2
-    expected = "runs/small/best.ckpt: network.d_model (32) must equal the checkpoint's (16)"
+    expected = f"{BEST}: network.d_model (32) must equal the checkpoint's (16)"
     assert capfd.readouterr().err == f"trix: error: {expected}\n"
     assert files(folder) == before
 
 
 def test_a_checkpoint_without_the_optimizer_cannot_be_resumed(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", "--config", "small.yaml"]) == 0
-    checkpoint = torch.load(folder / "runs/small/last.ckpt", weights_only=True)
+    checkpoint = torch.load(folder / LAST, weights_only=True)
     for key in ("callbacks", "optimizer_states", "lr_schedulers"):
         del checkpoint[key]
     torch.save(checkpoint, folder / "weights.ckpt")
@@ -249,19 +276,21 @@ def test_a_checkpoint_without_the_optimizer_cannot_be_resumed(folder: Path, capf
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert main(["fit", "--config", "small.yaml"]) == 0
-    content = (folder / "runs/small/last.ckpt").read_bytes()
+    keeper = "{class_path: ModelCheckpoint, init_args: {dirpath: kept, filename: best, enable_version_counter: false}}"
+    arguments = ["fit", "--config", "small.yaml", f"--trainer.callbacks=[{keeper}]"]
+    assert main(arguments) == 0
+    content = (folder / "kept/best.ckpt").read_bytes()
     capfd.readouterr()
 
     limit, hard_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(content) // 2, hard_limit))
     try:
-        assert main(["fit", "--config", "small.yaml"]) == 2
+        assert main(arguments) == 2
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard_limit))
-    assert capfd.readouterr().err == "trix: error: [Errno 27] File too large\n"
-    assert (folder / "runs/small/last.ckpt").read_bytes() == content
-    assert {path.name for path in (folder / "runs/small").iterdir() if path.is_file()} == {"best.ckpt", "last.ckpt"}
+    assert re.fullmatch(r"trix: error: kept/best.ckpt: File too large\n", capfd.readouterr().err)
+    assert (folder / "kept/best.ckpt").read_bytes() == content
+    assert [path.name for path in (folder / "kept").iterdir()] == ["best.ckpt"]
 
 
 def test_checkpoints_do_not_pass_through_the_temporary_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,7 +326,7 @@ def test_an_error_of_the_program_keeps_its_traceback(folder: Path, monkeypatch: 
 
 @pytest.mark.parametrize(
     ("sent", "code", "message"),
-    [(signal.SIGINT, 130, "trix: interrupted\n"), (signal.SIGTERM, 143, "[rank: 0] Received SIGTERM: 15\n")],
+    [(signal.SIGINT, 130, "trix: interrupted\n"), (signal.SIGTERM, 143, "trix: terminated\n")],
 )
 def test_a_signal_ends_the_run_without_success(sent: signal.Signals, code: int, message: str, folder: Path) -> None:
     command = [sys.executable, "-m", "lightning_modules.cli", "fit", "--config", "small.yaml", "--trainer.max_steps=100000"]

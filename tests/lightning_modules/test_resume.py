@@ -30,21 +30,29 @@ CLASSIFIER = {
     "class_path": "ClassifierTask",
     "init_args": {"network": {"d_model": 16, "num_layers": 2, "n_heads": 2, "context_length": 8, "ffn": FFN}},
 }
-EXPERIMENTS = {"language_model": (LANGUAGE_MODEL, TEXT), "digits": (CLASSIFIER, DIGITS)}
+LANGUAGES = {"class_path": "LanguageIdDataModule", "init_args": {"min_length": 120, "context_length": 8, "batch_size": 150}}
+EXPERIMENTS = {"language_model": (LANGUAGE_MODEL, TEXT), "digits": (CLASSIFIER, DIGITS), "languages": (CLASSIFIER, LANGUAGES)}
+RUN = Path("runs/small")
 
 
-def write_config(model: dict[str, Any], data: dict[str, Any], **trainer: Any) -> None:
-    """small.yaml: a checkpoint every four steps and at the end, a validation every five."""
+def write_config(model: dict[str, Any], data: dict[str, Any]) -> None:
+    """small.yaml: epochs of seven steps, a checkpoint every four, a validation every five, of which the worst is kept."""
     logger = {"class_path": "TensorBoardLogger", "init_args": {"save_dir": "runs", "name": "small"}}
-    keeper = {"dirpath": "runs/small", "filename": "{step}", "every_n_train_steps": 4, "save_top_k": -1, "save_last": True}
     callbacks = [
-        {"class_path": "ModelCheckpoint", "init_args": {**keeper, "enable_version_counter": False}},
+        {"class_path": "ModelCheckpoint", "init_args": {"filename": "best", "monitor": "val/loss", "mode": "max"}},
+        {"class_path": "ModelCheckpoint", "init_args": {"filename": "{step}", "every_n_train_steps": 4, "save_top_k": -1}},
         {"class_path": "DiversityMonitor", "init_args": {"every_n_steps": 3}},
         {"class_path": "RoutingMonitor", "init_args": {"figures": False}},
+        {"class_path": "ClaimMonitor"},
     ]
-    settings = {"accelerator": "cpu", "max_steps": 16, "val_check_interval": 5, "check_val_every_n_epoch": None}
-    settings |= {"log_every_n_steps": 2, "logger": logger, "callbacks": callbacks}
-    Path("small.yaml").write_text(yaml.safe_dump({"model": model, "data": data, "trainer": settings | trainer}))
+    trainer = {"accelerator": "cpu", "max_steps": 16, "val_check_interval": 5, "check_val_every_n_epoch": None}
+    trainer |= {"log_every_n_steps": 2, "logger": logger, "callbacks": callbacks}
+    content = {"model": model, "data": data, "trainer": trainer, "report": {"num_tokens": 0}}
+    Path("small.yaml").write_text(yaml.safe_dump(content))
+
+
+def checkpoint(name: str = "last", version: int = 0) -> Path:
+    return RUN / f"version_{version}/checkpoints/{name}.ckpt"
 
 
 @pytest.fixture
@@ -55,7 +63,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def weights(path: str = "runs/small/last.ckpt", step: int = 16) -> dict[str, torch.Tensor]:
+def weights(path: Path, step: int = 16) -> dict[str, torch.Tensor]:
     checkpoint = torch.load(path, weights_only=True)
     assert checkpoint["global_step"] == step
     return checkpoint["state_dict"]
@@ -73,24 +81,30 @@ def run_and_kill(step: int, moment: str = "step") -> None:
     assert result.returncode == -signal.SIGKILL, result.stderr
 
 
-@pytest.mark.parametrize(("name", "moment"), [("language_model", "step"), ("digits", "step"), ("digits", "checkpoint")])
+@pytest.mark.parametrize(
+    ("name", "moment"), [("language_model", "step"), ("digits", "step"), ("digits", "checkpoint"), ("languages", "step")]
+)
 def test_a_killed_run_goes_on_as_if_nothing_had_been(
     name: str, moment: str, folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     write_config(*EXPERIMENTS[name])
     assert main(["fit", "--config", "small.yaml"]) == 0
-    expected = weights()
+    expected, expected_best = weights(checkpoint()), weights(checkpoint("best"), 5)
     metrics = Path("runs/small/version_0/metrics.csv").read_text()
+    assert "claims/layer_1/mean_purity" in metrics
     shutil.rmtree("runs")
 
-    run_and_kill(11 if moment == "step" else 12, moment)  # after the checkpoint of step 8, in the middle of the second epoch
-    assert bool(list(Path("runs/small").glob(".*.partial"))) == (moment == "checkpoint")
+    # After the checkpoint of step 10, in the middle of the second epoch; of step 12, in that of step 12.
+    run_and_kill(12, moment)
+    assert bool(list(RUN.rglob(".*.partial"))) == (moment == "checkpoint")
     capfd.readouterr()
     assert main(["fit", "--resume", "runs/small"]) == 0
     out, err = capfd.readouterr()
-    assert "training     16 steps on cpu, going on after step 8\n" in out
+    assert "training     16 steps on cpu, going on after step 10\n" in out
+    assert f"checkpoint   {checkpoint('best', 1)} (val/loss " in out
     assert err == ""
-    assert differing(weights(), expected) == []
+    assert differing(weights(checkpoint(version=1)), expected) == []
+    assert differing(weights(checkpoint("best", 1), 5), expected_best) == []  # taken over
     assert Path("runs/small/version_1/metrics.csv").read_text() == metrics
     assert Path("runs/small/version_0/metrics.csv").read_text() != metrics
 
@@ -100,19 +114,26 @@ def test_dropout_makes_the_weights_depend_on_the_random_state(folder: Path, monk
     from lightning_modules.callbacks.random_state import RandomState
 
     assert main(["fit", "--config", "small.yaml"]) == 0
-    expected = weights()
-    assert main(["fit", "--resume", "runs/small/step=8.ckpt"]) == 0
-    assert differing(weights(), expected) == []
+    expected = weights(checkpoint())
+    assert main(["fit", "--resume", str(checkpoint("step=8"))]) == 0
+    assert differing(weights(checkpoint(version=1)), expected) == []
     monkeypatch.setattr(RandomState, "on_train_start", lambda *_: None)
-    assert main(["fit", "--resume", "runs/small/step=8.ckpt"]) == 0
-    assert differing(weights(), expected) != []
+    assert main(["fit", "--resume", str(checkpoint("step=8"))]) == 0
+    assert differing(weights(checkpoint(version=2)), expected) != []
 
 
 def test_how_often_is_validated_leaves_the_training_as_it_is(folder: Path) -> None:
     assert main(["fit", "--config", "small.yaml"]) == 0
-    expected = weights()
     assert main(["fit", "--config", "small.yaml", "--trainer.val_check_interval=3"]) == 0
-    assert differing(weights(), expected) == []
+    assert differing(weights(checkpoint(version=1)), weights(checkpoint())) == []
+
+
+def test_the_best_of_a_run_is_left_behind_by_one_that_goes_on_from_before_it(folder: Path) -> None:
+    assert main(["fit", "--config", "small.yaml"]) == 0
+    weights(checkpoint("best"), 5)
+    arguments = ["fit", "--resume", str(checkpoint("step=4")), "--trainer.max_steps=8", "--trainer.val_check_interval=8"]
+    assert main(arguments) == 0  # with a validation of its own at step 8 alone
+    weights(checkpoint("best", version=1), 8)
 
 
 def test_other_options_go_with_resume(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -122,30 +143,41 @@ def test_other_options_go_with_resume(folder: Path, capfd: pytest.CaptureFixture
     out, err = capfd.readouterr()
     assert "training     12 steps on cpu, going on after step 8" in out
     assert err.startswith("trix: warning: trainer.max_steps (12) differs from the checkpoint's (8)")
-    weights(step=12)
+    weights(checkpoint(version=1), step=12)
     # With a configuration of one's own the run's is not read.
     Path("runs/small/version_0/config.yaml").unlink()
-    assert main(["fit", "--resume", "runs/small/step=4.ckpt", "--config", "small.yaml", "--trainer.max_steps=5"]) == 0
+    arguments = ["--resume", str(checkpoint("step=4")), "--config", "small.yaml", "--trainer.max_steps=5"]
+    assert main(["fit", *arguments]) == 0
     assert "training     5 steps on cpu, going on after step 4" in capfd.readouterr().out
 
 
-def test_the_configuration_is_that_of_the_run_that_wrote_the_checkpoint(
-    folder: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_without_a_checkpoint_is_passed_over(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", "--config", "small.yaml", "--trainer.max_steps=4"]) == 0
     # A later run that ended before its first checkpoint.
     assert main(["fit", "--config", "small.yaml", "--trainer.max_steps=1", "--trainer.enable_checkpointing=false",
                  "--trainer.callbacks=[]", "--model.network.d_model=32"]) == 0  # fmt: skip
     assert Path("runs/small/version_1/config.yaml").is_file()
-    shutil.move("runs", "moved")  # the folder is known by its name beside the checkpoint
+    shutil.move("runs", "moved")
     capfd.readouterr()
     assert main(["fit", "--resume", "moved/small"]) == 0
     assert "nothing left to do: the run is at step 4 and ends at trainer.max_steps (4)" in capfd.readouterr().out
 
 
-def test_a_run_in_the_folders_of_lightning_is_resumed_too(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_checkpoints_beside_the_logs_are_gone_on_from_too(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    keeper = "{class_path: ModelCheckpoint, init_args: {dirpath: runs/small, save_last: true}}"
+    assert main(["fit", "--config", "small.yaml", f"--trainer.callbacks=[{keeper}]", "--trainer.max_steps=5"]) == 0
+    # A later run whose checkpoints are elsewhere.
+    keeper = keeper.replace("runs/small", "elsewhere")
+    assert main(["fit", "--config", "small.yaml", f"--trainer.callbacks=[{keeper}]", "--trainer.max_steps=2"]) == 0
+    shutil.move("runs", "moved")  # the folder of the logs is known by its name beside the checkpoint
+    capfd.readouterr()
+    assert main(["fit", "--resume", "moved/small"]) == 0
+    assert "nothing left to do: the run is at step 5 and ends at trainer.max_steps (5)" in capfd.readouterr().out
+
+
+def test_a_run_without_callbacks_is_resumed_too(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for max_steps in ("3", "4"):
-        changes = ["--trainer.logger=true", "--trainer.callbacks=[]", "--trainer.val_check_interval=1"]
+        changes = ["--trainer.logger=true", "--trainer.callbacks=[]", "--trainer.limit_val_batches=0"]
         assert main(["fit", "--config", "small.yaml", *changes, f"--trainer.max_steps={max_steps}"]) == 0
     for run, step in (("lightning_logs", 4), ("lightning_logs/version_0", 3)):  # the newest, or the one that is named
         capfd.readouterr()
@@ -155,28 +187,31 @@ def test_a_run_in_the_folders_of_lightning_is_resumed_too(folder: Path, capfd: p
 
 def test_without_a_good_last_checkpoint_the_newest_other_one_is_taken(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", "--config", "small.yaml"]) == 0
-    last = Path("runs/small/last.ckpt")
+    last, final = checkpoint(), checkpoint("step=16")
     last.write_bytes(last.read_bytes()[:1000])
-    no_optimizer = torch.load("runs/small/step=16.ckpt", weights_only=True)
+    no_optimizer = torch.load(final, weights_only=True)
     del no_optimizer["optimizer_states"]
-    torch.save(no_optimizer, "runs/small/step=16.ckpt")
-    for path in Path("runs/small").glob("step=*.ckpt"):
+    torch.save(no_optimizer, final)
+    checkpoint("best").unlink()
+    for path in last.parent.glob("step=*.ckpt"):
         os.utime(path, (0, int(path.stem.removeprefix("step="))))
     capfd.readouterr()
     assert main(["fit", "--resume", "runs/small"]) == 0
     out, err = capfd.readouterr()
     assert "going on after step 12\n" in out
     assert err == (
-        "trix: warning: runs/small/last.ckpt is not a checkpoint that can be loaded safely (or it is cut short); "
-        "runs/small/step=16.ckpt: the checkpoint holds no optimizer_states, so no training can go on from it "
-        "(save_weights_only: false); going on from runs/small/step=12.ckpt (step 12)\n"
+        f"trix: warning: {last} is not a checkpoint that can be loaded safely (or it is cut short); "
+        f"{final}: the checkpoint holds no optimizer_states, so no training can go on from it "
+        f"(save_weights_only: false); going on from {checkpoint('step=12')} (step 12)\n"
     )
 
+    shutil.rmtree("runs/small/version_1")
     last.unlink()
+    final.unlink()
     assert main(["fit", "--resume", "runs/small", "--print_config"]) == 0
     out, err = capfd.readouterr()
-    assert err == "trix: warning: runs/small holds no last.ckpt; going on from runs/small/step=16.ckpt (step 16)\n"
-    assert "ckpt_path: runs/small/step=16.ckpt" in out
+    assert err == f"trix: warning: runs/small holds no last.ckpt; going on from {checkpoint('step=12')} (step 12)\n"
+    assert f"ckpt_path: {checkpoint('step=12')}" in out
 
 
 def test_a_resume_that_cannot_be_gives_one_line_and_leaves_nothing(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -185,7 +220,7 @@ def test_a_resume_that_cannot_be_gives_one_line_and_leaves_nothing(folder: Path,
     Path("broken").mkdir()
     Path("broken/last.ckpt").write_bytes(b"no checkpoint")
     Path("bare").mkdir()
-    shutil.copy("runs/small/last.ckpt", "bare/last.ckpt")
+    shutil.copy(checkpoint(), "bare/last.ckpt")
     shutil.move("runs/small/version_0/config.yaml", "kept.yaml")
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     capfd.readouterr()
@@ -200,10 +235,10 @@ def test_a_resume_that_cannot_be_gives_one_line_and_leaves_nothing(folder: Path,
         "fit --resume= --config kept.yaml": "--resume needs a run folder or a checkpoint: --resume RUN",
         "fit --resume --config kept.yaml": "--resume needs a run folder or a checkpoint: --resume RUN",
         "fit --resum runs/small --config kept.yaml": r"unknown option '--resum'; did you mean --resume\?",
-        "validate --resume runs/small": "--resume is for `trix fit`; `trix validate` takes --ckpt_path FILE",
+        "validate --resume runs/small": "--resume is for `trix fit`; `trix validate` takes --ckpt_path RUN",
         f"fit {with_config} --ckpt_path x.ckpt": "--resume and --ckpt_path both name where to go on: only one may be given",
         f"fit {with_config} --model.network.d_model 32": (
-            r"runs/small/last.ckpt: network.d_model \(32\) must equal the checkpoint's \(16\)"
+            rf"{checkpoint()}: network.d_model \(32\) must equal the checkpoint's \(16\)"
         ),
     }.items():
         assert main(arguments.split()) == 2, arguments

@@ -1,4 +1,4 @@
-"""Small models around one operator, numpy packing and float64 references, for the tests of the native operators."""
+"""Small models around one operator, and float64 references, for the tests of the native operators."""
 
 from collections.abc import Mapping
 from typing import Any

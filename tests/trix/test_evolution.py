@@ -12,11 +12,12 @@ from trix.evolution import (
     raise_k,
     redundant_pairs,
     reseed_tile,
+    reset_signature_state,
     reset_tile_state,
     split_tile,
     tile_parameters,
 )
-from trix.nn import HierarchicalTriXFFN
+from trix.nn import HierarchicalTriXFFN, SparseLookupFFNv2
 from trix.routing.balance import tile_load
 
 LAYERS = [(TriXFFN, "explicit"), (TriXFFN, "emergent"), (HierarchicalTriXFFN, "explicit"), (HierarchicalTriXFFN, "emergent")]
@@ -233,6 +234,32 @@ def test_optimizer_state_follows_the_tile_and_leaves_the_others(make_optimizer) 
     before_step = ffn.router.raw_signatures[4].clone()
     optimizer.step()  # the same gradients again: the tile moves on
     assert not torch.equal(ffn.router.raw_signatures[4], before_step)
+
+
+@pytest.mark.parametrize("make_layer", [lambda: TriXFFN(6, 6, routing="explicit"), lambda: SparseLookupFFNv2(6, 6)])
+def test_the_optimizer_can_forget_a_signature_alone(make_layer) -> None:
+    layer = make_layer()
+    optimizer = torch.optim.Adam(layer.parameters())
+    for parameter in layer.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    memory = {name: optimizer.state[parameter]["exp_avg"] for name, parameter in layer.named_parameters()}
+    before = copy.deepcopy(memory)
+    reset_signature_state(optimizer, layer, 4)
+    assert not memory["router.raw_signatures"][4].any()
+    before["router.raw_signatures"][4] = 0
+    assert all(torch.equal(value, before[name]) for name, value in memory.items())
+
+
+def test_an_emergent_signature_has_no_state_to_forget() -> None:
+    layer = TriXFFN(6, 6, routing="emergent")
+    optimizer = torch.optim.Adam(layer.parameters())
+    layer(torch.randn(9, 6)).sum().backward()
+    optimizer.step()
+    before = copy.deepcopy(optimizer.state_dict()["state"])
+    reset_signature_state(optimizer, layer, 4)
+    for index, state in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(value, before[index][name]) for name, value in state.items())
 
 
 @pytest.mark.parametrize("routing", ["explicit", "emergent"])

@@ -1,7 +1,21 @@
-"""Reading a routed model: introspector, figures, report. Changes nothing in it."""
+"""Reading a routed model: introspector, figures, report. Changes nothing in it.
 
-from trix.introspection.capture import Capture
-from trix.introspection.introspector import Explanation, TriXIntrospector
-from trix.introspection.report import html_report
+Loaded when asked for: the parts of a page need no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trix.introspection.capture import Capture
+    from trix.introspection.introspector import Explanation, TriXIntrospector
+    from trix.introspection.report import html_report
 
 __all__ = ["Capture", "Explanation", "TriXIntrospector", "html_report"]
+_MODULES = {"Capture": "capture", "Explanation": "introspector", "TriXIntrospector": "introspector", "html_report": "report"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -24,8 +24,8 @@ from trix.routing.router import LearnedRouter, Router, SignatureRouter
 class Explanation:
     """Why one token went to its tile.
 
-    token_idx: place of the token in the flattened input. tile_idx, runner_up_idx: the best two tiles (-1 where no
-    other was to be had: a single tile in use).
+    token_idx: place of the token in the flattened input. tile_idx: the best tile. chosen: all that it went to, best first (none
+    for padding). runner_up_idx: the best that it did not go to (-1 where no other was to be had).
     score, runner_up_score: their scores with the balance bias, the figures that were compared; bias, runner_up_bias: what of
     them is bias. decisive_dims: the dimensions that spoke most for the winner over the runner-up, strongest first;
     contributions: how much each gave, in the unit of the scores. Over all dimensions, contributions and the difference of the
@@ -34,6 +34,7 @@ class Explanation:
 
     token_idx: int
     tile_idx: int
+    chosen: list[int]
     runner_up_idx: int
     score: float
     runner_up_score: float
@@ -146,7 +147,7 @@ class TriXIntrospector:
 
     @torch.no_grad()
     def why(self, inputs: Any, layer: int = 0, num_dims: int = 5) -> list[Explanation]:
-        """For each token the winning and the runner-up tile, their scores, and the dimensions that decided.
+        """For each token its best tile and the runner-up, the best that it did not go to: their scores, and what decided.
 
         contribution[d] = x[d] * (s_win[d] / sqrt(nnz_win) - s_runner_up[d] / sqrt(nnz_runner_up))
 
@@ -159,20 +160,24 @@ class TriXIntrospector:
         direction_ED, bias_E = self._directions(layer), self._bias(layer)
         num_tiles = direction_ED.shape[0]
         order = torch.sort(decision.score + bias_E, dim=-1, descending=True, stable=True)
-        second = min(1, num_tiles - 1)
+        is_chosen_TK = decision.weight != 0
+        num_chosen_T1 = is_chosen_TK.sum(dim=-1, keepdim=True).clamp_min(1)
+        place_T1 = num_chosen_T1.clamp_max(num_tiles - 1)
+        rival_score_T = order.values.gather(-1, place_T1).squeeze(-1)
         # Free slots, and what a hierarchical search did not visit, score -inf: they are no runners-up.
-        is_alone_T = order.values[:, second].isneginf() if second else torch.ones_like(order.indices[:, 0], dtype=torch.bool)
+        is_alone_T = rival_score_T.isneginf() | (num_chosen_T1.squeeze(-1) == num_tiles)
         best = order.indices[:, 0]
-        next_best = torch.where(is_alone_T, best, order.indices[:, second])
+        next_best = torch.where(is_alone_T, best, order.indices.gather(-1, place_T1).squeeze(-1))
         contribution_TD = x_TD * (direction_ED[best] - direction_ED[next_best])
         top = contribution_TD.topk(min(num_dims, x_TD.shape[-1]), dim=-1)
         return [
             Explanation(
                 token_idx=t,
                 tile_idx=int(best[t]),
+                chosen=decision.tile_idx[t, is_chosen_TK[t]].tolist(),
                 runner_up_idx=-1 if is_alone_T[t] else int(next_best[t]),
                 score=float(order.values[t, 0]),
-                runner_up_score=float("-inf") if is_alone_T[t] else float(order.values[t, 1]),
+                runner_up_score=float("-inf") if is_alone_T[t] else float(rival_score_T[t]),
                 bias=float(bias_E[best[t]]),
                 runner_up_bias=0.0 if is_alone_T[t] else float(bias_E[next_best[t]]),
                 decisive_dims=top.indices[t].tolist(),

@@ -1,16 +1,25 @@
-"""The parts that a report page is put together from: its style, tables, figures, pictures. All of them are HTML texts."""
+"""The parts that a report page is put together from: its style, tables, figures, pictures. All of them are HTML texts.
+
+Importing it loads no torch, so that a page about an exported file needs none.
+"""
 
 import base64
 import html
 import io
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.figure import Figure
-from matplotlib.image import imsave
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
-from trix.introspection.plots import SIGNATURE_COLOURS, visible
+from trix.introspection.symbols import SIGNATURE_COLOURS, visible
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from torch import Tensor
+
+MAX_SURGERY_ROWS = 200
 
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #1a202c; max-width: 1080px; margin: 2rem auto; padding: 0 1rem }
@@ -22,6 +31,7 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem } dt
 .tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(320px, 1fr)); gap: 1rem }
 .tile { border: 1px solid #cbd5e0; border-radius: 6px; padding: .7rem .9rem; overflow: hidden }
 .tile h4 { margin: 0 0 .3rem; font-size: 1.1rem } .tile table { margin: .4rem 0; font-size: 14px } .tile p { margin: .3rem 0 }
+.signatures table { width: 100% } .signatures td:nth-child(2) { width: 50% }
 .strip { width: 100%; height: 14px; display: block; background: #eeeeee; margin-bottom: 3px }
 .muted { color: #5f6b7a } .bar { background: #e2e8f0; height: 6px } .bar div { background: #4a5568; height: 6px }
 code, .context { font-family: ui-monospace, monospace; font-size: 13px }
@@ -50,6 +60,41 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
 
 
+def surgery_table(entries: Sequence[tuple[int, Mapping[str, Any]]]) -> str:
+    """The section on what was done by hand. entries: each with the index of its layer, as they stand in the histories."""
+    title = heading(
+        2,
+        "Surgery history",
+        "Every change made to a layer's tiles by hand or by a schedule rather than by learning: signatures inserted, frozen, "
+        "unfrozen; tiles removed, drawn anew (reseed), merged with another (dropped), split into two (the other is the "
+        "target); one more tile per token (raise_k). Step: how many training batches the layer had seen. File onnx: done to an "
+        "exported file.",
+    )
+    if not entries:
+        return title + "<p>None: all signatures are as training made them.</p>"
+    entries = sorted(entries, key=lambda pair: (pair[1].get("step", 0), pair[0]))
+    shown = entries[-MAX_SURGERY_ROWS:]
+    left_out = f"<p>The last {len(shown)} of {len(entries)}.</p>" if len(shown) < len(entries) else ""
+    rows = [
+        tuple(
+            html.escape(str(value))
+            for value in (entry["step"], index, _tile(entry), entry["operation"], _details(entry), entry["tag"])
+        )
+        for index, entry in shown
+    ]
+    return title + left_out + table(("step", "layer", "tile", "action", "details", "tag"), rows)
+
+
+def _tile(entry: Mapping[str, Any]) -> str:
+    return "-" if entry["tile_idx"] < 0 else str(entry["tile_idx"])  # -1: the whole layer
+
+
+def _details(entry: Mapping[str, Any]) -> str:
+    """What else an operation says of itself, but for lists, as those of the dimensions of an inserted signature."""
+    further = {name: value for name, value in entry.items() if name not in ("step", "tile_idx", "operation", "tag")}
+    return ", ".join(f"{name} {value}" for name, value in further.items() if not isinstance(value, list))
+
+
 def definitions(pairs: Iterable[tuple[str, str]]) -> str:
     return f"<dl>{''.join(f'<dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd>' for name, text in pairs)}</dl>"
 
@@ -59,7 +104,7 @@ def code(text: str) -> str:
     return f"<code>{html.escape(visible(text))}</code>"
 
 
-def drawing(figure: Figure, description: str) -> str:
+def drawing(figure: "Figure", description: str) -> str:
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a box stands for it
@@ -67,18 +112,20 @@ def drawing(figure: Figure, description: str) -> str:
     return f'<p><img alt="{html.escape(description)}" src="{_data_uri(buffer)}"></p>'
 
 
-def strip(signature_D: Tensor) -> str:
+def strip(signature_D: NDArray[Any]) -> str:
     """A signature as one row of pixels: blue -1, light 0, orange +1."""
     width, bars = len(signature_D), []
     for value in (-1, 1):
-        places = (signature_D == value).nonzero().flatten().tolist()
+        places = np.flatnonzero(signature_D == value).tolist()
         path = "".join(f"M{place} .5h1" for place in places)
         bars.append(f'<path d="{path}" stroke="{SIGNATURE_COLOURS[value]}" stroke-width="1"/>')
     return f'<svg class="strip" viewBox="0 0 {width} 1" preserveAspectRatio="none">{"".join(bars)}</svg>'
 
 
-def picture(value_TF: Tensor, row: int, caption: str) -> str:
+def picture(value_TF: "Tensor", row: int, caption: str) -> str:
     """The rows of a sequence as grey values, darkest where they are largest, one row framed."""
+    from matplotlib.image import imsave
+
     length, width = value_TF.shape
     buffer = io.BytesIO()
     imsave(buffer, value_TF.float().cpu().numpy(), cmap="Greys", format="png")

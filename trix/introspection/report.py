@@ -3,7 +3,7 @@
 import html
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from trix.introspection import plots
 from trix.introspection.capture import Capture
 from trix.introspection.introspector import TriXIntrospector
-from trix.introspection.page import definitions, drawing, heading, page, table
+from trix.introspection.page import definitions, drawing, heading, page, surgery_table, table
 from trix.introspection.sample import Sample
 from trix.introspection.tile_card import HOW_TO_READ, LayerReading, count_claims, is_counted, tile_card
 from trix.nn.ffn import TriXFFN
@@ -26,7 +26,6 @@ BATCH_SEQUENCES = 8
 REDUNDANT_COSINE = 0.95
 NOISE_LEVEL = 0.1
 MAX_CLASSES_IN_FIGURE = 24
-MAX_SURGERY_ROWS = 200
 
 INTRODUCTION = (
     "In a TriX model a feed-forward layer is cut into tiles, small networks of their own. Each tile has a signature, a list of "
@@ -122,37 +121,7 @@ def _summary(introspector: TriXIntrospector, capture: Capture) -> str:
 
 
 def _surgery(layers: Sequence[RoutedLayer]) -> str:
-    title = heading(
-        2,
-        "Surgery history",
-        "Every change made to a layer's tiles by hand or by a schedule rather than by learning: signatures inserted, frozen, "
-        "unfrozen; tiles drawn anew (reseed), merged with another (dropped), split into two (the other is the target); one "
-        "more tile per token (raise_k). Step: how many training batches the layer had seen.",
-    )
-    entries = [(index, entry) for index, layer in enumerate(layers) for entry in layer.get_surgery_history()]
-    if not entries:
-        return title + "<p>None: all signatures are as training made them.</p>"
-    entries.sort(key=lambda pair: (pair[1]["step"], pair[0]))
-    shown = entries[-MAX_SURGERY_ROWS:]
-    left_out = f"<p>The last {len(shown)} of {len(entries)}.</p>" if len(shown) < len(entries) else ""
-    rows = [
-        tuple(
-            html.escape(str(value))
-            for value in (entry["step"], index, _tile(entry), entry["operation"], _details(entry), entry["tag"])
-        )
-        for index, entry in shown
-    ]
-    return title + left_out + table(("step", "layer", "tile", "action", "details", "tag"), rows)
-
-
-def _tile(entry: Mapping[str, Any]) -> str:
-    return "-" if entry["tile_idx"] < 0 else str(entry["tile_idx"])  # -1: the whole layer
-
-
-def _details(entry: Mapping[str, Any]) -> str:
-    """What else an operation says of itself, but for lists, as those of the dimensions of an inserted signature."""
-    further = {name: value for name, value in entry.items() if name not in ("step", "tile_idx", "operation", "tag")}
-    return ", ".join(f"{name} {value}" for name, value in further.items() if not isinstance(value, list))
+    return surgery_table([(index, entry) for index, layer in enumerate(layers) for entry in layer.get_surgery_history()])
 
 
 def _how_to_read() -> str:

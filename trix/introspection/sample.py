@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from trix.introspection.page import picture
-from trix.introspection.plots import visible
+from trix.introspection.symbols import visible
 
 CONTEXT_BEFORE, CONTEXT_AFTER = 20, 10
 

@@ -51,9 +51,9 @@ class LayerReading:
 
 def count_claims(decision: RoutingDecision, num_tiles: int, sample: Sample) -> ClaimMatrix:
     """How the tokens of each class are spread over the tiles; assignments of weight 0 are not counted."""
-    claims = ClaimMatrix(num_tiles, len(sample.class_names))
-    for k in range(decision.tile_idx.shape[1]):
-        claims.update(decision.tile_idx[:, k : k + 1].cpu(), sample.label_N.cpu(), decision.weight[:, k].cpu() != 0)
+    # The sample is of this process alone.
+    claims = ClaimMatrix(num_tiles, len(sample.class_names), sync_on_compute=False)
+    claims.update(decision.tile_idx.cpu(), sample.label_N.cpu(), weight=decision.weight.cpu())
     return claims
 
 
@@ -71,7 +71,7 @@ def tile_card(reading: LayerReading, tile: int, sample: Sample) -> str:
     bar = f'<div class="bar"><div style="width:{min(usage, 1):.1%}"></div></div>'
     signature_D = reading.signature_ED[tile]
     return (
-        f'<div class="tile"><h4>Tile {tile}{badges}</h4>{strip(signature_D)}'
+        f'<div class="tile"><h4>Tile {tile}{badges}</h4>{strip(signature_D.cpu().numpy())}'
         f'<div class="muted">{_counts(signature_D)}</div>{_nearest(reading.similarity_EE[tile], tile)}'
         f"<p>usage: {usage:.1%}</p>{bar}{_traffic(reading, tile, sample)}</div>"
     )

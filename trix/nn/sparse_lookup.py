@@ -11,7 +11,7 @@ from trix.functional.ternary import straight_through
 from trix.nn.attention import RotaryAttention
 from trix.nn.magnitudes import GridSplines, HingeSplines
 from trix.outputs import AuxLosses, LookupInfo
-from trix.routing.balance import balance_loss, check_weights
+from trix.routing.balance import balance_loss, check_weights, summed_over_processes
 from trix.routing.claims import ClaimMatrix
 from trix.routing.router import SignatureRouter
 from trix.routing.surgery import SignatureSurgery
@@ -149,7 +149,8 @@ class SparseLookupFFN(SignatureSurgery):
         if self.training:
             with torch.no_grad():
                 is_real_TK = torch.ones_like(tile_idx_TK) if mask is None else _like_choice(mask, tile_idx_TK).to(torch.int64)
-                self.usage_E.scatter_add_(0, tile_idx_TK.flatten(), is_real_TK.flatten())
+                count_E = torch.zeros_like(self.usage_E).scatter_add_(0, tile_idx_TK.flatten(), is_real_TK.flatten())
+                self.usage_E += summed_over_processes(count_E)
             self.router.update_balance(tile_idx_TK, None if mask is None else _like_choice(mask, tile_idx_TK))
             self.surgery_log.count_step()
         if labels is not None:
@@ -194,7 +195,7 @@ class SparseLookupFFN(SignatureSurgery):
         self.claims.reset()
 
     def get_routing_stats(self) -> LookupStats:
-        """How the tokens of the training batches were spread over the tiles, on this rank."""
+        """How the tokens of the training batches were spread over the tiles, those of all processes together."""
         share_E = self.usage_E / self.usage_E.sum().clamp_min(1)
         return {
             "num_tiles": self.num_tiles,

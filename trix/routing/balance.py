@@ -15,22 +15,41 @@ def tile_load(tile_idx: Tensor, num_tiles: int, weight: Tensor | None = None) ->
     Args:
         tile_idx: int64, any shape. weight: the gate weights, same shape; assignments of weight 0 are not counted.
     """
-    flat_idx = tile_idx.reshape(-1)
-    is_used = torch.ones_like(flat_idx, dtype=torch.float32) if weight is None else (weight.reshape(-1) != 0).float()
-    count = torch.zeros(num_tiles, device=tile_idx.device).scatter_add_(0, flat_idx, is_used)
+    count = _tile_count(tile_idx, num_tiles, weight)
     return count / count.sum().clamp_min(1)
 
 
-def mean_softmax(score: Tensor, is_counted: Tensor | None = None) -> Tensor:
+def _tile_count(tile_idx: Tensor, num_tiles: int, weight: Tensor | None) -> Tensor:
+    flat_idx = tile_idx.reshape(-1)
+    is_used = torch.ones_like(flat_idx, dtype=torch.float32) if weight is None else (weight.reshape(-1) != 0).float()
+    return torch.zeros(num_tiles, device=tile_idx.device).scatter_add_(0, flat_idx, is_used)
+
+
+def summed_over_processes(count: Tensor) -> Tensor:
+    """`count`, added up over all processes that train together, in place; every one of them has to call it."""
+    if num_processes() > 1:
+        torch.distributed.all_reduce(count)
+    return count
+
+
+def num_processes() -> int:
+    """How many processes train together: 1 outside a process group."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_world_size()
+    return 1
+
+
+def mean_softmax(score: Tensor, is_counted: Tensor | None = None, num_counted: Tensor | None = None) -> Tensor:
     """mean_t softmax(score_t) of score [T, E], over the tokens that count (bool [T]; None: all): [E], in at least float32.
 
-    Differentiable once.
+    Differentiable once. num_counted: divide by it in place of the number of tokens that count.
     """
     score = score.to(torch.promote_types(score.dtype, torch.float32))
     if is_counted is None:
-        share = torch.full((score.shape[0],), 1.0 / max(score.shape[0], 1), dtype=score.dtype, device=score.device)
-    else:
-        share = is_counted.to(score.dtype) / is_counted.sum().clamp_min(1)
+        is_counted = torch.ones(score.shape[0], dtype=torch.bool, device=score.device)
+    if num_counted is None:
+        num_counted = is_counted.sum().clamp_min(1)
+    share = is_counted.to(score.dtype) / num_counted
     with without_autocast(score):
         return _WeightedSoftmax.apply(score, share)  # type: ignore[no-untyped-call]
 
@@ -56,15 +75,20 @@ def balance_loss(score: Tensor, tile_idx: Tensor, weight: Tensor | None = None) 
 
     Source: Fedus et al., 2021, Switch Transformer (arXiv:2101.03961), eq. 4-6.
 
+    With several processes the load is that of all of them, and the mean is over the tokens of one, each weighted so that the
+    mean of the losses (and of their gradients) is the loss of all tokens together. Every process has to call it.
+
     Args:
         score: float [T, E]. tile_idx: int64 [T, K]. weight: float [T, K]; assignments of weight 0 are not counted, and
             tokens without any other are not either (padding).
     """
     num_tiles = score.shape[-1]
-    if score.shape[0] == 0:
-        return score.sum()
-    probability = mean_softmax(score, None if weight is None else (weight != 0).any(dim=-1))
-    return num_tiles * (tile_load(tile_idx, num_tiles, weight) * probability).sum()
+    is_counted = (weight != 0).any(dim=-1) if weight is not None else tile_idx.new_ones(score.shape[0], dtype=torch.bool)
+    # One message for both.
+    count = torch.cat([_tile_count(tile_idx, num_tiles, weight), is_counted.sum(dtype=torch.float32).reshape(1)])
+    summed_over_processes(count)
+    load, num_counted = count[:-1] / count[:-1].sum().clamp_min(1), count[-1].clamp_min(1) / num_processes()
+    return num_tiles * (load * mean_softmax(score, is_counted, num_counted)).sum()
 
 
 def balance_nudge(
@@ -72,12 +96,14 @@ def balance_nudge(
 ) -> Tensor:
     """rate * sign(mean load - load), to be added to the bias: tiles with too much load become a little harder to reach.
 
-    Source: Wang et al., 2024, auxiliary-loss-free load balancing (arXiv:2408.15664).
+    Source: Wang et al., 2024, auxiliary-loss-free load balancing (arXiv:2408.15664). With several processes it is the load of
+    all of them: every one has to call it.
 
     Args:
         tile_idx, weight: as :func:`tile_load`. in_use: bool [num_tiles]; the others have no part in the mean and get 0.
     """
-    load = tile_load(tile_idx, num_tiles, weight)
+    count = summed_over_processes(_tile_count(tile_idx, num_tiles, weight))
+    load = count / count.sum().clamp_min(1)
     if in_use is None:
         return rate * (load.mean() - load).sign()
     mean = (load * in_use).sum() / in_use.sum().clamp_min(1)

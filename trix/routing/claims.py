@@ -19,7 +19,7 @@ class ClaimMatrix(Metric):
     Args:
         num_tiles, num_classes: the size of the matrix; independent of each other. Without num_classes the matrix starts with
             one class and grows to the largest label seen, on all ranks alike.
-        is_persistent: the counts stand in the state_dict.
+        is_persistent: the counts stand in the state_dict. sync_on_compute: add up the counts of all ranks.
 
     Raises:
         ValueError: a size below 1; at update, a label outside [0, num_classes) that is not -100, or shapes that do not fit; at
@@ -29,8 +29,10 @@ class ClaimMatrix(Metric):
     full_state_update = False
     count_EC: Tensor
 
-    def __init__(self, num_tiles: int, num_classes: int | None = None, is_persistent: bool = False) -> None:
-        super().__init__()
+    def __init__(
+        self, num_tiles: int, num_classes: int | None = None, is_persistent: bool = False, sync_on_compute: bool = True
+    ) -> None:
+        super().__init__(sync_on_compute=sync_on_compute)
         self.is_growing = num_classes is None
         num_classes = 1 if num_classes is None else num_classes
         if num_tiles < 1 or num_classes < 1:
@@ -43,12 +45,13 @@ class ClaimMatrix(Metric):
     def num_classes(self) -> int:
         return self.count_EC.shape[1]
 
-    def update(self, tile_idx: Tensor, label: Tensor, mask: Tensor | None = None) -> None:
+    def update(self, tile_idx: Tensor, label: Tensor, mask: Tensor | None = None, weight: Tensor | None = None) -> None:
         """Count assignments.
 
         Args:
             tile_idx: int64 [B, K] or [B, T, K], the chosen tiles. label: int64 [B], or [B, T] for a label per token.
             mask: bool, the shape of tile_idx less its last dimension; False where a token is padding.
+            weight: float, the shape of tile_idx; an assignment of weight 0 is not counted.
         """
         if label.shape == tile_idx.shape[:1]:
             label = label.reshape(-1, *[1] * (tile_idx.dim() - 2)).expand(tile_idx.shape[:-1])
@@ -67,7 +70,8 @@ class ClaimMatrix(Metric):
             allowed = ">= 0" if self.is_growing else f"in [0, num_classes ({self.num_classes}))"
             raise ValueError(f"label ({low if low < 0 else high}) must be {allowed} or {IGNORED_LABEL}")
         self._grow(high + 1)
-        cell = (counted_tile * self.num_classes + counted_label.unsqueeze(-1)).flatten()
+        cell = counted_tile * self.num_classes + counted_label.unsqueeze(-1)
+        cell = cell.flatten() if weight is None else cell[weight[is_counted] != 0]
         self.count_EC += torch.bincount(cell, minlength=self.count_EC.numel()).reshape(self.count_EC.shape)
 
     def _grow(self, num_classes: int) -> None:

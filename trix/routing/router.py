@@ -77,9 +77,9 @@ class Router(nn.Module):
     def update_balance(self, tile_idx_TK: Tensor, weight_TK: Tensor | None = None) -> None:
         """Nudge ``balance_bias`` by ``balance_rate`` toward equal load; the layer calls it once per training batch.
 
-        Assignments of weight 0 are not counted.
+        Assignments of weight 0 are not counted. With several processes the load is that of all of them.
         """
-        if self.balance_rate > 0 and tile_idx_TK.shape[0] > 0:
+        if self.balance_rate > 0:
             self.balance_bias += balance_nudge(tile_idx_TK, self.num_tiles, self.balance_rate, weight_TK)
 
     def _check_width(self, x_TD: Tensor) -> None:
@@ -224,6 +224,19 @@ class SignatureRouter(Router):
         self.log_mass_E[tile_idx] = 0.0
         self.balance_bias[tile_idx] = balance_bias
 
+    @torch.no_grad()
+    def remove(self, tile_idx: int) -> None:
+        """Make the slot of a tile free: see :meth:`trix.routing.surgery.SignatureSurgery.remove_tile`."""
+        self._check_change(tile_idx)
+        if self.is_free_E[tile_idx]:
+            raise ValueError(f"tile_idx ({tile_idx}) must be a tile in use, not a free slot")
+        if self.is_frozen_E[tile_idx]:
+            raise ValueError(f"the signature of tile_idx ({tile_idx}) must not be frozen: unfreeze it first")
+        if self.k_limit - 1 < self.top_k:
+            raise ValueError(f"tiles in use and in reach after it ({self.k_limit - 1}) must be >= top_k ({self.top_k})")
+        self.log_mass_E[tile_idx] = 0.0
+        self.is_free_E[tile_idx] = True
+
     @property
     def k_limit(self) -> int:
         """How many tiles there are to choose from."""
@@ -267,7 +280,7 @@ class SignatureRouter(Router):
         Free slots have no part in it. The masses that mergers and splits left behind go a little way back to 1.
         """
         self.log_mass_E.mul_(MASS_DECAY)
-        if self.balance_rate == 0 or tile_idx_TK.shape[0] == 0:
+        if self.balance_rate == 0:
             return
         in_use_E = ~self.is_free_E
         nudge_E = balance_nudge(tile_idx_TK, self.num_tiles, self.balance_rate, weight_TK, in_use_E)

@@ -1,4 +1,4 @@
-"""Surgery: reading, writing and freezing the signatures of a routed layer, and the record of every such operation."""
+"""Surgery: reading, writing, freezing and removing the signatures of a routed layer, and the record of every such operation."""
 
 import copy
 import json
@@ -92,6 +92,17 @@ class SignatureSurgery(nn.Module):
         """Let one tile's signature learn from its frozen value on (explicit), or follow its weights again (emergent)."""
         self._signature_router().unfreeze(tile_idx)
         self.surgery_log.record("unfreeze", tile_idx, tag)
+
+    def remove_tile(self, tile_idx: int, tag: str = "") -> None:
+        """Take one tile out of use: no token goes to it, and it counts for nothing in the gates of the others.
+
+        Its weights stay where they are; a signature inserted into the free slot brings it back into use.
+
+        Raises:
+            ValueError: a free slot, a frozen signature, or fewer tiles left than a token goes to.
+        """
+        self._signature_router().remove(tile_idx)
+        self.surgery_log.record("remove", tile_idx, tag)
 
     def is_frozen(self, tile_idx: int) -> bool:
         return self._signature_router().is_frozen(tile_idx)

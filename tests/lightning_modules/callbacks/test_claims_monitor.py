@@ -1,6 +1,10 @@
+import csv
 import io
+import math
 from pathlib import Path
+from typing import Any
 
+import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from small_runs import MakeTrainer, read_events
 
-from lightning_modules.callbacks import ClaimMonitor
+from lightning_modules.callbacks import ClaimMonitor, ClaimWatch
 from lightning_modules.callbacks.claims import claim_table
 from lightning_modules.callbacks.figures import claim_figure
 from lightning_modules.data.digits import DigitsDataModule
@@ -24,7 +28,8 @@ from trix.nn import ClassifierConfig, FFNConfig
 def test_claims_are_those_of_the_validation(
     classifier: ClassifierTask, digits: DigitsDataModule, make_trainer: MakeTrainer
 ) -> None:
-    metrics = make_trainer(callbacks=[ClaimMonitor()]).validate(classifier, digits, verbose=False)[0]
+    monitor = ClaimMonitor(watch=[ClaimWatch("3", 0, 2), ClaimWatch(3, 1, 2)])
+    metrics = make_trainer(callbacks=[monitor]).validate(classifier, digits, verbose=False)[0]
     images, labels = digits.val_dataloader().dataset.tensors
     with torch.no_grad():
         infos = classifier.eval().network(images, return_routing=True)[1]
@@ -36,7 +41,11 @@ def test_claims_are_those_of_the_validation(
         rate = (count_EC / count_EC.sum(dim=0)).amax(dim=0).mean()
         used = count_EC[count_EC.sum(dim=1) > 0]
         purity = (used.amax(dim=1) / used.sum(dim=1)).mean()
+        best_C = (count_EC / count_EC.sum(dim=0)).amax(dim=0)
         assert metrics[f"claims/{name}/mean_claim_rate"] == pytest.approx(rate.item())
+        assert metrics[f"claims/{name}/lowest_claim_rate"] == pytest.approx(best_C.min().item())
+        assert metrics[f"claims/{name}/highest_claim_rate"] == pytest.approx(best_C.max().item())
+        assert metrics[f"claims/{name}/3/tile_2"] == pytest.approx((count_EC[2, 3] / count_EC[:, 3].sum()).item())
         assert metrics[f"claims/{name}/mean_purity"] == pytest.approx(purity.item())
 
 
@@ -70,6 +79,65 @@ def test_many_classes_get_metrics_alone(
     assert tags["images"] == []
     assert "claims/layer_1/mean_purity" in tags["scalars"]
     assert "Which class" not in capsys.readouterr().out
+
+
+def test_all_classes_stand_in_a_file_however_many(
+    language_model: LanguageModelTask, text: TextDataModule, make_trainer: MakeTrainer, tensorboard: TensorBoardLogger
+) -> None:
+    class Counts(L.Callback):
+        """Of the last validation: assignments by layer, tile and class."""
+
+        def on_validation_epoch_start(self, *rest: Any) -> None:
+            self.count_LEC = torch.zeros(2, 4, text.vocab_size, dtype=torch.int64)
+
+        def on_validation_batch_end(self, trainer: L.Trainer, task: L.LightningModule, outputs: Any, *rest: Any) -> None:
+            for layer, info in enumerate(outputs["routing"].values()):
+                for tile, label in zip(info["tile_idx"].flatten(), outputs["label"].flatten(), strict=True):
+                    self.count_LEC[layer, tile, label] += 1
+
+    counts = Counts()
+    trainer = make_trainer(
+        max_steps=4, logger=tensorboard, callbacks=[ClaimMonitor(max_classes=0), counts], limit_val_batches=1
+    )
+    trainer.fit(language_model, text)
+    with (Path(tensorboard.log_dir) / "claims.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    names = [(name, f"layer_{layer}") for name in language_model.class_names for layer in range(2)]
+    assert [(row["class"], row["layer"]) for row in rows] == names
+    for row in rows:
+        count_EC = counts.count_LEC[int(row["layer"][-1])]
+        count_E = count_EC[:, language_model.class_names.index(row["class"])]
+        assert int(row["count"]) == count_E.sum()
+        if not count_E.any():
+            assert {row["favourite_tile"], row["claim_rate"], row["tile_purity"]} == {""}
+            continue
+        tile = int(count_E.argmax())
+        assert int(row["favourite_tile"]) == tile
+        assert float(row["claim_rate"]) == pytest.approx(float(count_E[tile] / count_E.sum()), rel=1e-5)
+        assert float(row["tile_purity"]) == pytest.approx(float(count_EC[tile].max() / count_EC[tile].sum()), rel=1e-5)
+    assert {int(row["count"]) > 0 for row in rows} == {True, False}
+
+
+def test_a_run_without_logs_leaves_no_claims(
+    classifier: ClassifierTask, digits: DigitsDataModule, make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    make_trainer(callbacks=[ClaimMonitor(max_classes=0)]).fit(classifier, digits)
+    assert not list(tmp_path.rglob("claims.csv"))
+
+
+def test_a_class_never_seen_has_no_claim_rate_to_wait_for(
+    language_model: LanguageModelTask, text: TextDataModule, make_trainer: MakeTrainer
+) -> None:
+    """One batch of 8 characters; the classes of a language model go by the characters as well as by their quoted names."""
+    seen = {text.vocabulary[label] for label in next(iter(text.val_dataloader()))[1].flatten().tolist()}
+    unseen = min(set(text.vocabulary) - seen)
+    names = (min(seen), repr(min(seen)))
+    watch = [ClaimWatch(unseen, 0, 1), *(ClaimWatch(name, 0, tile) for name in names for tile in range(4))]
+    trainer = make_trainer(callbacks=[ClaimMonitor(watch=watch)], limit_val_batches=1)
+    metrics = trainer.validate(language_model, text, verbose=False)[0]
+    assert math.isnan(metrics[f"claims/layer_0/{unseen}/tile_1"])
+    for name in names:
+        assert sum(metrics[f"claims/layer_0/{name}/tile_{tile}"] for tile in range(4)) == pytest.approx(1.0)
 
 
 def test_padding_makes_no_claims(make_trainer: MakeTrainer) -> None:
@@ -128,5 +196,20 @@ def test_table_names_the_favourite_tiles_of_each_class_seen() -> None:
 def test_arguments_and_task_are_checked(make_trainer: MakeTrainer) -> None:
     with pytest.raises(ValueError, match=r"max_classes \(-1\) must be >= 0"):
         ClaimMonitor(max_classes=-1)
+    with pytest.raises(ValueError, match=r"layer \(0\) and tile \(-1\) must be >= 0"):
+        ClaimWatch("7", 0, -1)
     with pytest.raises(UserError, match="class_names, which BoringModel lacks"):
         make_trainer(callbacks=[ClaimMonitor()]).fit(BoringModel())
+
+
+@pytest.mark.parametrize(
+    ("watch", "message"),
+    [
+        (ClaimWatch(10, 0, 0), r"class_name \(10\) must be one of the 10 class_names of the task; did you mean"),
+        (ClaimWatch(1, 2, 0), r"watch: layer \(2\) must be < number of routed layers \(2\)"),
+        (ClaimWatch(1, 1, 4), r"watch: tile \(4\) must be < num_tiles \(4\) of layer 1"),
+    ],
+)
+def test_what_is_watched_must_be_there(watch: ClaimWatch, message: str, classifier: ClassifierTask) -> None:
+    with pytest.raises(UserError, match=message):
+        ClaimMonitor(watch=[watch]).check_network(classifier)

@@ -3,6 +3,7 @@
 import csv
 import json
 import platform
+import re
 import subprocess
 from pathlib import Path
 
@@ -11,9 +12,11 @@ import torch
 import yaml  # type: ignore[import-untyped]
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_modules.callbacks.run_record import MetricsLogger, git_state, read_metrics
+from lightning_modules.callbacks.run_record import MetricsLogger, data_digests, git_state, read_metrics
 from lightning_modules.cli import main
 from lightning_modules.data.corpora import load_file
+from lightning_modules.data.digits import DigitsDataModule
+from lightning_modules.data.language_id import LanguageIdDataModule
 
 SMALL = """\
 model:
@@ -30,9 +33,11 @@ trainer:
   log_every_n_steps: 2
   callbacks:
   - class_path: ModelCheckpoint
-    init_args: {dirpath: runs, filename: best, monitor: val/loss, save_last: true, enable_version_counter: false}
+    init_args: {filename: best, monitor: val/loss}
+report: {num_tokens: 0}
 """
 RUN = Path("lightning_logs/version_0")
+LAST = Path("checkpoints/last.ckpt")
 
 
 @pytest.fixture
@@ -45,13 +50,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_configuration_of_a_run_repeats_it_bit_for_bit(folder: Path) -> None:
     assert main(["fit", "--config", "small.yaml", "--seed_everything=5", "--model.optimizer.lr=0.01"]) == 0
-    first = torch.load("runs/last.ckpt", weights_only=True)
-    Path("runs/last.ckpt").unlink()
+    content = {path: path.read_bytes() for path in RUN.rglob("*") if path.is_file()}
     assert main(["fit", "--config", str(RUN / "config.yaml")]) == 0
-    again = torch.load("runs/last.ckpt", weights_only=True)
-    assert again["global_step"] == first["global_step"] > 0
-    assert [name for name, value in first["state_dict"].items() if not torch.equal(value, again["state_dict"][name])] == []
+    assert {path: path.read_bytes() for path in content} == content
     other = RUN.with_name("version_1")
+    for name in ("best", "last"):
+        first, again = (torch.load(run / f"checkpoints/{name}.ckpt", weights_only=True) for run in (RUN, other))
+        assert again["global_step"] == first["global_step"] > 0
+        assert [key for key, value in first["state_dict"].items() if not torch.equal(value, again["state_dict"][key])] == []
     assert (other / "metrics.csv").read_bytes() == (RUN / "metrics.csv").read_bytes()
     assert yaml.safe_load((other / "config.yaml").read_text()) == yaml.safe_load((RUN / "config.yaml").read_text())
     # And it is that configuration which decides.
@@ -65,6 +71,7 @@ def test_environment_says_what_ran_where(folder: Path) -> None:
     found = json.loads((RUN / "environment.json").read_text())
     assert found["arguments"] == arguments
     assert found["resumed_from"] is None
+    assert found["folder"] == str(folder)
     assert found["python"] == platform.python_version()
     assert found["packages"]["torch"] == torch.__version__
     assert found["packages"].keys() == {"trix", "torch", "lightning", "numpy"}
@@ -74,10 +81,18 @@ def test_environment_says_what_ran_where(folder: Path) -> None:
     assert found["git"] is None
     assert found["data"] == {"class": "TextDataModule", "text_sha256": load_file("text.txt").sha256}
 
-    assert main(["fit", "--resume", "runs", "--config", "small.yaml"]) == 0
+    arguments = ["fit", "--resume", "lightning_logs", "--config", "small.yaml"]
+    assert main(arguments) == 0
     resumed = json.loads((RUN.with_name("version_1") / "environment.json").read_text())
-    assert resumed["resumed_from"] == "runs/last.ckpt"
-    assert resumed["arguments"] == ["fit", "--resume", "runs", "--config", "small.yaml"]
+    assert resumed["resumed_from"] == str(RUN / LAST)
+    assert resumed["arguments"] == arguments
+
+
+def test_every_data_module_has_a_digest() -> None:
+    for data in (DigitsDataModule(), LanguageIdDataModule(min_length=120)):
+        name, digest = data_digests(data).values()
+        assert name == type(data).__name__
+        assert re.fullmatch("[0-9a-f]{64}", digest)
 
 
 def test_metrics_are_those_of_tensorboard(folder: Path) -> None:

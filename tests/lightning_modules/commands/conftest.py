@@ -16,7 +16,7 @@ from trix.nn import ClassifierConfig, FFNConfig
 
 @pytest.fixture(scope="package")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with {lm,dense,hash,digits,texts}.ckpt, and what is none: {foreign,cut,text}.ckpt, lm.onnx."""
+    """A folder with {lm,dense,hash,digits,texts}.ckpt, and what is none: {foreign,cut,text}.ckpt, empty."""
     folder = tmp_path_factory.mktemp("checkpoints")
     (folder / "text.txt").write_text(SENTENCE * 30)
     text = TextDataModule(path=folder / "text.txt", context_length=8, batch_size=4, batches_per_epoch=2)
@@ -32,22 +32,21 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save({"state_dict": {}}, folder / "foreign.ckpt")
     (folder / "cut.ckpt").write_bytes((folder / "lm.ckpt").read_bytes()[:5000])
     (folder / "text.ckpt").write_text("not a checkpoint")
-    (folder / "lm.onnx").touch()
+    (folder / "empty").mkdir()
     return folder
 
 
 NO_CHECKPOINTS = [
     ("missing.ckpt", "missing.ckpt cannot be read: No such file"),
-    ("", "cannot be read: Is a directory"),
+    ("empty", "empty: the folder holds no checkpoint (*.ckpt)"),
     ("foreign.ckpt", "foreign.ckpt was not written by `trix fit`"),
     ("cut.ckpt", "cut.ckpt is not a checkpoint that can be loaded safely (or it is cut short)"),
     ("text.ckpt", "text.ckpt is not a checkpoint that can be loaded safely (or it is cut short)"),
-    ("lm.onnx", "reads checkpoints: give the .ckpt file that the ONNX file was exported from"),
     ("dense.ckpt", "dense.ckpt: number of routed layers in the model (0) must be >= 1"),
 ]
 
 
-@pytest.fixture(params=NO_CHECKPOINTS, ids=[name or "folder" for name, _ in NO_CHECKPOINTS])
+@pytest.fixture(params=NO_CHECKPOINTS, ids=[name for name, _ in NO_CHECKPOINTS])
 def no_checkpoint(request: pytest.FixtureRequest, checkpoints: Path) -> tuple[str, str]:
     """The path of a file that cannot be read by layers and tiles, and what is said of it."""
     name, message = request.param

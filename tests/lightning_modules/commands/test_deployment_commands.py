@@ -1,6 +1,7 @@
 """``trix export`` and ``trix generate``, on a small trained model."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,37 @@ def test_export_says_what_it_wrote(folder: Path, tmp_path: Path, capsys: pytest.
     assert f"wrote   {output}\n" in printed
     assert "on 64 held-out tokens" in printed
     assert names(output.parent) == {"lm.onnx"}
+
+
+def test_a_run_folder_means_its_newest_best_checkpoint(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for version in (0, 1):
+        (tmp_path / f"run/version_{version}/checkpoints").mkdir(parents=True)
+    shutil.copy(folder / "lm.ckpt", tmp_path / "run/version_1/checkpoints/best.ckpt")
+    (tmp_path / "run/version_0/checkpoints/best.ckpt").write_text("older, and no checkpoint")
+    output = tmp_path / "m.onnx"
+    assert main(["export", "--ckpt", str(tmp_path / "run"), "--output", str(output), "--held-out-tokens", "64"]) == 0
+    assert main(["why", str(tmp_path / "run"), "--prompt", "fox"]) == 0
+    surgery = ["surgery", str(tmp_path / "run"), "freeze", "--layer", "0", "--tile", "0", "--tag", "t", "--output"]
+    assert main([*surgery, str(tmp_path / "new.ckpt")]) == 0
+    assert main(["inspect", str(tmp_path / "run"), "--num-tokens", "32"]) == 0
+    assert (tmp_path / "run/version_1/checkpoints/best.html").is_file()
+    (tmp_path / "none").mkdir()
+    capsys.readouterr()
+    assert main(["export", "--ckpt", str(tmp_path / "none"), "--output", str(output)]) == 2
+    assert "the folder holds no checkpoint" in capsys.readouterr().err
+
+
+def test_weights_that_are_not_finite_are_named(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = torch.load(folder / "lm.ckpt", weights_only=True)
+    name = next(name for name in checkpoint["state_dict"] if name.endswith("up.weight"))
+    checkpoint["state_dict"][name][0] = float("nan")
+    torch.save(checkpoint, tmp_path / "nan.ckpt")
+    assert main(["export", "--ckpt", str(tmp_path / "nan.ckpt"), "--output", str(tmp_path / "nan.onnx")]) == 2
+    err = capsys.readouterr().err
+    assert f"weight {name.removeprefix('network.')} must be finite" in err
+    assert names(tmp_path) == {"nan.ckpt"}
 
 
 def test_export_takes_the_held_out_text_there_is(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -67,7 +67,7 @@ def test_what_is_no_checkpoint_of_a_routed_model_leaves_nothing(
 
 
 MISTAKES = [
-    ([], "the following arguments are required: ckpt"),
+    ([], "the following arguments are required: MODEL"),
     (["{ckpt}", "--num-tokens", "0"], "--num-tokens (0) must be >= 1"),
     (["{ckpt}", "--outptu", "x"], "unknown option --outptu of `trix inspect`; did you mean --output?"),
     (["{ckpt}", "--output", "{out}"], "must be a file, not a directory"),

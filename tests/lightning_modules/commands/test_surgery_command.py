@@ -100,6 +100,18 @@ def test_freezing_and_unfreezing(checkpoints: Path, tmp_path: Path) -> None:
     assert [entry["operation"] for entry in layer_of(learning).get_surgery_history()] == ["freeze", "unfreeze"]
 
 
+def test_a_removed_tile_is_free_in_the_new_checkpoint(
+    checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "new.ckpt"
+    assert operate(checkpoints / "lm.ckpt", output, "remove") == 0
+    assert "after   removed" in capsys.readouterr().out
+    assert layer_of(output).router.is_free_E.tolist() == [False, False, False, True]
+    assert layer_of(output).get_surgery_history()[-1]["operation"] == "remove"
+    assert operate(output, tmp_path / "again.ckpt", "remove") == 2
+    assert "tile_idx (3) must be a tile in use, not a free slot" in capsys.readouterr().err
+
+
 def test_a_signature_can_come_from_a_file(checkpoints: Path, tmp_path: Path) -> None:
     analysis = {
         "positive_dims": (SIGNATURE > 0).nonzero().flatten().tolist(),
@@ -129,7 +141,7 @@ def test_training_goes_on_and_holds_the_signature(checkpoints: Path, tmp_path: P
 WHERE = ["--layer", "0", "--tile", "0", "--tag", "t", "--output", "{out}"]
 INSERT = ["{lm}", "insert", *WHERE]
 MISTAKES = [
-    ([], "the following arguments are required: ckpt, action, --layer, --tile, --tag, --output"),
+    ([], "the following arguments are required: MODEL, action, --layer, --tile, --tag, --output"),
     (["{lm}", "freze", *WHERE], "argument action: invalid choice: 'freze'"),
     (INSERT, "insert needs a signature: --signature SIGNS or --signature FILE.json"),
     ([*INSERT, "--signature", ""], "insert needs a signature: --signature SIGNS or --signature FILE.json"),
@@ -154,7 +166,7 @@ MISTAKES = [
     (["{lm}", "freeze", *WHERE, "--tile", "4"], "lm.ckpt: tile_idx (4) must be >= 0 and < num_tiles (4)"),
     (["{lm}", "freeze", *WHERE, "--output", "{lm}"], "must be another file than the checkpoint, which it would replace"),
     (["{lm}", "freeze", *WHERE, "--output", "{dir}"], "must be a file, not a directory"),
-    (["{lm}", "freeze", *WHERE, "--output", "{dir}/half.json"], "half.json must not exist yet: no checkpoint is replaced"),
+    (["{lm}", "freeze", *WHERE, "--output", "{dir}/half.json"], "half.json must not exist yet: no file is replaced"),
     (["{lm}", "freeze", *WHERE, "--output", "{dir}/half.json/new.ckpt"], "new.ckpt cannot be written: "),
     (["{lm}", "freeze", *WHERE, "--tiles", "1"], "unknown option --tiles of `trix surgery`; did you mean --tile?"),
     (["{hash}", "freeze", *WHERE], "hash.ckpt: a router of type HashRouter has no signatures to freeze or insert"),
@@ -261,10 +273,10 @@ def test_mistakes_and_help_are_told_without_torch(tmp_path: Path) -> None:
         "assert main(['surgery', '--help']) == 0\n"
         "assert main(['surgery', '--wrong']) == 2\n"
         "where = ['--layer', '0', '--tile', '0', '--tag', 't', '--output', 'new.ckpt']\n"
-        "assert main(['surgery', 'model.onnx', 'freeze', *where]) == 2\n"
+        "assert main(['surgery', 'missing.onnx', 'freeze', *where]) == 2\n"
         "heavy = [name for name in ('torch', 'lightning', 'trix') if name in sys.modules]\n"
         "assert not heavy, heavy"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert "`trix surgery` reads checkpoints: give the .ckpt file" in result.stderr
+    assert "trix: error: missing.onnx: No such file" in result.stderr

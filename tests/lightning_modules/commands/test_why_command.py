@@ -4,20 +4,24 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 from gone_reader import run_without_reader
+from small_runs import save_checkpoint, small_network
 
 from lightning_modules.cli import main
-from lightning_modules.tasks import load_checkpoint
+from lightning_modules.data.text import TextDataModule
+from lightning_modules.tasks import LanguageModelTask, load_checkpoint
 from trix.introspection import TriXIntrospector
+from trix.nn import FFNConfig
 
 
 def rows(printed: str) -> list[list[str]]:
     """The cells of the lines between the header of the table and its legend."""
     lines = printed.splitlines()
     start = next(index for index, line in enumerate(lines) if line.split()[:2] == ["at", "token"])
-    end = next(index for index, line in enumerate(lines) if line.startswith("score "))
+    end = next(index for index, line in enumerate(lines) if line.startswith("tile  "))
     return [line.split() for line in lines[start + 1 : end] if line]
 
 
@@ -58,11 +62,28 @@ def test_markup_and_white_space_in_a_text_are_shown_as_they_are(checkpoints: Pat
         assert token in out
 
 
+def test_all_tiles_of_a_token_are_named_and_the_runner_up_is_none_of_them(
+    tmp_path: Path, checkpoints: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    L.seed_everything(0)
+    text = TextDataModule(path=checkpoints / "text.txt", context_length=8, batch_size=4, batches_per_epoch=2)
+    network = small_network(ffn=FFNConfig(num_tiles=4, top_k=2))
+    ckpt = save_checkpoint(LanguageModelTask(text.vocabulary, network), text, tmp_path / "two.ckpt")
+    assert main(["why", str(ckpt), "--prompt", "dog"]) == 0
+    printed = rows(capsys.readouterr().out)
+    task, _ = load_checkpoint(ckpt)
+    tokens = torch.tensor([[task.vocabulary.index(character) for character in "dog"]])
+    decision = TriXIntrospector(task.network).decision(tokens)
+    for cells, tiles in zip(printed, decision.tile_idx.tolist(), strict=True):
+        assert [int(cell) for cell in cells[2:4]] == tiles
+        assert int(cells[5]) not in tiles
+
+
 def test_an_image_is_explained_row_by_row(checkpoints: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["why", str(checkpoints / "digits.ckpt"), "--index", "358"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("image 358: a ")
-    assert len(out.splitlines()) == 2 + 8 + 1 + 4
+    assert len(out.splitlines()) == 2 + 8 + 1 + 5
     assert "#" in out
 
 
@@ -95,7 +116,7 @@ def test_a_reader_that_has_gone_is_no_error(checkpoints: Path) -> None:
 
 
 MISTAKES = [
-    ([], "the following arguments are required: ckpt"),
+    ([], "the following arguments are required: CKPT"),
     (["{lm}"], "a language model needs a text: --prompt TEXT"),
     (["{lm}", "--index", "1"], "a language model needs a text: --prompt TEXT"),
     (["{lm}", "--prompt", "a", "--index", "1"], "--prompt and --index cannot both be given"),
@@ -108,6 +129,7 @@ MISTAKES = [
     (["{lm}", "--prompt", "a", "--last", "0"], "--last (0) must be >= 1"),
     (["{lm}", "--prompt", "a", "--position", "1"], "--position (1) must be >= 0 and < tokens (1)"),
     (["{lm}", "--prompt", "a", "--position", "0", "--last", "1"], "--position and --last cannot both be given"),
+    (["model.onnx", "--prompt", "a"], "`trix why` reads checkpoints: give the .ckpt file that the ONNX file was exported from"),
     (["{lm}", "--promt", "a"], "unknown option --promt of `trix why`; did you mean --prompt?"),
     (["{hash}", "--prompt", "a"], "layer (0) is routed by a hash of the token's id, which has no directions"),
     (["{texts}"], "a classifier of texts needs one: --prompt TEXT"),
@@ -146,8 +168,8 @@ def test_mistakes_and_help_are_told_without_torch() -> None:
         "for command in ('inspect', 'why'):\n"
         "    assert main([command, '--help']) == 0\n"
         "    assert main([command, '--wrong']) == 2\n"
-        "    assert main([command, 'model.onnx']) == 2\n"
-        "heavy = [name for name in ('torch', 'lightning', 'matplotlib', 'trix') if name in sys.modules]\n"
+        "    assert main([command, 'missing.onnx']) == 2\n"
+        "heavy = [name for name in ('torch', 'lightning', 'matplotlib') if name in sys.modules]\n"
         "assert not heavy, heavy"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_modules.data.loader import ResumableLoader, evaluation_loader, rank_and_world_size
+from lightning_modules.errors import DataError
 
 NUM_BATCHES = 4
 
@@ -103,3 +104,22 @@ def test_evaluation_loader_serves_every_pair_once_in_order() -> None:
 
 def test_one_process_outside_a_process_group() -> None:
     assert rank_and_world_size() == (0, 1)
+
+
+@given(num_examples=st.integers(1, 40), batch_size=st.integers(1, 8), world_size=st.integers(1, 4))
+def test_processes_share_an_evaluation_without_repeats_in_equal_numbers_of_batches(
+    num_examples: int, batch_size: int, world_size: int
+) -> None:
+    examples, seen, num_batches = torch.arange(num_examples), [], set()
+    for rank in range(world_size):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("lightning_modules.data.loader.rank_and_world_size", lambda rank=rank: (rank, world_size))
+            if num_examples < world_size:
+                with pytest.raises(DataError, match=rf"processes \({world_size}\) must be <= .* \({num_examples}\)"):
+                    evaluation_loader(examples, examples, batch_size)
+                return
+            batches = [inputs.tolist() for inputs, _ in evaluation_loader(examples, examples, batch_size)]
+        num_batches.add(len(batches))
+        seen += [example for batch in batches for example in batch]
+    assert sorted(seen) == list(range(num_examples))
+    assert len(num_batches) == 1

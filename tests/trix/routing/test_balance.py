@@ -57,6 +57,35 @@ def test_tiles_that_are_not_in_use_have_no_part_in_the_balance() -> None:
     assert nudge.tolist() == pytest.approx([-0.1, 0.0, 0.1, 0.0])
 
 
+@pytest.mark.parametrize("is_padded", [False, True])
+def test_two_processes_have_the_balance_of_one(is_padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    score, tile_idx = torch.randn(12, 4, requires_grad=True), torch.randint(0, 4, (12, 2))
+    mask_T = torch.tensor([True] * 7 + [False] * 5) if is_padded else torch.ones(12, dtype=torch.bool)
+    weight = mask_T.unsqueeze(-1).expand(-1, 2).float()
+    expected = balance_loss(score, tile_idx, weight)
+    (expected_gradient,) = torch.autograd.grad(expected, score)
+    nudge = balance_nudge(tile_idx, 4, 0.1, weight)
+
+    halves = (slice(0, 6), slice(6, 12))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    sent: list[list[torch.Tensor]] = [[], []]  # by half, what it tells the other
+    for half, part in enumerate(halves):
+        monkeypatch.setattr(torch.distributed, "all_reduce", lambda count, told=sent[half]: told.append(count.clone()))
+        balance_loss(score[part], tile_idx[part], weight[part])
+        balance_nudge(tile_idx[part], 4, 0.1, weight[part])
+    losses = []
+    for half, part in enumerate(halves):
+        messages = iter(sent[1 - half])
+        monkeypatch.setattr(torch.distributed, "all_reduce", lambda count, told=messages: count.add_(next(told)))
+        losses.append(balance_loss(score[part], tile_idx[part], weight[part]))
+        assert balance_nudge(tile_idx[part], 4, 0.1, weight[part]).tolist() == nudge.tolist()
+    mean = torch.stack(losses).mean()
+    torch.testing.assert_close(mean, expected)
+    torch.testing.assert_close(torch.autograd.grad(mean, score)[0], expected_gradient)
+
+
 @pytest.mark.parametrize("kind", ["trix", "hierarchical", "sparse_lookup", "sparse_lookup_v2"])
 def test_the_balance_loss_trains_under_autocast(kind: Any) -> None:
     block = TriXBlock(16, 2, FFNConfig(kind=kind, num_tiles=4), context_length=8)

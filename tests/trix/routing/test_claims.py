@@ -64,6 +64,13 @@ def test_undeclared_classes_grow_with_the_labels() -> None:
     assert claims.dominant_class().tolist() == [-1, -1, -1]
 
 
+def test_assignments_of_weight_zero_are_not_counted() -> None:
+    claims = ClaimMatrix(3, 2)
+    weight = torch.tensor([[0.7, 0.3], [1.0, 0.0], [0.0, 0.0]])
+    claims.update(torch.tensor([[0, 1], [1, 2], [2, 0]]), torch.tensor([0, 1, 1]), weight=weight)
+    assert claims.count_EC.tolist() == [[1, 0], [1, 1], [0, 0]]
+
+
 def test_masked_tokens_do_not_count_even_if_their_label_is_no_class() -> None:
     claims = ClaimMatrix(2, 3)
     label = torch.tensor([[0, 1, 99], [2, -1, -1]])

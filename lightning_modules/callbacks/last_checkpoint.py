@@ -1,0 +1,120 @@
+"""The checkpoints of a run in its own folder: the last one, and what a resumed run takes over."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from typing_extensions import override
+
+from lightning_modules.errors import UserError
+from lightning_modules.run_folder import CHECKPOINTS_NAME
+from lightning_modules.tasks.checkpoint import read_checkpoint
+
+LAST_NAME = "last.ckpt"
+
+
+class LastCheckpoint(Checkpoint):
+    """Write last.ckpt after each validation (each epoch, where there is none) and as training ends.
+
+    It is what ``trix fit --resume`` goes on from, so a run that is killed loses no more than it did since its last validation.
+    :class:`ModelCheckpoint` keeps the best; its ``save_last`` writes only when the best has changed.
+
+    A resumed run has a folder of its own. The files that a ModelCheckpoint of the earlier run kept in the folder of the
+    checkpoint are copied into it, with their scores, so that the best one stays the best of the whole run; those that are
+    missing, or were written after the checkpoint, are left behind, and the ModelCheckpoint starts anew.
+
+    ``trix`` adds it to every ``fit``, unless checkpoints are switched off. It writes none where a ModelCheckpoint has
+    ``save_last``.
+
+    Attributes:
+        path: of the file, in ``checkpoints`` in the folder of the logs (without logs: in the default folder of the trainer);
+            None before it is written.
+    """
+
+    def __init__(self) -> None:
+        self.path: Path | None = None
+        self._folder = Path()
+        self._last_step = 0
+        self._is_writing = True
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._folder = Path(trainer.log_dir or trainer.default_root_dir) / CHECKPOINTS_NAME
+        others = trainer.checkpoint_callbacks
+        self._is_writing = not any(isinstance(other, ModelCheckpoint) and other.save_last for other in others)
+
+    @override
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._last_step = checkpoint["global_step"]
+        if trainer.ckpt_path is None:
+            return
+        # Lightning gives the callbacks their states after this.
+        for callback in trainer.checkpoint_callbacks:
+            state = checkpoint["callbacks"].get(callback.state_key)
+            if not isinstance(callback, ModelCheckpoint) or state is None or state["dirpath"] == callback.dirpath:
+                continue
+            taken = _taken_over(state, Path(trainer.ckpt_path).parent, Path(callback.dirpath or ""), self._last_step, trainer)
+            del checkpoint["callbacks"][callback.state_key]
+            if taken is not None:
+                checkpoint["callbacks"][callback.state_key] = taken
+
+    @override
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._save(trainer)
+
+    @override
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.enable_validation:
+            self._save(trainer)
+
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._save(trainer)
+
+    def _save(self, trainer: L.Trainer) -> None:
+        if not self._is_writing or trainer.global_step == self._last_step:
+            return
+        self._last_step = trainer.global_step
+        self.path = self._folder / LAST_NAME
+        trainer.save_checkpoint(self.path, weights_only=False)
+
+
+def written_checkpoint(trainer: L.Trainer) -> tuple[Path, ModelCheckpoint | None] | None:
+    """The checkpoint that stands for the run as a whole: the best, with what chose it, else the last; None without any."""
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.best_model_path:
+            return Path(callback.best_model_path), callback
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.last_model_path:
+            return Path(callback.last_model_path), None
+        if isinstance(callback, LastCheckpoint) and callback.path is not None:
+            return callback.path, None
+    return None
+
+
+def _taken_over(state: dict[str, Any], source: Path, target: Path, last_step: int, trainer: L.Trainer) -> dict[str, Any] | None:
+    """The state of a ModelCheckpoint whose files have been copied from `source` to `target`; None where they cannot be."""
+    names = {Path(path).name for path in (*state["best_k_models"], state["best_model_path"]) if path}
+    try:
+        if any(read_checkpoint(source / name)["global_step"] > last_step for name in names):
+            return None
+    except UserError:
+        return None
+    if trainer.is_global_zero:
+        target.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            shutil.copy2(source / name, target / name)
+
+    def moved(path: str) -> str:
+        return str(target / Path(path).name) if path else ""
+
+    return state | {
+        "dirpath": str(target),
+        "best_model_path": moved(state["best_model_path"]),
+        "kth_best_model_path": moved(state["kth_best_model_path"]),
+        "best_k_models": {moved(path): score for path, score in state["best_k_models"].items()},
+        "last_model_path": "",
+    }

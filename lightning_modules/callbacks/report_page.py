@@ -1,0 +1,62 @@
+"""A page to read beside the logs of a run."""
+
+from pathlib import Path
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_warn
+from rich import get_console
+from typing_extensions import override
+
+from lightning_modules.callbacks.last_checkpoint import written_checkpoint
+from lightning_modules.callbacks.run_report import relative_path
+from lightning_modules.commands.inspect import make_page
+from lightning_modules.error_text import one_line
+from lightning_modules.routed_layers import routed_layers
+from lightning_modules.tasks.checkpoint import load_checkpoint
+from lightning_modules.whole_files import write_whole
+
+PAGE_NAME = "report.html"
+
+
+class ReportPage(L.Callback):
+    """At the end of ``fit`` write report.html into the folder of the logs: the page of ``trix inspect``.
+
+    It is about the best checkpoint of the run; where there is none, the last. A run without logs or without checkpoints leaves
+    none, nor does a trial (fast_dev_run) or a network without routed layers. A page that cannot be drawn is a warning.
+
+    ``trix`` adds it to every ``fit``, with its settings as ``report``: ``--report.num_tokens 0`` leaves the page out.
+
+    Args:
+        num_tokens: draw it from at most so many tokens of the validation data (at least one sequence); 0: no page.
+
+    Raises:
+        ValueError: num_tokens < 0.
+    """
+
+    def __init__(self, num_tokens: int = 4096) -> None:
+        if num_tokens < 0:
+            raise ValueError(f"num_tokens ({num_tokens}) must be >= 0")
+        self.num_tokens = num_tokens
+        self._folder = ""
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "fit" and trainer.loggers and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._folder = trainer.log_dir or ""  # of the first process, on all of them
+
+    @override
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        written = written_checkpoint(trainer)
+        is_wanted = self.num_tokens > 0 and self._folder and "://" not in self._folder and routed_layers(pl_module)
+        if not is_wanted or written is None or not trainer.is_global_zero:
+            return
+        checkpoint_path, _ = written
+        try:
+            task, checkpoint = load_checkpoint(checkpoint_path)
+            page = make_page(task, checkpoint, str(checkpoint_path), self.num_tokens)
+            write_whole(page.encode(), Path(self._folder) / PAGE_NAME)
+        except Exception as error:  # whatever it is, the run is done and its weights are kept
+            rank_zero_warn(f"{PAGE_NAME} could not be drawn: {one_line(error)}")
+            return
+        place = relative_path(str(Path(self._folder) / PAGE_NAME))
+        get_console().print(f"report       {place}", highlight=False, markup=False, soft_wrap=True)

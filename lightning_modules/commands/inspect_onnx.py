@@ -1,0 +1,100 @@
+"""``trix inspect model.onnx``: one HTML page about an exported file, without torch. Legend: D model width, E tiles."""
+
+import html
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_modules.errors import UserError
+from ort_ops.file_format import LayerRecord, describe_size
+from ort_ops.library import LibraryNotFoundError
+from ort_ops.runtime import ExportedModel
+from ort_ops.signature_layers import SignatureLayer, operator_counts, read_model
+from trix.introspection.page import definitions, heading, page, strip, surgery_table, table
+
+INTRODUCTION = (
+    "An exported TriX model: a feed-forward layer is cut into tiles, each token goes to the tiles whose signatures (-1, 0 or "
+    "+1 per dimension) agree with it most. This page shows what the file says of itself."
+)
+
+
+def make_onnx_page(model: Path) -> str:
+    """The page: task, size, parity, configuration, operators; surgery history; signatures, usage and bias by layer.
+
+    Raises:
+        UserError: it is no exported model.
+    """
+    try:
+        proto, metadata, layers, records = read_model(model)
+        try:
+            session = ExportedModel(model)
+        except LibraryNotFoundError:
+            session = ExportedModel(model, use_library=False)
+        parity = session.check_parity()
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    kernels = "native operators" if session.uses_library else "portable operators"
+    at_export = metadata.get("export_parity")
+    figures = at_export.items() if isinstance(at_export, dict) else ()
+    facts = {
+        "file": str(model),
+        "task": str(metadata.get("task")).replace("_", " "),
+        "size": describe_size(session.file_bytes, session.float32_bytes),
+        "runs here": f"{parity} ({kernels})",
+        "at export": ", ".join(f"{name.replace('_', ' ')} {_figure(value)}" for name, value in figures),
+        "operators": ", ".join(f"{name} {count}" for name, count in operator_counts(proto).most_common()),
+        "portable functions": ", ".join(function.name for function in proto.functions) or "none: needs the native operators",
+        "configuration": json.dumps(metadata.get("config")),
+    }
+    entries = [(index, entry) for index, record in enumerate(records) for entry in record.history]
+    reference = metadata["reference"]
+    usages = _usages(reference.get("tile_idx"), layers)
+    sections = [_layer_section(index, *parts) for index, parts in enumerate(zip(layers, records, usages, strict=True))]
+    none = "" if layers else "<p>No layer of this file is routed by signatures.</p>"
+    body = f"<p>{html.escape(INTRODUCTION)}</p>{definitions(facts.items())}{surgery_table(entries)}{none}{''.join(sections)}"
+    return page(f"TriX model: {model.name}", body)
+
+
+def _usages(tile_idx: Any, layers: Sequence[SignatureLayer]) -> list[NDArray[np.float64]]:
+    """Share of the reference example's assignments by tile, [E] for each layer."""
+    if not layers:
+        return []
+    idx = np.asarray(tile_idx, dtype=np.int64).reshape(-1, len(layers), layers[0].top_k)
+    counts = [np.bincount(idx[:, place].ravel(), minlength=len(layer.signature_ED)) for place, layer in enumerate(layers)]
+    return [count_E / max(count_E.sum(), 1) for count_E in counts]
+
+
+def _layer_section(index: int, layer: SignatureLayer, record: LayerRecord, usage_E: NDArray[np.float64]) -> str:
+    num_tiles, width = layer.signature_ED.shape
+    per_token = "1 tile" if layer.top_k == 1 else f"up to {layer.top_k} tiles"
+    title = heading(
+        2,
+        f"Layer {index}",
+        f"{record.kind}, {num_tiles} tiles, {width} dimensions, {per_token} per token, {record.source} signatures. "
+        "Signature: one bar per dimension, orange +1, blue -1, light 0. Usage: of the example in the file. Bias: what is added "
+        "to the scores before the choice.",
+        f"layer-{index}",
+    )
+    rows = []
+    for tile, signature_D in enumerate(layer.signature_ED):
+        states = {"frozen": tile in record.frozen, "free": bool(layer.is_free_E[tile])}
+        badges = " ".join(f'<span class="badge">{name}</span>' for name, is_so in states.items() if is_so)
+        counts = (f"{int((signature_D == value).sum())}" for value in (1, -1, 0))
+        claims = () if record.claims is None else (_claims(record.claims[tile]),)
+        bias = f"{layer.bias_E[tile]:+.3f}"
+        rows.append((f"{tile} {badges}", strip(signature_D), *counts, f"{usage_E[tile]:.1%}", bias, *claims))
+    columns = ("tile", "signature", "plus", "minus", "zero", "usage", "bias", *(() if record.claims is None else ("claims",)))
+    return title + f'<div class="signatures">{table(columns, rows)}</div>'
+
+
+def _figure(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _claims(count_C: Sequence[int]) -> str:
+    top = sorted(range(len(count_C)), key=lambda c: -count_C[c])[:3]
+    return ", ".join(f"class {c}: {count_C[c]}" for c in top if count_C[c]) or "-"

@@ -1,0 +1,138 @@
+"""The layers of an exported file that are routed by signatures: their constants, read from the graph and changed in it.
+
+Needs onnx and numpy. Legend: D model width, E tiles, K tiles per token, T tokens.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import GraphProto, ModelProto, NodeProto, numpy_helper
+
+from ort_ops.file_format import LayerRecord, from_properties, layer_records
+from ort_ops.panels import RESERVED_VALUE, from_panels, to_panels
+from ort_ops.runtime import ModelFileError
+from ort_ops.schema import DOMAIN, SIGNATURE_ROUTE
+
+_SIGNATURES, _BIAS = 1, 2  # inputs of SignatureRoute
+
+
+class SignatureLayer:
+    """One SignatureRoute node and its constants, which are in the graph: a change is written there at once.
+
+    Attributes:
+        signature_ED: int8 in {-1, 0, +1}. bias_E: float32, -inf in a free slot. top_k: tiles per token. x, tile_idx, score: the
+            names of the node's input and outputs. changed: the names of the initializers that were changed or added. places:
+            where they are read, as the first output of a node and the place among its inputs.
+
+    An initializer that other nodes read too, as equal ones may have been joined at the export, stays as it is: the layer gets
+    its own.
+    """
+
+    def __init__(self, graph: GraphProto, node: NodeProto, d_model: int) -> None:
+        self._graph, self._node = graph, node
+        self.changed: list[str] = []
+        self.places: set[tuple[str, int]] = set()
+        self.x, (self.tile_idx, self.score) = node.input[0], node.output
+        self.top_k = next((attribute.i for attribute in node.attribute if attribute.name == "top_k"), 1)
+        self.bias_E = self._constant(node, _BIAS)
+        self.signature_ED = from_panels(self._constant(node, _SIGNATURES), len(self.bias_E), d_model)
+        if (self.signature_ED == RESERVED_VALUE).any():
+            raise ValueError("packed codes must be 0, 1 or 2, there is a 3")
+        # What makes a free slot count for nothing in the gate: 0, or -inf, added to the scores.
+        self._exclude = next((n for n in graph.node if n.op_type == "Add" and n.input[0] == self.score), None)
+
+    @property
+    def is_free_E(self) -> NDArray[np.bool_]:  # noqa: N802
+        return np.isneginf(self.bias_E)
+
+    def set_signature(self, tile_idx: int, signature_D: NDArray[np.int8]) -> None:
+        self.signature_ED = self.signature_ED.copy()
+        self.signature_ED[tile_idx] = signature_D
+        self._set_constant(self._node, _SIGNATURES, to_panels(self.signature_ED))
+
+    def set_bias(self, tile_idx: int, bias: float) -> None:
+        """-inf frees the slot, another value lets it be chosen."""
+        is_to_be_free = np.isneginf(bias)
+        self.bias_E = self.bias_E.copy()
+        self.bias_E[tile_idx] = bias
+        self._set_constant(self._node, _BIAS, self.bias_E)
+        if self._exclude is None:
+            raise ValueError(f"node {self._node.name} of the graph must be followed by one that adds to its scores")
+        exclusion_E = np.array(self._constant(self._exclude, 1))
+        if np.isneginf(exclusion_E[tile_idx]) != is_to_be_free:
+            exclusion_E[tile_idx] = -np.inf if is_to_be_free else 0.0
+            self._set_constant(self._exclude, 1, exclusion_E)
+
+    def _constant(self, node: NodeProto, place: int) -> NDArray[Any]:
+        found = next((tensor for tensor in self._graph.initializer if tensor.name == node.input[place]), None)
+        if found is None:
+            raise ValueError(f"input {place} of node {node.name} ({node.op_type}) must be a constant of the graph")
+        return numpy_helper.to_array(found)
+
+    def _set_constant(self, node: NodeProto, place: int, value: NDArray[Any]) -> None:
+        name = node.input[place]
+        if sum(1 for used in _names_read(self._graph) if used == name) > 1:
+            taken = {tensor.name for tensor in self._graph.initializer} | {out for n in self._graph.node for out in n.output}
+            own = next(new for i in range(len(taken) + 1) if (new := f"{name}.{i}") not in taken)
+            self._graph.initializer.append(numpy_helper.from_array(value, own))
+            node.input[place] = name = own
+        else:
+            tensor = next(tensor for tensor in self._graph.initializer if tensor.name == name)
+            tensor.CopyFrom(numpy_helper.from_array(value, name))
+        self.places.add((node.output[0], place))
+        if name not in self.changed:
+            self.changed.append(name)
+
+
+def read_model(path: Path) -> tuple[ModelProto, dict[str, Any], list[SignatureLayer], list[LayerRecord]]:
+    """An exported file: graph, metadata, the layers that signatures route, in order, and what the metadata says of them.
+
+    Raises:
+        ModelFileError: it cannot be read, or is no file of `trix export`.
+    """
+    try:
+        proto = onnx.load(str(path), load_external_data=False)
+    except OSError as error:
+        raise ModelFileError(f"{path}: {error.strerror or error}") from error
+    except Exception as error:  # protobuf's exceptions are private to it
+        raise ModelFileError(f"{path}: not an ONNX file, or a damaged one") from error
+    try:
+        metadata = from_properties({entry.key: entry.value for entry in proto.metadata_props})
+        layers = signature_layers(proto, _d_model(metadata))
+        return proto, metadata, layers, layer_records(metadata, len(layers))
+    except (ValueError, TypeError, IndexError) as error:
+        raise ModelFileError(f"{path}: {error}") from error
+
+
+def signature_layers(proto: ModelProto, d_model: int) -> list[SignatureLayer]:
+    """In the order of computation."""
+    nodes = [node for node in proto.graph.node if (node.domain, node.op_type) == (DOMAIN, SIGNATURE_ROUTE.name)]
+    return [SignatureLayer(proto.graph, node, d_model) for node in nodes]
+
+
+def _d_model(metadata: dict[str, Any]) -> int:
+    config = metadata.get("config")
+    d_model = config.get("d_model") if isinstance(config, dict) else None
+    if type(d_model) is not int or d_model < 1:
+        raise ValueError(f"metadata config.d_model ({d_model!r:.40}) must be an integer >= 1")
+    return d_model
+
+
+def _names_read(graph: GraphProto) -> Iterator[str]:
+    """Every value that a node or an output of the graph reads, as often as it is read."""
+    yield from (value.name for value in graph.output)
+    for node in graph.node:
+        yield from node.input
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _names_read(inner)
+
+
+def operator_counts(proto: ModelProto) -> Counter[str]:
+    """How many nodes of each operator, with its domain where it is not ONNX's own."""
+    return Counter(f"{node.domain}.{node.op_type}".lstrip(".") for node in proto.graph.node)
