@@ -26,7 +26,9 @@ from ort_ops import schema
 from ort_ops.file_format import LayerRecord, describe_size, encode_array, to_properties
 from ort_ops.functions import ONNX_OPSET, fallback_functions, register_schemas
 from ort_ops.library import LibraryNotFoundError, session_options
+from ort_ops.panels import to_panels
 from ort_ops.parity import Parity, compare, selection_gap
+from trix.functional.packing import CODES_PER_BYTE, unpack_ternary
 from trix.nn import Classifier, LanguageModel, RoutedLayer, SparseLookupFFN, pack_model, routed_layers
 from trix.routing import SignatureRouter
 
@@ -202,6 +204,7 @@ def _to_onnx(
         )
     assert program is not None
     proto = program.model_proto
+    _lay_in_panels(proto.graph)
     proto.ir_version = ONNX_IR_VERSION
     proto.producer_name = "trix"
     # The exporter notes the source line of every node, with the paths of this machine: two thirds of a small file.
@@ -210,6 +213,16 @@ def _to_onnx(
         node.ClearField("metadata_props")
         node.ClearField("doc_string")
     return proto
+
+
+def _lay_in_panels(graph: onnx.GraphProto) -> None:
+    """Replace packed rows, as torch holds them, by the panels that the operators take. 00 in a row's padding is a zero."""
+    initializers = {tensor.name: tensor for tensor in graph.initializer}
+    names = {node.input[1] for node in graph.node if node.domain == schema.DOMAIN}  # the same place in both operators
+    for name in names:
+        rows = torch.from_numpy(onnx.numpy_helper.to_array(initializers[name]).copy())
+        ternary = unpack_ternary(rows, rows.shape[-1] * CODES_PER_BYTE).numpy()
+        initializers[name].CopyFrom(onnx.numpy_helper.from_array(to_panels(ternary), name))
 
 
 class _Expected(NamedTuple):

@@ -15,11 +15,13 @@ import numpy as np
 import onnx
 from onnx import AttributeProto, FunctionProto, GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
+from ort_ops.panels import BLOCK_COLUMNS, PANEL_ROWS
 from ort_ops.schema import DOMAIN, OPS, OPSET_VERSION, SIGNATURE_ROUTE, TERNARY_TILE_MATMUL, OpSchema
 
 ONNX_OPSET = 18
 
-_VALUE_OF_CODE = (0.0, 1.0, -1.0, float("nan"))
+SMALLEST = 2.0**-100  # a group of activations below it counts as zeros
+_VALUE_OF_CODE = (-1.0, 0.0, 1.0, float("nan"))
 
 
 def fallback_functions() -> tuple[FunctionProto, ...]:
@@ -60,6 +62,7 @@ def _ternary_tile_matmul() -> FunctionProto:
     nodes = [
         *_decode_table(),
         *_pad_columns("packed"),
+        *_quantise("x_padded", "x_used"),
         # y starts as [T, N] zeros; every row is then written by exactly one pass of the loop.
         _node("Shape", ["x"], ["num_tokens"], end=1),
         _node("Shape", ["row_scale"], ["num_rows"], start=1),
@@ -78,9 +81,9 @@ def _tile_loop_body() -> GraphProto:
         _node("Equal", ["tile_idx", "tile"], ["is_of_tile"]),
         _node("NonZero", ["is_of_tile"], ["token_row"]),
         _node("Transpose", ["token_row"], ["token_column"], perm=[1, 0]),
-        _node("GatherND", ["x_padded", "token_column"], ["x_tile"]),
+        _node("GatherND", ["x_used", "token_column"], ["x_tile"]),
         _node("Gather", ["packed", "tile"], ["packed_tile"]),
-        *_decode("packed_tile", "weight"),
+        *_decode("packed_tile", "weight", "num_rows"),
         _node("Gemm", ["x_tile", "weight"], ["product"], transB=1),
         _node("Gather", ["row_scale", "tile"], ["tile_scale"]),
         _node("Mul", ["product", "tile_scale"], ["y_tile"]),
@@ -104,7 +107,8 @@ def _signature_route() -> FunctionProto:
     nodes = [
         *_decode_table(),
         *_pad_columns("signatures"),
-        *_decode("signatures", "signature"),
+        _node("Shape", ["bias"], ["num_rows"]),
+        *_decode("signatures", "signature", "num_rows"),
         _node("Abs", ["signature"], ["is_active"]),
         _int_vector("columns_axis", [1]),
         _node("ReduceSum", ["is_active", "columns_axis"], ["nnz"], keepdims=0),
@@ -139,29 +143,96 @@ def _decode_table() -> list[NodeProto]:
     return [_node("Constant", [], ["decode_table"], value=numpy_helper.from_array(table, "decode_table"))]
 
 
-def _decode(packed: str, weight: str) -> list[NodeProto]:
-    """[N, P] bytes to [N, 4P] floats, `decoded_shape`. Gather takes int32 or int64 indices, so uint8 is cast first."""
+def _decode(packed: str, weight: str, num_rows: str) -> list[NodeProto]:
+    """Panels [P, B, 128] to their first N rows, float [N, 16 B]. Gather takes int32 or int64, so uint8 is cast."""
+    panels, rows, padded = f"{packed}_panels", f"{packed}_rows", f"{packed}_padded"
     return [
         _node("Cast", [packed], [f"{packed}_bytes"], to=TensorProto.INT32),
         _node("Gather", ["decode_table", f"{packed}_bytes"], [f"{packed}_values"]),
-        _node("Reshape", [f"{packed}_values", "decoded_shape"], [weight], allowzero=1),
+        # [P, B, 128 = (32 rows, 4 j), 4 fields] -> [P, rows, B, fields, j]
+        _int_vector(f"{packed}_split", [0, 0, PANEL_ROWS, 4, 4]),
+        _node("Reshape", [f"{packed}_values", f"{packed}_split"], [panels]),
+        _node("Transpose", [panels], [rows], perm=[0, 2, 1, 4, 3]),
+        _node("Reshape", [rows, "decoded_shape"], [padded], allowzero=1),
+        _int_vector(f"{packed}_first", [0]),
+        _node("Slice", [padded, f"{packed}_first", num_rows, f"{packed}_first"], [weight]),
     ]
 
 
 def _pad_columns(packed: str) -> list[NodeProto]:
-    """`x_padded`: x with zero columns up to the 4P that the packed rows decode to; `decoded_shape`: [N, 4P]."""
+    """`x_padded`: x with zero columns up to the 16 B of the panels; `decoded_shape`: [32 P, 16 B]."""
     return [
         _node("Shape", ["x"], ["num_columns"], start=1),
-        _node("Shape", [packed], ["row_bytes"], start=-1),
-        _int_vector("codes_per_byte", [4]),
-        _node("Mul", ["row_bytes", "codes_per_byte"], ["num_codes"]),
-        _node("Sub", ["num_codes", "num_columns"], ["num_padding"]),
+        _node("Shape", [packed], ["num_panels_and_blocks"], start=-3, end=-1),
+        _int_vector("panel_size", [PANEL_ROWS, BLOCK_COLUMNS]),
+        _node("Mul", ["num_panels_and_blocks", "panel_size"], ["decoded_shape"]),
+        _int_vector("columns_at", [1]),
+        _node("Gather", ["decoded_shape", "columns_at"], ["num_padded"]),
+        _node("Sub", ["num_padded", "num_columns"], ["num_padding"]),
         _int_vector("no_padding", [0, 0, 0]),
         _node("Concat", ["no_padding", "num_padding"], ["paddings"], axis=0),
         _node("Pad", ["x", "paddings"], ["x_padded"]),
-        _node("Shape", [packed], ["num_decoded_rows"], start=-2, end=-1),
-        _node("Concat", ["num_decoded_rows", "num_codes"], ["decoded_shape"], axis=0),
     ]
+
+
+def _quantise(x: str, output: str) -> list[NodeProto]:
+    """x [T, K] as the int8 kernels see it, q * scale; x itself where activation_bits is 24."""
+    as_it_is = helper.make_graph([_node("Identity", [x], ["as_it_is"])], "as_it_is_graph", [], [_float_info("as_it_is")])
+    quantised = helper.make_graph(_quantised(x), "quantised_graph", [], [_float_info("quantised")])
+    return [
+        _attribute_value("activation_bits", "activation_bits"),
+        _node("Constant", [], ["int8_bits"], value_int=8),
+        _node("Equal", ["activation_bits", "int8_bits"], ["is_int8"]),
+        _node("If", ["is_int8"], [output], then_branch=quantised, else_branch=as_it_is),
+    ]
+
+
+def _quantised(x: str) -> list[NodeProto]:
+    """Groups [T, G, C]: C = group_size, or all columns (at least 1) where it is 0."""
+    return [
+        _attribute_value("group_size", "group_size"),
+        _node("Shape", [x], ["quantised_shape"]),
+        _int_vector("column_axis", [1]),
+        _node("Gather", ["quantised_shape", "column_axis"], ["num_quantised"]),
+        _int_vector("one_column", [1]),
+        _node("Max", ["num_quantised", "one_column"], ["whole_row"]),
+        _int_vector("scalar_shape", [1]),
+        _node("Reshape", ["group_size", "scalar_shape"], ["given_group"]),
+        _int_vector("zero_group", [0]),
+        _node("Equal", ["given_group", "zero_group"], ["is_one_group"]),
+        _node("Where", ["is_one_group", "whole_row", "given_group"], ["group_columns"]),
+        # Columns up to a whole number of groups: (-K) mod C.
+        _node("Neg", ["num_quantised"], ["minus_columns"]),
+        _node("Mod", ["minus_columns", "group_columns"], ["group_padding"]),
+        _int_vector("no_group_padding", [0, 0, 0]),
+        _node("Concat", ["no_group_padding", "group_padding"], ["group_paddings"], axis=0),
+        _node("Pad", [x, "group_paddings"], ["x_of_groups"]),
+        _node("Add", ["num_quantised", "group_padding"], ["num_of_groups"]),
+        _node("Div", ["num_of_groups", "group_columns"], ["num_groups"]),
+        _int_vector("all_tokens", [0]),
+        _node("Concat", ["all_tokens", "num_groups", "group_columns"], ["group_shape"], axis=0),
+        _node("Reshape", ["x_of_groups", "group_shape"], ["group"]),
+        _node("Abs", ["group"], ["magnitude"]),
+        _int_vector("last_axis", [-1]),
+        _node("ReduceMax", ["magnitude", "last_axis"], ["largest"], keepdims=1),
+        _node("Constant", [], ["levels"], value_float=127.0),
+        _node("Div", ["levels", "largest"], ["inverse"]),
+        _node("Constant", [], ["smallest"], value_float=SMALLEST),
+        _node("Less", ["largest", "smallest"], ["is_tiny"]),
+        _node("Constant", [], ["no_scale"], value_float=0.0),
+        _node("Where", ["is_tiny", "no_scale", "inverse"], ["factor"]),
+        _node("Mul", ["group", "factor"], ["scaled"]),
+        _node("Round", ["scaled"], ["q"]),
+        _node("Div", ["largest", "levels"], ["scale"]),
+        _node("Mul", ["q", "scale"], ["dequantised"]),
+        _node("Shape", ["x_of_groups"], ["dequantised_shape"]),
+        _node("Reshape", ["dequantised", "dequantised_shape"], ["dequantised_row"], allowzero=1),
+        _node("Slice", ["dequantised_row", "all_tokens", "num_quantised", "column_axis"], ["quantised"]),
+    ]
+
+
+def _float_info(name: str) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, [None, None])
 
 
 def _int_vector(output: str, values: Sequence[int]) -> NodeProto:

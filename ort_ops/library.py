@@ -40,7 +40,7 @@ def session_options(*, intra_op_num_threads: int | None = None) -> onnxruntime.S
     Raises:
         LibraryNotFoundError: see `get_library_path`.
         ValueError: intra_op_num_threads < 1, onnxruntime is older than 1.17, or the environment variable TRIX_ORT_ISA
-            names an instruction set (scalar, avx2) that is unknown or that this machine lacks.
+            names an instruction set (scalar, avx2, avx512_vnni, neon, neon_dotprod) that is unknown or that this machine lacks.
     """
     if intra_op_num_threads is not None and intra_op_num_threads < 1:
         raise ValueError(f"intra_op_num_threads ({intra_op_num_threads}) must be >= 1")

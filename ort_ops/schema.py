@@ -2,8 +2,7 @@
 
 This is the only copy on the Python side. The C++ side has one table per op in `native/ops/`; a test compares the two.
 
-Legend: T tokens, K columns of x, D model width, E tiles, N rows of a tile. Packed rows are laid out as
-trix/functional/packing.py says.
+Legend: T tokens, K columns of x, D model width, E tiles, N rows of a tile. Packed matrices are laid out as panels.py says.
 """
 
 from dataclasses import dataclass
@@ -47,20 +46,24 @@ TERNARY_TILE_MATMUL = OpSchema(
     name="TernaryTileMatMul",
     inputs=(
         TensorSchema("x", "float32", ("T", "K")),
-        TensorSchema("packed", "uint8", ("E", "N", "ceil(K/4)")),
+        TensorSchema("packed", "uint8", ("E", "ceil(N/32)", "ceil(K/16)", "128")),
         TensorSchema("row_scale", "float32", ("E", "N")),
         TensorSchema("tile_idx", "int64", ("T",)),
     ),
     outputs=(TensorSchema("y", "float32", ("T", "N")),),
-    attributes=(),
-    doc="y[t, n] = row_scale[e, n] * sum_k x[t, k] * code[e, n, k] with e = tile_idx[t], 0 <= e < E.",
+    attributes=(IntAttribute("activation_bits", 24), IntAttribute("group_size", 128)),
+    doc=(
+        "y[t, n] = row_scale[e, n] * sum_k x[t, k] * w[e, n, k] with e = tile_idx[t], 0 <= e < E. activation_bits 24: as exact "
+        "as a float32 product. 8: x is quantised, in groups of group_size columns (128, or 0: all), to "
+        "round(x * (127 / m)) * m / 127 with m = max |x| of the group."
+    ),
 )
 
 SIGNATURE_ROUTE = OpSchema(
     name="SignatureRoute",
     inputs=(
         TensorSchema("x", "float32", ("T", "D")),
-        TensorSchema("signatures", "uint8", ("E", "ceil(D/4)")),
+        TensorSchema("signatures", "uint8", ("ceil(E/32)", "ceil(D/16)", "128")),
         TensorSchema("bias", "float32", ("E",)),
     ),
     outputs=(

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper
 
 from ort_ops.functions import ONNX_OPSET, fallback_functions
 from ort_ops.library import LibraryNotFoundError, get_library_path, session_options
-from ort_ops.packing import pack
+from ort_ops.panels import to_panels
 from ort_ops.schema import DOMAIN, OPSET_VERSION, SIGNATURE_ROUTE, TERNARY_TILE_MATMUL, OpSchema, TensorSchema
 
 Array = NDArray[Any]
@@ -57,7 +57,7 @@ def _check_matmul(run: Run) -> tuple[str, float]:
     x_TK = rng.standard_normal((_NUM_TOKENS, _NUM_COLUMNS), dtype=np.float32)
     row_scale_EN = rng.uniform(0.1, 2.0, (_NUM_TILES, _NUM_ROWS)).astype(np.float32)
     tile_idx_T = rng.integers(0, _NUM_TILES, _NUM_TOKENS)
-    feeds = {"x": x_TK, "packed": pack(weight_ENK), "row_scale": row_scale_EN, "tile_idx": tile_idx_T}
+    feeds = {"x": x_TK, "packed": to_panels(weight_ENK), "row_scale": row_scale_EN, "tile_idx": tile_idx_T}
     (y_TN,) = run(TERNARY_TILE_MATMUL, feeds)
     expected_TN = np.einsum("tk,tnk->tn", x_TK.astype(np.float64), weight_ENK[tile_idx_T]) * row_scale_EN[tile_idx_T]
     return TERNARY_TILE_MATMUL.name, _relative_error(y_TN, expected_TN)
@@ -68,7 +68,7 @@ def _check_route(run: Run) -> tuple[str, float]:
     signature_EK = rng.integers(-1, 2, (_NUM_TILES, _NUM_COLUMNS))
     x_TK = rng.standard_normal((_NUM_TOKENS, _NUM_COLUMNS), dtype=np.float32)
     bias_E = rng.standard_normal(_NUM_TILES, dtype=np.float32)
-    feeds = {"x": x_TK, "signatures": pack(signature_EK), "bias": bias_E}
+    feeds = {"x": x_TK, "signatures": to_panels(signature_EK), "bias": bias_E}
     tile_idx_TK, score_TE = run(SIGNATURE_ROUTE, feeds, top_k=_TOP_K)
     expected_TE = x_TK.astype(np.float64) @ signature_EK.T / np.sqrt(np.abs(signature_EK).sum(-1))
     best_TK = np.argsort(-(expected_TE + bias_E), axis=-1)[:, :_TOP_K]

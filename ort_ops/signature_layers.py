@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, numpy_helper
 
 from ort_ops.file_format import LayerRecord, from_properties, layer_records
-from ort_ops.packing import pack, unpack
+from ort_ops.panels import RESERVED_VALUE, from_panels, to_panels
 from ort_ops.runtime import ModelFileError
 from ort_ops.schema import DOMAIN, SIGNATURE_ROUTE
 
@@ -39,8 +39,10 @@ class SignatureLayer:
         self.places: set[tuple[str, int]] = set()
         self.x, (self.tile_idx, self.score) = node.input[0], node.output
         self.top_k = next((attribute.i for attribute in node.attribute if attribute.name == "top_k"), 1)
-        self.signature_ED = unpack(self._constant(node, _SIGNATURES), d_model)
         self.bias_E = self._constant(node, _BIAS)
+        self.signature_ED = from_panels(self._constant(node, _SIGNATURES), len(self.bias_E), d_model)
+        if (self.signature_ED == RESERVED_VALUE).any():
+            raise ValueError("packed codes must be 0, 1 or 2, there is a 3")
         # What makes a free slot count for nothing in the gate: 0, or -inf, added to the scores.
         self._exclude = next((n for n in graph.node if n.op_type == "Add" and n.input[0] == self.score), None)
 
@@ -51,7 +53,7 @@ class SignatureLayer:
     def set_signature(self, tile_idx: int, signature_D: NDArray[np.int8]) -> None:
         self.signature_ED = self.signature_ED.copy()
         self.signature_ED[tile_idx] = signature_D
-        self._set_constant(self._node, _SIGNATURES, pack(self.signature_ED))
+        self._set_constant(self._node, _SIGNATURES, to_panels(self.signature_ED))
 
     def set_bias(self, tile_idx: int, bias: float) -> None:
         """-inf frees the slot, another value lets it be chosen."""

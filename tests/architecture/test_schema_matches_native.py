@@ -24,9 +24,14 @@ def table(source: str, name: str) -> list[schema.TensorSchema]:
 
 
 def native_sources() -> dict[str, str]:
-    """Source text by op name."""
-    sources = [path.read_text() for path in sorted(NATIVE_OPS.glob("*_op.cpp"))]
+    """Source text by op name; of what ops share, each has what it includes."""
+    sources = [with_shared_parts(path.read_text()) for path in sorted(NATIVE_OPS.glob("*_op.cpp"))]
     return {re.search(r'kName = "(\w+)"', source)[1]: source for source in sources}  # type: ignore[index]
+
+
+def with_shared_parts(source: str) -> str:
+    uses_activations = "Activations activations_" in source
+    return source + ((NATIVE_OPS / "tile_product.hpp").read_text() if uses_activations else "")
 
 
 def test_op_names_agree() -> None:

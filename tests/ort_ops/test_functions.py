@@ -11,6 +11,7 @@ from onnx import TensorProto, helper
 from packed_models import (
     make_model,
     portable_session,
+    quantised,
     rank_tiles,
     route_inputs,
     score_reference,
@@ -19,6 +20,7 @@ from packed_models import (
 )
 
 from ort_ops.functions import fallback_functions, register_schemas
+from ort_ops.panels import to_panels
 from ort_ops.schema import DOMAIN, OPS, SIGNATURE_ROUTE, TERNARY_TILE_MATMUL, OpSchema
 
 
@@ -57,7 +59,7 @@ def test_top_k_attribute_defaults_to_one() -> None:
 def test_ties_and_nan_in_the_function() -> None:
     inputs = {
         "x": np.zeros((2, 4), np.float32),
-        "signatures": np.full((6, 1), 0x55, np.uint8),
+        "signatures": to_panels(np.ones((6, 4), np.int8)),
         "bias": np.array([np.nan, 0, 1, 1, 0, np.nan], np.float32),
     }
     np.testing.assert_array_equal(run_portable(SIGNATURE_ROUTE, inputs, top_k=4)[0], [[2, 3, 1, 4]] * 2)
@@ -65,9 +67,21 @@ def test_ties_and_nan_in_the_function() -> None:
     np.testing.assert_array_equal(run_portable(SIGNATURE_ROUTE, all_nan)[0], [[0]] * 2)
 
 
+@pytest.mark.parametrize("group_size", [0, 128])
+@pytest.mark.parametrize(("num_tokens", "num_rows", "num_columns"), [(1, 1, 1), (5, 40, 70), (3, 5, 300), (0, 5, 5)])
+def test_the_function_quantises_as_the_attributes_say(
+    num_tokens: int, num_rows: int, num_columns: int, group_size: int
+) -> None:
+    inputs, weight = tile_matmul_inputs(np.random.default_rng(3), num_tokens, 2, num_rows, num_columns)
+    inputs["x"][:1, :16] = 0.0
+    (y,) = run_portable(TERNARY_TILE_MATMUL, inputs, activation_bits=8, group_size=group_size)
+    expected = tile_matmul_reference(inputs | {"x": quantised(inputs["x"], group_size)}, weight)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_reserved_code_shows_as_nan() -> None:
     inputs, _ = tile_matmul_inputs(np.random.default_rng(1), 2, 1, 3, 8)
-    inputs["packed"][0, 1, 0] = 0xC1
+    inputs["packed"][0, 0, 0, 4] |= 0x03  # row 1, column 0
     (y,) = run_portable(TERNARY_TILE_MATMUL, inputs)
     assert np.isnan(y[:, 1]).all()
     assert np.isfinite(y[:, [0, 2]]).all()

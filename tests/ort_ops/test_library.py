@@ -93,7 +93,7 @@ def test_unknown_instruction_set_is_an_error_at_registration() -> None:
     assert finished.returncode != 0
     last_line = finished.stderr.strip().split("\n")[-1]
     assert last_line.startswith("ValueError: onnxruntime can't use the native operators: ")
-    assert last_line.endswith("TRIX_ORT_ISA (mmx) must be one of: scalar, avx2")
+    assert last_line.endswith("TRIX_ORT_ISA (mmx) must be one of: scalar, avx2, avx512_vnni, neon, neon_dotprod")
 
 
 def test_old_runtime_gets_a_clean_status() -> None:

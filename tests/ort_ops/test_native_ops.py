@@ -8,7 +8,6 @@ import pytest
 from packed_models import (
     make_model,
     native_session,
-    pack,
     random_ternary,
     rank_tiles,
     route_inputs,
@@ -19,6 +18,7 @@ from packed_models import (
     tile_matmul_reference,
 )
 
+from ort_ops.panels import from_panels, to_panels
 from ort_ops.schema import SIGNATURE_ROUTE, TERNARY_TILE_MATMUL
 
 pytestmark = pytest.mark.usefixtures("native_library")
@@ -45,18 +45,6 @@ def test_tile_matmul_equals_float64_reference(num_tokens: int, num_tiles: int, n
     np.testing.assert_allclose(
         y, tile_matmul_reference(inputs, weight), rtol=0, atol=2 * rounding_bound(inputs["x"], num_columns)
     )
-
-
-def test_tile_matmul_sums_in_sixteen_lanes() -> None:
-    """The documented order, bit for bit: lane j holds k = j mod 16, then a tree of halves."""
-    inputs, weight = tile_matmul_inputs(np.random.default_rng(1), 3, 1, 4, 100)
-    product = (inputs["x"][:, None, :] * weight[0][None]).astype(np.float32)
-    lanes = np.zeros((3, 4, 16), np.float32)
-    for k in range(100):
-        lanes[..., k % 16] += product[..., k]
-    for half in (8, 4, 2, 1):
-        lanes = lanes[..., :half] + lanes[..., half:]
-    np.testing.assert_array_equal(run_tile_matmul(inputs), lanes[..., 0] * inputs["row_scale"])
 
 
 def test_permuting_tokens_permutes_outputs_exactly() -> None:
@@ -86,22 +74,11 @@ def test_tile_matmul_of_empty_sizes(num_tokens: int, num_tiles: int, num_rows: i
 
 def test_tiles_without_rows_cost_no_memory() -> None:
     """Such tiles hold no bytes, so that any number of them fits into a model."""
-    num_tiles = 2**60
+    num_tiles = 2**50
     session = native_session(make_model(TERNARY_TILE_MATMUL, dims=UNKNOWN_RANKS))
-    inputs = {"x": f32(3, 8), "packed": u8(num_tiles, 0, 2), "row_scale": f32(num_tiles, 0), "tile_idx": np.zeros(3, np.int64)}
+    packed = u8(num_tiles, 0, 1, 128)
+    inputs = {"x": f32(3, 8), "packed": packed, "row_scale": f32(num_tiles, 0), "tile_idx": np.zeros(3, np.int64)}
     assert session.run(None, inputs)[0].shape == (3, 0)
-
-
-def test_infinity_and_nan_follow_multiplication() -> None:
-    weight = np.array([[[1, 0, -1], [0, 0, 0], [1, 1, 1]]])
-    inputs = {
-        "packed": pack(weight),
-        "row_scale": np.ones((1, 3), np.float32),
-        "tile_idx": np.zeros(3, np.int64),
-        "x": np.array([[np.inf, 1, 1], [np.nan, 1, 1], [1, np.inf, 1]], np.float32),
-    }
-    expected = [[np.inf, np.nan, np.inf], [np.nan] * 3, [np.nan, np.nan, np.inf]]
-    np.testing.assert_array_equal(run_tile_matmul(inputs), np.array(expected, np.float32))
 
 
 @pytest.mark.parametrize("num_threads", [2, 5])
@@ -132,20 +109,20 @@ def test_every_flipped_bit_is_rejected_or_changes_exactly_its_weight() -> None:
         for bit in range(8):
             packed = inputs["packed"].copy()
             packed.reshape(-1)[position] ^= 1 << bit
-            codes = (packed[..., None] >> np.array([0, 2, 4, 6], np.uint8) & 3).reshape(1, 2, 12)
+            weight = from_panels(packed, 32, 16)
             changed = inputs | {"packed": packed}
-            if (codes == 3).any():
+            if (weight == 2).any():
                 outcomes["reserved"] += 1
                 with pytest.raises(Exception, match="must hold only the codes 00, 01 and 10, it holds 11"):
                     session.run(None, changed)
-            elif codes[..., 10:].any():
+            elif weight[:, 2:].any() or weight[:, :, 10:].any():
                 outcomes["padding"] += 1
-                with pytest.raises(Exception, match=r"must have zero padding bits past the last column \(9 of x\)"):
+                with pytest.raises(Exception, match=r"packed must hold 0 \(code 01\) past the last of (2 rows|10 columns)"):
                     session.run(None, changed)
             else:
                 outcomes["value"] += 1
-                weight = np.array([0, 1, -1])[codes[..., :10]]
-                np.testing.assert_allclose(session.run(None, changed)[0], tile_matmul_reference(changed, weight), atol=1e-5)
+                y = session.run(None, changed)[0]
+                np.testing.assert_allclose(y, tile_matmul_reference(changed, weight[:, :2, :10]), atol=1e-5)
     assert min(outcomes.values()) > 0, outcomes
 
 
@@ -177,7 +154,7 @@ def test_ties_go_to_the_lowest_index() -> None:
     signatures = np.tile(random_ternary(np.random.default_rng(9), 1, 12), (20, 1))
     inputs = {
         "x": np.random.default_rng(10).standard_normal((3, 12), dtype=np.float32),
-        "signatures": pack(signatures),
+        "signatures": to_panels(signatures),
         "bias": np.zeros(20, np.float32),
     }
     np.testing.assert_array_equal(run_route(inputs, 5)[0], np.tile(np.arange(5), (3, 1)))
@@ -186,8 +163,9 @@ def test_ties_go_to_the_lowest_index() -> None:
 
 
 def test_empty_signatures_score_zero() -> None:
-    inputs, _ = route_inputs(np.random.default_rng(11), 3, 2, 8)
-    inputs["signatures"][1] = 0
+    inputs, signatures = route_inputs(np.random.default_rng(11), 3, 2, 8)
+    signatures[1] = 0
+    inputs["signatures"] = to_panels(signatures)
     _, score = run_route(inputs)
     np.testing.assert_array_equal(score[:, 1], np.zeros(3, np.float32))
 
@@ -196,7 +174,7 @@ def test_nan_keys_are_chosen_last() -> None:
     bias = np.array([np.nan, -np.inf, 1, np.nan, 2, np.inf, 0, 0, 0, np.nan], np.float32)
     inputs = {
         "x": np.zeros((2, 4), np.float32),
-        "signatures": pack(np.ones((10, 4), np.int8)),
+        "signatures": to_panels(np.ones((10, 4), np.int8)),
         "bias": bias,
     }
     np.testing.assert_array_equal(run_route(inputs, 10)[0], np.tile([5, 4, 2, 6, 7, 8, 1, 0, 3, 9], (2, 1)))
@@ -244,11 +222,11 @@ def inferred_shapes(op: Any, dims: dict[str, Any], **attributes: object) -> list
 def test_shapes_are_inferred_from_numbers_and_names() -> None:
     assert inferred_shapes(TERNARY_TILE_MATMUL, {"x": [5, 8], "row_scale": [2, 3]}) == [[5, 3]]
     assert inferred_shapes(TERNARY_TILE_MATMUL, {"x": ["tokens", 8], "row_scale": ["E", "rows"]}) == [["tokens", "rows"]]
-    assert inferred_shapes(SIGNATURE_ROUTE, {"x": ["tokens", 8], "signatures": [6, 2]}, top_k=2) == [
+    assert inferred_shapes(SIGNATURE_ROUTE, {"x": ["tokens", 8], "bias": [6]}, top_k=2) == [
         ["tokens", 2],
         ["tokens", 6],
     ]
-    assert inferred_shapes(SIGNATURE_ROUTE, {"x": [4, 8], "signatures": ["E", 2]}) == [[4, 1], [4, "E"]]
+    assert inferred_shapes(SIGNATURE_ROUTE, {"x": [4, 8], "bias": ["E"]}) == [[4, 1], [4, "E"]]
 
 
 @pytest.mark.parametrize("unknown", [None, [None, 8], [7]])
@@ -256,7 +234,7 @@ def test_unknown_shapes_stay_unknown(unknown: Any) -> None:
     """Unknown rank, an unnamed dynamic dimension, a wrong rank: no output shape, and no literal -1."""
     for shape in inferred_shapes(TERNARY_TILE_MATMUL, {"x": unknown, "row_scale": [2, 3]}):
         assert not any(isinstance(dim, int) for dim in shape or [])
-    for shape in inferred_shapes(SIGNATURE_ROUTE, {"x": unknown, "signatures": [6, 2]}, top_k=2):
+    for shape in inferred_shapes(SIGNATURE_ROUTE, {"x": unknown, "bias": [6]}, top_k=2):
         assert not any(isinstance(dim, int) for dim in shape or [])
 
 
@@ -271,30 +249,29 @@ def u8(*shape: int) -> np.ndarray:
     return np.zeros(shape, np.uint8)
 
 
+PANEL_SHAPE = "must end in [ceil(rows / 32), ceil(columns / 16), 128] = [1, 1, 128] for 4 rows and the 10 columns of x"
 TILE_MATMUL_REJECTIONS = {
     "rank of x": ({"x": f32(5)}, "rank of x (1, shape [5]) must be 2 [T, K]"),
     "rank 0 of x": ({"x": f32()}, "rank of x (0, shape []) must be 2 [T, K]"),
-    "rank of packed": ({"packed": u8(2, 3)}, "rank of packed (2, shape [2, 3]) must be 3 [E, N, ceil(K/4)]"),
+    "rank of packed": (
+        {"packed": u8(2, 3)},
+        "rank of packed (2, shape [2, 3]) must be 4 [E, ceil(N/32), ceil(K/16), 128]",
+    ),
     "rank of row_scale": ({"row_scale": f32(2, 4, 1)}, "rank of row_scale (3, shape [2, 4, 1]) must be 2 [E, N]"),
     "rank of tile_idx": (
         {"tile_idx": np.zeros((5, 1), np.int64)},
         "rank of tile_idx (2, shape [5, 1]) must be 1 [T]",
     ),
-    "narrow packed": (
-        {"packed": u8(2, 4, 2)},
-        "row width of packed (2 bytes) must be ceil(columns / 4) = 3 for the 10 columns of x",
-    ),
-    "wide packed": (
-        {"packed": u8(2, 4, 4)},
-        "row width of packed (4 bytes) must be ceil(columns / 4) = 3 for the 10 columns of x",
-    ),
+    "few panels": ({"packed": u8(2, 0, 1, 128)}, f"shape of packed [2, 0, 1, 128] {PANEL_SHAPE}"),
+    "many blocks": ({"packed": u8(2, 1, 2, 128)}, f"shape of packed [2, 1, 2, 128] {PANEL_SHAPE}"),
+    "short blocks": ({"packed": u8(2, 1, 1, 127)}, f"shape of packed [2, 1, 1, 127] {PANEL_SHAPE}"),
     "rows of row_scale": (
-        {"row_scale": f32(2, 5)},
-        "shape of row_scale [2, 5] must be [E, N], the first two dimensions of packed [2, 4, 3]",
+        {"row_scale": f32(2, 33)},
+        "shape of packed [2, 1, 1, 128] must end in [ceil(rows / 32), ceil(columns / 16), 128] = [2, 1, 128] for 33 rows",
     ),
     "tiles of row_scale": (
         {"row_scale": f32(1, 4)},
-        "shape of row_scale [1, 4] must be [E, N], the first two dimensions of packed [2, 4, 3]",
+        "shape of row_scale [1, 4] must be [E, N] with the E tiles of packed [2, 1, 1, 128]",
     ),
     "length of tile_idx": (
         {"tile_idx": np.zeros(4, np.int64)},
@@ -309,16 +286,20 @@ TILE_MATMUL_REJECTIONS = {
         "tile_idx[4] (-1) must be >= 0 and < the number of tiles (2)",
     ),
     "no tiles": (
-        {"packed": u8(0, 4, 3), "row_scale": f32(0, 4)},
+        {"packed": u8(0, 1, 1, 128), "row_scale": f32(0, 4)},
         "tile_idx[0] (0) must be >= 0 and < the number of tiles (0)",
     ),
     "reserved code": (
-        {"packed": np.full((2, 4, 3), 0x0C, np.uint8)},
-        "byte packed[0, 0, 0] (0x0c) must hold only the codes 00, 01 and 10, it holds 11",
+        {"packed": np.full((2, 1, 1, 128), 0x5D, np.uint8)},
+        "byte packed[0, 0, 0, 0] (0x5d) must hold only the codes 00, 01 and 10, it holds 11",
     ),
-    "padding": (
-        {"packed": np.concatenate([u8(2, 4, 2), np.full((2, 4, 1), 0x10, np.uint8)], -1)},
-        "byte packed[0, 0, 2] (0x10) must have zero padding bits past the last column (9 of x), mask 0xf0",
+    "padded columns": (
+        {"packed": to_panels(np.ones((2, 4, 11), np.int8))},
+        "packed must hold 0 (code 01) past the last of 10 columns, columns up to 11 hold another code",
+    ),
+    "padded rows": (
+        {"packed": to_panels(np.ones((2, 7, 10), np.int8))},
+        "packed must hold 0 (code 01) past the last of 4 rows, rows up to 7 hold another code",
     ),
 }
 
@@ -326,7 +307,8 @@ TILE_MATMUL_REJECTIONS = {
 @pytest.mark.parametrize("case", TILE_MATMUL_REJECTIONS)
 def test_tile_matmul_rejects(case: str) -> None:
     changes, text = TILE_MATMUL_REJECTIONS[case]
-    good = {"x": f32(5, 10), "packed": u8(2, 4, 3), "row_scale": f32(2, 4), "tile_idx": np.zeros(5, np.int64)}
+    packed = to_panels(np.zeros((2, 4, 10), np.int8))
+    good = {"x": f32(5, 10), "packed": packed, "row_scale": f32(2, 4), "tile_idx": np.zeros(5, np.int64)}
     session = native_session(make_model(TERNARY_TILE_MATMUL, dims=UNKNOWN_RANKS))
     assert session.run(None, good)[0].shape == (5, 4)
     with pytest.raises(Exception) as failure:  # noqa: PT011  onnxruntime's InvalidArgument is no public name
@@ -339,26 +321,23 @@ def test_tile_matmul_rejects(case: str) -> None:
 ROUTE_REJECTIONS = {
     "rank of x": ({"x": f32(5)}, "rank of x (1, shape [5]) must be 2 [T, D]"),
     "rank of signatures": (
-        {"signatures": u8(3, 4, 1)},
-        "rank of signatures (3, shape [3, 4, 1]) must be 2 [E, ceil(D/4)]",
+        {"signatures": u8(3, 4)},
+        "rank of signatures (2, shape [3, 4]) must be 3 [ceil(E/32), ceil(D/16), 128]",
     ),
     "rank of bias": ({"bias": f32(4, 1)}, "rank of bias (2, shape [4, 1]) must be 1 [E]"),
-    "width": (
-        {"signatures": u8(4, 2)},
-        "row width of signatures (2 bytes) must be ceil(columns / 4) = 3 for the 10 columns of x",
+    "width": ({"signatures": u8(1, 2, 128)}, f"shape of signatures [1, 2, 128] {PANEL_SHAPE}"),
+    "length of bias": (
+        {"bias": f32(33)},
+        "shape of signatures [1, 1, 128] must end in [ceil(rows / 32), ceil(columns / 16), 128] = [2, 1, 128] for 33 rows",
     ),
-    "length of bias": ({"bias": f32(5)}, "length of bias (5) must be the number of tiles in signatures (4)"),
-    "too few tiles": (
-        {"signatures": u8(2, 3), "bias": f32(2)},
-        "top_k (3) must be <= the number of tiles in signatures (2)",
-    ),
+    "too few tiles": ({"bias": f32(2)}, "top_k (3) must be <= the number of tiles in bias (2)"),
     "reserved code": (
-        {"signatures": np.full((4, 3), 0x03, np.uint8)},
-        "byte signatures[0, 0] (0x03) must hold only the codes 00, 01 and 10, it holds 11",
+        {"signatures": np.full((1, 1, 128), 0x57, np.uint8)},
+        "byte signatures[0, 0, 0] (0x57) must hold only the codes 00, 01 and 10, it holds 11",
     ),
     "padding": (
-        {"signatures": np.concatenate([u8(4, 2), np.array([[0], [0], [0x10], [0]], np.uint8)], -1)},
-        "byte signatures[2, 2] (0x10) must have zero padding bits past the last column (9 of x), mask 0xf0",
+        {"signatures": to_panels(np.ones((4, 12), np.int8))},
+        "signatures must hold 0 (code 01) past the last of 10 columns, columns up to 12 hold another code",
     ),
 }
 
@@ -366,7 +345,7 @@ ROUTE_REJECTIONS = {
 @pytest.mark.parametrize("case", ROUTE_REJECTIONS)
 def test_route_rejects(case: str) -> None:
     changes, text = ROUTE_REJECTIONS[case]
-    good = {"x": f32(5, 10), "signatures": u8(4, 3), "bias": f32(4)}
+    good = {"x": f32(5, 10), "signatures": to_panels(np.zeros((4, 10), np.int8)), "bias": f32(4)}
     session = native_session(make_model(SIGNATURE_ROUTE, dims=UNKNOWN_RANKS, top_k=3))
     assert session.run(None, good)[0].shape == (5, 3)
     with pytest.raises(Exception) as failure:  # noqa: PT011
@@ -378,25 +357,22 @@ def test_route_rejects(case: str) -> None:
 SESSION_REJECTIONS = {
     "reserved code in tiles": (
         TERNARY_TILE_MATMUL,
-        {"constants": {"packed": np.array([[[0, 0x30]]], np.uint8)}},
-        "byte packed[0, 0, 1] (0x30) must hold only the codes 00, 01 and 10, it holds 11",
+        {"constants": {"packed": np.full((1, 1, 1, 128), 0x75, np.uint8)}},
+        "byte packed[0, 0, 0, 0] (0x75) must hold only the codes 00, 01 and 10, it holds 11",
     ),
     "rank of constant tiles": (
         TERNARY_TILE_MATMUL,
         {"constants": {"packed": u8(2, 3)}},
-        "rank of packed (2, shape [2, 3]) must be 3",
+        "rank of packed (2, shape [2, 3]) must be 4",
     ),
     "reserved code in signatures": (
         SIGNATURE_ROUTE,
-        {"constants": {"signatures": np.array([[0xFF]], np.uint8)}},
-        "byte signatures[0, 0] (0xff) must hold only the codes 00, 01 and 10, it holds 11",
+        {"constants": {"signatures": np.full((1, 1, 128), 0xFF, np.uint8)}},
+        "byte signatures[0, 0, 0] (0xff) must hold only the codes 00, 01 and 10, it holds 11",
     ),
+    "activation_bits": (TERNARY_TILE_MATMUL, {"activation_bits": 16}, "activation_bits (16) must be 24 or 8"),
+    "group_size": (TERNARY_TILE_MATMUL, {"activation_bits": 8, "group_size": 64}, "group_size (64) must be 0 or 128"),
     "top_k zero": (SIGNATURE_ROUTE, {"top_k": 0}, "top_k (0) must be >= 1"),
-    "top_k beyond constant signatures": (
-        SIGNATURE_ROUTE,
-        {"constants": {"signatures": u8(4, 3)}, "top_k": 5},
-        "top_k (5) must be <= the number of tiles in signatures (4)",
-    ),
     "top_k of another type": (SIGNATURE_ROUTE, {"top_k": 1.5}, "attribute top_k must be an integer"),
     "top_k as text": (SIGNATURE_ROUTE, {"top_k": "two"}, "attribute top_k must be an integer"),
     "top_k as a list": (SIGNATURE_ROUTE, {"top_k": [1, 2]}, "attribute top_k must be an integer"),

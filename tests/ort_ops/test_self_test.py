@@ -9,6 +9,7 @@ import pytest
 
 from ort_ops import self_test
 from ort_ops.library import LibraryNotFoundError, get_library_path
+from ort_ops.panels import to_panels
 
 
 def test_the_portable_operators_agree_with_numpy() -> None:
@@ -20,8 +21,7 @@ def test_the_kernels_agree_with_numpy(native_library: None) -> None:
 
 
 def test_wrong_results_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = self_test.pack
-    monkeypatch.setattr(self_test, "pack", lambda ternary: right(-ternary))
+    monkeypatch.setattr(self_test, "to_panels", lambda ternary: to_panels(-ternary))
     found = self_test.check("portable")
     assert found.startswith("wrong: relative error of TernaryTileMatMul (")
     assert "relative error of SignatureRoute (inf) must be <= 1e-05" in found

@@ -12,6 +12,7 @@ import torch
 from exported_models import CONTEXT, VOCABULARY, Exported
 
 from ort_ops import surgery
+from ort_ops.panels import to_panels
 from ort_ops.runtime import ExportedModel
 from ort_ops.signature_layers import SignatureLayer, read_model
 from ort_ops.surgery import Edit, VerificationError, operate_on_file
@@ -156,8 +157,10 @@ def test_what_does_not_verify_is_not_written(
     set_constant = SignatureLayer._set_constant
 
     def set_wrongly(self: SignatureLayer, node: onnx.NodeProto, place: int, value: np.ndarray) -> None:
-        if (part, node.op_type, place) in (("signature", "SignatureRoute", 1), ("bias", "SignatureRoute", 2)):
-            value = np.roll(value, 1, axis=0)
+        if (part, node.op_type, place) == ("signature", "SignatureRoute", 1):
+            value = to_panels(np.roll(self.signature_ED, 1, axis=0))
+        elif (part, node.op_type, place) == ("bias", "SignatureRoute", 2):
+            value = np.roll(value, 1)
         elif part == "exclusion" and node.op_type == "Add":
             value = np.full_like(value, np.nan)
         elif (part, node.op_type, place) == ("constant", "SignatureRoute", 1):

@@ -1,4 +1,4 @@
-"""Scalar = AVX2 bit for bit, kernel = ONNX function to rounding, and the kernel is what really runs."""
+"""All instruction sets bit for bit, kernel = ONNX function to rounding, and the kernel is what really runs."""
 
 import json
 import os
@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from native_fixtures import has_instruction_set
 from packed_models import (
     make_model,
+    native_session,
     portable_session,
     rank_tiles,
     route_inputs,
     run_route,
-    run_tile_matmul,
     tile_matmul_inputs,
 )
 
@@ -27,6 +27,9 @@ from ort_ops.library import session_options
 from ort_ops.schema import OPS, SIGNATURE_ROUTE, TERNARY_TILE_MATMUL, OpSchema
 
 pytestmark = pytest.mark.usefixtures("native_library")
+
+
+ATTRIBUTES = [{}, {"group_size": 0}, {"activation_bits": 8}, {"activation_bits": 8, "group_size": 0}]
 
 
 class IsaWorker:
@@ -54,13 +57,21 @@ class IsaWorker:
 
 
 @pytest.fixture(scope="module")
-def workers(native_library: None) -> Iterator[tuple[IsaWorker, IsaWorker]]:
-    if not has_instruction_set("avx2"):
-        pytest.skip("this CPU or build lacks AVX2: there is one instruction set, nothing to compare")
-    pair = IsaWorker("scalar"), IsaWorker("avx2")
-    yield pair
-    for worker in pair:
+def workers(native_library: None) -> Iterator[list[IsaWorker]]:
+    """Of every instruction set that this CPU has, scalar first."""
+    names = [name for name in ("scalar", "avx2", "avx512_vnni", "neon", "neon_dotprod") if has_instruction_set(name)]
+    if len(names) == 1:
+        pytest.skip("this CPU and build have one instruction set: there is nothing to compare")
+    started = [IsaWorker(name) for name in names]
+    yield started
+    for worker in started:
         worker.close()
+
+
+def assert_all_agree(workers: list[IsaWorker], case: Path) -> None:
+    first = workers[0].run(case)
+    for worker in workers[1:]:
+        assert_same_bits(first, worker.run(case))
 
 
 def assert_same_bits(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
@@ -86,12 +97,13 @@ sizes = settings(max_examples=120, deadline=None, suppress_health_check=[HealthC
     seed=st.integers(0, 2**32 - 1),
     num_tokens=st.integers(0, 40),
     num_tiles=st.integers(1, 6),
-    num_rows=st.integers(0, 40),
+    num_rows=st.integers(0, 100),
     num_columns=st.one_of(st.integers(0, 70), st.integers(200, 2100)),
     is_special=st.booleans(),
+    attributes=st.sampled_from(ATTRIBUTES),
 )
 def test_tile_matmul_has_the_same_bits_on_every_instruction_set(
-    workers: tuple[IsaWorker, IsaWorker],
+    workers: list[IsaWorker],
     tmp_path: Path,
     seed: int,
     num_tokens: int,
@@ -99,14 +111,15 @@ def test_tile_matmul_has_the_same_bits_on_every_instruction_set(
     num_rows: int,
     num_columns: int,
     is_special: bool,
+    attributes: dict[str, int],
 ) -> None:
     rng = np.random.default_rng(seed)
     inputs, _ = tile_matmul_inputs(rng, num_tokens, num_tiles, num_rows, num_columns)
     if is_special:
         inputs["x"] = with_specials(rng, inputs["x"])
     case = tmp_path / "case.npz"
-    np.savez(case, **inputs)
-    assert_same_bits(*(worker.run(case) for worker in workers))
+    np.savez(case, **inputs, **attributes)
+    assert_all_agree(workers, case)
 
 
 @sizes
@@ -119,7 +132,7 @@ def test_tile_matmul_has_the_same_bits_on_every_instruction_set(
     is_special=st.booleans(),
 )
 def test_route_has_the_same_bits_on_every_instruction_set(
-    workers: tuple[IsaWorker, IsaWorker],
+    workers: list[IsaWorker],
     tmp_path: Path,
     seed: int,
     num_tokens: int,
@@ -134,15 +147,18 @@ def test_route_has_the_same_bits_on_every_instruction_set(
         inputs["x"] = with_specials(rng, inputs["x"])
     case = tmp_path / "case.npz"
     np.savez(case, **inputs, top_k=min(top_k, num_tiles))
-    assert_same_bits(*(worker.run(case) for worker in workers))
+    assert_all_agree(workers, case)
 
 
+@pytest.mark.parametrize("attributes", ATTRIBUTES, ids=str)
 @pytest.mark.parametrize(("num_tokens", "num_columns"), [(1, 64), (33, 130), (128, 1000)])
-def test_function_and_kernel_agree_to_rounding(num_tokens: int, num_columns: int) -> None:
+def test_function_and_kernel_agree_to_rounding(num_tokens: int, num_columns: int, attributes: dict[str, int]) -> None:
     inputs, _ = tile_matmul_inputs(np.random.default_rng(num_tokens), num_tokens, 7, 50, num_columns)
-    portable = portable_session(make_model(TERNARY_TILE_MATMUL, with_functions=True)).run(None, inputs)[0]
+    model = make_model(TERNARY_TILE_MATMUL, with_functions=True, **attributes)
     bound = 4e-6 * num_columns**0.5
-    np.testing.assert_allclose(run_tile_matmul(inputs), portable, rtol=0, atol=bound)
+    np.testing.assert_allclose(
+        native_session(model).run(None, inputs)[0], portable_session(model).run(None, inputs)[0], rtol=0, atol=bound
+    )
 
 
 @pytest.mark.parametrize("top_k", [1, 3])

@@ -29,9 +29,10 @@ def options_for(library: str) -> ort.SessionOptions:
 
 def valid_case(rng: np.random.Generator) -> tuple[OpSchema, Inputs, dict[str, int]]:
     if rng.random() < 0.5:
-        sizes = (rng.integers(0, 9), rng.integers(1, 5), rng.integers(0, 20), rng.integers(0, 70))
-        return TERNARY_TILE_MATMUL, tile_matmul_inputs(rng, *map(int, sizes))[0], {}
-    num_tiles = int(rng.integers(1, 30))
+        sizes = (rng.integers(0, 9), rng.integers(1, 5), rng.integers(0, 70), rng.integers(0, 300))
+        attributes = {"activation_bits": int(rng.choice([8, 24])), "group_size": int(rng.choice([0, 128]))}
+        return TERNARY_TILE_MATMUL, tile_matmul_inputs(rng, *map(int, sizes))[0], attributes
+    num_tiles = int(rng.integers(1, 70))
     inputs, _ = route_inputs(rng, int(rng.integers(0, 9)), num_tiles, int(rng.integers(0, 70)))
     return SIGNATURE_ROUTE, inputs, {"top_k": int(rng.integers(1, num_tiles + 1))}
 
@@ -41,7 +42,9 @@ def spoil(rng: np.random.Generator, inputs: Inputs) -> Inputs:
     spoiled = dict(inputs)
     for name, array in inputs.items():
         if rng.random() < 0.4:
-            shape = rng.integers(0, 9, size=rng.integers(0, 4) if rng.random() < 0.3 else array.ndim)
+            shape = list(rng.integers(0, 9, size=rng.integers(0, 5) if rng.random() < 0.3 else array.ndim))
+            if array.dtype == np.uint8 and shape and rng.random() < 0.8:
+                shape[-1] = 128
             if array.dtype == np.float32:
                 spoiled[name] = rng.standard_normal(shape).astype(np.float32)
             else:

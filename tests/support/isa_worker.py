@@ -1,7 +1,8 @@
 """A process whose kernels run one instruction set: for each case file named on stdin, run it and write the results.
 
-A case file (.npz) holds the inputs of one op; `top_k` beside them says it is SignatureRoute. The answer to each line
-is the path of a .npz with the outputs. TRIX_ORT_ISA is read once per process, hence one worker for each value.
+A case file (.npz) holds the inputs of one op, and its attributes as numbers without dimensions; `top_k` among them says it is
+SignatureRoute. The answer to each line is the path of a .npz with the outputs. TRIX_ORT_ISA is read once per process, hence one
+worker for each value.
 """
 
 import sys
@@ -12,21 +13,22 @@ from packed_models import make_model, native_session
 
 from ort_ops.schema import SIGNATURE_ROUTE, TERNARY_TILE_MATMUL
 
-sessions: dict[int | None, ort.InferenceSession] = {}
+sessions: dict[frozenset[tuple[str, int]], ort.InferenceSession] = {}
 
 
-def session_for(top_k: int | None) -> ort.InferenceSession:
-    if top_k not in sessions:
-        model = make_model(TERNARY_TILE_MATMUL) if top_k is None else make_model(SIGNATURE_ROUTE, top_k=top_k)
-        sessions[top_k] = native_session(model)
-    return sessions[top_k]
+def session_for(attributes: dict[str, int]) -> ort.InferenceSession:
+    key = frozenset(attributes.items())
+    if key not in sessions:
+        op = SIGNATURE_ROUTE if "top_k" in attributes else TERNARY_TILE_MATMUL
+        sessions[key] = native_session(make_model(op, **attributes))
+    return sessions[key]
 
 
 for line in sys.stdin:
     with np.load(line.strip()) as case:
-        inputs = {name: case[name] for name in case.files}
-    top_k = inputs.pop("top_k", None)
-    session = session_for(None if top_k is None else int(top_k))
+        arrays = {name: case[name] for name in case.files}
+    session = session_for({name: int(value) for name, value in arrays.items() if value.ndim == 0})
+    inputs = {name: value for name, value in arrays.items() if value.ndim > 0}
     outputs = dict(zip([output.name for output in session.get_outputs()], session.run(None, inputs), strict=True))
     result = f"{line.strip()}.{id(session)}.result.npz"
     np.savez(result, **outputs)

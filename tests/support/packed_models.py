@@ -1,4 +1,4 @@
-"""Small models around one operator, numpy packing and float64 references, for the tests of the native operators."""
+"""Small models around one operator, and float64 references, for the tests of the native operators."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,18 +10,11 @@ from onnx import TensorProto, helper, numpy_helper
 
 from ort_ops.functions import fallback_functions
 from ort_ops.library import session_options
+from ort_ops.panels import to_panels
 from ort_ops.schema import DOMAIN, OPSET_VERSION, SIGNATURE_ROUTE, TERNARY_TILE_MATMUL, OpSchema
 
 ELEMENT_TYPES = {"float32": TensorProto.FLOAT, "uint8": TensorProto.UINT8, "int64": TensorProto.INT64}
 Arrays = Mapping[str, np.ndarray]
-
-
-def pack(ternary: np.ndarray) -> np.ndarray:
-    """Pack the last axis of an array of {-1, 0, 1}: column 4p + i at bits 2i of byte p."""
-    codes = np.where(ternary < 0, 2, ternary).astype(np.uint8)
-    padding = [(0, 0)] * (codes.ndim - 1) + [(0, -codes.shape[-1] % 4)]
-    groups = np.pad(codes, padding).reshape(*codes.shape[:-1], -(-codes.shape[-1] // 4), 4)
-    return (groups << np.array([0, 2, 4, 6], dtype=np.uint8)).sum(-1, dtype=np.uint8)
 
 
 def random_ternary(rng: np.random.Generator, *shape: int) -> np.ndarray:
@@ -35,7 +28,7 @@ def tile_matmul_inputs(
     weight = random_ternary(rng, num_tiles, num_rows, num_columns)
     inputs = {
         "x": rng.standard_normal((num_tokens, num_columns), dtype=np.float32),
-        "packed": pack(weight),
+        "packed": to_panels(weight),
         "row_scale": rng.uniform(0.1, 2.0, (num_tiles, num_rows)).astype(np.float32),
         "tile_idx": rng.integers(0, num_tiles, num_tokens),
     }
@@ -49,7 +42,7 @@ def route_inputs(
     signatures = random_ternary(rng, num_tiles, num_columns)
     inputs = {
         "x": rng.standard_normal((num_tokens, num_columns), dtype=np.float32),
-        "signatures": pack(signatures),
+        "signatures": to_panels(signatures),
         "bias": rng.standard_normal(num_tiles, dtype=np.float32) * np.float32(0.1),
     }
     return inputs, signatures
@@ -60,6 +53,18 @@ def tile_matmul_reference(inputs: Arrays, weight: np.ndarray) -> np.ndarray:
     tile_idx = inputs["tile_idx"]
     product = np.einsum("tk,tnk->tn", inputs["x"].astype(np.float64), weight[tile_idx].astype(np.float64))
     return product * inputs["row_scale"][tile_idx]
+
+
+def quantised(x_TK: np.ndarray, group_size: int) -> np.ndarray:
+    """x as the int8 kernels see it: q * scale, in groups of group_size columns (0: one group)."""
+    num_tokens, num_columns = x_TK.shape
+    size = group_size or max(num_columns, 1)
+    num_groups = -(-num_columns // size)
+    group_TGC = np.pad(x_TK, ((0, 0), (0, num_groups * size - num_columns))).reshape(num_tokens, num_groups, size)
+    largest = np.abs(group_TGC).max(-1, keepdims=True, initial=0)
+    factor = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=largest > 0)
+    q_TGC = np.rint(group_TGC * factor)
+    return (q_TGC * (largest / np.float32(127))).reshape(num_tokens, num_groups * size)[:, :num_columns]
 
 
 def score_reference(inputs: Arrays, signatures: np.ndarray) -> np.ndarray:

@@ -9,8 +9,11 @@ namespace {
 
 #define TRIX_KERNEL(isa, function) {isa, function, #function},
 
-constexpr KernelVariant<TernaryTileMatMulKernel> kTernaryTileMatMulRows[] = {
-#include "kernels/ternary_tile_matmul/ternary_tile_matmul.inc"
+constexpr KernelVariant<TernaryMatMulKernel> kTernaryMatMulRows[] = {
+#include "kernels/ternary_matmul/ternary_matmul.inc"
+};
+constexpr KernelVariant<QuantizeRowsKernel> kQuantizeRowsRows[] = {
+#include "kernels/quantize_rows/quantize_rows.inc"
 };
 constexpr KernelVariant<SignatureRouteKernel> kSignatureRouteRows[] = {
 #include "kernels/signature_route/signature_route.inc"
@@ -50,8 +53,12 @@ Function best_variant(KernelVariants<Function> variants, Isa limit) {
 
 }  // namespace
 
-KernelVariants<TernaryTileMatMulKernel> ternary_tile_matmul_variants() {
-    return {kTernaryTileMatMulRows, static_cast<int>(std::size(kTernaryTileMatMulRows))};
+KernelVariants<TernaryMatMulKernel> ternary_matmul_variants() {
+    return {kTernaryMatMulRows, static_cast<int>(std::size(kTernaryMatMulRows))};
+}
+
+KernelVariants<QuantizeRowsKernel> quantize_rows_variants() {
+    return {kQuantizeRowsRows, static_cast<int>(std::size(kQuantizeRowsRows))};
 }
 
 KernelVariants<SignatureRouteKernel> signature_route_variants() {
@@ -61,7 +68,7 @@ KernelVariants<SignatureRouteKernel> signature_route_variants() {
 KernelTable choose_kernels(const char* requested) {
     const bool is_limited = requested != nullptr && *requested != '\0';
     const Isa isa = is_limited ? requested_isa(requested) : best_isa();
-    return {isa, best_variant(ternary_tile_matmul_variants(), isa),
+    return {isa, best_variant(ternary_matmul_variants(), isa), best_variant(quantize_rows_variants(), isa),
             best_variant(signature_route_variants(), isa)};
 }
 

@@ -2,8 +2,9 @@
 #pragma once
 
 #include "kernels/cpu_features.hpp"
+#include "kernels/quantize_rows/quantize_rows.hpp"
 #include "kernels/signature_route/signature_route.hpp"
-#include "kernels/ternary_tile_matmul/ternary_tile_matmul.hpp"
+#include "kernels/ternary_matmul/ternary_matmul.hpp"
 
 namespace trix {
 
@@ -23,12 +24,14 @@ struct KernelVariants {
 };
 
 /// Every variant that was compiled, best first: the rows of <kernel>/<kernel>.inc.
-KernelVariants<TernaryTileMatMulKernel> ternary_tile_matmul_variants();
+KernelVariants<TernaryMatMulKernel> ternary_matmul_variants();
+KernelVariants<QuantizeRowsKernel> quantize_rows_variants();
 KernelVariants<SignatureRouteKernel> signature_route_variants();
 
 struct KernelTable {
     Isa isa;
-    TernaryTileMatMulKernel ternary_tile_matmul;
+    TernaryMatMulKernel ternary_matmul;
+    QuantizeRowsKernel quantize_rows;
     SignatureRouteKernel signature_route;
 };
 

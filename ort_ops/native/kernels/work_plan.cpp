@@ -2,18 +2,17 @@
 
 #include <algorithm>
 
+#include "kernels/ternary_panels.hpp"
+
 namespace trix {
 namespace {
 
-constexpr std::size_t kTokensPerUnit = 24;
-constexpr std::size_t kProductsPerUnit = std::size_t{1} << 18;
-constexpr std::size_t kMinRowsPerUnit = 24;  // each pass over a token block's x serves that many rows
+constexpr std::size_t kTokensPerUnit = 64;
+constexpr std::size_t kProductsPerUnit = std::size_t{1} << 21;
 
-std::size_t rows_per_unit(std::size_t num_tokens, std::size_t num_columns) {
-    const std::size_t products_per_row =
-        std::max<std::size_t>(num_tokens * std::max<std::size_t>(num_columns, 1), 1);
-    const std::size_t rows = kProductsPerUnit / products_per_row;
-    return std::max(rows / kMinRowsPerUnit, std::size_t{1}) * kMinRowsPerUnit;
+std::size_t panels_per_unit(std::size_t num_rows, std::size_t num_columns) {
+    const std::size_t products_per_panel = kPanelRows * std::max<std::size_t>(num_rows * num_columns, 1);
+    return std::max(kProductsPerUnit / products_per_panel, std::size_t{1});
 }
 
 }  // namespace
@@ -29,15 +28,17 @@ TokenGroups group_tokens(const std::int64_t* tile_idx, std::size_t num_tokens, s
     return groups;
 }
 
-std::vector<WorkUnit> plan_units(const TokenGroups& groups, std::size_t num_rows, std::size_t num_columns) {
+std::vector<WorkUnit> plan_units(const TokenGroups& groups, std::size_t num_rows, std::size_t num_columns,
+                                 std::size_t num_planes) {
+    const std::size_t num_panels = ceil_div(num_rows, kPanelRows);
     std::vector<WorkUnit> units;
     for (std::size_t tile = 0; tile + 1 < groups.begin.size(); ++tile) {
         for (std::size_t token = groups.begin[tile]; token < groups.begin[tile + 1];
              token += kTokensPerUnit) {
             const std::size_t token_end = std::min(token + kTokensPerUnit, groups.begin[tile + 1]);
-            const std::size_t step = rows_per_unit(token_end - token, num_columns);
-            for (std::size_t row = 0; row < num_rows; row += step) {
-                units.push_back({tile, token, token_end, row, std::min(row + step, num_rows)});
+            const std::size_t step = panels_per_unit((token_end - token) * num_planes, num_columns);
+            for (std::size_t panel = 0; panel < num_panels; panel += step) {
+                units.push_back({tile, token, token_end, panel, std::min(panel + step, num_panels)});
             }
         }
     }

@@ -17,17 +17,19 @@ struct TokenGroups {
 /// Counting sort of tokens by tile, O(T + E). Every tile_idx must lie in [0, num_tiles).
 TokenGroups group_tokens(const std::int64_t* tile_idx, std::size_t num_tokens, std::size_t num_tiles);
 
-/// Rows [row_begin, row_end) of one tile for the tokens order[token_begin .. token_end).
+/// Panels [panel_begin, panel_end) of one tile for the tokens order[token_begin .. token_end).
 struct WorkUnit {
     std::size_t tile;
     std::size_t token_begin;
     std::size_t token_end;
-    std::size_t row_begin;
-    std::size_t row_end;
+    std::size_t panel_begin;
+    std::size_t panel_end;
 };
 
-/// Units that together cover every (token, row) once, each of about 256 thousand multiply-adds. Every sum is
+/// Units that together cover every (token, panel) once, each of at most
+/// 64 tokens and about 2 million multiply-adds of int8. Every sum is
 /// computed inside one unit, so results do not depend on how the units are spread over threads.
-std::vector<WorkUnit> plan_units(const TokenGroups& groups, std::size_t num_rows, std::size_t num_columns);
+std::vector<WorkUnit> plan_units(const TokenGroups& groups, std::size_t num_rows, std::size_t num_columns,
+                                 std::size_t num_planes);
 
 }  // namespace trix

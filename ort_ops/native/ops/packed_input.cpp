@@ -1,8 +1,7 @@
 #include "ops/packed_input.hpp"
 
+#include <algorithm>
 #include <cstdio>
-
-#include "kernels/packed_codes.hpp"
 
 namespace trix {
 namespace {
@@ -13,7 +12,7 @@ std::string hex(std::uint8_t byte) {
     return text;
 }
 
-// "packed[1, 2, 3] (0xc0)": the byte at a flat position.
+// "packed[1, 2, 3, 4] (0xc0)": the byte at a flat position.
 std::string byte_text(const TensorView& packed, std::size_t position) {
     std::vector<std::int64_t> index(packed.shape.size());
     std::size_t rest = position;
@@ -24,52 +23,63 @@ std::string byte_text(const TensorView& packed, std::size_t position) {
     return packed.name + shape_text(index) + " (" + hex(packed.as<std::uint8_t>()[position]) + ")";
 }
 
+std::size_t count_bytes(const TensorView& packed) {
+    std::size_t num_bytes = 1;
+    for (std::size_t axis = 0; axis < packed.shape.size(); ++axis) num_bytes *= packed.size(axis);
+    return num_bytes;
+}
+
 void check_codes(const TensorView& packed) {
-    const std::size_t num_bytes = count_packed_rows(packed) * packed.size(packed.shape.size() - 1);
-    const std::size_t position = find_reserved_code(packed.as<std::uint8_t>(), num_bytes);
+    const std::size_t position = find_reserved_code(packed.as<std::uint8_t>(), count_bytes(packed));
     if (position != kNotFound) {
         reject("byte ", byte_text(packed, position), " must hold only the codes 00, 01 and 10, it holds 11");
     }
 }
 
-std::uint8_t last_bytes(const TensorView& packed) {
-    return union_of_last_bytes(packed.as<std::uint8_t>(), count_packed_rows(packed),
-                               packed.size(packed.shape.size() - 1));
+// The largest over all matrices.
+UsedSize used_size_of(const TensorView& packed) {
+    const std::size_t rank = packed.shape.size();
+    const std::size_t num_panels = packed.size(rank - 3), num_blocks = packed.size(rank - 2);
+    UsedSize used{0, 0};
+    const std::size_t matrix_bytes = num_panels * num_blocks * packed.size(rank - 1);
+    if (matrix_bytes == 0 || packed.size(rank - 1) != kBlockBytes) return used;
+    const std::size_t num_bytes = count_bytes(packed);
+    for (std::size_t begin = 0; begin < num_bytes; begin += matrix_bytes) {
+        const UsedSize one = used_size(packed.as<std::uint8_t>() + begin, num_panels, num_blocks);
+        used = {std::max(used.rows, one.rows), std::max(used.columns, one.columns)};
+    }
+    return used;
 }
 
-[[noreturn]] void reject_padding(const TensorView& packed, std::int64_t num_columns) {
-    const std::size_t row_bytes = packed.size(packed.shape.size() - 1);
-    std::size_t position = row_bytes - 1;
-    while ((packed.as<std::uint8_t>()[position] & padding_mask(num_columns)) == 0) position += row_bytes;
-    reject("byte ", byte_text(packed, position), " must have zero padding bits past the last column (",
-           num_columns - 1, " of x), mask ", hex(padding_mask(num_columns)));
+void check_padding(const TensorView& packed, const char* what, std::size_t used, std::size_t size) {
+    if (used <= size) return;
+    reject(packed.name, " must hold 0 (code 01) past the last of ", size, " ", what, ", ", what, " up to ",
+           used, " hold another code");
 }
 
 }  // namespace
-
-std::size_t count_packed_rows(const TensorView& packed) {
-    std::size_t num_rows = 1;
-    for (std::size_t axis = 0; axis + 1 < packed.shape.size(); ++axis) num_rows *= packed.size(axis);
-    return num_rows;
-}
 
 PackedInput::PackedInput(const KernelInfo& info, std::size_t index, const TensorSpec& spec) {
     is_constant_ = info.constant_input(index, spec, &constant_);
     if (!is_constant_) return;
     check_codes(constant_);
-    constant_last_bytes_ = last_bytes(constant_);
+    constant_size_ = used_size_of(constant_);
 }
 
-void PackedInput::check_rows(const TensorView& packed, std::int64_t num_columns) const {
-    const std::int64_t row_bytes = packed.dim(packed.shape.size() - 1);
-    if (row_bytes != packed_row_bytes(num_columns)) {
-        reject("row width of ", packed.name, " (", row_bytes,
-               " bytes) must be ceil(columns / 4) = ", packed_row_bytes(num_columns), " for the ",
-               num_columns, " columns of x");
+void PackedInput::check(const TensorView& packed, std::int64_t num_rows, std::int64_t num_columns) const {
+    const std::size_t rank = packed.shape.size();
+    const auto rows = static_cast<std::size_t>(num_rows), columns = static_cast<std::size_t>(num_columns);
+    const std::size_t num_panels = ceil_div(rows, kPanelRows), num_blocks = ceil_div(columns, kBlockColumns);
+    if (packed.size(rank - 3) != num_panels || packed.size(rank - 2) != num_blocks ||
+        packed.size(rank - 1) != kBlockBytes) {
+        reject("shape of ", packed.name, " ", shape_text(packed.shape),
+               " must end in [ceil(rows / 32), ceil(columns / 16), 128] = [", num_panels, ", ", num_blocks,
+               ", ", kBlockBytes, "] for ", num_rows, " rows and the ", num_columns, " columns of x");
     }
     if (!is_constant_) check_codes(packed);
-    const std::uint8_t used_bits = is_constant_ ? constant_last_bytes_ : last_bytes(packed);
-    if ((used_bits & padding_mask(num_columns)) != 0) reject_padding(packed, num_columns);
+    const UsedSize used = is_constant_ ? constant_size_ : used_size_of(packed);
+    check_padding(packed, "rows", used.rows, rows);
+    check_padding(packed, "columns", used.columns, columns);
 }
 
 }  // namespace trix

@@ -1,14 +1,16 @@
-// Validation of an input that holds packed ternary codes.
+// Validation of an input that holds packed ternary codes in panels (ternary_panels.hpp).
 #pragma once
 
 #include <cstdint>
 
+#include "kernels/ternary_panels.hpp"
 #include "ops/ort_calls.hpp"
 
 namespace trix {
 
-/// Rejects the reserved code 11 and nonzero padding bits. Constant weights are scanned once, when the session
-/// is created; others at every run.
+/// An input [..., panels, blocks, 128]: one matrix of codes for each index of the dimensions before. Rejects
+/// the reserved code 11 and padding that is not 0. Constant weights are scanned once, when the session is
+/// created; others at every run.
 class PackedInput {
   public:
     PackedInput(const KernelInfo& info, std::size_t index, const TensorSpec& spec);
@@ -18,16 +20,13 @@ class PackedInput {
     /// The constant tensor (valid as long as the session). Empty unless is_constant().
     const TensorView& constant() const { return constant_; }
 
-    /// `packed` is the input of this run: its rows must hold exactly num_columns codes, the columns of x.
-    void check_rows(const TensorView& packed, std::int64_t num_columns) const;
+    /// `packed` is the input of this run: its matrices must have num_rows rows and num_columns columns.
+    void check(const TensorView& packed, std::int64_t num_rows, std::int64_t num_columns) const;
 
   private:
     bool is_constant_ = false;
     TensorView constant_;
-    std::uint8_t constant_last_bytes_ = 0;
+    UsedSize constant_size_{};
 };
-
-/// The number of rows of codes: the product of all dimensions but the last.
-std::size_t count_packed_rows(const TensorView& packed);
 
 }  // namespace trix

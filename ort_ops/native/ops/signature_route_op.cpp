@@ -3,10 +3,9 @@
 #include <numeric>
 
 #include "kernels/dispatch.hpp"
-#include "kernels/packed_codes.hpp"
-#include "kernels/work_plan.hpp"
 #include "ops/custom_op.hpp"
 #include "ops/packed_input.hpp"
+#include "ops/tile_product.hpp"
 
 namespace trix {
 namespace {
@@ -14,7 +13,7 @@ namespace {
 // clang-format off
 constexpr TensorSpec kInputTable[] = {
     {"x", ElementType::kFloat, 2, "[T, D]"},
-    {"signatures", ElementType::kUint8, 2, "[E, ceil(D/4)]"},
+    {"signatures", ElementType::kUint8, 3, "[ceil(E/32), ceil(D/16), 128]"},
     {"bias", ElementType::kFloat, 1, "[E]"},
 };
 constexpr TensorSpec kOutputTable[] = {
@@ -40,10 +39,7 @@ class SignatureRoute {
         : top_k_(info.int_attribute(kTopKAttribute, kTopKDefault)),
           signatures_(info, kSignatures, kInputs[kSignatures]) {
         if (top_k_ < 1) reject("top_k (", top_k_, ") must be >= 1");
-        if (signatures_.is_constant()) {
-            check_top_k(signatures_.constant());
-            constant_norms_ = inverse_norms(signatures_.constant());
-        }
+        if (signatures_.is_constant()) constant_norms_ = inverse_norms(signatures_.constant());
     }
 
     void compute(KernelContext& context) const {
@@ -53,12 +49,18 @@ class SignatureRoute {
         check_sizes(x, signatures, bias);
 
         auto* tile_idx = context.output<std::int64_t>(kTileIdx, kOutputs[kTileIdx].name, {x.dim(0), top_k_});
-        auto* score = context.output<float>(kScore, kOutputs[kScore].name, {x.dim(0), signatures.dim(0)});
+        auto* score = context.output<float>(kScore, kOutputs[kScore].name, {x.dim(0), bias.dim(0)});
         const std::vector<float> run_norms =
             signatures_.is_constant() ? std::vector<float>{} : inverse_norms(signatures);
-        compute_scores(context, x, signatures, signatures_.is_constant() ? constant_norms_ : run_norms,
-                       score);
-        choose_tiles(context, x.size(0), signatures.size(0), score, bias.as<float>(), tile_idx);
+        // The table of signatures is a ternary matrix with one row per tile, and the norms are its row
+        // scales.
+        const TileMatrices table{signatures.as<std::uint8_t>(),
+                                 signatures_.is_constant() ? constant_norms_.data() : run_norms.data(),
+                                 bias.size(0), x.size(1)};
+        TokenGroups all_tokens{std::vector<std::int64_t>(x.size(0)), {0, x.size(0)}};
+        std::iota(all_tokens.order.begin(), all_tokens.order.end(), std::int64_t{0});
+        multiply_tiles(context, Activations(), x.as<float>(), x.size(0), table, all_tokens, score);
+        choose_tiles(context, x.size(0), bias.size(0), score, bias.as<float>(), tile_idx);
     }
 
     static void infer_shapes(const ShapeContext& context) {
@@ -66,54 +68,24 @@ class SignatureRoute {
         const std::int64_t top_k = context.int_attribute(kTopKAttribute, kTopKDefault);
         if (top_k >= 1) context.set_output(kTileIdx, kOutputs[kTileIdx].type, {tokens, {top_k, ""}});
         context.set_output(kScore, kOutputs[kScore].type,
-                           {tokens, context.input_dimension(kSignatures, kInputs[kSignatures], 0)});
+                           {tokens, context.input_dimension(kBias, kInputs[kBias], 0)});
     }
 
   private:
-    void check_top_k(const TensorView& signatures) const {
-        if (top_k_ > signatures.dim(0)) {
-            reject("top_k (", top_k_, ") must be <= the number of tiles in signatures (", signatures.dim(0),
-                   ")");
-        }
-    }
-
     void check_sizes(const TensorView& x, const TensorView& signatures, const TensorView& bias) const {
-        check_top_k(signatures);
-        signatures_.check_rows(signatures, x.dim(1));
-        if (bias.dim(0) != signatures.dim(0)) {
-            reject("length of bias (", bias.dim(0), ") must be the number of tiles in signatures (",
-                   signatures.dim(0), ")");
+        if (top_k_ > bias.dim(0)) {
+            reject("top_k (", top_k_, ") must be <= the number of tiles in bias (", bias.dim(0), ")");
         }
+        signatures_.check(signatures, bias.dim(0), x.dim(1));
+        check_columns(x);
     }
 
     static std::vector<float> inverse_norms(const TensorView& signatures) {
-        std::vector<float> norms(signatures.size(0));
-        inverse_row_norms(signatures.as<std::uint8_t>(), norms.size(), signatures.size(1), norms.data());
+        if (signatures.size(2) != kBlockBytes) return {};  // check_sizes will say so
+        std::vector<float> norms(signatures.size(0) * kPanelRows);
+        inverse_row_norms(signatures.as<std::uint8_t>(), norms.size(), signatures.size(1) * kBlockColumns,
+                          norms.data());
         return norms;
-    }
-
-    // The table of signatures is a ternary matrix with one row per tile, and the norms are its row scales.
-    static void compute_scores(const KernelContext& context, const TensorView& x,
-                               const TensorView& signatures, const std::vector<float>& norms, float* score) {
-        TokenGroups all_tokens{std::vector<std::int64_t>(x.size(0)), {0, x.size(0)}};
-        std::iota(all_tokens.order.begin(), all_tokens.order.end(), std::int64_t{0});
-        const std::vector<WorkUnit> units = plan_units(all_tokens, norms.size(), x.size(1));
-        const TernaryTileMatMulKernel kernel = kernels().ternary_tile_matmul;
-        context.parallel_for(units.size(), [&](std::size_t i) noexcept {
-            const WorkUnit& unit = units[i];
-            TernaryTileMatMulJob job{};
-            job.x = x.as<float>();
-            job.packed = signatures.as<std::uint8_t>();
-            job.row_scale = norms.data();
-            job.token_idx = all_tokens.order.data() + unit.token_begin;
-            job.y = score;
-            job.num_tokens = unit.token_end - unit.token_begin;
-            job.num_columns = x.size(1);
-            job.num_rows = norms.size();
-            job.row_begin = unit.row_begin;
-            job.row_end = unit.row_end;
-            kernel(job);
-        });
     }
 
     void choose_tiles(const KernelContext& context, std::size_t num_tokens, std::size_t num_tiles,

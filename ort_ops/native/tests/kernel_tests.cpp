@@ -3,146 +3,202 @@
 // stray byte).
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
-#include <cstring>
-#include <limits>
 #include <numeric>
-#include <random>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "kernels/dispatch.hpp"
-#include "kernels/packed_codes.hpp"
+#include "kernels/ternary_panels.hpp"
 #include "kernels/work_plan.hpp"
+#include "tests/test_products.hpp"
 
 namespace {
 
-using namespace trix;
+using namespace trix_tests;
 
-int failures = 0;
-
-#define EXPECT(condition, ...)                                          \
-    do {                                                                \
-        if (!(condition)) {                                             \
-            ++failures;                                                 \
-            std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition); \
-            std::printf(__VA_ARGS__);                                   \
-            std::printf("\n");                                          \
-        }                                                               \
-    } while (false)
-
-constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-std::mt19937 random_bits(20240229);
-
-std::size_t random_below(std::size_t limit) {
-    return random_bits() % limit;
-}
-
-float random_value() {
-    return std::normal_distribution<float>()(random_bits);
-}
-
-// Equal bits, or both NaN.
-bool same(float a, float b) {
-    return std::memcmp(&a, &b, sizeof(a)) == 0 || (std::isnan(a) && std::isnan(b));
-}
-
-struct Product {
-    std::size_t num_tokens, num_rows, num_columns;
-    std::vector<float> x, row_scale;
-    std::vector<int> weight;
-    std::vector<std::uint8_t> packed;
-    std::vector<std::int64_t> token_idx;
+struct Quantised {
+    std::size_t group_columns, num_groups, num_planes;
+    std::vector<std::int8_t> q;
+    std::vector<float> scale;
+    std::vector<std::int32_t> sum;
 };
 
-Product random_product(std::size_t num_tokens, std::size_t num_rows, std::size_t num_columns,
-                       bool has_specials) {
-    const std::size_t row_bytes = (num_columns + 3) / 4;
-    Product p{num_tokens,
-              num_rows,
-              num_columns,
-              std::vector<float>(num_tokens * num_columns),
-              std::vector<float>(num_rows),
-              std::vector<int>(num_rows * num_columns),
-              std::vector<std::uint8_t>(num_rows * row_bytes),
-              std::vector<std::int64_t>(num_tokens)};
-    for (float& value : p.x) {
-        value = random_value();
-        if (has_specials && random_below(40) == 0) {
-            const float specials[] = {kNan, kInfinity, -kInfinity, -0.0f, 3e38f, 1e-40f};
-            value = specials[random_below(6)];
-        }
-    }
-    for (float& value : p.row_scale) value = random_value();
-    for (std::size_t n = 0; n < num_rows; ++n) {
-        for (std::size_t k = 0; k < num_columns; ++k) {
-            const int w = static_cast<int>(random_below(3)) - 1;
-            p.weight[n * num_columns + k] = w;
-            const unsigned code = w == 0 ? 0u : (w > 0 ? 1u : 2u);
-            auto& byte = p.packed[n * row_bytes + k / 4];
-            byte = static_cast<std::uint8_t>(byte | code << (2 * (k % 4)));
-        }
-    }
-    std::iota(p.token_idx.begin(), p.token_idx.end(), std::int64_t{0});
-    std::shuffle(p.token_idx.begin(), p.token_idx.end(), random_bits);
-    return p;
+std::size_t row_stride(const Product& p) {
+    return ceil_div(p.num_columns, kBlockColumns) * kBlockColumns;
 }
 
-constexpr float kUntouched = -12345.0f;
-
-std::vector<float> run(TernaryTileMatMulKernel kernel, const Product& p, std::size_t row_begin,
-                       std::size_t row_end) {
-    std::vector<float> y(p.num_tokens * p.num_rows, kUntouched);
-    kernel({p.x.data(), p.packed.data(), p.row_scale.data(), p.token_idx.data(), y.data(), p.num_tokens,
-            p.num_columns, p.num_rows, row_begin, row_end});
-    return y;
+Quantised empty_quantised(const Product& p, bool has_groups, std::size_t num_planes) {
+    const std::size_t group_columns = has_groups ? kGroupColumns : std::max(row_stride(p), kBlockColumns);
+    const std::size_t num_groups = ceil_div(row_stride(p), group_columns);
+    const std::size_t num_scales = p.num_tokens * num_groups * num_planes;
+    return {group_columns,
+            num_groups,
+            num_planes,
+            std::vector<std::int8_t>(p.num_tokens * num_planes * row_stride(p), 99),
+            std::vector<float>(num_scales, kUntouched),
+            std::vector<std::int32_t>(num_scales)};
 }
 
-// The contract of the sum, written as directly as possible.
-float contract_dot(const float* x, const int* weight, std::size_t num_columns) {
-    float lane[16] = {};
-    for (std::size_t k = 0; k < num_columns; ++k) lane[k % 16] += x[k] * static_cast<float>(weight[k]);
-    for (std::size_t half : {8u, 4u, 2u, 1u}) {
-        for (std::size_t j = 0; j < half; ++j) lane[j] += lane[j + half];
-    }
-    return lane[0];
-}
-
-void test_product(const KernelVariant<TernaryTileMatMulKernel>& variant) {
-    for (int round = 0; round < 1500; ++round) {
-        const std::size_t num_columns = round % 10 == 0 ? 500 + random_below(3000) : random_below(80);
-        const bool has_specials = round % 4 == 3;
-        const Product p = random_product(random_below(16), random_below(12), num_columns, has_specials);
-        const std::size_t row_begin = random_below(p.num_rows + 1);
-        const std::size_t row_end = row_begin + random_below(p.num_rows - row_begin + 1);
-        const std::vector<float> y = run(variant.function, p, row_begin, row_end);
-        for (std::size_t t = 0; t < p.num_tokens; ++t) {
-            for (std::size_t n = 0; n < p.num_rows; ++n) {
-                const float got = y[t * p.num_rows + n];
-                if (n < row_begin || n >= row_end) {
-                    EXPECT(same(got, kUntouched), "%s wrote row %zu", variant.name, n);
-                    continue;
+// The contract of the quantiser, written as directly as possible.
+Quantised reference_quantised(const Product& p, bool has_groups, std::size_t num_planes) {
+    Quantised result = empty_quantised(p, has_groups, num_planes);
+    const float levels = num_planes == 1 ? 127.0f : 127.0f * (65536 + 256 + 1);
+    std::fill(result.q.begin(), result.q.end(), std::int8_t{0});
+    for (std::size_t t = 0; t < p.num_tokens; ++t) {
+        for (std::size_t g = 0; g < result.num_groups; ++g) {
+            const std::size_t begin = g * result.group_columns;
+            const std::size_t end = std::min(begin + result.group_columns, p.num_columns);
+            const float* x = p.x.data() + t * p.num_columns;
+            float m = 0.0f;
+            bool is_finite = true;
+            for (std::size_t k = begin; k < end; ++k) {
+                is_finite = is_finite && std::isfinite(x[k]);
+                m = std::max(m, std::abs(x[k]));
+            }
+            const bool is_zero = !is_finite || m < 0x1p-100f;
+            const auto scaled = [&](float value) {
+                if (num_planes == 1) return static_cast<double>(value * (levels / m));
+                return static_cast<double>(value) * (static_cast<double>(levels) / static_cast<double>(m));
+            };
+            const std::size_t place = (t * result.num_groups + g) * num_planes;
+            for (std::size_t plane = 0; plane < num_planes; ++plane) {
+                const float weight = std::pow(256.0f, static_cast<float>(num_planes - 1 - plane));
+                result.scale[place + plane] = !is_finite ? kNan : is_zero ? 0.0f : m / levels * weight;
+                result.sum[place + plane] = 0;
+            }
+            for (std::size_t k = begin; k < end && !is_zero; ++k) {
+                auto rest = static_cast<std::int32_t>(std::nearbyint(scaled(x[k])));
+                EXPECT(std::abs(static_cast<double>(rest) * static_cast<double>(m / levels) -
+                                static_cast<double>(x[k])) <=
+                           static_cast<double>(m) * (num_planes == 1 ? 0.5001 / 127 : 0x1p-23),
+                       "K %zu: %a of %a", p.num_columns, static_cast<double>(x[k]), static_cast<double>(m));
+                for (std::size_t plane = num_planes; plane-- > 0;) {
+                    const std::int32_t digit = plane == 0 ? rest : ((rest % 256 + 384) % 256) - 128;
+                    EXPECT(digit >= -128 && digit <= 127, "%d", digit);
+                    result.q[(t * num_planes + plane) * row_stride(p) + k] = static_cast<std::int8_t>(digit);
+                    result.sum[place + plane] += digit;
+                    rest = (rest - digit) / 256;
                 }
-                const float* x = p.x.data() + t * num_columns;
-                const int* weight = p.weight.data() + n * num_columns;
-                const float expected = p.row_scale[n] * contract_dot(x, weight, num_columns);
-                EXPECT(same(got, expected), "%s: T %zu N %zu K %zu token %zu row %zu: %a, not %a",
-                       variant.name, p.num_tokens, p.num_rows, num_columns, t, n, got, expected);
-                if (has_specials) continue;
-                double exact = 0, magnitude = 0;
-                for (std::size_t k = 0; k < num_columns; ++k) {
-                    exact += static_cast<double>(x[k]) * weight[k];
-                    magnitude += std::abs(static_cast<double>(x[k]) * weight[k]);
-                }
-                const double error =
-                    std::abs(static_cast<double>(got) - exact * static_cast<double>(p.row_scale[n]));
-                EXPECT(error <= 1e-6 * magnitude * std::abs(static_cast<double>(p.row_scale[n])) + 1e-30,
-                       "%s: K %zu error %g", variant.name, num_columns, error);
             }
         }
+    }
+    return result;
+}
+
+void test_quantise(const KernelVariant<QuantizeRowsKernel>& variant) {
+    for (int round = 0; round < 800; ++round) {
+        Product p = product_of_round(round);
+        if (round % 5 == 0) {
+            for (float& value : p.x)
+                value *= 0x1p-100f;  // groups that count as zeros, and some that just do not
+        }
+        const std::size_t num_planes = round % 3 == 0 ? 1 : 3;
+        const Quantised expected = reference_quantised(p, round % 2 == 0, num_planes);
+        Quantised got = empty_quantised(p, round % 2 == 0, num_planes);
+        const std::size_t split = random_below(p.num_tokens + 1);
+        const auto run = [&](std::size_t begin, std::size_t end) {
+            variant.function({p.x.data(), got.q.data(), got.scale.data(), got.sum.data(), p.num_columns,
+                              got.group_columns, num_planes, begin, end});
+        };
+        run(0, split);
+        run(split, p.num_tokens);
+        EXPECT(got.q == expected.q && got.sum == expected.sum, "%s: K %zu", variant.name, p.num_columns);
+        for (std::size_t i = 0; i < got.scale.size(); ++i)
+            EXPECT(same(got.scale[i], expected.scale[i]), "%s: K %zu scale %zu", variant.name, p.num_columns,
+                   i);
+    }
+}
+
+// The contract of the product, written as directly as possible.
+float contract_value(const Product& p, const Quantised& x, std::size_t t, std::size_t n) {
+    float total = 0.0f;
+    for (std::size_t g = 0; g < x.num_groups; ++g) {
+        for (std::size_t plane = 0; plane < x.num_planes; ++plane) {
+            std::int32_t dot = 0;
+            for (std::size_t k = g * x.group_columns; k < std::min((g + 1) * x.group_columns, p.num_columns);
+                 ++k)
+                dot += x.q[(t * x.num_planes + plane) * row_stride(p) + k] * p.weight[n * p.num_columns + k];
+            total += static_cast<float>(dot) * x.scale[(t * x.num_groups + g) * x.num_planes + plane];
+        }
+    }
+    return p.row_scale[n] * total;
+}
+
+// As good as sums of float32: 3 roundings a group, and what the quantiser leaves out.
+void check_exactness(const Product& p, const Quantised& x, std::size_t t, std::size_t n, float got) {
+    double exact = 0, bound = 1e-30, magnitude = 0;
+    for (std::size_t g = 0; g < x.num_groups; ++g) {
+        double largest = 0, count = 0;
+        for (std::size_t k = g * x.group_columns; k < std::min((g + 1) * x.group_columns, p.num_columns);
+             ++k) {
+            const auto value = static_cast<double>(p.x[t * p.num_columns + k]);
+            const int w = p.weight[n * p.num_columns + k];
+            exact += value * w;
+            magnitude += std::abs(value * w);
+            count += w != 0 ? 1 : 0;
+            largest = std::max(largest, std::abs(value));
+        }
+        bound += count * largest * 0x1p-23;
+    }
+    bound += 2.0 * static_cast<double>(3 * x.num_groups + 2) * 0x1p-24 * magnitude;
+    const auto scale = static_cast<double>(p.row_scale[n]);
+    const double error = std::abs(static_cast<double>(got) - exact * scale);
+    EXPECT(error <= bound * std::abs(scale), "K %zu: error %g, bound %g", p.num_columns, error,
+           bound * std::abs(scale));
+}
+
+void test_product(const KernelVariant<TernaryMatMulKernel>& variant) {
+    for (int round = 0; round < 1200; ++round) {
+        const Product p = product_of_round(round);
+        const std::size_t num_planes = round % 3 == 0 ? 1 : 3;
+        Quantised x = reference_quantised(p, round % 2 == 0, num_planes);
+        const bool is_extreme = round % 7 == 0;
+        if (is_extreme) {  // the largest sums that there can be
+            const auto value = static_cast<std::int8_t>(round % 2 == 0 ? 127 : -128);
+            for (std::size_t row = 0; row < p.num_tokens * num_planes; ++row)
+                std::fill_n(x.q.begin() + static_cast<std::ptrdiff_t>(row * row_stride(p)), p.num_columns,
+                            value);
+            for (std::size_t i = 0; i < x.sum.size(); ++i) {
+                const std::size_t begin = i / num_planes % x.num_groups * x.group_columns;
+                x.sum[i] =
+                    value * static_cast<std::int32_t>(std::min(x.group_columns, p.num_columns - begin));
+            }
+        }
+        const auto [panel_begin, panel_end] = random_panels(p);
+        std::vector<float> y(p.num_tokens * p.num_rows, kUntouched);
+        variant.function({x.q.data(), x.scale.data(), x.sum.data(), p.panels.data(), p.row_scale.data(),
+                          p.token_idx.data(), y.data(), p.num_tokens, p.num_columns, x.group_columns,
+                          num_planes, p.num_rows, panel_begin, panel_end});
+        for (std::size_t t = 0; t < p.num_tokens; ++t) {
+            for (std::size_t n = 0; n < p.num_rows; ++n) {
+                const bool is_named = n / kPanelRows >= panel_begin && n / kPanelRows < panel_end;
+                const float expected = is_named ? contract_value(p, x, t, n) : kUntouched;
+                const float got = y[t * p.num_rows + n];
+                EXPECT(same(got, expected), "%s: T %zu N %zu K %zu token %zu row %zu: %a, not %a",
+                       variant.name, p.num_tokens, p.num_rows, p.num_columns, t, n, static_cast<double>(got),
+                       static_cast<double>(expected));
+                if (is_named && num_planes == 3 && !is_extreme && round % 4 != 3)
+                    check_exactness(p, x, t, n, got);
+            }
+        }
+    }
+}
+
+// The most columns that the contract allows, all products as large as can be.
+void test_longest_sum(const KernelVariant<TernaryMatMulKernel>& variant) {
+    for (const int value : {127, -128}) {
+        const std::vector<std::int8_t> q(kMaxColumns, static_cast<std::int8_t>(value));
+        const std::int32_t sum = value * static_cast<std::int32_t>(kMaxColumns);
+        const std::vector<std::uint8_t> panels(panel_bytes(kMaxColumns), 0xaa);  // all +1
+        const std::vector<float> row_scale(kPanelRows, 1.0f);
+        const float scale = 1.0f;
+        const std::int64_t token = 0;
+        std::vector<float> y(kPanelRows);
+        variant.function({q.data(), &scale, &sum, panels.data(), row_scale.data(), &token, y.data(), 1,
+                          kMaxColumns, kMaxColumns, 1, kPanelRows, 0, 1});
+        for (const float got : y)
+            EXPECT(same(got, static_cast<float>(sum)), "%s: %a", variant.name, static_cast<double>(got));
     }
 }
 
@@ -184,7 +240,7 @@ void test_route(const KernelVariant<SignatureRouteKernel>& variant) {
     }
 }
 
-void test_packed_codes() {
+void test_panels() {
     for (std::size_t size = 0; size < 300; ++size) {
         std::vector<std::uint8_t> packed(size, 0x96);  // 10 01 01 10
         EXPECT(find_reserved_code(packed.data(), size) == kNotFound, "size %zu", size);
@@ -201,39 +257,45 @@ void test_packed_codes() {
         const std::vector<std::uint8_t> one(1, static_cast<std::uint8_t>(byte));
         EXPECT((find_reserved_code(one.data(), 1) == 0) == has_reserved, "byte %u", byte);
     }
-    const unsigned expected_mask[] = {0x00, 0xfc, 0xf0, 0xc0};
-    for (int columns = 0; columns < 9; ++columns) {
-        EXPECT(padding_mask(columns) == expected_mask[columns % 4], "columns %d", columns);
-        EXPECT(packed_row_bytes(columns) == (columns + 3) / 4, "columns %d", columns);
-    }
-    for (int round = 0; round < 200; ++round) {
-        const Product p = random_product(0, random_below(9), random_below(90), false);
-        const std::size_t row_bytes = (p.num_columns + 3) / 4;
+    for (int round = 0; round < 300; ++round) {
+        const Product p = random_product(0, 1 + random_below(80), 1 + random_below(90), false);
         std::vector<float> norm(p.num_rows);
-        inverse_row_norms(p.packed.data(), p.num_rows, row_bytes, norm.data());
+        inverse_row_norms(p.panels.data(), p.num_rows, p.num_columns, norm.data());
+        UsedSize used{0, 0};
+        const std::size_t last_panel = (p.num_rows - 1) / kPanelRows,
+                          last_block = (p.num_columns - 1) / kBlockColumns;
         for (std::size_t n = 0; n < p.num_rows; ++n) {
             float nnz = 0;
-            for (std::size_t k = 0; k < p.num_columns; ++k)
-                nnz += p.weight[n * p.num_columns + k] != 0 ? 1.0f : 0.0f;
+            for (std::size_t k = 0; k < p.num_columns; ++k) {
+                if (p.weight[n * p.num_columns + k] == 0) continue;
+                nnz += 1.0f;
+                if (n / kPanelRows != last_panel && k / kBlockColumns != last_block) continue;
+                used.rows = std::max(used.rows, n + 1);
+                used.columns = std::max(used.columns, k + 1);
+            }
             EXPECT(same(norm[n], 1.0f / std::sqrt(std::max(nnz, 1.0f))), "row %zu", n);
         }
+        const UsedSize got = used_size(p.panels.data(), last_panel + 1, last_block + 1);
+        EXPECT(got.rows == used.rows && got.columns == used.columns, "%zu %zu, not %zu %zu", got.rows,
+               got.columns, used.rows, used.columns);
     }
-    EXPECT(union_of_last_bytes(nullptr, 5, 0) == 0, "rows without bytes");
 }
 
 void test_work_plan() {
     for (int round = 0; round < 300; ++round) {
         const std::size_t num_tokens = random_below(200), num_tiles = 1 + random_below(9);
-        const std::size_t num_rows = random_below(100), num_columns = random_below(5000);
+        const std::size_t num_rows = random_below(300), num_columns = random_below(5000);
         std::vector<std::int64_t> tile_idx(num_tokens);
         for (auto& tile : tile_idx) tile = static_cast<std::int64_t>(random_below(num_tiles));
         const TokenGroups groups = group_tokens(tile_idx.data(), num_tokens, num_tiles);
-        std::vector<int> visits(num_tokens * num_rows, 0);
-        for (const WorkUnit& unit : plan_units(groups, num_rows, num_columns)) {
+        const std::size_t num_panels = ceil_div(num_rows, kPanelRows);
+        std::vector<int> visits(num_tokens * num_panels, 0);
+        for (const WorkUnit& unit : plan_units(groups, num_rows, num_columns, round % 2 == 0 ? 1 : 3)) {
             for (std::size_t i = unit.token_begin; i < unit.token_end; ++i) {
                 const auto token = static_cast<std::size_t>(groups.order[i]);
                 EXPECT(static_cast<std::size_t>(tile_idx[token]) == unit.tile, "token %zu", token);
-                for (std::size_t n = unit.row_begin; n < unit.row_end; ++n) ++visits[token * num_rows + n];
+                for (std::size_t n = unit.panel_begin; n < unit.panel_end; ++n)
+                    ++visits[token * num_panels + n];
             }
         }
         EXPECT(std::all_of(visits.begin(), visits.end(), [](int count) { return count == 1; }), "round %d",
@@ -242,14 +304,14 @@ void test_work_plan() {
 }
 
 void test_dispatch() {
-    EXPECT(choose_kernels("scalar").ternary_tile_matmul == ternary_tile_matmul_scalar, "scalar by name");
+    EXPECT(choose_kernels("scalar").ternary_matmul == ternary_matmul_scalar, "scalar by name");
     EXPECT(choose_kernels("scalar").signature_route == signature_route_scalar, "scalar by name");
     for (const char* unlimited : {static_cast<const char*>(nullptr), ""}) {
         const KernelTable table = choose_kernels(unlimited);
         EXPECT(cpu_supports(table.isa), "%s", isa_name(table.isa));
-        for (const auto& row : ternary_tile_matmul_variants()) {
+        for (const auto& row : ternary_matmul_variants()) {
             if (!cpu_supports(row.isa)) continue;
-            EXPECT(table.ternary_tile_matmul == row.function, "the first usable row, %s", row.name);
+            EXPECT(table.ternary_matmul == row.function, "the first usable row, %s", row.name);
             break;
         }
     }
@@ -265,8 +327,9 @@ void test_dispatch() {
         choose_kernels("mmx");
         EXPECT(false, "an unknown name was taken");
     } catch (const std::invalid_argument& error) {
-        EXPECT(std::string(error.what()) == "TRIX_ORT_ISA (mmx) must be one of: scalar, avx2", "%s",
-               error.what());
+        EXPECT(std::string(error.what()) ==
+                   "TRIX_ORT_ISA (mmx) must be one of: scalar, avx2, avx512_vnni, neon, neon_dotprod",
+               "%s", error.what());
     }
 }
 
@@ -285,9 +348,11 @@ void for_each_variant(KernelVariants<Function> variants, const Test& test) {
 }  // namespace
 
 int main() {
-    for_each_variant(ternary_tile_matmul_variants(), test_product);
+    for_each_variant(quantize_rows_variants(), test_quantise);
+    for_each_variant(ternary_matmul_variants(), test_product);
+    for_each_variant(ternary_matmul_variants(), test_longest_sum);
     for_each_variant(signature_route_variants(), test_route);
-    test_packed_codes();
+    test_panels();
     test_work_plan();
     test_dispatch();
     std::printf("%d failures\n", failures);

@@ -58,7 +58,7 @@ def test_a_problem_gives_exit_code_2(
     assert main(["doctor"]) == 2
     out = capsys.readouterr().out
     assert "  native            PROBLEM  onnxruntime can't use the native operators: " in out
-    assert "TRIX_ORT_ISA (mmx) must be one of: scalar, avx2\n" in out
+    assert "TRIX_ORT_ISA (mmx) must be one of: scalar, avx2, avx512_vnni, neon, neon_dotprod\n" in out
     assert out.endswith("problems: native\n")
 
 

@@ -1,0 +1,43 @@
+// Contract of the kernel: write float rows as whole numbers of 8 or 24 bits, each group of columns with a
+// scale of its own.
+//
+//   m = max |x[t, k]| over the group    v[k] = round(x[t, k] * (L / m)), to even    x[t, k] ~ v[k] * (m / L)
+//   8 bits, one plane:      L = 127, q[0] = v, x * (L / m) in float32
+//   24 bits, three planes:  L = 127 (256^2 + 256 + 1), v = 256^2 q[0] + 256 q[1] + q[2] with q in [-128,
+//   127], x * (L / m) in
+//                           float64
+//   scale[t, g, p] = m / L times 256^2, 256 and 1 (or 1), in float32    sum[t, g, p] = sum of q[t, p, k] over
+//   the group
+//
+// A group with m < 2^-100 counts as zeros (scale 0, all q 0); one with a NaN or an infinity gets scale NaN
+// and all q 0, so that it makes every result of its token NaN. With 24 bits v * (m / L) differs from x by at
+// most m * 2^-23.
+//
+// q [T, planes, ceil(K / 16) * 16] int8, padded with zeros; scale and sum [T, num_groups, planes]. Groups are
+// of group_columns, a multiple of 16; the last may be short. Only rows [row_begin, row_end) are read and
+// written; thread-safe on disjoint ones. No alignment asked; no byte outside the arrays is read.
+#pragma once
+
+#include "kernels/ternary_panels.hpp"
+
+namespace trix {
+
+struct QuantizeRowsJob {
+    const float* x;
+    std::int8_t* q;
+    float* scale;
+    std::int32_t* sum;
+    std::size_t num_columns;  // K
+    std::size_t group_columns;
+    std::size_t num_planes;  // 1 or 3
+    std::size_t row_begin;
+    std::size_t row_end;
+};
+
+using QuantizeRowsKernel = void (*)(const QuantizeRowsJob& job);
+
+#define TRIX_KERNEL(isa, function) void function(const QuantizeRowsJob& job);
+#include "kernels/quantize_rows/quantize_rows.inc"
+#undef TRIX_KERNEL
+
+}  // namespace trix

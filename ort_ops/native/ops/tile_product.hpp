@@ -1,0 +1,51 @@
+// The product of every token with the matrix of its tile, spread over the session's threads: what the ops
+// share.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/work_plan.hpp"
+#include "ops/ort_calls.hpp"
+
+namespace trix {
+
+/// How x meets the ternary weights: the attributes activation_bits (24: as exact as float32; 8) and
+/// group_size (of the columns that share a scale; 0: all).
+class Activations {
+  public:
+    static constexpr const char* kBitsAttribute = "activation_bits";
+    static constexpr const char* kGroupAttribute = "group_size";
+    static constexpr std::int64_t kBitsDefault = 24;
+    static constexpr std::int64_t kGroupDefault = 128;
+
+    /// The defaults.
+    Activations() : bits_(kBitsDefault), group_size_(kGroupDefault) {}
+
+    explicit Activations(const KernelInfo& info);
+
+    std::size_t num_planes() const { return bits_ == 8 ? 1 : 3; }
+
+    /// Columns that share a scale, a multiple of 16: 128, or num_columns rounded up.
+    std::size_t group_columns(std::size_t num_columns) const;
+
+  private:
+    std::int64_t bits_;
+    std::int64_t group_size_;
+};
+
+/// Rejects more columns than the kernels can sum.
+void check_columns(const TensorView& x);
+
+/// Matrices [E, N, K] in panels one after the other, and their row scales [E, N].
+struct TileMatrices {
+    const std::uint8_t* panels;
+    const float* row_scale;
+    std::size_t num_rows;
+    std::size_t num_columns;
+};
+
+/// y[t, :] = tile of t times x[t, :], for the tokens of all groups. x [num_tokens, K], y [num_tokens, N].
+void multiply_tiles(const KernelContext& context, const Activations& activations, const float* x,
+                    std::size_t num_tokens, const TileMatrices& tiles, const TokenGroups& groups, float* y);
+
+}  // namespace trix

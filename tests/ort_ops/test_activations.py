@@ -1,0 +1,87 @@
+"""How exact TernaryTileMatMul is with activations of 24 and of 8 bits, and what it makes of special values."""
+
+import numpy as np
+import pytest
+from packed_models import (
+    make_model,
+    native_session,
+    quantised,
+    random_ternary,
+    run_tile_matmul,
+    tile_matmul_inputs,
+    tile_matmul_reference,
+)
+
+from ort_ops.panels import to_panels
+from ort_ops.schema import TERNARY_TILE_MATMUL
+
+pytestmark = pytest.mark.usefixtures("native_library")
+
+
+@pytest.mark.parametrize("bits", [24, 8])
+def test_a_token_with_a_value_that_is_not_finite_is_nan(bits: int) -> None:
+    x = np.ones((4, 300), np.float32)
+    x[0, 3], x[1, 290], x[3] = np.nan, -np.inf, 2.0**-101  # the last counts as zeros
+    weight = random_ternary(np.random.default_rng(6), 1, 3, 300)
+    inputs = {"x": x, "packed": to_panels(weight), "row_scale": np.ones((1, 3), np.float32), "tile_idx": np.zeros(4, np.int64)}
+    y = native_session(make_model(TERNARY_TILE_MATMUL, activation_bits=bits)).run(None, inputs)[0]
+    expected = np.array([[np.nan] * 3, [np.nan] * 3, weight[0].sum(-1), np.zeros(3)])
+    np.testing.assert_allclose(y, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "heavy tails", "outlier channels", "one massive channel"])
+def test_24_bits_are_as_exact_as_float32(kind: str) -> None:
+    """No worse than twice the error of a float32 product of numpy, whatever the activations are like."""
+    rng = np.random.default_rng(14)
+    inputs, weight = tile_matmul_inputs(rng, 8, 1, 256, 4096)
+    if kind == "heavy tails":
+        inputs["x"] = rng.standard_t(2, inputs["x"].shape).astype(np.float32)
+    if kind == "outlier channels":
+        inputs["x"][:, rng.integers(0, 4096, 8)] *= 30
+    if kind == "one massive channel":
+        inputs["x"][:, 1000] = 1000
+    exact = tile_matmul_reference(inputs, weight)
+    as_float32 = (inputs["x"] @ weight[0].T.astype(np.float32)) * inputs["row_scale"][0]
+
+    def error(y: np.ndarray) -> float:
+        return float(np.sqrt(np.mean((y - exact) ** 2) / np.mean(exact**2)))
+
+    assert error(run_tile_matmul(inputs)) <= 2 * max(error(as_float32), 1e-7)
+
+
+@pytest.mark.parametrize("group_size", [0, 128])
+@pytest.mark.parametrize(
+    ("num_tokens", "num_tiles", "num_rows", "num_columns"),
+    [(1, 1, 1, 1), (5, 3, 40, 70), (17, 2, 33, 300), (9, 1, 64, 128), (3, 2, 5, 0), (0, 2, 5, 5), (70, 4, 100, 129)],
+)
+def test_int8_product_equals_reference(
+    num_tokens: int, num_tiles: int, num_rows: int, num_columns: int, group_size: int
+) -> None:
+    inputs, weight = tile_matmul_inputs(np.random.default_rng(11), num_tokens, num_tiles, num_rows, num_columns)
+    model = make_model(TERNARY_TILE_MATMUL, activation_bits=8, group_size=group_size)
+    y = native_session(model).run(None, inputs)[0]
+    expected = tile_matmul_reference(inputs | {"x": quantised(inputs["x"], group_size)}, weight)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("group_size", [0, 128])
+def test_int8_product_does_not_depend_on_threads(group_size: int) -> None:
+    inputs, _ = tile_matmul_inputs(np.random.default_rng(12), 300, 3, 200, 333)
+    model = make_model(TERNARY_TILE_MATMUL, activation_bits=8, group_size=group_size)
+    one, many = (native_session(model, num_threads=threads).run(None, inputs)[0] for threads in (1, 5))
+    np.testing.assert_array_equal(one, many, strict=True)
+
+
+def test_error_of_int8_activations_is_that_of_rounding() -> None:
+    """At most half a step of the quantiser in every column; groups have steps of their own, so an outlier hurts less."""
+    inputs, weight = tile_matmul_inputs(np.random.default_rng(13), 4, 1, 64, 1024)
+    inputs["x"][:, 5] = 50.0
+    exact = tile_matmul_reference(inputs, weight)
+    errors = []
+    for group_size in (0, 128):
+        model = make_model(TERNARY_TILE_MATMUL, activation_bits=8, group_size=group_size)
+        y = native_session(model).run(None, inputs)[0]
+        step = np.abs(inputs["x"]).max() / 127
+        assert (np.abs(y - exact) <= 0.5001 * step * 1024 * inputs["row_scale"][0]).all()
+        errors.append(float(np.sqrt(np.mean((y - exact) ** 2))))
+    assert errors[1] < 0.6 * errors[0], errors
