@@ -12,7 +12,7 @@ def pack(ternary: NDArray[Any]) -> NDArray[np.uint8]:
     """[..., K] in {-1, 0, +1} to [..., ceil(K/4)]."""
     codes = np.where(ternary < 0, 2, ternary).astype(np.uint8)
     padding = [(0, 0)] * (codes.ndim - 1) + [(0, -codes.shape[-1] % 4)]
-    fields = np.pad(codes, padding).reshape(*codes.shape[:-1], -1, 4)
+    fields = np.pad(codes, padding).reshape(*codes.shape[:-1], -(-codes.shape[-1] // 4), 4)
     return (fields << _SHIFTS).sum(-1, dtype=np.uint8)
 
 
@@ -20,9 +20,9 @@ def unpack(packed: NDArray[np.uint8], num_columns: int) -> NDArray[np.int8]:
     """The inverse of :func:`pack`: [..., num_columns].
 
     Raises:
-        ValueError: too few bytes for so many columns, or a code that stands for no value.
+        ValueError: too few or too many bytes for so many columns, or a code that stands for no value.
     """
-    codes = (packed[..., None] >> _SHIFTS & 3).reshape(*packed.shape[:-1], -1)
+    codes = (packed[..., None] >> _SHIFTS & 3).reshape(*packed.shape[:-1], 4 * packed.shape[-1])
     if packed.shape[-1] != -(-num_columns // 4):
         raise ValueError(f"bytes of a packed row ({packed.shape[-1]}) must be those of {num_columns} columns")
     if (codes == 3).any():

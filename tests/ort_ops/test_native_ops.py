@@ -8,7 +8,6 @@ import pytest
 from packed_models import (
     make_model,
     native_session,
-    pack,
     random_ternary,
     rank_tiles,
     route_inputs,
@@ -19,6 +18,7 @@ from packed_models import (
     tile_matmul_reference,
 )
 
+from ort_ops.packing import pack
 from ort_ops.schema import SIGNATURE_ROUTE, TERNARY_TILE_MATMUL
 
 pytestmark = pytest.mark.usefixtures("native_library")

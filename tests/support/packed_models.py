@@ -1,4 +1,4 @@
-"""Small models around one operator, numpy packing and float64 references, for the tests of the native operators."""
+"""Small models around one operator and float64 references, for the tests of the native operators."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,18 +10,11 @@ from onnx import TensorProto, helper, numpy_helper
 
 from ort_ops.functions import fallback_functions
 from ort_ops.library import session_options
+from ort_ops.packing import pack
 from ort_ops.schema import DOMAIN, OPSET_VERSION, SIGNATURE_ROUTE, TERNARY_TILE_MATMUL, OpSchema
 
 ELEMENT_TYPES = {"float32": TensorProto.FLOAT, "uint8": TensorProto.UINT8, "int64": TensorProto.INT64}
 Arrays = Mapping[str, np.ndarray]
-
-
-def pack(ternary: np.ndarray) -> np.ndarray:
-    """Pack the last axis of an array of {-1, 0, 1}: column 4p + i at bits 2i of byte p."""
-    codes = np.where(ternary < 0, 2, ternary).astype(np.uint8)
-    padding = [(0, 0)] * (codes.ndim - 1) + [(0, -codes.shape[-1] % 4)]
-    groups = np.pad(codes, padding).reshape(*codes.shape[:-1], -(-codes.shape[-1] // 4), 4)
-    return (groups << np.array([0, 2, 4, 6], dtype=np.uint8)).sum(-1, dtype=np.uint8)
 
 
 def random_ternary(rng: np.random.Generator, *shape: int) -> np.ndarray:
