@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from lightning_modules.callbacks.last_checkpoint import written_checkpoint
 from lightning_modules.callbacks.log_folder import local_log_folder, relative_path
-from lightning_modules.commands.inspect import make_page
+from lightning_modules.checkpoint_page import make_page
 from lightning_modules.error_text import one_line
 from lightning_modules.routed_layers import routed_layers
 from lightning_modules.tasks.checkpoint import load_checkpoint
