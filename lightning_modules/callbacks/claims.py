@@ -7,7 +7,6 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -19,6 +18,7 @@ from typing_extensions import override
 
 from lightning_modules.callbacks.figures import DrawingBudget, add_figure, claim_figure, has_tensorboard, save_figure
 from lightning_modules.callbacks.log_folder import local_log_folder
+from lightning_modules.error_text import did_you_mean
 from lightning_modules.errors import UserError
 from lightning_modules.routed_layers import layer_name, routed_layers
 from lightning_modules.whole_bytes import write_whole
@@ -58,8 +58,7 @@ class ClaimWatch:
         for candidate in (name, repr(name)):  # the classes of a language model are characters, quoted
             if candidate in class_names:
                 return class_names.index(candidate)
-        nearest = get_close_matches(name, class_names, n=1)
-        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        hint = did_you_mean(name, class_names)
         raise UserError(f"class_name ({name}) must be one of the {len(class_names)} class_names of the task{hint}")
 
 
