@@ -97,12 +97,10 @@ def written_checkpoint(trainer: L.Trainer) -> tuple[Path, ModelCheckpoint | None
 
 def newest_checkpoint(trainer: L.Trainer) -> Path | None:
     """The checkpoint that was written last; where the run has none yet, the one that it goes on from."""
-    names: list[Any] = []
-    for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint):
-            names += [callback.last_model_path, callback.best_model_path]
-        elif isinstance(callback, LastCheckpoint):
-            names.append(callback.path)
+    callbacks = trainer.checkpoint_callbacks
+    names: list[Any] = [callback.path for callback in callbacks if isinstance(callback, LastCheckpoint)]
+    for attribute in ("last_model_path", "best_model_path"):
+        names += [getattr(callback, attribute) for callback in callbacks if isinstance(callback, ModelCheckpoint)]
     paths = [path for path in map(Path, filter(None, names)) if path.is_file()]
     if paths:
         return max(paths, key=lambda path: path.stat().st_mtime_ns)
