@@ -7,17 +7,17 @@ python benchmarks/run.py char_lm_quality --steps 600 --seeds 3
 
 import argparse
 import importlib
+import io
 import json
 import os
 import platform
-import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from lightning_modules.machine import cpu_name, git_state, instruction_sets
+from lightning_modules.whole_bytes import write_whole
 
 HERE = Path(__file__).resolve().parent
 PACKAGES = ("torch", "lightning", "onnx", "onnxruntime", "numpy")
@@ -49,62 +49,27 @@ def main() -> int:
     arguments.output.parent.mkdir(parents=True, exist_ok=True)  # now: a case may run for an hour
     record = {"case": arguments.case, "options": options, "machine": machine(), "results": case.run(**options)}
     print(case.table(record["results"]))
-    write_json(arguments.output, record)
+    write_whole((json.dumps(record, indent=1) + "\n").encode(), arguments.output)
     print(f"recorded in {arguments.output}")
     if hasattr(case, "figure"):
-        write_figure(arguments.output.with_suffix(".svg"), case.figure(record["results"]))
+        drawing, content = arguments.output.with_suffix(".svg"), io.BytesIO()
+        case.figure(record["results"]).savefig(content, format="svg", metadata={"Date": None})
+        write_whole(content.getvalue(), drawing)
+        print(f"drawn in {drawing}")
     return 0
 
 
 def machine() -> dict[str, Any]:
     """What the figures depend on beside the options."""
     return {
-        "commit": _first_line(["git", "describe", "--always", "--dirty"]),
-        "cpu": _cpu_name(),
-        "instruction_sets": _instruction_sets(),
+        "git": git_state(HERE),
+        "cpu": cpu_name(),
+        "instruction_sets": instruction_sets(),
         "cores": os.cpu_count(),
         "system": platform.platform(),
         "python": platform.python_version(),
         **{package: version(package) for package in PACKAGES},
     }
-
-
-def write_json(path: Path, record: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
-
-
-def write_figure(path: Path, figure: "Figure") -> None:
-    """A case's drawing of its results, beside them; whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="svg", metadata={"Date": None})
-    temporary.replace(path)
-    print(f"drawn in {path}")
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        if info.exists()
-        else []
-    )
-    return names[0] if names else platform.processor()
-
-
-def _instruction_sets() -> list[str]:
-    info = Path("/proc/cpuinfo")
-    flags = set(info.read_text().split()) if info.exists() else set()
-    return sorted(flags & {"avx2", "avx512f", "avx512_vnni", "avx_vnni", "asimddp", "i8mm"})
-
-
-def _first_line(command: list[str]) -> str:
-    try:
-        return subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 if __name__ == "__main__":

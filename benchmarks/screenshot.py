@@ -24,6 +24,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from lightning_modules.whole_bytes import write_whole
+
 HERE = Path(__file__).resolve().parent
 EVENT_FILES = "events.out.tfevents.*"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -49,9 +51,7 @@ def main() -> int:
         return 1
     with tensorboard(arguments.folder) as address:
         content = picture(browser, f"{address}/?{arguments.query}#{arguments.page}", arguments.width, arguments.height)
-    temporary = arguments.output.with_name(f".{arguments.output.name}.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(arguments.output)
+    write_whole(content, arguments.output)
     print(f"{arguments.output}: {len(content) / 1024:.0f} KB")
     return 0
 

@@ -3,11 +3,10 @@
 import os
 import sys
 from collections.abc import Sequence
-from difflib import get_close_matches
 from importlib import metadata
 from pathlib import Path
 
-from lightning_modules.error_text import one_line
+from lightning_modules.error_text import did_you_mean, one_line
 from lightning_modules.errors import UserError
 
 HELP = """\
@@ -135,9 +134,8 @@ def _dispatch(arguments: list[str]) -> int:
         return _run_light(command, arguments[1:])
     if command.startswith("-"):
         raise UserError(f"the command must come first, got {command}; see `trix --help`")
-    nearest = get_close_matches(command, (*TRAINING_COMMANDS, *OTHER_COMMANDS), n=1)
-    hint = f"did you mean {nearest[0]}?" if nearest else "see `trix --help`"
-    raise UserError(f"unknown command {command!r}; {hint}")
+    hint = did_you_mean(command, (*TRAINING_COMMANDS, *OTHER_COMMANDS)) or "; see `trix --help`"
+    raise UserError(f"unknown command {command!r}{hint}")
 
 
 def _run_light(command: str, arguments: list[str]) -> int:

@@ -43,6 +43,12 @@ def one_line(message: object) -> str:
     return text if len(text) <= MAX_LENGTH else text[: MAX_LENGTH - 3] + "..."
 
 
+def did_you_mean(wrong: str, names: Iterable[str], cutoff: float = 0.6) -> str:
+    """ "; did you mean NAME?" where one of the names is like it."""
+    nearest = get_close_matches(wrong, list(names), n=1, cutoff=cutoff)
+    return f"; did you mean {nearest[0]}?" if nearest else ""
+
+
 def shorten_parser_error(
     message: str,
     known_keys: Iterable[str],

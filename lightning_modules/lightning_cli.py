@@ -20,12 +20,13 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_modules.callbacks.last_checkpoint import LastCheckpoint
+from lightning_modules.callbacks.log_folder import relative_path
 from lightning_modules.callbacks.prediction_writer import PredictionWriter
 from lightning_modules.callbacks.random_state import RandomState
 from lightning_modules.callbacks.report_page import ReportPage
 from lightning_modules.callbacks.run_notebook import RunNotebook
 from lightning_modules.callbacks.run_record import RunRecord
-from lightning_modules.callbacks.run_report import RunReport, StepProgressBar, relative_path
+from lightning_modules.callbacks.run_report import RunReport, StepProgressBar
 from lightning_modules.callbacks.stability import StabilityMonitor
 from lightning_modules.data.digits import DigitsDataModule
 from lightning_modules.data.language_id import LanguageIdDataModule

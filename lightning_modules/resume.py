@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_modules.errors import UserError
-from lightning_modules.run_folder import CHECKPOINTS_NAME, LAST, checkpoints, version
+from lightning_modules.run_folder import CHECKPOINTS_NAME, LAST, checkpoints, versions
 from lightning_modules.tasks.checkpoint import check_resumable, read_checkpoint
 from lightning_modules.tasks.routed_task import CheckpointError
 
@@ -80,10 +80,8 @@ def log_folder(path: Path, checkpoint: Mapping[str, Any]) -> Path | None:
     """
     named = checkpoint.get("callbacks", {}).get("RunRecord")
     name = named.get("folder") if isinstance(named, dict) else None
-    if isinstance(name, str) and name:
-        places = [path.parent / Path(name).name, Path(name)]  # a run folder may have been moved as a whole
-    else:
-        places = sorted(path.parent.glob("version_*"), key=version, reverse=True)
+    # A run folder may have been moved as a whole.
+    places = [path.parent / Path(name).name, Path(name)] if isinstance(name, str) and name else versions(path.parent)
     if path.parent.name == CHECKPOINTS_NAME:
         places.append(path.parent.parent)
     return next((place for place in places if (place / CONFIG_NAME).is_file()), None)

@@ -27,16 +27,26 @@ def best_checkpoint(run: Path) -> Path:
 
 def checkpoints(run: Path) -> list[Path]:
     """The folder's own, from new to old; where it has none, those of the newest of its versions that has any."""
-    folders = [run, *sorted(run.glob("version_*"), key=version, reverse=True)]
+    folders = [run, *versions(run)]
     groups = ([*folder.glob("*.ckpt"), *folder.glob(f"{CHECKPOINTS_NAME}/*.ckpt")] for folder in folders)
     found = next((group for group in groups if group), [])
     return sorted(found, key=_age, reverse=True)
 
 
-def version(folder: Path) -> int:
-    """N of a folder that is called version_N, else -1."""
+def versions(run: Path) -> list[Path]:
+    """The folders of its starts, the newest first."""
+
+    def number(folder: Path) -> int:
+        found = version(folder)
+        return -1 if found is None else found
+
+    return sorted(run.glob("version_*"), key=number, reverse=True)
+
+
+def version(folder: Path) -> int | None:
+    """N of a folder that is called version_N."""
     match = _VERSION.fullmatch(folder.name)
-    return int(match[1]) if match else -1
+    return int(match[1]) if match else None
 
 
 def _age(path: Path) -> tuple[int, str]:

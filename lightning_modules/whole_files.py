@@ -8,7 +8,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from typing_extensions import override
 
-from lightning_modules.whole_bytes import write_whole as write_whole
+from lightning_modules.whole_bytes import write_whole
 
 
 class WholeFileCheckpointIO(TorchCheckpointIO):

@@ -10,7 +10,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ort_ops.file_format import BY_ONNXRUNTIME, decode_array, from_properties
-from ort_ops.library import session_options
+from ort_ops.library import LibraryNotFoundError, session_options
 from ort_ops.parity import Parity, compare
 from ort_ops.schema import DOMAIN
 
@@ -98,6 +98,14 @@ class ExportedModel:
             return replace(compare(logits, expected), compared_with=by)
         expected_idx = np.asarray(reference["tile_idx"], dtype=np.int64)
         return replace(compare(logits, expected, tile_idx, expected_idx, decode_array(reference["gap"])), compared_with=by)
+
+
+def open_model(path: Path | str) -> ExportedModel:
+    """With the native kernels; where they are not installed, with the portable functions."""
+    try:
+        return ExportedModel(path)
+    except LibraryNotFoundError:
+        return ExportedModel(path, use_library=False)
 
 
 class LanguageModelSession(ExportedModel):

@@ -22,7 +22,7 @@ from onnx import ModelProto, ValueInfoProto
 from ort_ops.file_format import BY_ONNXRUNTIME, LayerRecord, encode_array, to_properties
 from ort_ops.library import LibraryNotFoundError, session_options
 from ort_ops.parity import SCORE_ROUNDING, selection_gap
-from ort_ops.runtime import ExportedModel, ModelFileError
+from ort_ops.runtime import ModelFileError, open_model
 from ort_ops.signature_layers import SignatureLayer, read_model
 
 
@@ -265,11 +265,7 @@ def _write_verified(
 
 
 def _check_answer(path: Path) -> None:
-    try:
-        model = ExportedModel(path)
-    except LibraryNotFoundError:
-        model = ExportedModel(path, use_library=False)
-    parity = model.check_parity()
+    parity = open_model(path).check_parity()
     is_same = parity.max_relative_difference <= SCORE_ROUNDING and parity.num_unexplained == 0
     _require(is_same, f"the new file must answer as it did before it was written: {parity}")
 

@@ -35,7 +35,14 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from lightning_modules.callbacks import ClaimMonitor, DiversityMonitor, RoutingMonitor, RunRecord, StabilityMonitor
+from lightning_modules.callbacks import (
+    ClaimMonitor,
+    DiversityMonitor,
+    LastCheckpoint,
+    RoutingMonitor,
+    RunRecord,
+    StabilityMonitor,
+)
 from lightning_modules.data.text import TextDataModule
 from lightning_modules.lightning_cli import run_training_command
 from lightning_modules.quiet import quiet_lightning
@@ -194,7 +201,7 @@ def train_with_command(turn: Turn) -> None:
 
 
 def checkpoints() -> list[L.Callback]:
-    return [ModelCheckpoint("checkpoints", "best", monitor="val/loss", save_last=True, enable_version_counter=False)]
+    return [ModelCheckpoint(filename="best", monitor="val/loss"), LastCheckpoint()]
 
 
 # What trains, by name; the monitors have the settings of the configurations.

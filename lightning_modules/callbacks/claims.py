@@ -7,8 +7,6 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -19,9 +17,11 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_modules.callbacks.figures import DrawingBudget, add_figure, claim_figure, has_tensorboard, save_figure
+from lightning_modules.callbacks.log_folder import local_log_folder
+from lightning_modules.error_text import did_you_mean
 from lightning_modules.errors import UserError
 from lightning_modules.routed_layers import layer_name, routed_layers
-from lightning_modules.whole_files import write_whole
+from lightning_modules.whole_bytes import write_whole
 from trix.routing import ClaimMatrix
 
 CLAIMS_NAME = "claims.csv"
@@ -58,8 +58,7 @@ class ClaimWatch:
         for candidate in (name, repr(name)):  # the classes of a language model are characters, quoted
             if candidate in class_names:
                 return class_names.index(candidate)
-        nearest = get_close_matches(name, class_names, n=1)
-        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        hint = did_you_mean(name, class_names)
         raise UserError(f"class_name ({name}) must be one of the {len(class_names)} class_names of the task{hint}")
 
 
@@ -163,12 +162,12 @@ class ClaimMonitor(L.Callback):
         claims = self._counted()
         for name, counted in claims.items():
             is_used_E, is_seen_C = counted.count_EC.sum(dim=1) > 0, counted.count_EC.sum(dim=0) > 0
-            best_C = counted.rate_EC.amax(dim=0)[is_seen_C]
+            best_C = _or_zero(counted.rate_EC.amax(dim=0)[is_seen_C])
             metrics = {
-                "mean_claim_rate": _mean(best_C),
-                "lowest_claim_rate": best_C.amin() if len(best_C) else _mean(best_C),
-                "highest_claim_rate": best_C.amax() if len(best_C) else _mean(best_C),
-                "mean_purity": _mean(counted.purity_E[is_used_E]),
+                "mean_claim_rate": best_C.mean(),
+                "lowest_claim_rate": best_C.amin(),
+                "highest_claim_rate": best_C.amax(),
+                "mean_purity": _or_zero(counted.purity_E[is_used_E]).mean(),
             }
             pl_module.log_dict({f"claims/{name}/{key}": value for key, value in metrics.items()})
         for watch in self.watch:
@@ -183,15 +182,17 @@ class ClaimMonitor(L.Callback):
 
     @override
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._print_table(trainer, pl_module)
-        folder = trainer.log_dir  # of the first process, on all of them
-        if not self._claims or not trainer.loggers or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        folder = local_log_folder(trainer)
+        if not self._claims:
             return
-        class_names = _class_names(pl_module)
-        claims = self._counted()  # on every rank: it synchronises
-        if trainer.is_global_zero and folder is not None and "://" not in folder:  # a folder of this machine
-            write_whole(claims_csv(claims, class_names).encode(), Path(folder) / CLAIMS_NAME)
-        if trainer.is_global_zero and self._is_drawn(trainer, class_names):
+        claims, class_names = self._counted(), _class_names(pl_module)
+        if not trainer.is_global_zero:
+            return
+        self._print_table(claims, class_names)
+        if folder is None:
+            return
+        write_whole(claims_csv(claims, class_names).encode(), folder / CLAIMS_NAME)
+        if self._is_drawn(trainer, class_names):
             figure = claim_figure(_rates(claims), class_names)
             add_figure(trainer, "claims/class_by_tile", figure)
             save_figure(trainer, "class_by_tile.png", figure)
@@ -201,18 +202,17 @@ class ClaimMonitor(L.Callback):
 
     @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.state.fn == "validate":
-            self._print_table(trainer, pl_module)
+        if trainer.state.fn == "validate" and self._claims:
+            claims = self._counted()
+            if trainer.is_global_zero:
+                self._print_table(claims, _class_names(pl_module))
 
-    def _print_table(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        class_names = _class_names(pl_module)
-        if len(class_names) > self.max_classes or not self._claims:
-            return
-        rates = _rates(self._counted())  # on every rank: it synchronises
-        if trainer.is_global_zero:
-            get_console().print(claim_table(rates, class_names))
+    def _print_table(self, claims: Mapping[str, _Claims], class_names: Sequence[str]) -> None:
+        if len(class_names) <= self.max_classes:
+            get_console().print(claim_table(_rates(claims), class_names))
 
     def _counted(self) -> dict[str, _Claims]:
+        """By layer; every process has to ask, for it synchronises."""
         counted = {}
         for name, matrix in self._claims.items():
             rate_EC = matrix.compute()
@@ -256,8 +256,9 @@ def _favourites(rate_E: Tensor, num_tiles: int) -> str:
     return ", ".join(f"tile {tile} {share:.0%}" for share, tile in zip(rate.tolist(), tile_idx.tolist(), strict=True) if share)
 
 
-def _mean(values: Tensor) -> Tensor:
-    return values.mean() if len(values) else torch.zeros((), device=values.device)
+def _or_zero(values: Tensor) -> Tensor:
+    """Where nothing was counted, one 0."""
+    return values if len(values) else torch.zeros(1)
 
 
 def _class_names(pl_module: L.LightningModule) -> Sequence[str]:

@@ -21,16 +21,16 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_modules.whole_files import write_whole
+from lightning_modules.whole_bytes import write_whole
 from trix.functional.signatures import pairwise_cosine
 from trix.introspection.plots import (
-    SIGNATURE_COLOURS,
     draw_claims,
     draw_routing,
     draw_signatures,
     draw_similarity,
     printable,
 )
+from trix.introspection.symbols import SIGNATURE_COLOURS
 from trix.outputs import RoutingInfo
 
 MAX_CLASSES_BY_LABEL = 32

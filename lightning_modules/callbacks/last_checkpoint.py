@@ -95,6 +95,18 @@ def written_checkpoint(trainer: L.Trainer) -> tuple[Path, ModelCheckpoint | None
     return None
 
 
+def newest_checkpoint(trainer: L.Trainer) -> Path | None:
+    """The checkpoint that was written last; where the run has none yet, the one that it goes on from."""
+    callbacks = trainer.checkpoint_callbacks
+    names: list[Any] = [callback.path for callback in callbacks if isinstance(callback, LastCheckpoint)]
+    for attribute in ("last_model_path", "best_model_path"):
+        names += [getattr(callback, attribute) for callback in callbacks if isinstance(callback, ModelCheckpoint)]
+    paths = [path for path in map(Path, filter(None, names)) if path.is_file()]
+    if paths:
+        return max(paths, key=lambda path: path.stat().st_mtime_ns)
+    return None if trainer.ckpt_path is None else Path(trainer.ckpt_path)
+
+
 def _taken_over(state: dict[str, Any], source: Path, target: Path, last_step: int, trainer: L.Trainer) -> dict[str, Any] | None:
     """The state of a ModelCheckpoint whose files have been copied from `source` to `target`; None where they cannot be."""
     names = {Path(path).name for path in (*state["best_k_models"], state["best_model_path"]) if path}

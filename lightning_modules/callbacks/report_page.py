@@ -8,12 +8,12 @@ from rich import get_console
 from typing_extensions import override
 
 from lightning_modules.callbacks.last_checkpoint import written_checkpoint
-from lightning_modules.callbacks.run_report import relative_path
-from lightning_modules.commands.inspect import make_page
+from lightning_modules.callbacks.log_folder import local_log_folder, relative_path
+from lightning_modules.checkpoint_page import make_page
 from lightning_modules.error_text import one_line
 from lightning_modules.routed_layers import routed_layers
 from lightning_modules.tasks.checkpoint import load_checkpoint
-from lightning_modules.whole_files import write_whole
+from lightning_modules.whole_bytes import write_whole
 
 PAGE_NAME = "report.html"
 
@@ -37,26 +37,24 @@ class ReportPage(L.Callback):
         if num_tokens < 0:
             raise ValueError(f"num_tokens ({num_tokens}) must be >= 0")
         self.num_tokens = num_tokens
-        self._folder = ""
+        self._folder: Path | None = None
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage == "fit" and trainer.loggers and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self._folder = trainer.log_dir or ""  # of the first process, on all of them
+        self._folder = local_log_folder(trainer) if stage == "fit" else None
 
     @override
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         written = written_checkpoint(trainer)
-        is_wanted = self.num_tokens > 0 and self._folder and "://" not in self._folder and routed_layers(pl_module)
-        if not is_wanted or written is None or not trainer.is_global_zero:
+        is_wanted = self.num_tokens > 0 and trainer.is_global_zero and len(routed_layers(pl_module)) > 0
+        if not is_wanted or self._folder is None or written is None:
             return
-        checkpoint_path, _ = written
+        (checkpoint_path, _), page_path = written, self._folder / PAGE_NAME
         try:
             task, checkpoint = load_checkpoint(checkpoint_path)
             page = make_page(task, checkpoint, str(checkpoint_path), self.num_tokens)
-            write_whole(page.encode(), Path(self._folder) / PAGE_NAME)
+            write_whole(page.encode(), page_path)
         except Exception as error:  # whatever it is, the run is done and its weights are kept
             rank_zero_warn(f"{PAGE_NAME} could not be drawn: {one_line(error)}")
             return
-        place = relative_path(str(Path(self._folder) / PAGE_NAME))
-        get_console().print(f"report       {place}", highlight=False, markup=False, soft_wrap=True)
+        get_console().print(f"report       {relative_path(page_path)}", highlight=False, markup=False, soft_wrap=True)

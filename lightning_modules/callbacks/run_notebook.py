@@ -235,14 +235,14 @@ def tile_rows(name: str, layer: RoutedLayer, count_EC: Tensor | None, class_name
     claims = ClaimMatrix(layer.num_tiles)
     if count_EC is not None:
         claims.count_EC = count_EC
-    usage_E = claims.count_EC.sum(dim=1) / claims.count_EC.sum().clamp_min(1)
+    purity_E, usage_E = claims.purity(), claims.count_EC.sum(dim=1) / claims.count_EC.sum().clamp_min(1)
     router = layer.router
     is_frozen = router.is_frozen_E.tolist() if isinstance(router, SignatureRouter) else [False] * layer.num_tiles
     tags = {entry["tile_idx"]: str(entry["tag"]) for entry in layer.get_surgery_history()}
     rows = []
     for tile, class_idx in enumerate(claims.dominant_class().tolist()):
         dominant = "-" if class_idx < 0 else _class_name(class_idx, class_names)
-        purity, usage = f"{float(claims.purity()[tile]):.3f}", f"{float(usage_E[tile]):.4f}"
+        purity, usage = f"{float(purity_E[tile]):.3f}", f"{float(usage_E[tile]):.4f}"
         frozen = "frozen" if is_frozen[tile] else "free to learn"
         row = [f"{name} tile {tile}", name, dominant, purity, usage, frozen, tags.get(tile) or "-"]
         rows.append([" ".join(cell.split()) or "-" for cell in row])  # a tab or a line break would end the cell

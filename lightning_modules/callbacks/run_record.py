@@ -5,8 +5,6 @@ import io
 import json
 import os
 import platform
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -17,7 +15,9 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from typing_extensions import override
 
-from lightning_modules.whole_files import write_whole
+from lightning_modules.callbacks.log_folder import local_log_folder
+from lightning_modules.machine import cpu_name, git_state
+from lightning_modules.whole_bytes import write_whole
 
 ENVIRONMENT_NAME, METRICS_NAME = "environment.json", "metrics.csv"
 PACKAGES = ("trix", "torch", "lightning", "numpy")
@@ -50,12 +50,10 @@ class RunRecord(L.Callback):
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage != "fit" or not trainer.loggers or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        folder = local_log_folder(trainer) if stage == "fit" else None
+        if folder is None:
             return
-        self._folder = trainer.log_dir or ""  # of the first process, on all of them
-        if "://" in self._folder:  # not a folder of this machine
-            return
-        folder = Path(self._folder)
+        self._folder = str(folder)
         if not any(isinstance(logger, CSVLogger) for logger in trainer.loggers):
             self._metrics = MetricsLogger(folder)
             trainer.loggers = [*trainer.loggers, self._metrics]
@@ -133,7 +131,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: _package_version(name) for name in PACKAGES},
         "platform": platform.platform(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "num_cpus": os.cpu_count(),
         "num_threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
@@ -149,36 +147,11 @@ def data_digests(datamodule: L.LightningDataModule | None) -> dict[str, str]:
     return {"class": type(datamodule).__name__} | digests
 
 
-def git_state(folder: Path) -> dict[str, str | bool] | None:
-    """The commit that the folder is at, and whether tracked files differ from it; None outside a repository."""
-    commit = _git(folder, "rev-parse", "HEAD")
-    if commit is None:
-        return None
-    return {"commit": commit, "is_dirty": bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))}
-
-
-def _git(folder: Path, *arguments: str) -> str | None:
-    try:
-        result = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):  # no git here, or none that answers
-        return None
-    return result.stdout.strip() if result.returncode == 0 else None
-
-
 def _package_version(name: str) -> str | None:
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _cpu_name() -> str:
-    """The model; platform.processor() says no more than the architecture on Linux."""
-    if sys.platform == "linux":
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _number(text: str) -> float:

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -12,6 +11,7 @@ from rich import get_console
 from typing_extensions import override
 
 from lightning_modules.callbacks.last_checkpoint import written_checkpoint
+from lightning_modules.callbacks.log_folder import relative_path
 from lightning_modules.routed_layers import routed_layers
 
 
@@ -62,7 +62,7 @@ class RunReport(L.Callback):
             path, chooser = written
             best_score = None if chooser is None else chooser.best_model_score
             score = "" if chooser is None or best_score is None else f" ({chooser.monitor} {float(best_score):.4f})"
-            self._print(trainer, f"checkpoint   {relative_path(str(path))}{score}")
+            self._print(trainer, f"checkpoint   {relative_path(path)}{score}")
 
     def _print(self, trainer: L.Trainer, text: str) -> None:
         if trainer.is_global_zero:
@@ -92,14 +92,6 @@ def _metrics_text(metrics: Mapping[str, float]) -> str:
 def _log_places(trainer: L.Trainer) -> list[str]:
     places = (getattr(logger, "log_dir", None) for logger in trainer.loggers)
     return list(dict.fromkeys(relative_path(place) for place in places if place))
-
-
-def relative_path(path: str) -> str:
-    """As short as it can be said from the working folder."""
-    try:
-        return str(Path(path).resolve().relative_to(Path.cwd()))
-    except ValueError:
-        return path
 
 
 def _listed(numbers: list[int]) -> str:

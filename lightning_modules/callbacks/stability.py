@@ -3,18 +3,17 @@
 import math
 import statistics
 from collections import deque
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_modules.callbacks.run_report import relative_path
+from lightning_modules.callbacks.last_checkpoint import newest_checkpoint
+from lightning_modules.callbacks.log_folder import relative_path
 from lightning_modules.errors import UserError
 
 SpikeAction = Literal["warn", "stop"]
@@ -99,7 +98,7 @@ class StabilityMonitor(L.Callback):
         self._norms.append(norm)
         if norm <= self.spike_factor * median or (self._has_warned and self.on_spike == "warn"):
             return
-        largest = max(_gradients(pl_module), key=lambda name: float(_gradients(pl_module)[name].norm()))
+        _, largest = max((float(gradient.norm()), name) for name, gradient in _gradients(pl_module).items())
         text = (
             f"the gradient norm of step {step} ({norm:.3g}) must be <= spike_factor ({self.spike_factor:g}) * "
             f"the median of the steps before ({median:.3g}); it is largest in {largest}; {_remedy(trainer)}"
@@ -167,10 +166,6 @@ def _remedy(trainer: L.Trainer) -> str:
     rate = trainer.optimizers[0].param_groups[0]["lr"]
     verb = "set" if trainer.gradient_clip_val is None else "lower"
     advice = f"lower model.optimizer.lr (now {rate:.3g}) or {verb} trainer.gradient_clip_val ({trainer.gradient_clip_val})"
-    paths = []
-    for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint):
-            paths += [callback.last_model_path, callback.best_model_path]
-    good = next((path for path in paths if path and Path(path).is_file()), trainer.ckpt_path)
-    place = "no checkpoint has been written" if good is None else f"the last good checkpoint is {relative_path(str(good))}"
+    good = newest_checkpoint(trainer)
+    place = "no checkpoint has been written" if good is None else f"the last good checkpoint is {relative_path(good)}"
     return f"{advice}; {place}"

@@ -4,7 +4,6 @@ import copy
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from difflib import get_close_matches
 from typing import Any, Literal, get_args
 
 import lightning as L
@@ -14,11 +13,12 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_modules.error_text import did_you_mean
 from lightning_modules.errors import UserError
 from lightning_modules.routed_layers import layer_name, routed_layers
 from lightning_modules.signature_values import signature_from
 from trix.evolution import reset_signature_state
-from trix.nn import HierarchicalTriXFFN, RoutedLayer
+from trix.nn import RoutedLayer
 from trix.routing import SignatureRouter
 
 Action = Literal["insert", "freeze", "unfreeze"]
@@ -251,8 +251,6 @@ def _apply(event: SurgeryEvent, layers: dict[str, RoutedLayer], optimizers: Iter
             layer.insert_signature(event.tiles[0], signature_D, event.freeze, event.tag)
             for optimizer in optimizers:
                 reset_signature_state(optimizer, layer, event.tiles[0])
-            if isinstance(layer, HierarchicalTriXFFN):
-                layer.recluster()  # the search would look for the new signature where the old one was
             continue
         for tile_idx in event.tiles:
             if event.action == "freeze":
@@ -264,8 +262,7 @@ def _apply(event: SurgeryEvent, layers: dict[str, RoutedLayer], optimizers: Iter
 def _no_metric(name: str, metrics: Iterable[str]) -> str:
     """What is wrong, with the name most like it of those there are."""
     names = sorted(metrics)
-    nearest = get_close_matches(name, names, n=1, cutoff=0.0)
-    hint = f"; did you mean {nearest[0]}?" if nearest else ""
+    hint = did_you_mean(name, names, cutoff=0.0)
     if name.startswith("claims/"):
         hint += " (ClaimMonitor logs the claims, those of one class where its `watch` names it)"
     return f"metric ({name}) must be one of the {len(names)} that have been logged by the end of a validation{hint}"
@@ -274,7 +271,7 @@ def _no_metric(name: str, metrics: Iterable[str]) -> str:
 def _num_frozen(layer: RoutedLayer) -> int:
     if not isinstance(layer.router, SignatureRouter):
         return 0
-    return sum(layer.is_frozen(tile_idx) for tile_idx in range(layer.num_tiles))
+    return int(layer.router.is_frozen_E.sum())
 
 
 def _check_indices(name: str, indices: Sequence[int]) -> None:

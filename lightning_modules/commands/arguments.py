@@ -1,9 +1,9 @@
 """The argument parser of the light commands: strict, with errors in one line."""
 
 import argparse
-from difflib import get_close_matches
 from typing import Any, NoReturn
 
+from lightning_modules.error_text import did_you_mean
 from lightning_modules.errors import UserError
 
 CHECKPOINT_HELP = "a checkpoint written by `trix fit`, or a run folder: its newest best.ckpt"
@@ -28,9 +28,7 @@ class CommandParser(argparse.ArgumentParser):
         for argument in arguments:
             name = argument.split("=")[0]
             if name.startswith("--") and name not in ("--", *self._known_options):
-                nearest = get_close_matches(name, self._known_options, n=1)
-                hint = f"; did you mean {nearest[0]}?" if nearest else ""
-                raise UserError(f"unknown option {name} of `{self.prog}`{hint}")
+                raise UserError(f"unknown option {name} of `{self.prog}`{did_you_mean(name, self._known_options)}")
         return self.parse_args(arguments)
 
     def error(self, message: str) -> NoReturn:

@@ -17,10 +17,10 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from lightning_modules.commands.arguments import FILE, CommandParser
-from lightning_modules.commands.doctor import instruction_sets
 from lightning_modules.commands.output_file import check_output_file, output_folder
 from lightning_modules.commands.output_text import print_rich
 from lightning_modules.errors import UserError
+from lightning_modules.machine import cpu_name, instruction_sets, num_usable_cores
 from lightning_modules.whole_bytes import write_whole
 from ort_ops.file_format import describe_size
 from ort_ops.library import LibraryNotFoundError
@@ -121,10 +121,9 @@ def open_sessions(model: Path, threads: Sequence[int] | None) -> dict[tuple[str,
     Raises:
         ModelFileError: neither path can run the file.
     """
-    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     sessions: dict[tuple[str, int], ExportedModel] = {}
     errors: dict[str, Exception] = {}
-    for num_threads in sorted({1, num_cores} if threads is None else set(threads)):
+    for num_threads in sorted({1, num_usable_cores()} if threads is None else set(threads)):
         for kernels in ("native", "portable"):
             try:
                 sessions[kernels, num_threads] = ExportedModel(model, kernels == "native", num_threads)
@@ -181,6 +180,7 @@ def _timing(kernels: str, threads: int, length: int, seconds: Sequence[float]) -
 def machine() -> dict[str, Any]:
     return {
         "system": platform.platform(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "instruction_sets": instruction_sets(),
         "python": platform.python_version(),

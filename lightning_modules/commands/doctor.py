@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING
 
 from lightning_modules.commands.arguments import CommandParser
 from lightning_modules.error_text import one_line
+from lightning_modules.machine import instruction_sets, num_usable_cores
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
 EXIT_PROBLEM = 2
 INSTALL = "pip install -e '.[dev]' in the source tree (or make setup)"
-# What the arithmetic of torch, onnxruntime and our kernels looks at, as /proc/cpuinfo names it.
-INSTRUCTION_SETS = re.compile(r"sse4_2|avx\w*|fma|f16c|amx_\w+|asimd\w*|sve\w*|bf16|i8mm")
 SELF_TEST_SECONDS = 60
 
 
@@ -56,23 +55,13 @@ def system() -> list[Finding]:
     found = instruction_sets()
     findings = [
         Finding("python", f"{platform.python_version()} ({sys.executable})"),
-        Finding("system", f"{platform.system()} {platform.machine()}, {_num_usable_cores()} cores to use"),
+        Finding("system", f"{platform.system()} {platform.machine()}, {num_usable_cores()} cores to use"),
         Finding("instruction sets", " ".join(found) if found else f"unknown: {platform.system()} has no /proc/cpuinfo"),
     ]
     for name in ("TRIX_ORT_ISA", "OMP_NUM_THREADS"):
         if os.environ.get(name):
             findings.append(Finding(name, os.environ[name]))
     return findings
-
-
-def instruction_sets(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
-    """Those of the first core; empty where the system does not tell."""
-    try:
-        lines = cpuinfo.read_text().splitlines()
-    except OSError:
-        return []
-    flags = next((line.split(":")[1].split() for line in lines if re.match(r"(flags|Features)\s*:", line)), [])
-    return sorted(flag for flag in flags if INSTRUCTION_SETS.fullmatch(flag))
 
 
 def required_packages() -> list[Finding]:
@@ -170,10 +159,6 @@ def _answer(path: str, answer: str, err: str) -> Finding:
         return Finding(path, f"{why}: self-test passed")
     chosen = re.search(r"kernels run with instruction set (\w+)", err)
     return Finding(path, f"kernels for {chosen[1] if chosen else 'an unknown instruction set'}: self-test passed ({why})")
-
-
-def _num_usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def make_parser() -> CommandParser:

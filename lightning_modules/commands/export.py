@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lightning_modules.checkpoint_data import make_labelled_data, make_text
 from lightning_modules.commands.arguments import CHECKPOINT_HELP, FILE, CommandParser
-from lightning_modules.commands.checkpoint_data import make_labelled_data, make_text
 from lightning_modules.commands.output_file import check_output_file, output_folder
 from lightning_modules.errors import UserError
 from lightning_modules.run_folder import best_checkpoint

@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 
 from lightning_modules.errors import UserError
 from ort_ops.file_format import LayerRecord, describe_size
-from ort_ops.library import LibraryNotFoundError
-from ort_ops.runtime import ExportedModel
+from ort_ops.runtime import open_model
 from ort_ops.signature_layers import SignatureLayer, operator_counts, read_model
 from trix.introspection.page import definitions, heading, page, strip, surgery_table, table
 
@@ -30,10 +29,7 @@ def make_onnx_page(model: Path) -> str:
     """
     try:
         proto, metadata, layers, records = read_model(model)
-        try:
-            session = ExportedModel(model)
-        except LibraryNotFoundError:
-            session = ExportedModel(model, use_library=False)
+        session = open_model(model)
         parity = session.check_parity()
     except ValueError as error:
         raise UserError(str(error)) from error

@@ -2,17 +2,17 @@
 
 import json
 import math
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from lightning_modules.commands.arguments import CommandParser
 from lightning_modules.commands.output_text import print_rich
+from lightning_modules.error_text import did_you_mean
 from lightning_modules.errors import UserError
+from lightning_modules.run_folder import version
 
 EVENT_FILES = "events.out.tfevents.*"
 LOSS = "val/loss"
@@ -87,12 +87,8 @@ def sort_runs(runs: Sequence[Run], metric: str, is_descending: bool) -> list[Run
     """
     names = sorted({name for run in runs for name in run.metrics})
     if metric not in names:
-        nearest = get_close_matches(metric, names, n=1)
-        known = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
-        raise UserError(
-            f"--sort ({metric}) must be a metric of a run; "
-            + (f"did you mean {nearest[0]}?" if nearest else f"there are: {known}")
-        )
+        known = "; there are: " + ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+        raise UserError(f"--sort ({metric}) must be a metric of a run{did_you_mean(metric, names) or known}")
 
     def key(run: Run) -> float:
         best = _best(run, metric, is_descending)
@@ -128,11 +124,11 @@ def _read(folder: Path, root: Path) -> Run:
     except ValueError:  # what tensorboard says of a file without events
         start = None
     top, place = root.resolve(), folder.resolve()
-    match = re.fullmatch(r"version_(\d+)", place.name)
-    place = place.parent if match else place
+    number = version(place)
+    place = place if number is None else place.parent
     return Run(
         name=str(place.relative_to(top)) if top in place.parents else place.name,
-        version=int(match[1]) if match else None,
+        version=number,
         folder=folder,
         start=start,
         step=max((event.step for values in scalars.values() for event in values), default=None),

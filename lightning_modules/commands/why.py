@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_modules.checkpoint_data import load_task, make_labelled_data
 from lightning_modules.commands.arguments import CHECKPOINT_HELP, FILE, CommandParser
-from lightning_modules.commands.checkpoint_data import load_task, make_labelled_data
 from lightning_modules.commands.output_text import print_rich
 from lightning_modules.errors import UserError
 from lightning_modules.run_folder import best_checkpoint

@@ -17,7 +17,7 @@ def test_a_case_is_recorded_with_its_options_and_machine(tmp_path: Path) -> None
     subprocess.run([sys.executable, str(RUN), "packed_matmul", *options], check=True, capture_output=True)
     record = json.loads(output.read_text())
     assert record["options"] == {"sizes": [64], "tokens": [1, 3], "repeats": 2}
-    assert {"commit", "cpu", "torch", "onnxruntime"} <= record["machine"].keys()
+    assert {"git", "cpu", "torch", "onnxruntime"} <= record["machine"].keys()
     assert [(result["size"], result["tokens"]) for result in record["results"]] == [(64, 1), (64, 3)]
     assert [path.name for path in output.parent.iterdir()] == ["packed.json"]
 

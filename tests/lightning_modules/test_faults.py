@@ -32,7 +32,6 @@ RUN = "runs/small"
 FIT = ["fit", "--config", "small.yaml"]
 NORM = "network.norm.weight"
 NETWORK = {"d_model": 16, "num_layers": 2, "n_heads": 2, "context_length": 8, "ffn": {"num_tiles": 4}}
-KEEPER = {"filename": "best", "monitor": "val/loss", "save_last": True}
 STOP_AT_SPIKES = {"class_path": "StabilityMonitor", "init_args": {"spike_factor": 1.01, "on_spike": "stop"}}
 NO_CHECKPOINT = r"is not a checkpoint that can be loaded safely \(or it is cut short\)"
 CONFIG = {
@@ -50,9 +49,7 @@ CONFIG = {
         "num_sanity_val_steps": 0,
         "gradient_clip_val": 1.0,
         "logger": {"class_path": "TensorBoardLogger", "init_args": {"save_dir": "runs", "name": "small", "version": 0}},
-        "callbacks": [
-            {"class_path": "ModelCheckpoint", "init_args": {"filename": "best", "monitor": "val/loss", "save_last": True}}
-        ],
+        "callbacks": [{"class_path": "ModelCheckpoint", "init_args": {"filename": "best", "monitor": "val/loss"}}],
     },
 }
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from exported_models import CONTEXT, VOCABULARY, Exported
 
-from ort_ops import surgery
 from ort_ops.panels import to_panels
 from ort_ops.runtime import ExportedModel
 from ort_ops.signature_layers import SignatureLayer, read_model
@@ -172,10 +171,6 @@ def test_what_does_not_verify_is_not_written(
     with pytest.raises(VerificationError, match="; no file is written"):
         operate_on_file(plain.path, tmp_path / "new.onnx", edit)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_surgery_needs_no_torch() -> None:
-    assert not {"torch", "trix"} & set(vars(surgery))
 
 
 def test_without_layers_routed_by_signatures_there_is_nothing_to_edit(tmp_path: Path) -> None:

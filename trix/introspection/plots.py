@@ -9,8 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from torch import Tensor
 
-from trix.introspection.symbols import SIGNATURE_COLOURS as SIGNATURE_COLOURS
-from trix.introspection.symbols import visible
+from trix.introspection.symbols import SIGNATURE_COLOURS, visible
 
 MAX_CELLS_WITH_TEXT = 400
 

@@ -59,6 +59,11 @@ class HierarchicalTriXFFN(TriXFFN):
         """Cluster the present signatures anew. The exact choice never depends on it; its cost does, and recall with probes."""
         self.router.recluster(self._emergent_signatures())
 
+    def insert_signature(self, tile_idx: int, signature: Tensor, freeze: bool = True, tag: str = "") -> None:
+        """As in every layer; then clusters anew, for probes would look for the new signature where the old one was."""
+        super().insert_signature(tile_idx, signature, freeze, tag)
+        self.recluster()
+
     @torch.no_grad()
     def get_routing_stats(self, x: Tensor, token_idx: Tensor | None = None) -> dict[str, float | int | list[float]]:
         """As :meth:`TriXFFN.get_routing_stats`, with recall: the share of the exact choices that the search finds (1 when it is

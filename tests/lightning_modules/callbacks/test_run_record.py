@@ -4,7 +4,6 @@ import csv
 import json
 import platform
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 import yaml  # type: ignore[import-untyped]
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_modules.callbacks.run_record import MetricsLogger, data_digests, git_state, read_metrics
+from lightning_modules.callbacks.run_record import MetricsLogger, data_digests, read_metrics
 from lightning_modules.cli import main
 from lightning_modules.data.corpora import load_file
 from lightning_modules.data.digits import DigitsDataModule
@@ -117,23 +116,6 @@ def test_a_csv_logger_of_the_user_is_the_only_one(folder: Path, capfd: pytest.Ca
     assert main(["fit", "--config", "small.yaml", logger]) == 0
     assert [str(path.relative_to(folder)) for path in folder.rglob("*.csv")] == ["mine/lightning_logs/version_0/metrics.csv"]
     assert (folder / "mine/lightning_logs/version_0/environment.json").is_file()
-
-
-def test_git_state_is_the_commit_and_whether_tracked_files_differ(tmp_path: Path) -> None:
-    def git(*arguments: str) -> str:
-        settings = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
-        return subprocess.run(["git", *settings, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
-
-    assert git_state(tmp_path) is None
-    git("init")
-    assert git_state(tmp_path) is None  # no commit yet
-    (tmp_path / "a").write_text("1")
-    git("add", "a")
-    git("commit", "-m", "a")
-    (tmp_path / "untracked").touch()
-    assert git_state(tmp_path) == {"commit": git("rev-parse", "HEAD").strip(), "is_dirty": False}
-    (tmp_path / "a").write_text("2")
-    assert git_state(tmp_path) == {"commit": git("rev-parse", "HEAD").strip(), "is_dirty": True}
 
 
 def test_earlier_rows_are_taken_over_once_and_as_they_were(tmp_path: Path) -> None:

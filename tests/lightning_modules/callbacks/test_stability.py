@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from small_runs import MakeTrainer
 
-from lightning_modules.callbacks import StabilityMonitor
+from lightning_modules.callbacks import LastCheckpoint, StabilityMonitor
 from lightning_modules.callbacks.run_record import read_metrics
 from lightning_modules.data.text import TextDataModule
 from lightning_modules.errors import UserError
@@ -91,6 +91,14 @@ def test_the_last_steps_are_looked_at_too(
     callbacks = [StabilityMonitor(every_n_steps=50), Spoil(4, math.nan)]
     with pytest.raises(UserError, match="of step 4"):
         make_trainer(max_steps=4, limit_val_batches=0, callbacks=callbacks).fit(language_model, text)
+
+
+def test_the_checkpoint_that_was_written_last_is_named(
+    language_model: LanguageModelTask, text: TextDataModule, make_trainer: MakeTrainer
+) -> None:
+    callbacks = [StabilityMonitor(), LastCheckpoint(), Spoil(3, math.nan)]
+    with pytest.raises(UserError, match=r"; the last good checkpoint is \S*/checkpoints/last\.ckpt$"):
+        make_trainer(max_steps=4, callbacks=callbacks, enable_checkpointing=True).fit(language_model, text)
 
 
 def test_weights_that_are_not_finite_are_not_saved(

@@ -190,17 +190,6 @@ def test_an_unfrozen_insert_learns_without_what_the_optimizer_remembered(
     assert 0 < float((raw - SIGNATURE).abs().max()) < 0.04  # one step of Adam without memory
 
 
-def test_a_hierarchical_layer_finds_what_was_inserted(text: TextDataModule, make_trainer: MakeTrainer) -> None:
-    L.seed_everything(0)
-    ffn = FFNConfig(kind="hierarchical", num_tiles=16, tiles_per_cluster=4)
-    task = LanguageModelTask(text.vocabulary, small_network(ffn=ffn), lambda p: torch.optim.SGD(p, lr=0.0), None)
-    make_trainer(max_steps=1, limit_val_batches=0, callbacks=[SurgerySchedule([insert(SIGNS, 0)])]).fit(task, text)
-    layer = routed_layers(task)["layer_0"]
-    before = {name: value.clone() for name, value in layer.state_dict().items()}
-    layer.recluster()
-    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
-
-
 def test_a_condition_fires_once_after_the_validation_that_meets_it(
     language_model: LanguageModelTask, text: TextDataModule, make_trainer: MakeTrainer, tensorboard: TensorBoardLogger
 ) -> None:

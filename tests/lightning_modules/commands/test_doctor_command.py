@@ -3,13 +3,12 @@
 import subprocess
 import sys
 from importlib import metadata
-from pathlib import Path
 
 import pytest
 
 from lightning_modules.cli import main
 from lightning_modules.commands import doctor
-from lightning_modules.commands.doctor import Finding, instruction_sets, optional_packages, read_self_test, required_packages
+from lightning_modules.commands.doctor import Finding, optional_packages, read_self_test, required_packages
 from ort_ops.library import get_library_path
 
 REQUIREMENTS = ["one>=1.5", "two<3", "three>=1; python_version < '3'", 'four>=1; extra == "data"', 'trix[data]; extra == "dev"']
@@ -94,20 +93,6 @@ def test_an_extra_that_is_missing_is_no_problem(installed: dict[str, str]) -> No
     installed["four"] = "1.0"
     (complete,) = optional_packages()
     assert complete == Finding("data", "four")
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("processor : 0\nflags\t\t: fpu sse4_2 fma avx2 avx512_vnni avxs?\n", ["avx2", "avx512_vnni", "fma", "sse4_2"]),
-        ("Features\t: fp asimd asimddp sve2 aes\n", ["asimd", "asimddp", "sve2"]),
-        ("processor : 0\n", []),
-    ],
-)
-def test_instruction_sets_are_read(text: str, expected: list[str], tmp_path: Path) -> None:
-    (tmp_path / "cpuinfo").write_text(text)
-    assert instruction_sets(tmp_path / "cpuinfo") == expected
-    assert instruction_sets(tmp_path / "missing") == []
 
 
 SELF_TESTS = [

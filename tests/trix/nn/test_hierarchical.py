@@ -110,3 +110,14 @@ def test_a_single_tile_and_a_wrong_routing() -> None:
     assert HierarchicalTriXFFN(8, 1)(torch.randn(3, 8)).shape == (3, 8)
     with pytest.raises(ValueError, match=r"routing \('learned'\) must be 'explicit' or 'emergent'"):
         HierarchicalTriXFFN(8, 4, routing="learned")
+
+
+def test_what_is_inserted_is_where_the_search_looks() -> None:
+    torch.manual_seed(0)
+    ffn = HierarchicalTriXFFN(32, 64, num_probes=1)
+    signature_D = torch.randint(-1, 2, (32,)).float()
+    ffn.insert_signature(0, signature_D)
+    assert ffn.router.select(4 * signature_D.unsqueeze(0))[0].tolist() == [[0]]
+    before = copy.deepcopy(ffn.state_dict())
+    ffn.recluster()
+    assert all(torch.equal(value, before[name]) for name, value in ffn.state_dict().items())
