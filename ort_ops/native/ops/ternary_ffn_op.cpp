@@ -59,7 +59,8 @@ class TernaryFFN {
 
         const std::size_t width = x.size(1), num_hidden = up_scale.size(1);
         float* y = context.output<float>(0, kOutputs[0].name, {x.dim(0), x.dim(1)});
-        // Without hidden values tiles hold no bytes, so there may be any number of them: keep no list of them.
+        // Without hidden values tiles hold no bytes, so there may be any number of them: keep no list of
+        // them.
         if (width == 0 || num_hidden == 0) {
             std::fill_n(y, x.size(0) * width, 0.0f);
             return;
