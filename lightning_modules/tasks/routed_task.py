@@ -26,6 +26,7 @@ ConfigT = TypeVar("ConfigT", LanguageModelConfig, ClassifierConfig)
 
 CHECKPOINT_KEY = "trix"
 CHECKPOINT_VERSION = 1
+_OVERFLOW = "cannot be converted to type"  # what torch says of a number that its floats do not reach
 
 
 class CheckpointError(UserError, ValueError):
@@ -156,6 +157,19 @@ class RoutedTask(L.LightningModule, ABC):
         if scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def optimizer_step(self, *args: Any, **settings: Any) -> None:
+        """Raise UserError where the step itself is beyond the range of the parameters' floats, which torch refuses."""
+        try:
+            super().optimizer_step(*args, **settings)
+        except RuntimeError as error:
+            if _OVERFLOW not in str(error):
+                raise
+            rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+            raise UserError(
+                f"the optimizer's step {self.global_step + 1} must be finite: lower model.optimizer.lr (now {rate:.3g}) "
+                f"or what else it multiplies by ({error})"
+            ) from error
 
     def make_optimizer(self, num_steps: int) -> tuple[Optimizer, LRScheduler | None]:
         """A new optimizer, and its schedule over num_steps.
