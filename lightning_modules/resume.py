@@ -76,8 +76,8 @@ def find_checkpoint(run: Path) -> tuple[Path, dict[str, Any]]:
 def log_folder(path: Path, checkpoint: Mapping[str, Any]) -> Path | None:
     """The folder of the logs of the run that wrote the checkpoint: the one with its config.yaml; None where there is none.
 
-    It is the folder that holds the checkpoint's ``checkpoints``; for one that is kept elsewhere the folder that it names, or the
-    newest version_N beside it.
+    It is the folder that holds the checkpoint's ``checkpoints``; of one that is kept elsewhere the folder that it names, or
+    the newest version_N beside it.
     """
     named = checkpoint.get("callbacks", {}).get("RunRecord")
     name = named.get("folder") if isinstance(named, dict) else None

@@ -55,7 +55,7 @@ def as_config(kind: type[ConfigT], values: ConfigT | Mapping[str, Any]) -> Confi
 
 
 def default_lr_scheduler(optimizer: Optimizer, num_steps: int) -> LRScheduler:
-    """Half a cosine, from the full rate to 0 after num_steps. A run that is resumed with more steps goes on along the longer one."""
+    """Half a cosine, from the full rate to 0 after num_steps; a run that is resumed with more steps goes on along the longer."""
     return LambdaLR(optimizer, lambda step: 0.5 * (1.0 + math.cos(math.pi * min(step / num_steps, 1.0))))
 
 
@@ -207,7 +207,9 @@ class RoutedTask(L.LightningModule, ABC):
             if stored != now and self._make_lr_scheduler is not None:
                 is_stretched = self._make_lr_scheduler is default_lr_scheduler
                 what = f"schedule now spans {now} steps" if is_stretched else f"schedule may still span {stored} steps"
-                rank_zero_warn(f"trainer.max_steps ({now}) differs from the checkpoint's ({stored}): the learning rate's {what}")
+                rank_zero_warn(
+                    f"trainer.max_steps ({now}) differs from the checkpoint's ({stored}): the learning rate's {what}"
+                )
 
     def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         """Raise CheckpointError, in one line, unless the checkpoint is of this task with these hyperparameters."""
