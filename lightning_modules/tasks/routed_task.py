@@ -55,7 +55,7 @@ def as_config(kind: type[ConfigT], values: ConfigT | Mapping[str, Any]) -> Confi
 
 
 def default_lr_scheduler(optimizer: Optimizer, num_steps: int) -> LRScheduler:
-    """Half a cosine, from the full rate to 0 after num_steps; a run that is resumed with more steps goes on along the longer."""
+    """Half a cosine, from the full rate to 0 after num_steps; a run resumed with more steps goes on along the longer one."""
     return LambdaLR(optimizer, lambda step: 0.5 * (1.0 + math.cos(math.pi * min(step / num_steps, 1.0))))
 
 
