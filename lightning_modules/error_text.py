@@ -92,10 +92,10 @@ def _shorten(message: str, known_keys: Iterable[str], known_classes: Iterable[st
 
 def reason(message: str) -> str:
     """Why a value fits none of several types: the one reason that is of its own making, or the types."""
-    if _UNION not in message:
-        return _KEY.sub("", message).strip()
     if match := _NO_MAPPING.search(message):
         return f"must be keys and values, got {match['value']!r}"
+    if _UNION not in message:
+        return _KEY.sub("", message).strip()
     found = [_KEY.sub("", match["reason"]).strip() for match in _REASON.finditer(message)]
     found = [text for text in found if text and not text.startswith(_BESIDE_THE_POINT)]
     types = [match["type"] for text in found if (match := _UNION_TYPE.match(text)) and match["type"] != "NoneType"]
@@ -122,7 +122,11 @@ def _nearest(key: str, candidates: Iterable[str]) -> str:
     found = get_close_matches(wanted, sorted(set(leaf_of.values())), n=1, cutoff=0.6)
     if not found or (found[0] == wanted and not key.startswith("--")):  # the key of another class
         return ""
-    full = sorted((candidate for candidate, leaf in leaf_of.items() if leaf == found[0]), key=lambda name: (len(name), name))
+    place = key.lstrip("-").rpartition(".")[0]  # the candidate in the same place comes last
+    full = sorted(
+        (candidate for candidate, leaf in leaf_of.items() if leaf == found[0]),
+        key=lambda name: (name.rpartition(".")[0] == place, len(name), name),
+    )
     prefix = "--" if key.startswith("--") else ""
     return f"; did you mean {prefix}{full[-1] if prefix else found[0]}?"
 

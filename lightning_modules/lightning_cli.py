@@ -5,7 +5,8 @@ import inspect
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
@@ -215,15 +216,16 @@ class TrixCLI(LightningCLI):
             else:
                 settings["enable_progress_bar"] = False
         if self.subcommand == "fit":
-            callbacks += [RunReport(), self._record, RandomState(), RunNotebook()]
-            if not any(isinstance(callback, StabilityMonitor) for callback in callbacks):
-                callbacks.append(StabilityMonitor())
+            added: list[Callback] = [RunReport(), self._record, RandomState(), RunNotebook(), StabilityMonitor()]
             if config["enable_checkpointing"] is not False and not config["fast_dev_run"]:
-                callbacks.append(LastCheckpoint())
+                added.append(LastCheckpoint())
+            configured = {type(callback) for callback in callbacks} - {RunRecord}
+            callbacks += [callback for callback in added if type(callback) not in configured]
         else:
             settings["logger"] = False  # what these commands find is printed or written to a file
         if self.subcommand == "predict" and not any(isinstance(callback, PredictionWriter) for callback in callbacks):
             callbacks.append(PredictionWriter())
+        _check_once(callbacks)
         self._callbacks = callbacks
         if config["plugins"] is None:
             settings["plugins"] = [WholeFileCheckpointIO()]
@@ -240,6 +242,8 @@ class TrixCLI(LightningCLI):
             self.model.make_optimizer(self.trainer.max_steps)
         if self._checkpoint_path is not None:
             try:
+                if Path(self._checkpoint_path).is_dir():  # of fit alone
+                    raise UserError(f"--ckpt_path {self._checkpoint_path} must be a file; --resume goes on from a run folder")
                 checkpoint = read_checkpoint(self._checkpoint_path)
                 self.model.check_checkpoint(checkpoint)
                 if self.subcommand == "fit":
@@ -250,6 +254,15 @@ class TrixCLI(LightningCLI):
                 text = str(error)
                 raise UserError(text if self._checkpoint_path in text else f"{self._checkpoint_path}: {text}") from error
             self.config_init[self.subcommand]["ckpt_path"] = self._checkpoint_path
+
+
+def _check_once(callbacks: Sequence[Callback]) -> None:
+    """Raise UserError where a checkpoint could not tell the states of two callbacks apart."""
+    counts = Counter(callback.state_key for callback in callbacks if type(callback).state_dict is not Callback.state_dict)
+    for key, count in counts.items():
+        if count > 1:
+            own = " (`trix` adds one itself)" if key == RunRecord.__qualname__ else ""
+            raise UserError(f"trainer.callbacks: number of {key} ({count}) must be 1{own}: a checkpoint keeps the state of one")
 
 
 def _epilog(command: str) -> str:

@@ -24,6 +24,8 @@ _ROUTINE_MESSAGES = (
     "\nDetected KeyboardInterrupt",
     "`Trainer(",
     "Received SIGTERM",
+    "Initializing distributed",
+    "-" * 100,  # around how many processes there are
 )
 _RANK = re.compile(r"^\[rank: \d+\] ")
 _ROUTINE_WARNINGS = (
@@ -35,6 +37,8 @@ _ROUTINE_WARNINGS = (
     r".*Experiment logs directory .* exists and is not empty",
     r".*Found \d+ module\(s\) in eval mode",
     r".*GPU available but not used",
+    r".*callbacks used to create the checkpoint need to be provided",  # validate, test and predict do without them
+    r".*The dirpath has changed from",  # LastCheckpoint takes over what is to be kept; the other commands write no checkpoint
     r".*It is recommended to use `self\.log\(.*sync_dist=True",  # torchmetrics has summed over processes
 )
 

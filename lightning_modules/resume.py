@@ -76,14 +76,15 @@ def find_checkpoint(run: Path) -> tuple[Path, dict[str, Any]]:
 def log_folder(path: Path, checkpoint: Mapping[str, Any]) -> Path | None:
     """The folder of the logs of the run that wrote the checkpoint: the one with its config.yaml; None where there is none.
 
-    Checkpoints name it; for one that does not, it is the newest version_N.
+    It is the folder that holds the checkpoint's ``checkpoints``; of one that is kept elsewhere the folder that it names, or
+    the newest version_N beside it.
     """
     named = checkpoint.get("callbacks", {}).get("RunRecord")
     name = named.get("folder") if isinstance(named, dict) else None
     # A run folder may have been moved as a whole.
     places = [path.parent / Path(name).name, Path(name)] if isinstance(name, str) and name else versions(path.parent)
     if path.parent.name == CHECKPOINTS_NAME:
-        places.append(path.parent.parent)
+        places.insert(0, path.parent.parent)
     return next((place for place in places if (place / CONFIG_NAME).is_file()), None)
 
 

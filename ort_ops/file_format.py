@@ -83,12 +83,19 @@ def from_properties(properties: Mapping[str, str]) -> dict[str, Any]:
     """
     ours = {key.removeprefix(_PREFIX): value for key, value in properties.items() if key.startswith(_PREFIX)}
     try:
-        metadata = {key: json.loads(value) for key, value in ours.items()}
+        metadata = {key: _from_json(key, value) for key, value in ours.items()}
     except RecursionError as error:
         raise ValueError("metadata must be JSON of ordinary depth, a value is nested too deeply") from error
     if metadata.get("format") != FORMAT_VERSION:
         raise ValueError(f"file format ({metadata.get('format')}) must be {FORMAT_VERSION}: was it written by `trix export`?")
     return metadata
+
+
+def _from_json(key: str, value: str) -> Any:
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"metadata {key} must be JSON: {error}") from error
 
 
 def describe_size(file_bytes: int, float32_bytes: int) -> str:

@@ -44,7 +44,7 @@ class ExportedModel:
     def __init__(self, path: Path | str, use_library: bool = True, num_threads: int | None = None) -> None:
         self.path, self.uses_library = Path(path), use_library
         if not self.path.is_file():
-            raise ModelFileError(f"{path}: no such file")
+            raise ModelFileError(f"{path}: {'a folder, not a file' if self.path.is_dir() else 'no such file'}")
         options = session_options() if use_library else ort.SessionOptions()
         if num_threads is not None:
             if not 1 <= num_threads <= MAX_THREADS:

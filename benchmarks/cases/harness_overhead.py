@@ -47,6 +47,7 @@ from lightning_modules.data.text import TextDataModule
 from lightning_modules.lightning_cli import run_training_command
 from lightning_modules.quiet import quiet_lightning
 from lightning_modules.tasks import LanguageModelTask
+from lightning_modules.tasks.routed_task import default_lr_scheduler
 from trix.nn import LanguageModel, LanguageModelConfig
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -148,7 +149,7 @@ def train_bare(turn: Turn) -> None:
     torch.manual_seed(0)
     model = LanguageModel(data.vocab_size, LanguageModelConfig())
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, turn.num_steps)
+    schedule = default_lr_scheduler(optimizer, turn.num_steps)
     train_loader, val_loader, step = data.train_dataloader(), data.val_dataloader(), 0
     while step < turn.num_steps:
         for token_BT, target_BT in train_loader:

@@ -11,6 +11,7 @@ from typing_extensions import override
 from lightning_modules.errors import UserError
 from lightning_modules.run_folder import CHECKPOINTS_NAME
 from lightning_modules.tasks.checkpoint import read_checkpoint
+from lightning_modules.whole_bytes import write_whole
 
 LAST_NAME = "last.ckpt"
 
@@ -21,7 +22,8 @@ class LastCheckpoint(Checkpoint):
     It is what ``trix fit --resume`` goes on from, so a run that is killed loses no more than it did since its last validation.
     :class:`ModelCheckpoint` keeps the best; its ``save_last`` writes only when the best has changed.
 
-    A resumed run has a folder of its own. The files that a ModelCheckpoint of the earlier run kept in the folder of the
+    A resumed run has a folder of its own. The checkpoint that it goes on from becomes its first last.ckpt, so that a run killed
+    before its next validation goes on from there. The files that a ModelCheckpoint of the earlier run kept in the folder of the
     checkpoint are copied into it, with their scores, so that the best one stays the best of the whole run; those that are
     missing, or were written after the checkpoint, are left behind, and the ModelCheckpoint starts anew.
 
@@ -50,6 +52,7 @@ class LastCheckpoint(Checkpoint):
         self._last_step = checkpoint["global_step"]
         if trainer.ckpt_path is None:
             return
+        self._take_over(Path(trainer.ckpt_path), trainer)
         # Lightning gives the callbacks their states after this.
         for callback in trainer.checkpoint_callbacks:
             state = checkpoint["callbacks"].get(callback.state_key)
@@ -73,6 +76,14 @@ class LastCheckpoint(Checkpoint):
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._save(trainer)
+
+    def _take_over(self, source: Path, trainer: L.Trainer) -> None:
+        path = self._folder / LAST_NAME
+        if not self._is_writing or path.exists():  # where the folder is that of the earlier run
+            return
+        self.path = path
+        if trainer.is_global_zero:
+            _copy_whole(source, path)
 
     def _save(self, trainer: L.Trainer) -> None:
         if not self._is_writing or trainer.global_step == self._last_step:
@@ -107,6 +118,11 @@ def newest_checkpoint(trainer: L.Trainer) -> Path | None:
     return None if trainer.ckpt_path is None else Path(trainer.ckpt_path)
 
 
+def _copy_whole(source: Path, target: Path) -> None:
+    write_whole(source.read_bytes(), target)
+    shutil.copystat(source, target)  # its age: the newest counts where a folder holds several
+
+
 def _taken_over(state: dict[str, Any], source: Path, target: Path, last_step: int, trainer: L.Trainer) -> dict[str, Any] | None:
     """The state of a ModelCheckpoint whose files have been copied from `source` to `target`; None where they cannot be."""
     names = {Path(path).name for path in (*state["best_k_models"], state["best_model_path"]) if path}
@@ -118,7 +134,7 @@ def _taken_over(state: dict[str, Any], source: Path, target: Path, last_step: in
     if trainer.is_global_zero:
         target.mkdir(parents=True, exist_ok=True)
         for name in names:
-            shutil.copy2(source / name, target / name)
+            _copy_whole(source / name, target / name)
 
     def moved(path: str) -> str:
         return str(target / Path(path).name) if path else ""

@@ -1,14 +1,17 @@
 """The file that a command is asked to write: checked before anything slow, its folder made."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lightning_modules.errors import UserError
 
+KEPT = (".ckpt", ".onnx")
 
-def check_output_file(output: Path, ckpt: Path) -> None:
-    """Raise UserError where the output is no file, or is the checkpoint itself: nothing but a file is ever replaced."""
+
+def check_output_file(output: Path, ckpt: Path, kept: Sequence[str] = KEPT) -> None:
+    """Raise UserError where the output is no file, or is the checkpoint itself, or another file that is there with one of the
+    endings that are to be kept: a page never takes the place of a network."""
     try:
         if output.is_dir():
             raise UserError(f"output {output} must be a file, not a directory")
@@ -16,6 +19,8 @@ def check_output_file(output: Path, ckpt: Path) -> None:
             raise UserError(f"output {output} must be a file, not a device or pipe")
         if output.exists() and ckpt.exists() and output.samefile(ckpt):
             raise UserError(f"output {output} must be another file than the checkpoint, which it would replace")
+        if output.exists() and output.suffix.lower() in kept:
+            raise UserError(f"output {output} must not exist yet: no {output.suffix.lower()} file is replaced")
     except OSError as error:
         raise UserError(f"output {output} cannot be written: {error.strerror or error}") from error
 

@@ -176,7 +176,10 @@ def _check_options(options: Namespace, ckpt: Path, output: Path) -> None:
     if options.action != "insert" and (options.signature is not None or options.no_freeze):
         option = "--no-freeze" if options.signature is None else "--signature"
         raise UserError(f"{option} belongs to insert, not to {options.action}")
-    check_output_file(output, ckpt)
+    check_output_file(output, ckpt, kept=())  # below it replaces nothing at all
+    is_exported = ckpt.suffix.lower() == ".onnx"  # the ending tells the two kinds of file apart
+    if (output.suffix.lower() == ".onnx") != is_exported:
+        raise UserError(f"output {output} must {'end' if is_exported else 'not end'} with .onnx: so do exported models alone")
     if output.exists():
         raise UserError(f"output {output} must not exist yet: no file is replaced")
 

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torchmetrics import MeanMetric
 
 from lightning_modules.errors import UserError
@@ -26,6 +26,7 @@ ConfigT = TypeVar("ConfigT", LanguageModelConfig, ClassifierConfig)
 
 CHECKPOINT_KEY = "trix"
 CHECKPOINT_VERSION = 1
+_OVERFLOW = "cannot be converted to type"  # what torch says of a number that its floats do not reach
 
 
 class CheckpointError(UserError, ValueError):
@@ -54,7 +55,8 @@ def as_config(kind: type[ConfigT], values: ConfigT | Mapping[str, Any]) -> Confi
 
 
 def default_lr_scheduler(optimizer: Optimizer, num_steps: int) -> LRScheduler:
-    return CosineAnnealingLR(optimizer, num_steps)
+    """Half a cosine, from the full rate to 0 after num_steps; a run resumed with more steps goes on along the longer one."""
+    return LambdaLR(optimizer, lambda step: 0.5 * (1.0 + math.cos(math.pi * min(step / num_steps, 1.0))))
 
 
 class RoutedTask(L.LightningModule, ABC):
@@ -157,6 +159,19 @@ class RoutedTask(L.LightningModule, ABC):
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def optimizer_step(self, *args: Any, **settings: Any) -> None:
+        """Raise UserError where the step itself is beyond the range of the parameters' floats, which torch refuses."""
+        try:
+            super().optimizer_step(*args, **settings)
+        except RuntimeError as error:
+            if _OVERFLOW not in str(error):
+                raise
+            rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+            raise UserError(
+                f"the optimizer's step {self.global_step + 1} must be finite: lower model.optimizer.lr (now {rate:.3g}) "
+                f"or what else it multiplies by ({error})"
+            ) from error
+
     def make_optimizer(self, num_steps: int) -> tuple[Optimizer, LRScheduler | None]:
         """A new optimizer, and its schedule over num_steps.
 
@@ -190,9 +205,10 @@ class RoutedTask(L.LightningModule, ABC):
         if self._trainer is not None and self.trainer.training:
             stored, now = checkpoint[CHECKPOINT_KEY].get("max_steps"), self.trainer.max_steps
             if stored != now and self._make_lr_scheduler is not None:
+                is_stretched = self._make_lr_scheduler is default_lr_scheduler
+                what = f"schedule now spans {now} steps" if is_stretched else f"schedule may still span {stored} steps"
                 rank_zero_warn(
-                    f"trainer.max_steps ({now}) differs from the checkpoint's ({stored}): "
-                    f"the learning rate keeps to the schedule of {stored} steps"
+                    f"trainer.max_steps ({now}) differs from the checkpoint's ({stored}): the learning rate's {what}"
                 )
 
     def check_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:

@@ -165,6 +165,11 @@ MISTAKES = {
     "--config unknown_event.yaml": r"action must be one of 'insert', 'freeze', 'unfreeze', got 'freze' \(in unknown_event",
     "--config no_condition.yaml": r"when must be keys and values, got 'val/loss' \(in no_condition.yaml, line 4\)",
     "--config wrong_signature.yaml": r"insert tiles 0 of all layers at step 1: signature \(3,\) must have shape \(16,\)",
+    "--config twice.yaml": r"trainer.callbacks: number of SurgerySchedule \(2\) must be 1: a checkpoint keeps the state of one",
+    "--trainer.callbacks+=RunRecord": r"number of RunRecord \(2\) must be 1 \(`trix` adds one itself\)",
+    "--report=3": "report must be keys and values, got '3'",
+    "--report.num_token=3": r"unknown option '--report.num_token'; did you mean --report.num_tokens\?",
+    "--ckpt_path=.": r"--ckpt_path \. must be a file; --resume goes on from a run folder",
     "--config wrong_tile.yaml": r"tile \(99\) must be < num_tiles \(4\) of layer 0",
     "--trainer.max_step=3": r"unknown option '--trainer.max_step'; did you mean --trainer.max_steps\?",
     "--data.batchsize=3": r"unknown key 'batchsize'; did you mean batch_size\?",
@@ -213,6 +218,8 @@ def test_a_mistake_gives_one_line_and_leaves_nothing(arguments: str, folder: Pat
     (folder / "unknown_event.yaml").write_text(
         callback.format("SurgerySchedule", "events: [{action: freze, tiles: [0], step: 1}]")
     )
+    schedule = "  - class_path: SurgerySchedule\n    init_args: {events: [{action: freeze, tiles: [%d], step: 1}]}\n"
+    (folder / "twice.yaml").write_text("trainer:\n  callbacks+:\n" + schedule % 0 + schedule % 1)
     (folder / "wrong_tile.yaml").write_text(
         callback.format("SurgerySchedule", "events: [{action: freeze, tiles: [99], step: 1}]")
     )

@@ -133,6 +133,14 @@ def test_a_learning_rate_that_is_far_too_high_gives_no_checkpoint(folder: Path, 
     assert checkpoints() == {}
 
 
+def test_a_step_beyond_the_range_of_floats_is_told(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main([*FIT, "--model.optimizer.lr=1e38"]) == 2  # torch refuses to take it
+    err = capfd.readouterr().err
+    assert err.startswith("trix: error: the optimizer's step 1 must be finite: lower model.optimizer.lr (now 1e+38) or ")
+    assert err.count("\n") == 1
+    assert checkpoints() == {}
+
+
 def test_a_monitor_of_ones_own_takes_the_place_of_the_first(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     config = {"trainer": {"callbacks+": [STOP_AT_SPIKES]}}
     Path("stop.yaml").write_text(yaml.safe_dump(config))

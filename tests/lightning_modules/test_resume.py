@@ -13,7 +13,9 @@ import pytest
 import torch
 import yaml  # type: ignore[import-untyped]
 
+from lightning_modules.callbacks.run_record import read_metrics
 from lightning_modules.cli import main
+from lightning_modules.tasks import RoutedTask
 
 KILLED_RUN = Path(__file__).parents[1] / "support" / "killed_run.py"
 TEXT = {
@@ -107,6 +109,28 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(
     assert differing(weights(checkpoint("best", 1), 5), expected_best) == []  # taken over
     assert Path("runs/small/version_1/metrics.csv").read_text() == metrics
     assert Path("runs/small/version_0/metrics.csv").read_text() != metrics
+
+
+def test_a_resumed_run_that_is_killed_before_its_validation_loses_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fit", "--config", "small.yaml", "--trainer.max_steps=10"]) == 0
+    weights(checkpoint("best"), 5)  # an earlier one, which a resumed run takes over
+    original = checkpoint().read_bytes()
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RoutedTask, "training_step", killed)
+        assert main(["fit", "--resume", "runs/small", "--trainer.max_steps=16"]) == 130
+    assert checkpoint(version=1).read_bytes() == original
+    capfd.readouterr()
+    assert main(["fit", "--resume", "runs/small", "--trainer.max_steps=16"]) == 0
+    assert "going on after step 10\n" in capfd.readouterr().out
+    first, last = (read_metrics(Path(f"runs/small/version_{version}/metrics.csv")) for version in (0, 2))
+    assert first[0] in last  # the history is whole
+    assert checkpoint().read_bytes() == original
 
 
 def test_dropout_makes_the_weights_depend_on_the_random_state(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

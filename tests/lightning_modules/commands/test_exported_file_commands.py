@@ -86,6 +86,9 @@ MISTAKES = [
     (["inspect", "{model}", "--num-tokens", "5"], "--num-tokens belongs to a checkpoint"),
     (["surgery", "{model}", "freeze", *WHERE, "--output", "{model}"], "must be another file than"),
     (["surgery", "{model}", "freeze", *WHERE, "--output", "{text}"], "must not exist yet: no file is replaced"),
+    (["surgery", "{model}", "freeze", *WHERE, "--output", "{out}.ckpt"], "new.onnx.ckpt must end with .onnx: so do exported"),
+    (["inspect", "{model}", "--output", "{text}"], "text.onnx must not exist yet: no .onnx file is replaced"),
+    (["generate", "{folder}", "--prompt", "x"], ": a folder, not a file"),
     (["surgery", "{text}", "freeze", *WHERE, "--output", "{out}"], "text.onnx: not an ONNX file, or a damaged one"),
     (
         ["surgery", "{model}", "insert", *WHERE, "--signature", "+-", "--output", "{out}"],
@@ -112,7 +115,7 @@ def test_a_mistake_gives_one_line_and_no_file(
 ) -> None:
     (tmp_path / "text.onnx").write_text("no model")
     places = {name: tmp_path / f"{name}.onnx" for name in ("missing", "text", "empty")}
-    places |= {"model": model, "out": tmp_path / "a" / "new.onnx"}
+    places |= {"model": model, "folder": tmp_path, "out": tmp_path / "a" / "new.onnx"}
     places["empty"].touch()
     before = set(model.parent.iterdir())
     assert main([text.format(**places) for text in arguments]) == 2

@@ -73,6 +73,7 @@ MISTAKES = [
     (["{ckpt}", "--output", "{out}"], "must be a file, not a directory"),
     (["{ckpt}", "--output", "/dev/null"], "must be a file, not a device"),
     (["{ckpt}", "--output", "{ckpt}"], "must be another file than the checkpoint"),
+    (["{ckpt}", "--output", "{digits}"], "digits.ckpt must not exist yet: no .ckpt file is replaced"),
     (["{ckpt}", "--output", "/proc/new/a.html"], "output /proc/new/a.html cannot be written"),
 ]
 
@@ -81,7 +82,7 @@ MISTAKES = [
 def test_a_mistake_gives_one_line(
     arguments: list[str], message: str, checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    filled = [text.format(ckpt=checkpoints / "lm.ckpt", out=tmp_path) for text in arguments]
+    filled = [text.format(ckpt=checkpoints / "lm.ckpt", digits=checkpoints / "digits.ckpt", out=tmp_path) for text in arguments]
     assert main(["inspect", *filled]) == 2
     out, err = capsys.readouterr()
     assert out == ""

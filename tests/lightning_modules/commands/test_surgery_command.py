@@ -272,7 +272,7 @@ def test_mistakes_and_help_are_told_without_torch(tmp_path: Path) -> None:
         "import sys; from lightning_modules.cli import main\n"
         "assert main(['surgery', '--help']) == 0\n"
         "assert main(['surgery', '--wrong']) == 2\n"
-        "where = ['--layer', '0', '--tile', '0', '--tag', 't', '--output', 'new.ckpt']\n"
+        "where = ['--layer', '0', '--tile', '0', '--tag', 't', '--output', 'new.onnx']\n"
         "assert main(['surgery', 'missing.onnx', 'freeze', *where]) == 2\n"
         "heavy = [name for name in ('torch', 'lightning', 'trix') if name in sys.modules]\n"
         "assert not heavy, heavy"

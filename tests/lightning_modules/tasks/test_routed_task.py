@@ -116,6 +116,23 @@ def test_default_schedule_falls_to_zero_over_max_steps(
     assert recorder.learning_rates == pytest.approx([1e-3 * (1 + math.cos(math.pi * step / 4)) for step in range(4)])
 
 
+def test_a_run_resumed_with_more_steps_goes_on_along_the_longer_schedule(text: TextDataModule) -> None:
+    task = LanguageModelTask(text.vocabulary, small_network())
+    short_optimizer, short = task.make_optimizer(4)
+    for _ in range(4):
+        short_optimizer.step()
+        short.step()
+    assert short.get_last_lr() == [0.0]
+    optimizer, longer = task.make_optimizer(8)
+    longer.load_state_dict(short.state_dict())
+    rates = []
+    for _ in range(4):
+        optimizer.step()
+        longer.step()
+        rates += longer.get_last_lr()
+    assert rates == pytest.approx([1e-3 * (1 + math.cos(math.pi * step / 8)) for step in range(5, 9)])
+
+
 def test_schedule_can_be_left_out_or_replaced(text: TextDataModule) -> None:
     constant = LanguageModelTask(text.vocabulary, small_network(), lr_scheduler=None)
     assert constant.make_optimizer(-1)[1] is None
