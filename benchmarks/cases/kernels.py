@@ -170,7 +170,7 @@ def _bind_ours(made: ort.InferenceSession, x: np.ndarray) -> Run:
 def torch_products(weight_NK: np.ndarray, num_threads: int) -> dict[str, Callable[[np.ndarray], Run]]:
     torch.set_num_threads(num_threads)
     linear = torch.nn.Linear(weight_NK.shape[1], weight_NK.shape[0], bias=False)
-    linear.weight.data.copy_(torch.from_numpy(weight_NK.astype(np.float32)))
+    linear.weight.data.copy_(torch.from_numpy(weight_NK * np.float32(SCALE)))
     half = torch.nn.Linear(weight_NK.shape[1], weight_NK.shape[0], bias=False, dtype=torch.bfloat16)
     half.weight.data.copy_(linear.weight)
     int8 = torch.ao.quantization.quantize_dynamic(torch.nn.Sequential(linear), {torch.nn.Linear}, dtype=torch.qint8)
