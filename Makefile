@@ -58,7 +58,7 @@ format: $(STAMP) ## Mend what `make lint` can mend by itself
 	$(BIN)/ruff format
 	$(CPP) | xargs $(BIN)/clang-format -i
 
-bench: $(STAMP) ## Run all benchmarks (hours), or CASE=packed_matmul; record benchmarks/results
+bench: $(STAMP) ## Run all benchmarks (hours), or CASE=kernels; record benchmarks/results
 	@set -e; for case in $(CASE); do $(BIN)/python benchmarks/run.py $$case; done
 
 screenshot: $(STAMP) ## Draw benchmarks/results/tensorboard.png: what a run of digits shows (needs Chromium)

@@ -177,6 +177,9 @@ def _to_onnx(
     def tile_matmul(x: Any, packed: Any, row_scale: Any, tile_idx: Any) -> Any:
         return opset.TernaryTileMatMul(x, packed, row_scale, tile_idx)
 
+    def ffn(*inputs: Any) -> Any:
+        return opset.TernaryFFN(*inputs)
+
     def route(x: Any, packed: Any, bias: Any, top_k: int) -> Any:
         return opset.SignatureRoute(x, packed, bias, top_k=top_k)
 
@@ -197,6 +200,7 @@ def _to_onnx(
             opset_version=ONNX_OPSET,
             custom_translation_table={
                 torch.ops.trix.ternary_tile_matmul.default: tile_matmul,
+                torch.ops.trix.ternary_ffn.default: ffn,
                 torch.ops.trix.signature_route.default: route,
                 torch.ops.aten.sort.stable: stable_sort,
             },
@@ -218,8 +222,9 @@ def _to_onnx(
 def _lay_in_panels(graph: onnx.GraphProto) -> None:
     """Replace packed rows, as torch holds them, by the panels that the operators take. 00 in a row's padding is a zero."""
     initializers = {tensor.name: tensor for tensor in graph.initializer}
-    names = {node.input[1] for node in graph.node if node.domain == schema.DOMAIN}  # the same place in both operators
-    for name in names:
+    places = {op.name: [i for i, tensor in enumerate(op.inputs) if tensor.element_type == "uint8"] for op in schema.OPS}
+    nodes = [node for node in graph.node if node.domain == schema.DOMAIN]
+    for name in {node.input[place] for node in nodes for place in places[node.op_type]}:
         rows = torch.from_numpy(onnx.numpy_helper.to_array(initializers[name]).copy())
         ternary = unpack_ternary(rows, rows.shape[-1] * CODES_PER_BYTE).numpy()
         initializers[name].CopyFrom(onnx.numpy_helper.from_array(to_panels(ternary), name))

@@ -16,7 +16,7 @@ import onnx
 from onnx import AttributeProto, FunctionProto, GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
 from ort_ops.panels import BLOCK_COLUMNS, PANEL_ROWS
-from ort_ops.schema import DOMAIN, OPS, OPSET_VERSION, SIGNATURE_ROUTE, TERNARY_TILE_MATMUL, OpSchema
+from ort_ops.schema import DOMAIN, OPS, OPSET_VERSION, SIGNATURE_ROUTE, TERNARY_FFN, TERNARY_TILE_MATMUL, OpSchema
 
 ONNX_OPSET = 18
 
@@ -26,7 +26,7 @@ _VALUE_OF_CODE = (-1.0, 0.0, 1.0, float("nan"))
 
 def fallback_functions() -> tuple[FunctionProto, ...]:
     """One model-local function per operator of the schema, to be appended to `model.functions`."""
-    return _ternary_tile_matmul(), _signature_route()
+    return _ternary_tile_matmul(), _signature_route(), _ternary_ffn()
 
 
 def register_schemas() -> None:
@@ -134,6 +134,45 @@ def _signature_route() -> FunctionProto:
         _node("Slice", ["choice_with_row_below", "first_row", "last_row", "first_row"], ["tile_idx"]),
     ]
     return _function(SIGNATURE_ROUTE, nodes)
+
+
+def _ternary_ffn() -> FunctionProto:
+    """Both products as TernaryTileMatMul, by its own function: for each of the T * K assignments one row."""
+    nodes = [
+        _node("Shape", ["tile_idx"], ["choice_shape"]),
+        _int_vector("no_width", [1]),
+        _node("Concat", ["choice_shape", "no_width"], ["column_shape"], axis=0),
+        _node("Shape", ["x"], ["width"], start=1),
+        _node("Concat", ["choice_shape", "width"], ["part_shape"], axis=0),
+        _int_vector("choice_axis", [1]),
+        _node("Unsqueeze", ["x", "choice_axis"], ["x_of_token"]),
+        _node("Expand", ["x_of_token", "part_shape"], ["x_of_choice"]),
+        _node("ReduceProd", ["choice_shape"], ["num_rows"], keepdims=1),
+        _node("Concat", ["num_rows", "width"], ["rows_shape"], axis=0),
+        _node("Reshape", ["x_of_choice", "rows_shape"], ["x_rows"], allowzero=1),
+        _node("Reshape", ["tile_idx", "num_rows"], ["tile_of_row"], allowzero=1),
+        _product(["x_rows", "up", "up_scale", "tile_of_row"], "up_value"),
+        _node("Relu", ["up_value"], ["positive"]),
+        _node("Mul", ["positive", "positive"], ["hidden"]),
+        _product(["hidden", "down", "down_scale", "tile_of_row"], "part_rows"),
+        _node("Reshape", ["part_rows", "part_shape"], ["part"], allowzero=1),
+        _node("Reshape", ["weight", "column_shape"], ["weight_column"], allowzero=1),
+        _node("Mul", ["part", "weight_column"], ["weighted"]),
+        # A tile of weight 0 counts for nothing, whatever its values.
+        _node("Constant", [], ["zero"], value_float=0.0),
+        _node("Equal", ["weight_column", "zero"], ["is_unused"]),
+        _node("Where", ["is_unused", "zero", "weighted"], ["used"]),
+        _node("ReduceSum", ["used", "choice_axis"], ["y"], keepdims=0),
+    ]
+    return _function(TERNARY_FFN, nodes)
+
+
+def _product(inputs: Sequence[str], output: str) -> NodeProto:
+    """A TernaryTileMatMul with the attributes of the function that holds it."""
+    node = helper.make_node(TERNARY_TILE_MATMUL.name, inputs, [output], domain=DOMAIN)
+    for attribute in TERNARY_TILE_MATMUL.attributes:
+        node.attribute.append(AttributeProto(name=attribute.name, type=AttributeProto.INT, ref_attr_name=attribute.name))
+    return node
 
 
 def _decode_table() -> list[NodeProto]:
@@ -260,7 +299,7 @@ def _function(op: OpSchema, nodes: Sequence[NodeProto]) -> FunctionProto:
         [tensor.name for tensor in op.inputs],
         [tensor.name for tensor in op.outputs],
         nodes,
-        [helper.make_opsetid("", ONNX_OPSET)],
+        [helper.make_opsetid("", ONNX_OPSET), helper.make_opsetid(DOMAIN, OPSET_VERSION)],
         attributes=[],
         attribute_protos=[helper.make_attribute(attribute.name, attribute.default) for attribute in op.attributes],
         doc_string=op.doc,

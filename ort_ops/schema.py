@@ -2,7 +2,8 @@
 
 This is the only copy on the Python side. The C++ side has one table per op in `native/ops/`; a test compares the two.
 
-Legend: T tokens, K columns of x, D model width, E tiles, N rows of a tile. Packed matrices are laid out as panels.py says.
+Legend: T tokens, K columns of x, D model width, E tiles, N rows of a tile, H hidden values of a tile. Packed matrices are laid
+out as panels.py says.
 """
 
 from dataclasses import dataclass
@@ -59,6 +60,25 @@ TERNARY_TILE_MATMUL = OpSchema(
     ),
 )
 
+TERNARY_FFN = OpSchema(
+    name="TernaryFFN",
+    inputs=(
+        TensorSchema("x", "float32", ("T", "D")),
+        TensorSchema("tile_idx", "int64", ("T", "top_k")),
+        TensorSchema("weight", "float32", ("T", "top_k")),
+        TensorSchema("up", "uint8", ("E", "ceil(H/32)", "ceil(D/16)", "128")),
+        TensorSchema("up_scale", "float32", ("E", "H")),
+        TensorSchema("down", "uint8", ("E", "ceil(D/32)", "ceil(H/16)", "128")),
+        TensorSchema("down_scale", "float32", ("E", "D")),
+    ),
+    outputs=(TensorSchema("y", "float32", ("T", "D")),),
+    attributes=TERNARY_TILE_MATMUL.attributes,
+    doc=(
+        "y[t] = sum_k weight[t, k] * down_e relu(up_e x[t])^2 with e = tile_idx[t, k], 0 <= e < E, and products as those of "
+        "TernaryTileMatMul. Tiles of weight 0 are not computed."
+    ),
+)
+
 SIGNATURE_ROUTE = OpSchema(
     name="SignatureRoute",
     inputs=(
@@ -77,4 +97,4 @@ SIGNATURE_ROUTE = OpSchema(
     ),
 )
 
-OPS = (TERNARY_TILE_MATMUL, SIGNATURE_ROUTE)
+OPS = (TERNARY_TILE_MATMUL, SIGNATURE_ROUTE, TERNARY_FFN)

@@ -256,7 +256,7 @@ def make_parser() -> CommandParser:
         "  trix bench runs/char_lm/model.onnx\n"
         "  trix bench runs/char_lm/model.onnx --lengths 1 128 --threads 1 --output speed.json\n"
         "  trix bench\n"
-        "  trix bench packed_matmul --repeats 5",
+        "  trix bench kernels --repeats 5",
     )
     parser.add_argument("model", metavar="MODEL", help="a file written by `trix export`, or the name of a case").complete = FILE
     parser.add_argument(

@@ -84,7 +84,7 @@ def test_the_model_given_is_left_as_it_was(tmp_path: Path) -> None:
 def test_weights_are_packed_and_operators_are_ours(exported: exported_models.Exported) -> None:
     proto = onnx.load(exported.path)
     ours = [node.op_type for node in proto.graph.node if node.domain == schema.DOMAIN]
-    assert sorted(set(ours)) == ["SignatureRoute", "TernaryTileMatMul"]
+    assert sorted(set(ours)) == ["SignatureRoute", "TernaryFFN", "TernaryTileMatMul"]
     assert ours.count("SignatureRoute") == 2
     packed = [i for i in proto.graph.initializer if i.data_type == onnx.TensorProto.UINT8]
     assert len(packed) == 2 * (2 + 1 + 2)  # per layer: up, down, signatures, attention in and out

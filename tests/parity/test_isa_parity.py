@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from native_fixtures import has_instruction_set
 from packed_models import (
+    ffn_inputs,
     make_model,
     native_session,
     portable_session,
@@ -190,7 +191,12 @@ def profiled_node_names(model: bytes, options: ort.SessionOptions, inputs: dict[
 @pytest.mark.parametrize("level", ["ORT_DISABLE_ALL", "ORT_ENABLE_ALL"])
 def test_registered_kernel_takes_precedence_over_the_function(op: OpSchema, level: str, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    inputs = (tile_matmul_inputs(rng, 4, 2, 3, 8) if op is TERNARY_TILE_MATMUL else route_inputs(rng, 4, 2, 8))[0]
+    examples = {
+        "TernaryTileMatMul": tile_matmul_inputs(rng, 4, 2, 3, 8),
+        "SignatureRoute": route_inputs(rng, 4, 2, 8),
+        "TernaryFFN": ffn_inputs(rng, 4, 1, 2, 8, 8),
+    }
+    inputs = examples[op.name][0]
     model = make_model(op, with_functions=True).SerializeToString()
     native, portable = session_options(), ort.SessionOptions()
     for options in (native, portable):

@@ -8,12 +8,12 @@ import sys
 
 import numpy as np
 import onnxruntime as ort
-from packed_models import make_model, route_inputs, tile_matmul_inputs
+from packed_models import ffn_inputs, make_model, route_inputs, tile_matmul_inputs
 
-from ort_ops.schema import SIGNATURE_ROUTE, TERNARY_TILE_MATMUL, OpSchema
+from ort_ops.schema import OPS, SIGNATURE_ROUTE, TERNARY_FFN, TERNARY_TILE_MATMUL, OpSchema
 
 Inputs = dict[str, np.ndarray]
-UNKNOWN_RANKS = {tensor.name: None for op in (TERNARY_TILE_MATMUL, SIGNATURE_ROUTE) for tensor in op.inputs}
+UNKNOWN_RANKS = {tensor.name: None for op in OPS for tensor in op.inputs}
 
 
 def options_for(library: str) -> ort.SessionOptions:
@@ -28,10 +28,13 @@ def options_for(library: str) -> ort.SessionOptions:
 
 
 def valid_case(rng: np.random.Generator) -> tuple[OpSchema, Inputs, dict[str, int]]:
+    bits = {"activation_bits": int(rng.choice([8, 24])), "group_size": int(rng.choice([0, 128]))}
+    if rng.random() < 0.3:
+        sizes = (rng.integers(0, 9), rng.integers(1, 4), rng.integers(1, 5), rng.integers(0, 70), rng.integers(0, 150))
+        return TERNARY_FFN, ffn_inputs(rng, *map(int, sizes))[0], bits
     if rng.random() < 0.5:
         sizes = (rng.integers(0, 9), rng.integers(1, 5), rng.integers(0, 70), rng.integers(0, 300))
-        attributes = {"activation_bits": int(rng.choice([8, 24])), "group_size": int(rng.choice([0, 128]))}
-        return TERNARY_TILE_MATMUL, tile_matmul_inputs(rng, *map(int, sizes))[0], attributes
+        return TERNARY_TILE_MATMUL, tile_matmul_inputs(rng, *map(int, sizes))[0], bits
     num_tiles = int(rng.integers(1, 70))
     inputs, _ = route_inputs(rng, int(rng.integers(0, 9)), num_tiles, int(rng.integers(0, 70)))
     return SIGNATURE_ROUTE, inputs, {"top_k": int(rng.integers(1, num_tiles + 1))}
@@ -84,7 +87,7 @@ def main(library: str, seed: int, num_models: int, num_runs: int) -> None:
     num_loaded = num_results = 0
     for _ in range(num_models):
         op, inputs, attributes = valid_case(rng)
-        weights = {name: inputs[name] for name in ("packed", "row_scale", "signatures", "bias") if name in inputs}
+        weights = {name: array for name, array in inputs.items() if name not in ("x", "tile_idx", "weight")}
         constants = weights if rng.random() < 0.5 else {}
         model = make_model(op, constants=constants, **attributes).SerializeToString()
         session = session_or_none(mutate(rng, model), library)

@@ -35,6 +35,28 @@ def tile_matmul_inputs(
     return inputs, weight
 
 
+def ffn_inputs(
+    rng: np.random.Generator, num_tokens: int, top_k: int, num_tiles: int, width: int, num_hidden: int
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Random valid inputs of TernaryFFN, a fifth of the weights 0, and y in float64."""
+    up, down = random_ternary(rng, num_tiles, num_hidden, width), random_ternary(rng, num_tiles, width, num_hidden)
+    weight = rng.uniform(0.5, 1.5, (num_tokens, top_k)).astype(np.float32)
+    weight[rng.random(weight.shape) < 0.2] = 0.0
+    inputs = {
+        "x": rng.standard_normal((num_tokens, width), dtype=np.float32),
+        "tile_idx": rng.integers(0, num_tiles, (num_tokens, top_k)),
+        "weight": weight,
+        "up": to_panels(up),
+        "up_scale": rng.uniform(0.1, 2.0, (num_tiles, num_hidden)).astype(np.float32),
+        "down": to_panels(down),
+        "down_scale": rng.uniform(0.1, 2.0, (num_tiles, width)).astype(np.float32),
+    }
+    chosen, x = inputs["tile_idx"], inputs["x"].astype(np.float64)
+    hidden = np.maximum(np.einsum("td,tkhd->tkh", x, up[chosen]) * inputs["up_scale"][chosen], 0.0) ** 2
+    part = np.einsum("tkh,tkdh->tkd", hidden, down[chosen]) * inputs["down_scale"][chosen]
+    return inputs, (part * weight[..., None]).sum(axis=1)
+
+
 def route_inputs(
     rng: np.random.Generator, num_tokens: int, num_tiles: int, num_columns: int
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:

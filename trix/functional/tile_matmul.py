@@ -1,8 +1,9 @@
 """Products in which every token meets the matrix of its own tile.
 
 Tokens are sorted by tile once, and each product then runs over contiguous groups. In training the weights are float
-(:func:`grouped_linear`); a packed layer calls ``trix::ternary_tile_matmul`` and ``trix::signature_route``, custom operators
-that the exporter translates one to one into the onnxruntime operators of the same meaning.
+(:func:`grouped_linear`); a packed layer calls ``trix::ternary_ffn``, ``trix::ternary_tile_matmul`` and
+``trix::signature_route``, custom operators that the exporter translates one to one into the onnxruntime operators of the same
+meaning.
 """
 
 from typing import NamedTuple
@@ -136,6 +137,41 @@ def ternary_tile_matmul(x: Tensor, packed: Tensor, row_scale: Tensor, tile_idx: 
 @ternary_tile_matmul.register_fake
 def _(x: Tensor, packed: Tensor, row_scale: Tensor, tile_idx: Tensor) -> Tensor:  # noqa: ARG001
     return x.new_empty(x.shape[0], packed.shape[1])
+
+
+@torch.library.custom_op("trix::ternary_ffn", mutates_args=())
+def ternary_ffn(
+    x: Tensor, tile_idx: Tensor, weight: Tensor, up: Tensor, up_scale: Tensor, down: Tensor, down_scale: Tensor
+) -> Tensor:
+    """y[t] = sum_k weight[t, k] * down_e relu(up_e x[t])^2 with e = tile_idx[t, k]. Inference only: no gradient.
+
+    Args:
+        x: float [T, D]. tile_idx: int64 [T, K]. weight: float [T, K]. up: uint8 [E, H, ceil(D / 4)]. up_scale: float [E, H].
+        down: uint8 [E, D, ceil(H / 4)]. down_scale: float [E, D].
+
+    Returns:
+        [T, D] in the dtype of x.
+    """
+    top_k = tile_idx.shape[1]
+    tile_idx_S = tile_idx.reshape(-1)  # S = T * K assignments
+    x_SD = x if top_k == 1 else x.repeat_interleave(top_k, dim=0)
+    hidden_SH = F.relu(ternary_tile_matmul(x_SD, up, up_scale, tile_idx_S)).square()
+    y_SD = ternary_tile_matmul(hidden_SH, down, down_scale, tile_idx_S)
+    y_TKD = y_SD.reshape(*tile_idx.shape, x.shape[-1]) * weight.unsqueeze(-1).to(y_SD.dtype)
+    return y_TKD.sum(dim=1)
+
+
+@ternary_ffn.register_fake
+def _(
+    x: Tensor,
+    tile_idx: Tensor,  # noqa: ARG001
+    weight: Tensor,  # noqa: ARG001
+    up: Tensor,  # noqa: ARG001
+    up_scale: Tensor,  # noqa: ARG001
+    down: Tensor,  # noqa: ARG001
+    down_scale: Tensor,  # noqa: ARG001
+) -> Tensor:
+    return torch.empty_like(x)
 
 
 @torch.library.custom_op("trix::signature_route", mutates_args=())

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstdio>
 
+#include "ops/large_pages.hpp"
+
 namespace trix {
 namespace {
 
@@ -64,6 +66,7 @@ PackedInput::PackedInput(const KernelInfo& info, std::size_t index, const Tensor
     if (!is_constant_) return;
     check_codes(constant_);
     constant_size_ = used_size_of(constant_);
+    advise_large_pages(constant_.data, count_bytes(constant_));
 }
 
 void PackedInput::check(const TensorView& packed, std::int64_t num_rows, std::int64_t num_columns) const {

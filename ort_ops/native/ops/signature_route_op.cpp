@@ -59,7 +59,9 @@ class SignatureRoute {
                                  bias.size(0), x.size(1)};
         TokenGroups all_tokens{std::vector<std::int64_t>(x.size(0)), {0, x.size(0)}};
         std::iota(all_tokens.order.begin(), all_tokens.order.end(), std::int64_t{0});
-        multiply_tiles(context, Activations(), x.as<float>(), x.size(0), table, all_tokens, score);
+        const QuantisedRows rows = quantise(context, Activations(), x.as<float>(), x.size(0), x.size(1));
+        multiply_tiles(context, rows, table, all_tokens, all_tokens.order.data(), all_tokens.order.data(),
+                       score);
         choose_tiles(context, x.size(0), bias.size(0), score, bias.as<float>(), tile_idx);
     }
 
@@ -77,7 +79,7 @@ class SignatureRoute {
             reject("top_k (", top_k_, ") must be <= the number of tiles in bias (", bias.dim(0), ")");
         }
         signatures_.check(signatures, bias.dim(0), x.dim(1));
-        check_columns(x);
+        check_columns("x", x.dim(1));
     }
 
     static std::vector<float> inverse_norms(const TensorView& signatures) {

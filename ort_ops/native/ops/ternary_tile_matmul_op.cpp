@@ -44,7 +44,8 @@ class TernaryTileMatMul {
         const TokenGroups groups = group_tokens(tile_idx.as<std::int64_t>(), x.size(0), packed.size(0));
         const TileMatrices tiles{packed.as<std::uint8_t>(), row_scale.as<float>(), row_scale.size(1),
                                  x.size(1)};
-        multiply_tiles(context, activations_, x.as<float>(), x.size(0), tiles, groups, y);
+        const QuantisedRows rows = quantise(context, activations_, x.as<float>(), x.size(0), x.size(1));
+        multiply_tiles(context, rows, tiles, groups, groups.order.data(), groups.order.data(), y);
     }
 
     static void infer_shapes(const ShapeContext& context) {
@@ -61,7 +62,7 @@ class TernaryTileMatMul {
                    " must be [E, N] with the E tiles of packed ", shape_text(packed.shape));
         }
         packed_.check(packed, row_scale.dim(1), x.dim(1));
-        check_columns(x);
+        check_columns("x", x.dim(1));
         if (tile_idx.dim(0) != x.dim(0)) {
             reject("length of tile_idx (", tile_idx.dim(0), ") must be the number of tokens of x (", x.dim(0),
                    ")");

@@ -9,35 +9,6 @@ namespace {
 
 constexpr std::size_t kRowsPerUnit = 8;  // of quantising
 
-struct Quantised {
-    std::vector<std::int8_t> q;
-    std::vector<float> scale;
-    std::vector<std::int32_t> sum;
-};
-
-Quantised quantise(const KernelContext& context, const float* x, std::size_t num_tokens,
-                   std::size_t num_columns, std::size_t group_columns, std::size_t num_planes) {
-    const std::size_t stride = ceil_div(num_columns, kBlockColumns) * kBlockColumns;
-    const std::size_t num_scales = num_tokens * ceil_div(stride, group_columns) * num_planes;
-    Quantised result{std::vector<std::int8_t>(num_tokens * num_planes * stride),
-                     std::vector<float>(num_scales), std::vector<std::int32_t>(num_scales)};
-    const QuantizeRowsKernel kernel = kernels().quantize_rows;
-    context.parallel_for(ceil_div(num_tokens, kRowsPerUnit), [&](std::size_t unit) noexcept {
-        QuantizeRowsJob job{};
-        job.x = x;
-        job.q = result.q.data();
-        job.scale = result.scale.data();
-        job.sum = result.sum.data();
-        job.num_columns = num_columns;
-        job.group_columns = group_columns;
-        job.num_planes = num_planes;
-        job.row_begin = unit * kRowsPerUnit;
-        job.row_end = std::min(job.row_begin + kRowsPerUnit, num_tokens);
-        kernel(job);
-    });
-    return result;
-}
-
 }  // namespace
 
 Activations::Activations(const KernelInfo& info)
@@ -54,32 +25,59 @@ std::size_t Activations::group_columns(std::size_t num_columns) const {
     return std::max(ceil_div(num_columns, kBlockColumns), std::size_t{1}) * kBlockColumns;
 }
 
-void check_columns(const TensorView& x) {
-    if (x.size(1) > kMaxColumns) reject("columns of x (", x.dim(1), ") must be <= ", kMaxColumns);
+void check_columns(const char* what, std::int64_t num_columns) {
+    if (num_columns > static_cast<std::int64_t>(kMaxColumns)) {
+        reject("columns of ", what, " (", num_columns, ") must be <= ", kMaxColumns);
+    }
 }
 
-void multiply_tiles(const KernelContext& context, const Activations& activations, const float* x,
-                    std::size_t num_tokens, const TileMatrices& tiles, const TokenGroups& groups, float* y) {
-    const std::size_t group_columns = activations.group_columns(tiles.num_columns);
-    const std::size_t num_planes = activations.num_planes();
-    const Quantised rows = quantise(context, x, num_tokens, tiles.num_columns, group_columns, num_planes);
+QuantisedRows quantise(const KernelContext& context, const Activations& activations, const float* x,
+                       std::size_t num_rows, std::size_t num_columns) {
+    const std::size_t stride = ceil_div(num_columns, kBlockColumns) * kBlockColumns;
+    const std::size_t group_columns = activations.group_columns(num_columns),
+                      num_planes = activations.num_planes();
+    const std::size_t num_scales = num_rows * ceil_div(stride, group_columns) * num_planes;
+    QuantisedRows result{std::vector<std::int8_t>(num_rows * num_planes * stride),
+                         std::vector<float>(num_scales), std::vector<std::int32_t>(num_scales), group_columns,
+                         num_planes};
+    const QuantizeRowsKernel kernel = kernels().quantize_rows;
+    context.parallel_for(ceil_div(num_rows, kRowsPerUnit), [&](std::size_t unit) noexcept {
+        QuantizeRowsJob job{};
+        job.x = x;
+        job.q = result.q.data();
+        job.scale = result.scale.data();
+        job.sum = result.sum.data();
+        job.num_columns = num_columns;
+        job.group_columns = group_columns;
+        job.num_planes = num_planes;
+        job.row_begin = unit * kRowsPerUnit;
+        job.row_end = std::min(job.row_begin + kRowsPerUnit, num_rows);
+        kernel(job);
+    });
+    return result;
+}
+
+void multiply_tiles(const KernelContext& context, const QuantisedRows& x, const TileMatrices& tiles,
+                    const TokenGroups& groups, const std::int64_t* token_idx, const std::int64_t* y_idx,
+                    float* y) {
     const std::size_t tile_bytes = ceil_div(tiles.num_rows, kPanelRows) * panel_bytes(tiles.num_columns);
-    const std::vector<WorkUnit> units = plan_units(groups, tiles.num_rows, tiles.num_columns, num_planes);
+    const std::vector<WorkUnit> units = plan_units(groups, tiles.num_rows, tiles.num_columns, x.num_planes);
     const TernaryMatMulKernel kernel = kernels().ternary_matmul;
     context.parallel_for(units.size(), [&](std::size_t i) noexcept {
         const WorkUnit& unit = units[i];
         TernaryMatMulJob job{};
-        job.q = rows.q.data();
-        job.scale = rows.scale.data();
-        job.sum = rows.sum.data();
+        job.q = x.q.data();
+        job.scale = x.scale.data();
+        job.sum = x.sum.data();
         job.panels = tiles.panels + unit.tile * tile_bytes;
         job.row_scale = tiles.row_scale + unit.tile * tiles.num_rows;
-        job.token_idx = groups.order.data() + unit.token_begin;
+        job.token_idx = token_idx + unit.token_begin;
+        job.y_idx = y_idx + unit.token_begin;
         job.y = y;
         job.num_tokens = unit.token_end - unit.token_begin;
         job.num_columns = tiles.num_columns;
-        job.group_columns = group_columns;
-        job.num_planes = num_planes;
+        job.group_columns = x.group_columns;
+        job.num_planes = x.num_planes;
         job.num_rows = tiles.num_rows;
         job.panel_begin = unit.panel_begin;
         job.panel_end = unit.panel_end;

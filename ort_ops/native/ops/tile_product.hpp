@@ -34,7 +34,7 @@ class Activations {
 };
 
 /// Rejects more columns than the kernels can sum.
-void check_columns(const TensorView& x);
+void check_columns(const char* what, std::int64_t num_columns);
 
 /// Matrices [E, N, K] in panels one after the other, and their row scales [E, N].
 struct TileMatrices {
@@ -44,8 +44,22 @@ struct TileMatrices {
     std::size_t num_columns;
 };
 
-/// y[t, :] = tile of t times x[t, :], for the tokens of all groups. x [num_tokens, K], y [num_tokens, N].
-void multiply_tiles(const KernelContext& context, const Activations& activations, const float* x,
-                    std::size_t num_tokens, const TileMatrices& tiles, const TokenGroups& groups, float* y);
+/// Rows of activations as the kernels take them, quantised.
+struct QuantisedRows {
+    std::vector<std::int8_t> q;
+    std::vector<float> scale;
+    std::vector<std::int32_t> sum;
+    std::size_t group_columns;
+    std::size_t num_planes;
+};
+
+/// x [num_rows, num_columns].
+QuantisedRows quantise(const KernelContext& context, const Activations& activations, const float* x,
+                       std::size_t num_rows, std::size_t num_columns);
+
+/// y[y_idx[i], :] = tile e times row token_idx[i] of x, for the places i of tile e in the groups.
+void multiply_tiles(const KernelContext& context, const QuantisedRows& x, const TileMatrices& tiles,
+                    const TokenGroups& groups, const std::int64_t* token_idx, const std::int64_t* y_idx,
+                    float* y);
 
 }  // namespace trix

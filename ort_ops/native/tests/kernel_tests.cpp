@@ -168,8 +168,8 @@ void test_product(const KernelVariant<TernaryMatMulKernel>& variant) {
         const auto [panel_begin, panel_end] = random_panels(p);
         std::vector<float> y(p.num_tokens * p.num_rows, kUntouched);
         variant.function({x.q.data(), x.scale.data(), x.sum.data(), p.panels.data(), p.row_scale.data(),
-                          p.token_idx.data(), y.data(), p.num_tokens, p.num_columns, x.group_columns,
-                          num_planes, p.num_rows, panel_begin, panel_end});
+                          p.token_idx.data(), p.token_idx.data(), y.data(), p.num_tokens, p.num_columns,
+                          x.group_columns, num_planes, p.num_rows, panel_begin, panel_end});
         for (std::size_t t = 0; t < p.num_tokens; ++t) {
             for (std::size_t n = 0; n < p.num_rows; ++n) {
                 const bool is_named = n / kPanelRows >= panel_begin && n / kPanelRows < panel_end;
@@ -195,8 +195,8 @@ void test_longest_sum(const KernelVariant<TernaryMatMulKernel>& variant) {
         const float scale = 1.0f;
         const std::int64_t token = 0;
         std::vector<float> y(kPanelRows);
-        variant.function({q.data(), &scale, &sum, panels.data(), row_scale.data(), &token, y.data(), 1,
-                          kMaxColumns, kMaxColumns, 1, kPanelRows, 0, 1});
+        variant.function({q.data(), &scale, &sum, panels.data(), row_scale.data(), &token, &token, y.data(),
+                          1, kMaxColumns, kMaxColumns, 1, kPanelRows, 0, 1});
         for (const float got : y)
             EXPECT(same(got, static_cast<float>(sum)), "%s: %a", variant.name, static_cast<double>(got));
     }

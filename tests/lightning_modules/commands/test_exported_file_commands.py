@@ -69,13 +69,13 @@ def test_cases_are_listed_and_run_where_the_source_tree_is(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["bench"]) == 0
-    assert "  packed_matmul\n" in capfd.readouterr().out
-    assert main(["bench", "packed_matmul", "--help"]) == 0
-    assert "--sizes" in capfd.readouterr().out
-    assert main(["bench", "packed"]) == 2
-    assert "case (packed) must be a file that ends with .onnx, or one of adaptive_k, " in capfd.readouterr().err
+    assert "  kernels\n" in capfd.readouterr().out
+    assert main(["bench", "kernels", "--help"]) == 0
+    assert "--threads" in capfd.readouterr().out
+    assert main(["bench", "kernel"]) == 2
+    assert "case (kernel) must be a file that ends with .onnx, or one of adaptive_k, " in capfd.readouterr().err
     monkeypatch.setattr(bench, "RUNNER", tmp_path / "benchmarks" / "run.py")
-    for arguments in ([], ["packed_matmul"]):
+    for arguments in ([], ["kernels"]):
         assert main(["bench", *arguments]) == 2
         assert "come with the source tree, not with the installed package" in capfd.readouterr().err
 

@@ -28,7 +28,8 @@ struct TernaryMatMulJob {
     const std::int32_t* sum;
     const std::uint8_t* panels;
     const float* row_scale;
-    const std::int64_t* token_idx;  // num_tokens indices of tokens of q, scale, sum and y
+    const std::int64_t* token_idx;  // num_tokens indices of tokens of q, scale and sum
+    const std::int64_t* y_idx;      // num_tokens indices of rows of y
     float* y;
     std::size_t num_tokens;
     std::size_t num_columns;    // K

@@ -54,7 +54,7 @@ static inline void for_token_blocks(const TernaryMatMulJob& job, const GroupShap
                 tokens.q[m * job.num_planes + p] = job.q + (token * job.num_planes + p) * stride;
             tokens.scale[m] = job.scale + token * num_scales;
             tokens.sum[m] = job.sum + token * num_scales;
-            tokens.y[m] = job.y + token * job.num_rows;
+            tokens.y[m] = job.y + static_cast<std::size_t>(job.y_idx[begin + m]) * job.num_rows;
         }
         body(tokens, end - begin);
         begin = end;

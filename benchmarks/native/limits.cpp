@@ -1,0 +1,76 @@
+// What one thread of this CPU can do at most: int8 dot products in registers, and reading of memory. Prints
+// two numbers: multiply-adds of int8 per second (0 without AVX-512 VNNI) and bytes per second read from
+// memory (128 MiB in pages as large as the system gives).
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <ctime>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace {
+
+double seconds() {
+    timespec now;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+    return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
+}
+
+#if defined(__x86_64__)
+__attribute__((target("avx512f,avx512vnni"))) double int8_products() {
+    __m512i sum[12];
+    for (auto& value : sum) value = _mm512_setzero_si512();
+    __m512i one = _mm512_set1_epi8(1);
+    asm volatile("" : "+v"(one));
+    constexpr std::size_t kSteps = 500000;
+    double best = 1e9;
+    for (int round = 0; round < 20; ++round) {
+        const double start = seconds();
+        for (std::size_t i = 0; i < kSteps; ++i) {
+#pragma GCC unroll 12
+            for (auto& value : sum) asm volatile("vpdpbusd %1, %1, %0" : "+v"(value) : "v"(one));
+        }
+        const double elapsed = seconds() - start;
+        if (elapsed < best) best = elapsed;
+    }
+    return 64.0 * 12.0 * static_cast<double>(kSteps) / best;
+}
+#endif
+
+double read_bytes() {
+    constexpr std::size_t kBytes = std::size_t{128} << 20;
+    auto* memory = static_cast<std::uint64_t*>(std::aligned_alloc(std::size_t{2} << 20, kBytes));
+    if (memory == nullptr) return 0;
+#if defined(__linux__)
+    madvise(memory, kBytes, MADV_HUGEPAGE);
+#endif
+    for (std::size_t i = 0; i < kBytes / 8; ++i) memory[i] = i;
+    double best = 1e9;
+    std::uint64_t sum[8] = {};
+    for (int round = 0; round < 5; ++round) {
+        const double start = seconds();
+        for (std::size_t i = 0; i < kBytes / 8; i += 8) {
+            for (std::size_t j = 0; j < 8; ++j) sum[j] += memory[i + j];
+        }
+        const double elapsed = seconds() - start;
+        if (elapsed < best) best = elapsed;
+    }
+    asm volatile("" : : "r"(sum) : "memory");
+    std::free(memory);
+    return static_cast<double>(kBytes) / best;
+}
+
+}  // namespace
+
+int main() {
+    double products = 0;
+#if defined(__x86_64__)
+    if (__builtin_cpu_supports("avx512vnni")) products = int8_products();
+#endif
+    std::printf("%.6g %.6g\n", products, read_bytes());
+}
