@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import onnx
 import onnxscript
 import torch
@@ -25,6 +24,7 @@ from ort_ops import schema
 from ort_ops.caches import past_names, present_names
 from ort_ops.file_format import BY_ONNXRUNTIME, LayerRecord, describe_size, to_properties
 from ort_ops.functions import ONNX_OPSET, fallback_functions, register_schemas
+from ort_ops.graph import Activations, set_activations, unsqueeze_constants
 from ort_ops.panels import to_panels
 from ort_ops.parity import Drift, Parity, drift
 from ort_ops.verification import CHECK_BATCH, ExportError, open_session, run_stepwise, run_torch, run_whole
@@ -35,27 +35,6 @@ from trix.routing import SignatureRouter
 
 ONNX_IR_VERSION = 9  # the newest that onnxruntime 1.17 reads
 MIN_CACHED_CONTEXT = 4  # torch.export takes sizes of 0 and 1 for constants: 2 tokens come after 2
-
-
-@dataclass(frozen=True)
-class Activations:
-    """What the file's ternary products read: activations of 24 bits, as exact as float32, or of 8, in groups of columns.
-
-    Args:
-        bits: 24 or 8; routing reads 24 either way. group_size: of 8 bits: columns that share a scale, 128, or 0 for all.
-
-    Raises:
-        ValueError: another number.
-    """
-
-    bits: int = 24
-    group_size: int = 128
-
-    def __post_init__(self) -> None:
-        if self.bits not in (24, 8):
-            raise ValueError(f"bits of the activations ({self.bits}) must be 24 or 8")
-        if self.group_size not in (128, 0):
-            raise ValueError(f"group_size of the activations ({self.group_size}) must be 128 or 0")
 
 
 @dataclass(frozen=True)
@@ -292,7 +271,7 @@ def _to_onnx(packed: LanguageModel | Classifier, interface: _Interface) -> onnx.
         )
     assert program is not None
     proto = program.model_proto
-    _unsqueeze_constants(proto.graph)
+    unsqueeze_constants(proto.graph)
     _lay_in_panels(proto.graph)
     proto.ir_version = ONNX_IR_VERSION
     proto.producer_name = "trix"
@@ -302,18 +281,6 @@ def _to_onnx(packed: LanguageModel | Classifier, interface: _Interface) -> onnx.
         node.ClearField("metadata_props")
         node.ClearField("doc_string")
     return proto
-
-
-def _unsqueeze_constants(graph: onnx.GraphProto) -> None:
-    """Give constants the axis that a node adds to them, as to a layer's only tile: torch's exporter folds small ones alone."""
-    constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
-    for node in [node for node in graph.node if node.op_type == "Unsqueeze" and constants.keys() >= set(node.input)]:
-        source, axes = (constants[name] for name in node.input)
-        graph.initializer.append(onnx.numpy_helper.from_array(np.expand_dims(source, tuple(axes)), node.output[0]))
-        graph.node.remove(node)
-    read = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
-    for tensor in [tensor for tensor in graph.initializer if tensor.name not in read]:
-        graph.initializer.remove(tensor)
 
 
 def _lay_in_panels(graph: onnx.GraphProto) -> None:
@@ -369,7 +336,7 @@ def _write_verified(
     if isinstance(model, LanguageModel):
         report = replace(report, cached_parity=expected.parity(run_stepwise(session, held_out[:CHECK_BATCH])))
     if activations.bits != Activations().bits:
-        _set_activations(proto.graph, activations)
+        set_activations(proto.graph, activations)
         _save(proto, metadata, path)
         answer = run_whole(open_session(path)[0], held_out)
         found = drift(*answer, *expected.answer)
@@ -379,17 +346,6 @@ def _write_verified(
         metadata["drift"] = asdict(found)
     _save(proto, metadata, path)
     return replace(report, file_bytes=path.stat().st_size)
-
-
-def _set_activations(graph: onnx.GraphProto, activations: Activations) -> None:
-    """In every node whose operator can: those that route cannot."""
-    names = {op.name for op in schema.OPS if any(attribute.name == "activation_bits" for attribute in op.attributes)}
-    for node in graph.node:
-        if node.domain == schema.DOMAIN and node.op_type in names:
-            values = {"activation_bits": activations.bits, "group_size": activations.group_size}
-            kept = [attribute for attribute in node.attribute if attribute.name not in values]
-            del node.attribute[:]
-            node.attribute.extend([*kept, *(onnx.helper.make_attribute(*pair) for pair in values.items())])
 
 
 def _layer_record(layer: RoutedLayer, router: SignatureRouter) -> LayerRecord:

@@ -246,12 +246,8 @@ def _print(console: "Console", title: str, timings: Sequence[Timing]) -> None:
         )
     console.print(Text(title), soft_wrap=True)
     console.print(table)
-    console.print(
-        Text(
-            "One sequence at a time; one by one: as in generation, after half the context; medians over rounds in which all take turns."
-        ),
-        soft_wrap=True,
-    )
+    note = "One sequence at a time; one by one: as in generation, after half the context."
+    console.print(Text(f"{note} Medians over rounds in which all take turns."), soft_wrap=True)
 
 
 def figure(timings: Sequence[Timing], title: str) -> "Figure":

@@ -10,7 +10,8 @@ from lightning_modules.errors import UserError
 from lightning_modules.run_folder import best_checkpoint
 
 if TYPE_CHECKING:
-    from ort_ops.export import Activations, ExportReport
+    from ort_ops.export import ExportReport
+    from ort_ops.graph import Activations
 
 
 def run_export(arguments: list[str]) -> int:
@@ -22,7 +23,7 @@ def run_export(arguments: list[str]) -> int:
         raise UserError(f"--held-out-tokens ({options.held_out_tokens}) must be >= 2")
     if options.group_size is not None and options.activation_bits != 8:
         raise UserError(f"--group-size ({options.group_size}) belongs to --activation-bits 8, not {options.activation_bits}")
-    from ort_ops.export import Activations
+    from ort_ops.graph import Activations
 
     activations = Activations(options.activation_bits, 128 if options.group_size is None else options.group_size)
     try:

@@ -9,7 +9,8 @@ import torch
 
 from ort_ops import file_format, schema
 from ort_ops.caches import empty_caches
-from ort_ops.export import Activations, ExportError, export_classifier, export_language_model
+from ort_ops.export import ExportError, export_classifier, export_language_model
+from ort_ops.graph import Activations
 from ort_ops.library import session_options
 from ort_ops.runtime import ExportedModel
 from trix.evolution import merge_tiles, raise_k, split_tile
