@@ -35,16 +35,13 @@ class CachedReader:
     """
 
     def __init__(self, session: ort.InferenceSession, batch_size: int = 1) -> None:
-        empty = empty_caches(session, batch_size)
         self._session, self.num_tokens = session, 0
-        self._present = present_names(len(empty) // 2)
-        self._past = {name: ort.OrtValue.ortvalue_from_numpy(value) for name, value in empty.items()}
+        self._past = empty_caches(session, batch_size)
+        self._present = present_names(len(self._past) // 2)
 
     def read(self, token_BT: NDArray[np.int64], outputs: Sequence[str]) -> list[NDArray[Any]]:
         """The named outputs for the tokens that come next."""
-        inputs = {"token": ort.OrtValue.ortvalue_from_numpy(token_BT), **self._past}
-        # As OrtValues, keys and values go from call to call without a copy into numpy.
-        values = self._session.run_with_ort_values([*outputs, *self._present], inputs)
-        self._past = dict(zip(self._past, values[len(outputs) :], strict=True))
+        answers = self._session.run([*outputs, *self._present], {"token": token_BT, **self._past})
+        self._past = dict(zip(self._past, answers[len(outputs) :], strict=True))
         self.num_tokens += token_BT.shape[1]
-        return [value.numpy() for value in values[: len(outputs)]]
+        return list(answers[: len(outputs)])

@@ -10,7 +10,6 @@ import numpy as np
 import onnx
 import pytest
 
-from ort_ops.caches import CachedReader
 from ort_ops.runtime import LanguageModelSession, ModelFileError, PromptError, draw
 from trix.nn import FFNConfig
 
@@ -41,21 +40,6 @@ def test_of_a_long_prompt_the_last_context_is_read(path: Path) -> None:
     session, prompt = LanguageModelSession(path), "abcdefghijk" * 3
     text = "".join(session.generate(prompt, 20, temperature=0.0))
     assert text == "".join(session.generate(prompt[-exported_models.CONTEXT :], 20, temperature=0.0))
-
-
-@pytest.mark.parametrize("use_library", [True, False])
-def test_read_in_any_pieces_a_batch_is_answered_as_a_whole(path: Path, use_library: bool) -> None:
-    session = LanguageModelSession(path, use_library).session
-    token = np.random.default_rng(0).integers(0, 11, (3, exported_models.CONTEXT))
-    whole_logits, whole_idx = LanguageModelSession(path, use_library).run(token)
-    for sizes in ([12], [1] * 12, [5, 1, 6], [1, 11]):
-        reader = CachedReader(session, batch_size=3)
-        parts = np.split(token, np.cumsum(sizes)[:-1], axis=1)
-        answers = [reader.read(np.ascontiguousarray(part), ["logits", "tile_idx"]) for part in parts]
-        logits, tile_idx = (np.concatenate(output, axis=1) for output in zip(*answers, strict=True))
-        np.testing.assert_allclose(logits, whole_logits, atol=1e-5 * np.abs(whole_logits).max())
-        assert np.array_equal(tile_idx, whole_idx)
-        assert reader.num_tokens == exported_models.CONTEXT
 
 
 def test_threads_that_share_a_session_write_what_each_would_alone(path: Path) -> None:
