@@ -1,9 +1,9 @@
 """Generation with a whole model, one token at a time: tokens per second and resident memory.
 
-A language model of random weights with ternary tiles and ternary attention is exported, and answers one token after --past others
-that stand in its cache. Against the same model in float32: in onnxruntime, where each ternary operator is replaced by standard ones
-that gather the float matrices of the chosen tile, and in torch, with its ternary weights computed once. All compute the chosen
-tiles only, and all must give the same logits (8 bits: nearly).
+A language model of random weights with ternary tiles and ternary attention is exported, and answers one token after --past
+others that stand in its cache. Against the same model in float32: in onnxruntime, where each ternary operator is replaced by
+standard ones that gather the float matrices of the chosen tile, and in torch, with its ternary weights computed once. All compute
+the chosen tiles only, and all must give the same logits (8 bits: nearly).
 
 The contenders take turns in one process; time is that of the calling thread with one thread, wall time with more; medians of
 --repeats turns. Memory is that of a process which holds one contender alone.
@@ -56,14 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(d_model: int, layers: int, tiles: int, past: int, threads: list[int], repeats: int) -> list[dict[str, Any]]:
     if repeats < 5:
         raise SystemExit(f"repeats ({repeats}) must be >= 5")
-    config = LanguageModelConfig(
-        d_model,
-        layers,
-        n_heads=d_model // 64 or 1,
-        context_length=past + 2,
-        ternary_attention=True,
-        ffn=FFNConfig(num_tiles=tiles),
-    )
+    config = model_config(d_model, layers, tiles, past)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -80,6 +73,17 @@ def run(d_model: int, layers: int, tiles: int, past: int, threads: list[int], re
                 row = {"way": way, "threads": num_threads, "seconds": seconds, "quartiles": [low, high]}
                 results.append(row | {"resident_bytes": memory[way], "file_bytes": (folder / FILES[way]).stat().st_size})
     return results
+
+
+def model_config(d_model: int, layers: int, tiles: int, past: int) -> LanguageModelConfig:
+    return LanguageModelConfig(
+        d_model,
+        layers,
+        n_heads=max(d_model // 64, 1),
+        context_length=past + 2,
+        ternary_attention=True,
+        ffn=FFNConfig(num_tiles=tiles),
+    )
 
 
 def make_files(config: LanguageModelConfig, folder: Path) -> None:
@@ -245,14 +249,7 @@ def _print_resident_bytes(way: str, folder: str, sizes: dict[str, int]) -> None:
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
-    config = LanguageModelConfig(
-        sizes["d_model"],
-        sizes["layers"],
-        n_heads=sizes["d_model"] // 64 or 1,
-        context_length=sizes["past"] + 2,
-        ternary_attention=True,
-        ffn=FFNConfig(num_tiles=sizes["tiles"]),
-    )
+    config = model_config(sizes["d_model"], sizes["layers"], sizes["tiles"], sizes["past"])
     before = resident()
     step = make_step(way, Path(folder), config, sizes["past"], 1)
     step()
