@@ -85,7 +85,8 @@ def mutate(rng: np.random.Generator, model: bytes) -> bytes:
 
 def session_or_none(model: bytes, library: str) -> ort.InferenceSession | None:
     try:
-        return ort.InferenceSession(model, options_for(library), providers=["CPUExecutionProvider"])
+        # Without enable_fallback=0 some rejections are printed and tried again.
+        return ort.InferenceSession(model, options_for(library), providers=["CPUExecutionProvider"], enable_fallback=0)
     except Exception:  # any rejection, and UnicodeDecodeError for messages that hold mutated bytes
         return None
 

@@ -13,7 +13,7 @@ NATIVE = Path(ort_ops.__file__).parent / "native"
 
 
 def run(*command: str | Path, timeout: float = 500, **environment: str) -> str:
-    """What the command says, on both streams; a failure shows the end of it."""
+    """What the command says, on both streams; a failure shows its beginning (a sanitizer's finding) and its end."""
     finished = subprocess.run(
         [str(part) for part in command],
         capture_output=True,
@@ -21,8 +21,12 @@ def run(*command: str | Path, timeout: float = 500, **environment: str) -> str:
         env=os.environ | environment,
         timeout=timeout,
     )
-    assert finished.returncode == 0, f"{command}\n{finished.stdout[-4000:]}\n{finished.stderr[-4000:]}"
+    assert finished.returncode == 0, f"{command}\n{excerpt(finished.stdout)}\n{excerpt(finished.stderr)}"
     return finished.stdout + finished.stderr
+
+
+def excerpt(text: str, size: int = 4000) -> str:
+    return text if len(text) <= 2 * size else f"{text[:size]}\n[...]\n{text[-size:]}"
 
 
 def tool(name: str) -> str:
