@@ -2,8 +2,8 @@
 
 A language model of random weights with ternary tiles and ternary attention is exported, and answers one token after --past
 others that stand in its cache. Against the same model in float32: in onnxruntime, where each ternary operator is replaced by
-standard ones that gather the float matrices of the chosen tile, and in torch, with its ternary weights computed once. All compute
-the chosen tiles only, and all must give the same logits (8 bits: nearly).
+standard ones that gather the float matrices of the chosen tile, and in torch, with its ternary weights computed once. All
+compute the chosen tiles only, and all must give the same logits (8 bits: nearly).
 
 The contenders take turns in one process; time is that of the calling thread with one thread, wall time with more; medians of
 --repeats turns. Memory is that of a process which holds one contender alone.
