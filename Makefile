@@ -9,13 +9,17 @@ STAMP := $(VENV)/.installed
 NATIVE := $(shell find ort_ops/native -type f 2>/dev/null)
 CASE := $(notdir $(basename $(wildcard benchmarks/cases/*.py)))
 CPP := find ort_ops/native -name '*.cpp' -o -name '*.hpp'
+# What a deployment needs: these run without torch.
+OPERATOR_TESTS := $(addprefix tests/ort_ops/test_,native_ops.py activations.py functions.py panels.py library.py self_test.py) \
+  tests/parity/test_isa_parity.py
+OLDEST := build/ort_oldest
 IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format bench screenshot clean
+.PHONY: help setup demo test test-slow test-cpus test-arm test-ort-oldest fuzz lint format bench screenshot wheel clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## Set up .venv with the exact versions that CI runs
 
@@ -45,6 +49,27 @@ test: $(STAMP) ## Run the tests, without the full-length ones
 
 test-slow: $(STAMP) ## Run the full-length tests
 	$(BIN)/python -m pytest -m slow
+
+test-cpus: $(STAMP) ## Run the native tests on x86-64 CPUs without AVX-512 and without AVX (needs qemu)
+	$(BIN)/python -m pytest -m "slow or not slow" tests/ort_ops/test_emulated_cpus.py
+
+test-arm: $(STAMP) ## Cross-compile for aarch64, run the operator tests under its onnxruntime (needs qemu)
+	PYTHON=$(abspath $(BIN))/python tests/emulated/arm.sh
+
+test-ort-oldest: $(STAMP) ## Run the operator tests with the oldest onnxruntime that is supported
+	rm -rf $(OLDEST)
+	$(BIN)/python -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install -q --disable-pip-version-check 'onnxruntime==1.17.*' 'numpy<2' onnx pytest pytest-timeout hypothesis
+	$(OLDEST)/bin/pip install -q --disable-pip-version-check --no-deps -e .
+	$(OLDEST)/bin/python -c "import onnxruntime; print('onnxruntime', onnxruntime.__version__)"
+	$(OLDEST)/bin/pytest -q -p no:cacheprovider $(OPERATOR_TESTS)
+
+fuzz: $(STAMP) ## Feed the sanitized library mutated models and random shapes for ten minutes, or FUZZ_SECONDS=60
+	TRIX_FUZZ_SECONDS=$(or $(FUZZ_SECONDS),600) TRIX_FUZZ_SEED=$${TRIX_FUZZ_SEED:-$$(date +%s)} \
+	  $(BIN)/python -m pytest tests/ort_ops/test_native_sanitized.py
+
+wheel: $(STAMP) ## Build the wheel of this machine into dist/, and try it in an environment of its own
+	PYTHON=$(abspath $(BIN))/python tests/packaging/wheel.sh
 
 lint: $(STAMP) ## Check style, types and the direction of imports
 	$(BIN)/ruff check

@@ -1,7 +1,8 @@
 """Write a trained model as one ONNX file with packed 2-bit weights, verified against torch before it gets its name.
 
 The packed model's custom operators become the operators of :mod:`ort_ops.schema`. With ``fallback`` the file also holds their
-definition in standard ONNX (:mod:`ort_ops.functions`), so that it runs where the native library is not installed.
+definition in standard ONNX (:mod:`ort_ops.functions`), so that it runs where the native library is not installed. A language
+model also takes and returns the keys and values of the tokens before (:mod:`ort_ops.caches`).
 """
 
 import copy
@@ -10,66 +11,79 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import onnx
-import onnxruntime as ort
 import onnxscript
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ort_ops import schema
-from ort_ops.file_format import LayerRecord, describe_size, encode_array, to_properties
+from ort_ops.caches import past_names, present_names
+from ort_ops.file_format import BY_ONNXRUNTIME, LayerRecord, describe_size, to_properties
 from ort_ops.functions import ONNX_OPSET, fallback_functions, register_schemas
-from ort_ops.library import LibraryNotFoundError, session_options
+from ort_ops.graph import Activations, set_activations, unsqueeze_constants
 from ort_ops.panels import to_panels
-from ort_ops.parity import Parity, compare, selection_gap
+from ort_ops.parity import Drift, Parity, drift
+from ort_ops.verification import CHECK_BATCH, ExportError, open_session, run_stepwise, run_torch, run_whole
 from trix.functional.packing import CODES_PER_BYTE, unpack_ternary
-from trix.nn import Classifier, LanguageModel, RoutedLayer, SparseLookupFFN, pack_model, routed_layers
+from trix.nn import Classifier, KeyValueCache, LanguageModel, RoutedLayer, SparseLookupFFN, pack_model, routed_layers
+from trix.outputs import AuxLosses, RoutingInfo
 from trix.routing import SignatureRouter
 
 ONNX_IR_VERSION = 9  # the newest that onnxruntime 1.17 reads
-MAX_RELATIVE_DIFFERENCE = 1e-4
-CHECK_BATCH = 16
-
-
-class ExportError(ValueError):
-    """The model can't be exported, or what was exported does not compute the same; no file was written."""
+MIN_CACHED_CONTEXT = 4  # torch.export takes sizes of 0 and 1 for constants: 2 tokens come after 2
 
 
 @dataclass(frozen=True)
 class ExportReport:
     """What was written, and how it compares with torch on held-out input.
 
-    used_library: the check ran the native kernels, not the portable functions. float32_bytes: the parameters at 4 bytes each.
+    parity: on whole sequences, activations at 24 bits. used_library: the check ran the native kernels, not the portable
+    functions. float32_bytes: the parameters at 4 bytes each. cached_parity: of a language model that reads half a sequence,
+    then token by token. drift: what activations of 8 bits change, where the file has them.
     """
 
     parity: Parity
     used_library: bool
     file_bytes: int
     float32_bytes: int
+    cached_parity: Parity | None = None
+    drift: Drift | None = None
 
     def __str__(self) -> str:
         kernels = "native kernels" if self.used_library else "portable functions, the native library was not found"
-        return f"size    {describe_size(self.file_bytes, self.float32_bytes)}\nparity  {self.parity} ({kernels})"
+        lines = [f"size    {describe_size(self.file_bytes, self.float32_bytes)}", f"parity  {self.parity} ({kernels})"]
+        if self.cached_parity is not None:
+            lines.append(f"cached  token by token {self.cached_parity}")
+        if self.drift is not None:
+            lines.append(f"8 bits  {self.drift}")
+        return "\n".join(lines)
 
 
 def export_language_model(
-    model: LanguageModel, vocabulary: str, held_out_tokens: Tensor, output: Path | str, fallback: bool = True
+    model: LanguageModel,
+    vocabulary: str,
+    held_out_tokens: Tensor,
+    output: Path | str,
+    fallback: bool = True,
+    activations: Activations | None = None,
 ) -> ExportReport:
     """Export a language model: ``token`` int64 [B, T] -> ``logits`` [B, T, V] and ``tile_idx`` int64 [B, T, L, K].
+
+    The file also takes and returns keys and values of P tokens before, P + T <= context_length: see :mod:`ort_ops.caches`.
 
     Args:
         model: trained; not changed. vocabulary: the character of each token, in order. held_out_tokens: int64 [N], N >= 2, cut
             into windows of the context length for the parity check.
-        output: written whole or not at all. fallback: also write the portable definition of each operator.
+        output: written whole or not at all. fallback: also write the portable definition of each operator. activations: by
+            default of 24 bits.
 
     Raises:
-        ExportError: the vocabulary does not fit the model or repeats a character, too little held-out text, or no parity.
+        ExportError: the vocabulary does not fit the model or repeats a character, too short a context, too little held-out
+            text, or no parity.
     """
     if len(vocabulary) != model.vocab_size:
         raise ExportError(f"vocabulary ({len(vocabulary)} characters) must have vocab_size ({model.vocab_size}) characters")
@@ -79,12 +93,15 @@ def export_language_model(
         raise ExportError(
             f"held_out_tokens ({held_out_tokens.dtype}, {held_out_tokens.dim()} axes) must be int64 with one axis"
         )
+    if model.config.context_length < MIN_CACHED_CONTEXT:
+        raise ExportError(f"context_length ({model.config.context_length}) must be >= {MIN_CACHED_CONTEXT} to be exported")
     length = min(model.config.context_length, held_out_tokens.shape[0])
     if length < 2:
         raise ExportError(f"held-out text ({held_out_tokens.shape[0]} tokens) must have at least 2 tokens")
     window_BT = held_out_tokens[: held_out_tokens.shape[0] // length * length].reshape(-1, length)
     metadata = {"task": "language_model", "vocabulary": vocabulary, "context_length": model.config.context_length}
-    return _export(model, "token", window_BT, {0: "batch", 1: "time"}, metadata, Path(output), fallback)
+    interface = _cached_interface(model, window_BT)
+    return _export(model, interface, window_BT, metadata, Path(output), fallback, activations or Activations())
 
 
 def export_classifier(
@@ -94,6 +111,7 @@ def export_classifier(
     output: Path | str,
     fallback: bool = True,
     vocabulary: str | None = None,
+    activations: Activations | None = None,
 ) -> ExportReport:
     """Export a classifier: ``features`` float32 [B, T, F] -> ``logits`` [B, C] and ``tile_idx`` int64 [B, T, L, K].
 
@@ -110,10 +128,20 @@ def export_classifier(
         size = "none" if vocabulary is None else f"{len(vocabulary)} characters"
         raise ExportError(f"vocabulary ({size}) must have vocab_size ({model.vocab_size}) characters")
     metadata: dict[str, Any] = {"task": "classifier", "class_names": class_names}
-    if vocabulary is None:
-        return _export(model, "features", held_out_inputs, {0: "batch"}, metadata, Path(output), fallback)
-    metadata |= {"vocabulary": vocabulary, "context_length": model.config.context_length}
-    return _export(model, "token", held_out_inputs, {0: "batch", 1: "time"}, metadata, Path(output), fallback)
+    if vocabulary is not None:
+        metadata |= {"vocabulary": vocabulary, "context_length": model.config.context_length}
+    interface = _interface(held_out_inputs, is_text=vocabulary is not None)
+    return _export(model, interface, held_out_inputs, metadata, Path(output), fallback, activations or Activations())
+
+
+class _Interface(NamedTuple):
+    """What is traced: the wrapper of the model, example inputs with their dynamic axes, names of inputs and outputs."""
+
+    wrapper: type[nn.Module]
+    examples: tuple[Any, ...]
+    dynamic_shapes: tuple[Any, ...]
+    input_names: list[str]
+    output_names: list[str]
 
 
 class _WithTiles(nn.Module):
@@ -124,18 +152,59 @@ class _WithTiles(nn.Module):
         self.model = model
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, ...]:
-        logits, infos, _ = self.model(inputs, return_routing=True)
-        return (logits, torch.stack([info["tile_idx"] for info in infos], dim=2)) if infos else (logits,)
+        return _answer(*self.model(inputs, return_routing=True))
+
+
+class _WithCaches(nn.Module):
+    """A language model that takes (key, value) of each layer, and returns those of the next call after its answer."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, token_BT: Tensor, past: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, ...]:
+        caches = [KeyValueCache(*key_and_value) for key_and_value in past]
+        answer = _answer(*self.model(token_BT, return_routing=True, caches=caches))
+        return (*answer, *(part for cache in caches for part in (cache.key_BHPW, cache.value_BHPW)))
+
+
+def _answer(logits: Tensor, infos: list[RoutingInfo], _: AuxLosses | None) -> tuple[Tensor, ...]:
+    return (logits, torch.stack([info["tile_idx"] for info in infos], dim=2)) if infos else (logits,)
+
+
+def _interface(held_out: Tensor, is_text: bool) -> _Interface:
+    axes = {0: torch.export.Dim("batch")} | ({1: torch.export.Dim("time")} if is_text else {})
+    name = "token" if is_text else "features"
+    return _Interface(_WithTiles, (_two(held_out),), (axes,), [name], ["logits", "tile_idx"])
+
+
+def _cached_interface(model: LanguageModel, token_BT: Tensor) -> _Interface:
+    batch, time, past = (torch.export.Dim(name) for name in ("batch", "time", "past"))
+    config = model.config
+    past_LKBHPW = torch.zeros(config.num_layers, 2, 2, config.n_heads, 2, config.d_model // config.n_heads)
+    has_tiles = bool(routed_layers(model))
+    return _Interface(
+        _WithCaches,
+        # Copies, each of its own: the tracer takes inputs that are one tensor for one input.
+        (_two(token_BT)[:, :2], [(key.clone(), value.clone()) for key, value in past_LKBHPW]),
+        ({0: batch, 1: time}, [({0: batch, 2: past}, {0: batch, 2: past}) for _ in range(config.num_layers)]),
+        ["token", *past_names(config.num_layers)],
+        ["logits", *(["tile_idx"] if has_tiles else []), *present_names(config.num_layers)],
+    )
+
+
+def _two(held_out: Tensor) -> Tensor:
+    return held_out[:2] if held_out.shape[0] > 1 else held_out.repeat(2, *[1] * (held_out.dim() - 1))
 
 
 def _export(
     model: LanguageModel | Classifier,
-    input_name: str,
+    interface: _Interface,
     held_out: Tensor,
-    dynamic_axes: dict[int, str],
     metadata: dict[str, Any],
     output: Path,
     fallback: bool,
+    activations: Activations,
 ) -> ExportReport:
     if not output.parent.is_dir():
         raise ExportError(f"the folder of the output ({output.parent}) must exist")
@@ -144,12 +213,12 @@ def _export(
     output = output.resolve()  # a link stays, the file that it names is replaced
     check_finite(model)
     model = copy.deepcopy(model).to(device="cpu", dtype=torch.float32).eval()
-    proto = _to_onnx(pack_model(copy.deepcopy(model)), input_name, held_out[:2], dynamic_axes)
+    proto = _to_onnx(pack_model(copy.deepcopy(model)), interface)
     if fallback:
         proto.functions.extend(fallback_functions())
     temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     try:
-        report = _write_verified(model, proto, input_name, held_out, metadata, temporary)
+        report = _write_verified(model, proto, held_out, metadata, activations, temporary)
         temporary.replace(output)
     finally:
         with suppress(FileNotFoundError):
@@ -168,9 +237,7 @@ def check_finite(model: nn.Module) -> None:
             )
 
 
-def _to_onnx(
-    packed: LanguageModel | Classifier, input_name: str, example: Tensor, dynamic_axes: dict[int, str]
-) -> onnx.ModelProto:
+def _to_onnx(packed: LanguageModel | Classifier, interface: _Interface) -> onnx.ModelProto:
     register_schemas()
     opset = onnxscript.values.Opset(schema.DOMAIN, schema.OPSET_VERSION)
 
@@ -192,11 +259,11 @@ def _to_onnx(
 
     with torch.no_grad(), _quiet():
         program = torch.onnx.export(
-            _WithTiles(packed).eval(),
-            (example if example.shape[0] > 1 else example.repeat(2, *[1] * (example.dim() - 1)),),
-            input_names=[input_name],
-            output_names=["logits", "tile_idx"],
-            dynamic_shapes=({axis: torch.export.Dim(name) for axis, name in dynamic_axes.items()},),
+            interface.wrapper(packed).eval(),
+            interface.examples,
+            input_names=interface.input_names,
+            output_names=interface.output_names,
+            dynamic_shapes=interface.dynamic_shapes,
             opset_version=ONNX_OPSET,
             custom_translation_table={
                 torch.ops.trix.ternary_tile_matmul.default: tile_matmul,
@@ -208,6 +275,7 @@ def _to_onnx(
         )
     assert program is not None
     proto = program.model_proto
+    unsqueeze_constants(proto.graph)
     _lay_in_panels(proto.graph)
     proto.ir_version = ONNX_IR_VERSION
     proto.producer_name = "trix"
@@ -230,14 +298,6 @@ def _lay_in_panels(graph: onnx.GraphProto) -> None:
         initializers[name].CopyFrom(onnx.numpy_helper.from_array(to_panels(ternary), name))
 
 
-class _Expected(NamedTuple):
-    """Torch's answer: logits [B, T, V] or [B, C]; tile_idx [B, T, L, K] and gap [B, T, L] where layers are routed."""
-
-    logits: NDArray[np.float32]
-    tile_idx: NDArray[np.int64] | None
-    gap: NDArray[np.float32] | None
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
     # torch's exporter warns of packages that it looks for and this project does not use.
@@ -255,16 +315,17 @@ def _quiet() -> Iterator[None]:
 def _write_verified(
     model: LanguageModel | Classifier,
     proto: onnx.ModelProto,
-    input_name: str,
     held_out: Tensor,
     metadata: dict[str, Any],
+    activations: Activations,
     path: Path,
 ) -> ExportReport:
-    expected = _run_torch(model, held_out)
+    expected = run_torch(model, held_out)
     metadata |= {
         "config": asdict(model.config),
         "float32_bytes": sum(parameter.numel() for parameter in model.parameters()) * 4,
-        "reference": _reference(held_out[:1], expected),
+        "activations": asdict(activations),
+        "reference": expected.as_reference(held_out, expected.answer),
         "layers": [
             asdict(_layer_record(layer, layer.router))
             for layer in routed_layers(model)
@@ -273,15 +334,23 @@ def _write_verified(
     }
     _save(proto, metadata, path)
     onnx.checker.check_model(str(path), full_check=True)
-    logits, tile_idx, used_library = _run_onnx(path, input_name, held_out)
-    parity = compare(logits, expected.logits, tile_idx, expected.tile_idx, expected.gap)
-    if not parity.max_relative_difference < MAX_RELATIVE_DIFFERENCE or parity.num_unexplained:
-        raise ExportError(
-            f"max relative difference to torch ({parity.max_relative_difference:.1e}) must be < {MAX_RELATIVE_DIFFERENCE:.0e} "
-            f"and tokens routed differently without a near tie ({parity.num_unexplained}) must be 0"
-        )
-    _save(proto, metadata | {"export_parity": asdict(parity) | {"used_library": used_library}}, path)
-    return ExportReport(parity, used_library, path.stat().st_size, metadata["float32_bytes"])
+    session, used_library = open_session(path)
+    parity = expected.parity(run_whole(session, held_out))
+    metadata["export_parity"] = asdict(parity) | {"used_library": used_library}
+    report = ExportReport(parity, used_library, 0, metadata["float32_bytes"])
+    if isinstance(model, LanguageModel):
+        report = replace(report, cached_parity=expected.parity(run_stepwise(session, held_out[:CHECK_BATCH])))
+    if activations.bits != Activations().bits:
+        set_activations(proto.graph, activations)
+        _save(proto, metadata, path)
+        answer = run_whole(open_session(path)[0], held_out)
+        found = drift(*answer, *expected.answer)
+        report = replace(report, drift=found)
+        # Its answers are no longer torch's: wherever the file goes, it is compared with what it answered here.
+        metadata["reference"] = expected.as_reference(held_out, answer) | {"by": BY_ONNXRUNTIME}
+        metadata["drift"] = asdict(found)
+    _save(proto, metadata, path)
+    return replace(report, file_bytes=path.stat().st_size)
 
 
 def _layer_record(layer: RoutedLayer, router: SignatureRouter) -> LayerRecord:
@@ -295,45 +364,6 @@ def _layer_record(layer: RoutedLayer, router: SignatureRouter) -> LayerRecord:
         history=layer.get_surgery_history(),
         claims=None if claims is None else claims.tolist(),
     )
-
-
-def _run_torch(model: LanguageModel | Classifier, held_out: Tensor) -> _Expected:
-    layers = routed_layers(model)
-    logits, tile_idx, gap = [], [], []
-    with torch.no_grad():
-        for part in torch.split(held_out, CHECK_BATCH):
-            part_logits, infos, _ = model(part, return_routing=True)
-            logits.append(part_logits.numpy())
-            if infos:
-                tile_idx.append(torch.stack([info["tile_idx"] for info in infos], dim=2).numpy())
-                scores = [info["scores"] + layer.router.balance_bias for info, layer in zip(infos, layers, strict=True)]
-                gap.append(np.stack([selection_gap(s.numpy(), tile_idx[-1].shape[-1]) for s in scores], axis=2))
-    if not tile_idx:
-        return _Expected(np.concatenate(logits), None, None)
-    return _Expected(np.concatenate(logits), np.concatenate(tile_idx), np.concatenate(gap))
-
-
-def _run_onnx(path: Path, input_name: str, held_out: Tensor) -> tuple[NDArray[np.float32], NDArray[np.int64] | None, bool]:
-    try:
-        options, used_library = session_options(), True
-    except LibraryNotFoundError:
-        options, used_library = ort.SessionOptions(), False
-    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    parts = [session.run(None, {input_name: part.numpy()}) for part in torch.split(held_out, CHECK_BATCH)]
-    logits, *tile_idx = (np.concatenate(output) for output in zip(*parts, strict=True))
-    return logits, tile_idx[0] if tile_idx else None, used_library
-
-
-def _reference(held_out: Tensor, expected: _Expected) -> dict[str, Any]:
-    """One held-out example with torch's answer, so that parity can be checked wherever the file goes."""
-    reference: dict[str, Any] = {
-        "input": held_out[:1].tolist(),
-        "logits": encode_array(expected.logits[:1]),
-    }
-    if expected.tile_idx is not None and expected.gap is not None:
-        reference["tile_idx"] = expected.tile_idx[:1].tolist()
-        reference["gap"] = encode_array(expected.gap[:1])
-    return reference
 
 
 def _save(proto: onnx.ModelProto, metadata: dict[str, Any], path: Path) -> None:

@@ -1,8 +1,9 @@
 """What an exported file says about itself, beside the graph: JSON values in the ONNX metadata, under one prefix.
 
-Keys: format, task, config, float32_bytes, reference (an example with torch's answer; after surgery on the file with its own, by
-onnxruntime), export_parity, layers (one :class:`LayerRecord` per layer routed by signatures); and by task vocabulary and
-context_length, or class_names.
+Keys: format, task, config, float32_bytes, activations (their bits and group_size in ternary products), reference (an example
+with torch's answer; with activations of 8 bits, or after surgery on the file, with the file's own, by onnxruntime),
+export_parity (at 24 bits), drift (of 8 bits), layers (one :class:`LayerRecord` per layer routed by signatures); and by task
+vocabulary and context_length, or class_names.
 """
 
 import base64
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # since 2, language models take and return keys and values
 BY_ONNXRUNTIME = "onnxruntime"  # the value of reference["by"] where the answer is not torch's
 _PREFIX = "trix."
 
@@ -87,7 +88,8 @@ def from_properties(properties: Mapping[str, str]) -> dict[str, Any]:
     except RecursionError as error:
         raise ValueError("metadata must be JSON of ordinary depth, a value is nested too deeply") from error
     if metadata.get("format") != FORMAT_VERSION:
-        raise ValueError(f"file format ({metadata.get('format')}) must be {FORMAT_VERSION}: was it written by `trix export`?")
+        was_ours = "export its checkpoint again" if "format" in metadata else "was it written by `trix export`?"
+        raise ValueError(f"file format ({metadata.get('format')}) must be {FORMAT_VERSION}: {was_ours}")
     return metadata
 
 

@@ -34,6 +34,49 @@ class Parity:
         )
 
 
+@dataclass(frozen=True)
+class Drift:
+    """How far answers are from those expected where they need not be the same, as with activations of 8 bits.
+
+    relative_rms_difference: sqrt(mean (actual - expected)^2 / mean expected^2) over all logits. top_agreement: share of
+    positions whose largest logit is the same. routing_agreement: share of (token, layer) pairs sent to the same tiles.
+    """
+
+    relative_rms_difference: float
+    top_agreement: float
+    routing_agreement: float = 1.0
+
+    def __str__(self) -> str:
+        return (
+            f"against torch: relative RMS difference of the logits {self.relative_rms_difference:.1e}, "
+            f"the same most likely answer {self.top_agreement:.2%}, routed the same {self.routing_agreement:.2%}"
+        )
+
+
+def drift(
+    actual_logits: NDArray[np.floating],
+    actual_idx: NDArray[np.int64] | None,
+    expected_logits: NDArray[np.floating],
+    expected_idx: NDArray[np.int64] | None,
+) -> Drift:
+    """Compare logits [..., V] and tile indices [B, T, L, K], None without routed layers."""
+    actual, expected = actual_logits.astype(np.float64), expected_logits.astype(np.float64)
+    mean_square = float(np.square(expected).mean())
+    is_same = np.ones(1) if actual_idx is None or expected_idx is None else _is_same(actual_idx, expected_idx)
+    return Drift(
+        relative_rms_difference=float(
+            np.sqrt(np.square(actual - expected).mean() / max(mean_square, np.finfo(np.float64).tiny))
+        ),
+        top_agreement=float((actual.argmax(axis=-1) == expected.argmax(axis=-1)).mean()),
+        routing_agreement=float(is_same.mean()),
+    )
+
+
+def _is_same(actual_idx: NDArray[np.int64], expected_idx: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """bool [B, T, L]: the same tiles, in any order."""
+    return np.asarray((np.sort(actual_idx, axis=-1) == np.sort(expected_idx, axis=-1)).all(axis=-1))
+
+
 def relative_difference(actual: NDArray[np.floating], expected: NDArray[np.floating]) -> float:
     """max |actual - expected| / max |expected|; infinite where a value is not finite.
 
@@ -66,7 +109,7 @@ def compare(
             f"tile indices, actual {actual_idx.shape} and expected {expected_idx.shape}, must have the same shape, "
             f"and gap {gap.shape} theirs without the last axis"
         )
-    is_same_BTL = (np.sort(actual_idx, axis=-1) == np.sort(expected_idx, axis=-1)).all(axis=-1)
+    is_same_BTL = _is_same(actual_idx, expected_idx)
     is_near_tie_BTL = gap <= SCORE_ROUNDING
     # A token that goes elsewhere at one layer changes what it and, by attention, its sequence meet at the next.
     is_excused_BTL = np.logical_or.accumulate(is_near_tie_BTL.any(axis=1, keepdims=True), axis=2)

@@ -9,12 +9,13 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from ort_ops.caches import CachedReader, empty_caches, past_names, present_names
 from ort_ops.file_format import BY_ONNXRUNTIME, decode_array, from_properties
 from ort_ops.library import LibraryNotFoundError, session_options
 from ort_ops.parity import Parity, compare
 from ort_ops.schema import DOMAIN
 
-EDITED = "its own answers when `trix surgery` wrote it"
+OWN = "its own answers when it was written"
 MAX_THREADS = 1024  # beyond what any machine has, a session takes minutes to start, or cannot
 
 
@@ -27,7 +28,7 @@ class PromptError(ValueError):
 
 
 class ExportedModel:
-    """An exported model of any task in an onnxruntime session.
+    """An exported model of any task in an onnxruntime session, which threads may share: a call changes nothing in it.
 
     Args:
         path: a file written by ``trix export``. use_library: run the native kernels; otherwise the portable functions in the
@@ -70,13 +71,15 @@ class ExportedModel:
         return value
 
     def run(self, inputs: NDArray[Any]) -> tuple[NDArray[np.float32], NDArray[np.int64] | None]:
-        """Logits, and tile_idx [B, T, L, K] where the model has routed layers."""
-        logits, *tile_idx = self.session.run(None, {self.session.get_inputs()[0].name: inputs})
+        """Logits, and tile_idx [B, T, L, K] where the model has routed layers, of whole sequences: with nothing before them."""
+        names = [value.name for value in self.session.get_outputs() if value.name in ("logits", "tile_idx")]
+        first = self.session.get_inputs()[0].name
+        logits, *tile_idx = self.session.run(names, {first: inputs, **empty_caches(self.session, len(inputs))})
         return logits, tile_idx[0] if tile_idx else None
 
     def check_parity(self) -> Parity:
         """Run the held-out example that travels in the file and compare with the answer that torch gave at export, or where
-        the file was edited since, with its own at that time.
+        activations have 8 bits or the file was edited since, with its own at that time.
 
         Raises:
             ModelFileError: the example is damaged.
@@ -93,7 +96,7 @@ class ExportedModel:
         dtype = np.int64 if self.session.get_inputs()[0].type == "tensor(int64)" else np.float32
         logits, tile_idx = self.run(np.asarray(reference["input"], dtype=dtype))
         expected = decode_array(reference["logits"])
-        by = EDITED if reference.get("by") == BY_ONNXRUNTIME else "torch"
+        by = OWN if reference.get("by") == BY_ONNXRUNTIME else "torch"
         if tile_idx is None:
             return replace(compare(logits, expected), compared_with=by)
         expected_idx = np.asarray(reference["tile_idx"], dtype=np.int64)
@@ -132,8 +135,11 @@ class LanguageModelSession(ExportedModel):
             raise ModelFileError(f"{self.path}: context_length ({self.context_length}) must be >= 1")
         inputs = [value.name for value in self.session.get_inputs()]
         shape_of = {value.name: value.shape for value in self.session.get_outputs()}
-        if inputs != ["token"] or "logits" not in shape_of:
-            raise ModelFileError(f"{self.path}: inputs ({inputs}) must be ['token'] and outputs ({[*shape_of]}) hold 'logits'")
+        num_layers = (len(inputs) - 1) // 2
+        expected = {"logits", *present_names(num_layers)}
+        if inputs != ["token", *past_names(num_layers)] or not expected <= shape_of.keys():
+            rule = "must be ['token', 'past_key_0', ...] and outputs hold 'logits' and a present_ for each past_"
+            raise ModelFileError(f"{self.path}: inputs ({inputs}) {rule}, got ({[*shape_of]})")
         if shape_of["logits"][-1:] != [len(self.vocabulary)]:
             rule = f"vocabulary ({len(self.vocabulary)} characters) must be as long as the last axis of logits"
             raise ModelFileError(f"{self.path}: {rule} {shape_of['logits']}")
@@ -154,7 +160,11 @@ class LanguageModelSession(ExportedModel):
     def generate(
         self, prompt: str, num_tokens: int = 200, temperature: float = 0.8, top_p: float = 1.0, seed: int = 0
     ) -> Iterator[str]:
-        """Yield num_tokens characters that follow the prompt, as they are drawn.
+        """Yield num_tokens characters that follow the prompt, as they are drawn. Threads may generate at the same time.
+
+        The prompt, its last context_length tokens, is read once, then each token, with keys and values of those before. When
+        these are context_length tokens, the last half of them is read anew: a token is drawn after the last context_length / 2
+        to context_length tokens.
 
         Args:
             temperature: 0 takes the likeliest character, else logits are divided by it. top_p: draw from the smallest set of
@@ -176,12 +186,15 @@ class LanguageModelSession(ExportedModel):
 
     def _generate(self, tokens: list[int], num_tokens: int, temperature: float, top_p: float, seed: int) -> Iterator[str]:
         random = np.random.default_rng(seed)
+        reader, unread = CachedReader(self.session), tokens[-self.context_length :]
         for _ in range(num_tokens):
-            window = np.asarray([tokens[-self.context_length :]], dtype=np.int64)
-            logits = self.session.run(["logits"], {"token": window})[0][0, -1]
+            if reader.num_tokens + len(unread) > self.context_length:
+                reader, unread = CachedReader(self.session), tokens[-max(self.context_length // 2, 1) :]
+            logits = reader.read(np.asarray([unread], dtype=np.int64), ["logits"])[0][0, -1]
             if np.isnan(logits).any():
                 raise ModelFileError(f"{self.path}: logits must be numbers, {np.isnan(logits).sum()} of {logits.size} are NaN")
             tokens.append(draw(logits, temperature, top_p, random))
+            unread = tokens[-1:]
             yield self.vocabulary[tokens[-1]]
 
 

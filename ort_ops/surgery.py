@@ -19,6 +19,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import ModelProto, ValueInfoProto
 
+from ort_ops.caches import empty_caches
 from ort_ops.file_format import BY_ONNXRUNTIME, LayerRecord, encode_array, to_properties
 from ort_ops.library import LibraryNotFoundError, session_options
 from ort_ops.parity import SCORE_ROUNDING, selection_gap
@@ -193,8 +194,9 @@ class _Run:
             session = ort.InferenceSession(probed.SerializeToString(), options, providers=["CPUExecutionProvider"])
             source = session.get_inputs()[0]
             self.example = example.astype(np.int64 if source.type == "tensor(int64)" else np.float32)
+            inputs = {source.name: self.example, **empty_caches(session, len(self.example))}
             names = [value.name for value in session.get_outputs()]
-            self.output = dict(zip(names, session.run(names, {source.name: self.example}), strict=True))
+            self.output = dict(zip(names, session.run(names, inputs), strict=True))
         except Exception as error:  # onnxruntime's exceptions share no base class of their own
             raise VerificationError(f"onnxruntime cannot run the file: {' '.join(str(error).split())}") from error
         self.x = [self.output[layer.x].reshape(-1, layer.signature_ED.shape[1]) for layer in layers]

@@ -22,6 +22,7 @@ from lightning_modules.commands.output_text import print_rich
 from lightning_modules.errors import UserError
 from lightning_modules.machine import cpu_name, instruction_sets, num_usable_cores
 from lightning_modules.whole_bytes import write_whole
+from ort_ops.caches import CachedReader
 from ort_ops.file_format import describe_size
 from ort_ops.library import LibraryNotFoundError
 from ort_ops.runtime import ExportedModel, ModelFileError
@@ -34,12 +35,30 @@ RUNNER = Path(__file__).resolve().parents[2] / "benchmarks" / "run.py"
 LENGTHS = (1, 8, 64, 256)
 MIN_ROUNDS, DEFAULT_ROUNDS = 5, 7
 MIN_SAMPLE_SECONDS = 0.02
+MAX_GENERATED = 64
+
+
+@dataclass(frozen=True)
+class Case:
+    """One sequence (batch 1): read whole, or from ``num_before`` on token by token, as text is generated."""
+
+    inputs: NDArray[Any]
+    num_before: int = 0
+
+    @property
+    def mode(self) -> str:
+        return "generation" if self.num_before else "whole"
+
+    @property
+    def length(self) -> int:
+        return int(self.inputs.shape[1]) - self.num_before
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Runs of one sequence (batch 1) of ``length`` tokens: the median over the rounds, the fastest and the slowest."""
+    """Runs of ``length`` tokens, ``mode`` as :class:`Case`: the median over the rounds, the fastest and the slowest."""
 
+    mode: str
     kernels: str
     threads: int
     length: int
@@ -98,7 +117,7 @@ def _bench_model(arguments: list[str]) -> int:
     try:
         sessions = open_sessions(model, options.threads)
         some = next(iter(sessions.values()))
-        timings = measure(sessions, sequences(some, options.lengths), options.rounds)
+        timings = measure(sessions, cases_of(some, options.lengths), options.rounds)
     except ValueError as error:
         raise UserError(str(error)) from error
     size = describe_size(some.file_bytes, some.float32_bytes)
@@ -136,19 +155,25 @@ def open_sessions(model: Path, threads: Sequence[int] | None) -> dict[tuple[str,
     return sessions
 
 
-def sequences(model: ExportedModel, lengths: Sequence[int]) -> list[NDArray[Any]]:
-    """The example of the file at each length, up to what the model looks back on; features as they are."""
+def cases_of(model: ExportedModel, lengths: Sequence[int]) -> list[Case]:
+    """The example of the file at each length, up to what the model looks back on; features as they are. Of a language model
+    also the second half of its context, or MAX_GENERATED tokens of it, token by token.
+    """
     reference = model.metadata.get("reference")
     if not isinstance(reference, dict) or not isinstance(reference.get("input"), list):
         raise ModelFileError(f"{model.path}: metadata reference must hold an input")
     limit = model.metadata.get("context_length")
     if type(limit) is not int:
-        return [np.asarray(reference["input"], dtype=np.float32)]
+        return [Case(np.asarray(reference["input"], dtype=np.float32))]
     token_T = np.asarray(reference["input"], dtype=np.int64).ravel()
-    return [np.resize(token_T, (1, length)) for length in sorted({min(length, limit) for length in lengths})]
+    whole = [Case(np.resize(token_T, (1, length))) for length in sorted({min(length, limit) for length in lengths})]
+    if model.metadata.get("task") != "language_model":
+        return whole
+    half = limit // 2
+    return [*whole, Case(np.resize(token_T, (1, min(limit, half + MAX_GENERATED))), half)]
 
 
-def measure(sessions: Mapping[tuple[str, int], ExportedModel], inputs: Sequence[NDArray[Any]], num_rounds: int) -> list[Timing]:
+def measure(sessions: Mapping[tuple[str, int], ExportedModel], inputs: Sequence[Case], num_rounds: int) -> list[Timing]:
     """All take turns, round by round, in an order that moves on, so that a change of the machine's speed meets all alike."""
     cases = [(kernels, threads, place) for kernels, threads in sessions for place in range(len(inputs))]
     repeats: dict[tuple[str, int, int], int] = {}
@@ -161,20 +186,33 @@ def measure(sessions: Mapping[tuple[str, int], ExportedModel], inputs: Sequence[
         start = turn % len(cases)
         for case in cases[start:] + cases[:start]:
             seconds[case].append(_seconds(sessions[case[:2]], inputs[case[2]], repeats[case]))
-    return [_timing(*case[:2], inputs[case[2]].shape[1], seconds[case]) for case in cases]
+    return [_timing(inputs[case[2]], *case[:2], seconds[case]) for case in cases]
 
 
-def _seconds(model: ExportedModel, inputs: NDArray[Any], repeats: int) -> float:
-    start = time.perf_counter()
+def _seconds(model: ExportedModel, case: Case, repeats: int) -> float:
+    seconds = 0.0
     for _ in range(repeats):
-        model.run(inputs)
-    return (time.perf_counter() - start) / repeats
+        reader = _reader(model, case) if case.num_before else None
+        start = time.perf_counter()
+        if reader is None:
+            model.run(case.inputs)
+        else:
+            for place in range(case.num_before, case.inputs.shape[1]):
+                reader.read(case.inputs[:, place : place + 1], ["logits"])
+        seconds += time.perf_counter() - start
+    return seconds / repeats
 
 
-def _timing(kernels: str, threads: int, length: int, seconds: Sequence[float]) -> Timing:
-    median = statistics.median(seconds)
+def _reader(model: ExportedModel, case: Case) -> CachedReader:
+    reader = CachedReader(model.session)
+    reader.read(case.inputs[:, : case.num_before], ["logits"])
+    return reader
+
+
+def _timing(case: Case, kernels: str, threads: int, seconds: Sequence[float]) -> Timing:
+    median, length = statistics.median(seconds), case.length
     ms = (median * 1e3, min(seconds) * 1e3, max(seconds) * 1e3)
-    return Timing(kernels, threads, length, *ms, tokens_per_s=length / median, ms_per_token=median * 1e3 / length)
+    return Timing(case.mode, kernels, threads, length, *ms, tokens_per_s=length / median, ms_per_token=median * 1e3 / length)
 
 
 def machine() -> dict[str, Any]:
@@ -201,25 +239,27 @@ def _print(console: "Console", title: str, timings: Sequence[Timing]) -> None:
         table.add_row(
             timing.kernels,
             f"{timing.threads}",
-            f"{timing.length}",
+            f"{timing.length}" if timing.mode == "whole" else f"{timing.length} one by one",
             *ms,
             f"{timing.tokens_per_s:,.0f}",
             f"{timing.ms_per_token:.4f}",
         )
     console.print(Text(title), soft_wrap=True)
     console.print(table)
-    console.print(Text("One sequence at a time; medians over rounds in which all take turns."), soft_wrap=True)
+    note = "One sequence at a time; one by one: as in generation, after half the context."
+    console.print(Text(f"{note} Medians over rounds in which all take turns."), soft_wrap=True)
 
 
 def figure(timings: Sequence[Timing], title: str) -> "Figure":
-    """Milliseconds a run against its tokens, with the range over the rounds."""
+    """Milliseconds a run against its tokens, sequences as a whole, with the range over the rounds."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
 
     drawn = Figure(figsize=(6, 4), layout="constrained")
     axes = drawn.subplots()
     for kernels, threads in dict.fromkeys((timing.kernels, timing.threads) for timing in timings):
-        own = [timing for timing in timings if (timing.kernels, timing.threads) == (kernels, threads)]
+        key = ("whole", kernels, threads)
+        own = [timing for timing in timings if (timing.mode, timing.kernels, timing.threads) == key]
         below = [timing.median_ms - timing.min_ms for timing in own]
         above = [timing.max_ms - timing.median_ms for timing in own]
         label = f"{kernels}, {threads} thread{'s' if threads > 1 else ''}"

@@ -11,6 +11,7 @@ from lightning_modules.run_folder import best_checkpoint
 
 if TYPE_CHECKING:
     from ort_ops.export import ExportReport
+    from ort_ops.graph import Activations
 
 
 def run_export(arguments: list[str]) -> int:
@@ -20,9 +21,14 @@ def run_export(arguments: list[str]) -> int:
     check_output_file(output, ckpt, kept=(".ckpt",))  # an export may be made again
     if options.held_out_tokens < 2:
         raise UserError(f"--held-out-tokens ({options.held_out_tokens}) must be >= 2")
+    if options.group_size is not None and options.activation_bits != 8:
+        raise UserError(f"--group-size ({options.group_size}) belongs to --activation-bits 8, not {options.activation_bits}")
+    from ort_ops.graph import Activations
+
+    activations = Activations(options.activation_bits, 128 if options.group_size is None else options.group_size)
     try:
         with output_folder(output.parent):
-            report = export_checkpoint(ckpt, output, fallback=not options.no_fallback, held_out_tokens=options.held_out_tokens)
+            report = export_checkpoint(ckpt, output, not options.no_fallback, options.held_out_tokens, activations)
     except OSError as error:  # reading has errors of its own
         raise UserError(f"output {output} cannot be written: {error.strerror or error}") from error
     except ValueError as error:
@@ -32,13 +38,16 @@ def run_export(arguments: list[str]) -> int:
     return 0
 
 
-def export_checkpoint(ckpt: Path | str, output: Path, fallback: bool, held_out_tokens: int) -> "ExportReport":
+def export_checkpoint(
+    ckpt: Path | str, output: Path, fallback: bool, held_out_tokens: int, activations: "Activations"
+) -> "ExportReport":
     """Rebuild the task and the data of a checkpoint, and export its network.
 
     Args:
         ckpt: a file written by `trix fit`. output: the file to write, in a folder that exists.
         fallback: also write the operators' portable definition.
         held_out_tokens: at most so many tokens of the validation data are used to compare with torch.
+        activations: what the file's ternary products read.
 
     Raises:
         CheckpointError, DataError, and what ``ort_ops.export`` raises.
@@ -50,14 +59,16 @@ def export_checkpoint(ckpt: Path | str, output: Path, fallback: bool, held_out_t
     if isinstance(task, LanguageModelTask):
         text = make_text(task, checkpoint, ckpt)
         num_tokens = min(held_out_tokens, len(text.val_dataloader().dataset) * text.context_length)  # type: ignore[arg-type]
-        return export_language_model(task.network, task.vocabulary, text.held_out_tokens(num_tokens), output, fallback)
+        tokens = text.held_out_tokens(num_tokens)
+        return export_language_model(task.network, task.vocabulary, tokens, output, fallback, activations)
     if isinstance(task, ClassifierTask):
         import torch
 
         data = make_labelled_data(task, checkpoint, ckpt)
         inputs = torch.cat([inputs for inputs, _ in data.val_dataloader()])
-        num_examples = max(held_out_tokens // inputs.shape[1], 1)
-        return export_classifier(task.network, list(task.class_names), inputs[:num_examples], output, fallback, task.vocabulary)
+        inputs = inputs[: max(held_out_tokens // inputs.shape[1], 1)]
+        names = list(task.class_names)
+        return export_classifier(task.network, names, inputs, output, fallback, task.vocabulary, activations)
     raise UserError(
         f"task ({task.task_name}) must be {LanguageModelTask.task_name} or {ClassifierTask.task_name} to be exported"
     )
@@ -69,7 +80,8 @@ def make_parser() -> CommandParser:
         description="Write a checkpoint as one ONNX file with packed ternary weights, and compare it with torch.",
         epilog="examples:\n"
         "  trix export --ckpt runs/char_lm --output runs/char_lm/model.onnx\n"
-        "  trix export --ckpt runs/char_lm/version_0/checkpoints/last.ckpt --output last.onnx",
+        "  trix export --ckpt runs/char_lm/version_0/checkpoints/last.ckpt --output last.onnx\n"
+        "  trix export --ckpt runs/char_lm --output runs/char_lm/fast.onnx --activation-bits 8",
     )
     parser.add_argument("--ckpt", required=True, help=CHECKPOINT_HELP).complete = FILE
     parser.add_argument("--output", required=True, help="the ONNX file to write").complete = FILE
@@ -83,5 +95,19 @@ def make_parser() -> CommandParser:
         type=int,
         default=4096,
         help="compare with torch on at most so many tokens of the validation data (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--activation-bits",
+        type=int,
+        choices=(24, 8),
+        default=24,
+        help="of what the ternary products read: 24 is as exact as float32; 8 is faster, and what it changes is told "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--group-size",
+        type=int,
+        choices=(128, 0),
+        help="of 8 bits: how many columns share a scale, 128, or 0 for all: faster, less exact (default: 128)",
     )
     return parser

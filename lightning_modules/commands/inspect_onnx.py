@@ -34,14 +34,14 @@ def make_onnx_page(model: Path) -> str:
     except ValueError as error:
         raise UserError(str(error)) from error
     kernels = "native operators" if session.uses_library else "portable operators"
-    at_export = metadata.get("export_parity")
-    figures = at_export.items() if isinstance(at_export, dict) else ()
+    activations, drift = (_figures(metadata.get(key)) for key in ("activations", "drift"))
     facts = {
         "file": str(model),
         "task": str(metadata.get("task")).replace("_", " "),
         "size": describe_size(session.file_bytes, session.float32_bytes),
         "runs here": f"{parity} ({kernels})",
-        "at export": ", ".join(f"{name.replace('_', ' ')} {_figure(value)}" for name, value in figures),
+        "at export": _figures(metadata.get("export_parity")),
+        "activations": activations + (f"; against torch: {drift}" if drift else ""),
         "operators": ", ".join(f"{name} {count}" for name, count in operator_counts(proto).most_common()),
         "portable functions": ", ".join(function.name for function in proto.functions) or "none: needs the native operators",
         "configuration": json.dumps(metadata.get("config")),
@@ -87,8 +87,10 @@ def _layer_section(index: int, layer: SignatureLayer, record: LayerRecord, usage
     return title + f'<div class="signatures">{table(columns, rows)}</div>'
 
 
-def _figure(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+def _figures(values: Any) -> str:
+    pairs = values.items() if isinstance(values, dict) else ()
+    shown = ((name.replace("_", " "), f"{value:.3g}" if isinstance(value, float) else value) for name, value in pairs)
+    return ", ".join(f"{name} {value}" for name, value in shown)
 
 
 def _claims(count_C: Sequence[int]) -> str:

@@ -31,7 +31,7 @@ def test_a_token_with_a_value_that_is_not_finite_is_nan(bits: int) -> None:
 
 @pytest.mark.parametrize("kind", ["gaussian", "heavy tails", "outlier channels", "one massive channel"])
 def test_24_bits_are_as_exact_as_float32(kind: str) -> None:
-    """No worse than twice the error of a float32 product of numpy, whatever the activations are like."""
+    """Whatever the activations are like, the error is that of rounding to float32: a product of float32 has 1e-7 to 3e-7."""
     rng = np.random.default_rng(14)
     inputs, weight = tile_matmul_inputs(rng, 8, 1, 256, 4096)
     if kind == "heavy tails":
@@ -41,12 +41,8 @@ def test_24_bits_are_as_exact_as_float32(kind: str) -> None:
     if kind == "one massive channel":
         inputs["x"][:, 1000] = 1000
     exact = tile_matmul_reference(inputs, weight)
-    as_float32 = (inputs["x"] @ weight[0].T.astype(np.float32)) * inputs["row_scale"][0]
-
-    def error(y: np.ndarray) -> float:
-        return float(np.sqrt(np.mean((y - exact) ** 2) / np.mean(exact**2)))
-
-    assert error(run_tile_matmul(inputs)) <= 2 * max(error(as_float32), 1e-7)
+    error = np.sqrt(np.mean((run_tile_matmul(inputs) - exact) ** 2) / np.mean(exact**2))
+    assert error <= 6e-7
 
 
 @pytest.mark.parametrize("group_size", [0, 128])

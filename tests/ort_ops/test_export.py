@@ -8,13 +8,16 @@ import pytest
 import torch
 
 from ort_ops import file_format, schema
+from ort_ops.caches import empty_caches
 from ort_ops.export import ExportError, export_classifier, export_language_model
+from ort_ops.graph import Activations
 from ort_ops.library import session_options
 from ort_ops.runtime import ExportedModel
 from trix.evolution import merge_tiles, raise_k, split_tile
-from trix.nn import Classifier, ClassifierConfig, FFNConfig
+from trix.nn import Classifier, ClassifierConfig, FFNConfig, LanguageModel, LanguageModelConfig, RotaryAttention
 
 pytestmark = pytest.mark.usefixtures("native_library")
+rotate = RotaryAttention._rotate
 TOP2 = FFNConfig(num_tiles=5, d_ff=5 * 9, top_k=2)
 
 
@@ -42,6 +45,7 @@ def test_every_kind_of_layer_exports_within_float_rounding(ffn: FFNConfig, tmp_p
     assert report.used_library
     assert report.parity.max_relative_difference < 1e-5
     assert report.parity.num_unexplained == 0
+    assert report.cached_parity.max_relative_difference < 1e-5
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
 
 
@@ -58,7 +62,8 @@ def test_layers_whose_tiles_were_merged_and_split_export_as_they_are(tmp_path: P
     assert report.parity.max_relative_difference < 1e-5
     assert report.parity.num_unexplained == 0
     session = ort.InferenceSession(tmp_path / "model.onnx", session_options())
-    tile_idx = session.run(["tile_idx"], {"token": held_out.reshape(-1, exported_models.CONTEXT).numpy()})[0]
+    token = held_out.reshape(-1, exported_models.CONTEXT)
+    tile_idx = session.run(["tile_idx"], {"token": token.numpy(), **empty_caches(session, len(token))})[0]
     assert tile_idx.shape[-1] == 2
     assert not (tile_idx[:, :, 0] == 1).any()
 
@@ -67,7 +72,7 @@ def test_logits_and_tiles_match_torch_at_other_batch_sizes_and_lengths(exported:
     session = ort.InferenceSession(exported.path, session_options())
     for shape in [(1, 1), (3, 7), (5, exported_models.CONTEXT)]:
         token = torch.randint(0, len(exported_models.VOCABULARY), shape)
-        logits, tile_idx = session.run(None, {"token": token.numpy()})
+        logits, tile_idx = session.run(["logits", "tile_idx"], {"token": token.numpy(), **empty_caches(session, len(token))})
         expected, infos, _ = exported.model(token, return_routing=True)
         np.testing.assert_allclose(logits, expected.detach().numpy(), rtol=1e-4, atol=1e-4)
         assert np.array_equal(tile_idx, torch.stack([info["tile_idx"] for info in infos], dim=2).numpy())
@@ -99,6 +104,43 @@ def test_the_file_says_what_it_is_and_no_path_of_this_machine(exported: exported
     assert metadata["config"]["ffn"]["top_k"] == 2
     assert metadata["export_parity"]["num_tokens"] == 240
     assert str(Path(torch.__file__).parent).encode() not in exported.path.read_bytes()
+
+
+@pytest.mark.parametrize("group_size", [128, 0])
+def test_activations_of_8_bits_drift_little_and_are_told(tmp_path: Path, group_size: int) -> None:
+    model = exported_models.make_model(TOP2)
+    held_out = torch.randint(0, len(exported_models.VOCABULARY), (20 * exported_models.CONTEXT,))
+    path, activations = tmp_path / "m.onnx", Activations(8, group_size)
+    report = export_language_model(model, exported_models.VOCABULARY, held_out, path, activations=activations)
+    assert report.parity.max_relative_difference < 1e-5  # of the same graph at 24 bits
+    assert 1e-4 < report.drift.relative_rms_difference < 0.2
+    assert report.drift.top_agreement > 0.8
+    assert "8 bits  against torch: relative RMS difference of the logits " in str(report)
+    nodes = [node for node in onnx.load(path).graph.node if node.op_type in ("TernaryTileMatMul", "TernaryFFN")]
+    values = [{attribute.name: attribute.i for attribute in node.attribute} for node in nodes]
+    assert values == [{"activation_bits": 8, "group_size": group_size}] * 2 * 3  # a layer: attention in and out, tiles
+    exported = ExportedModel(path)
+    assert exported.metadata["activations"] == {"bits": 8, "group_size": group_size}
+    assert exported.metadata["drift"]["relative_rms_difference"] == report.drift.relative_rms_difference
+    parity = exported.check_parity()
+    assert parity.max_relative_difference < 1e-5
+    assert "with its own answers when it was written" in str(parity)
+    assert ExportedModel(path, use_library=False).check_parity().max_relative_difference < 0.2
+
+
+def test_a_graph_that_forgets_what_was_before_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RotaryAttention, "_rotate", lambda self, x, start: rotate(self, x, 0 * start))
+    with pytest.raises(ExportError, match=r"max relative difference to torch \(.*\) must be < 1e-04"):
+        exported_models.export(tmp_path, TOP2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_projections_of_a_size_that_torch_leaves_unfolded_export(tmp_path: Path) -> None:
+    config = LanguageModelConfig(128, 1, 2, 8, True, 0.0, FFNConfig(num_tiles=2))
+    tokens = torch.randint(0, 11, (16,))
+    report = export_language_model(LanguageModel(11, config), exported_models.VOCABULARY, tokens, tmp_path / "m.onnx")
+    assert report.parity.max_relative_difference < 1e-5
+    assert report.file_bytes < report.float32_bytes / 5
 
 
 def test_without_fallback_the_file_needs_the_library(tmp_path: Path) -> None:
@@ -158,6 +200,12 @@ def test_errors_state_the_rule_and_both_values(tmp_path: Path) -> None:
     token = torch.zeros(24, dtype=torch.int64)
     with pytest.raises(ExportError, match=r"vocabulary \(2 characters\) must have vocab_size \(11\) characters"):
         export_language_model(model, "ab", token, tmp_path / "m.onnx")
+    for values, message in (((16, 128), r"bits .*\(16\) must be 24 or 8"), ((8, 32), r"group_size .*\(32\) must be 128 or 0")):
+        with pytest.raises(ValueError, match=message):
+            Activations(*values)
+    short = LanguageModel(11, LanguageModelConfig(16, 1, 2, 3))
+    with pytest.raises(ExportError, match=r"context_length \(3\) must be >= 4 to be exported"):
+        export_language_model(short, exported_models.VOCABULARY, token, tmp_path / "m.onnx")
     with pytest.raises(ExportError, match=r"held-out text \(1 tokens\) must have at least 2 tokens"):
         export_language_model(model, exported_models.VOCABULARY, token[:1], tmp_path / "m.onnx")
     with pytest.raises(ExportError, match=r"held_out_tokens \(torch.int32, 1 axes\) must be int64 with one axis"):

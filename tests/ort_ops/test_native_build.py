@@ -1,56 +1,14 @@
 """Building the native library: its C++ tests, what it exports, and an installation without a compiler."""
 
-import os
-import shutil
-import subprocess
 from pathlib import Path
 
-import pytest
+from native_builds import NATIVE, generator, run, tool
 
-import ort_ops
 from ort_ops.library import get_library_path
 
-NATIVE = Path(ort_ops.__file__).parent / "native"
 
-
-def run(*command: str | Path, **environment: str) -> str:
-    finished = subprocess.run(
-        [str(part) for part in command],
-        capture_output=True,
-        text=True,
-        env=os.environ | environment,
-        timeout=500,
-    )
-    assert finished.returncode == 0, f"{command}\n{finished.stdout[-4000:]}\n{finished.stderr[-4000:]}"
-    return finished.stdout + finished.stderr
-
-
-def tool(name: str) -> str:
-    """cmake and ninja: from the path, or skip (pip fetches its own for an ordinary build)."""
-    found = shutil.which(name)
-    if found is None:
-        pytest.skip(f"{name} is not on the path")
-    return found
-
-
-def build(folder: Path, *options: str) -> None:
-    run(tool("cmake"), "-S", NATIVE, "-B", folder, *generator(), *options)
-    run(tool("cmake"), "--build", folder, "--parallel", "2")
-
-
-def generator() -> tuple[str, ...]:
-    return ("-G", "Ninja") if shutil.which("ninja") else ()
-
-
-@pytest.fixture(scope="module")
-def build_folder(tmp_path_factory: pytest.TempPathFactory, cxx_compiler: str) -> Path:
-    folder = tmp_path_factory.mktemp("native_build")
-    build(folder, "-DTRIX_BUILD_TESTS=ON")
-    return folder
-
-
-def test_cpp_tests_pass(build_folder: Path) -> None:
-    output = run(build_folder / "kernel_tests")
+def test_cpp_tests_pass(plain_build: Path) -> None:
+    output = run(plain_build / "kernel_tests")
     assert output.endswith("0 failures\n")
     assert output.count("ran ") >= 2, output
 
@@ -61,10 +19,10 @@ def test_register_custom_ops_is_the_only_export(native_library: None) -> None:
     assert [line.split()[-1] for line in symbols if line] == ["RegisterCustomOps"]
 
 
-def test_instruction_set_objects_hold_no_weak_symbols(build_folder: Path) -> None:
+def test_instruction_set_objects_hold_no_weak_symbols(plain_build: Path) -> None:
     """A weak copy compiled for AVX2 could be linked into callers that run on a CPU without it."""
     nm = tool("nm")
-    objects = [path for path in build_folder.rglob("*.o") if "_avx2" in path.name]
+    objects = [path for path in plain_build.rglob("*.o") if "_avx" in path.name or "_dotprod" in path.name]
     for path in objects:
         kinds = {line.split()[-2] for line in run(nm, path).split("\n") if len(line.split()) >= 2}
         assert not kinds & {"W", "V", "u"}, f"{path.name}: {kinds}"

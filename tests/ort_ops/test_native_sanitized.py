@@ -1,13 +1,21 @@
-"""The library under AddressSanitizer and UndefinedBehaviorSanitizer, with mutated models and random shapes."""
+"""The library under AddressSanitizer and UndefinedBehaviorSanitizer, with mutated models and random shapes.
 
+The mutated ones run for TRIX_FUZZ_SECONDS (default 30, always the same cases in the same order); `make fuzz` gives them ten
+minutes and a seed of their own, TRIX_FUZZ_SEED.
+"""
+
+import os
 import re
 import sys
 from pathlib import Path
 
 import pytest
-from test_native_build import build, run
+from native_builds import build, run
 
-pytestmark = pytest.mark.slow
+from ort_ops.schema import OPS
+
+SECONDS = float(os.environ.get("TRIX_FUZZ_SECONDS", "30"))
+SEED = os.environ.get("TRIX_FUZZ_SEED", "0")
 
 
 @pytest.fixture(scope="module")
@@ -30,20 +38,22 @@ def test_cpp_tests_pass_sanitized(sanitized_build: Path) -> None:
     assert run(sanitized_build / "kernel_tests").endswith("0 failures\n")
 
 
+@pytest.mark.timeout(SECONDS + 600)
 def test_mutated_models_and_random_shapes_are_clean(sanitized_build: Path, cxx_compiler: str) -> None:
     output = run(
         sys.executable,
         Path(__file__).parents[1] / "support" / "fuzz_worker.py",
         next(sanitized_build.glob("libtrix_ort_ops.*")),
-        "0",
-        "2000",
-        "2000",
+        SEED,
+        str(SECONDS),
+        timeout=SECONDS + 300,
         LD_PRELOAD=runtime_libraries(cxx_compiler),
         ASAN_OPTIONS="detect_leaks=0:allocator_may_return_null=1",
     )
-    report = re.search(r"loaded (\d+) of 2000 mutated models, (\d+) runs gave a result", output)
-    assert report is not None, output
-    num_loaded, num_results = map(int, report.groups())
-    # Most mutations leave no valid model; those that do, and every valid case, must have run.
-    assert num_loaded > 200
-    assert num_results > 2000
+    for op in OPS:
+        found = re.search(rf"{op.name}: mutated (\d+), loaded (\d+), results (\d+)", output)
+        assert found is not None, output[-1000:]
+        num_mutated, num_loaded, num_results = map(int, found.groups())
+        # Most mutations leave no valid model; some do, and every valid case ran, or the kernels went untested.
+        assert num_loaded > 0.05 * num_mutated > 0, output[-1000:]
+        assert num_results > num_mutated, output[-1000:]

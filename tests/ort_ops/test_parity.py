@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from ort_ops.parity import compare, relative_difference, selection_gap
+from ort_ops.parity import compare, drift, relative_difference, selection_gap
 
 
 def test_relative_difference_by_hand() -> None:
@@ -45,3 +45,14 @@ def test_shapes_that_only_broadcast_are_refused() -> None:
         compare(logits, logits, tile_idx, tile_idx[0, 0, 0], gap)
     with pytest.raises(ValueError, match=r"and gap \(3, 2\) theirs without the last axis"):
         compare(logits, logits, tile_idx, tile_idx, gap[0])
+
+
+def test_drift_is_the_rms_of_the_difference_and_the_shares_that_stay() -> None:
+    expected = np.array([[[3.0, 0.0, 4.0], [0.0, 5.0, 0.0]]])
+    actual = expected + np.array([[[1.0, 0.0, -2.0], [0.0, 0.0, 0.0]]])
+    idx = np.array([[[[0, 1]], [[2, 3]]]])
+    found = drift(actual, idx[:, :, :, ::-1], expected, idx)
+    assert found.relative_rms_difference == pytest.approx((5 / 50) ** 0.5)
+    assert (found.top_agreement, found.routing_agreement) == (0.5, 1.0)
+    assert drift(expected, idx, expected, (idx + idx % 2) % 4).routing_agreement == 0.0
+    assert drift(expected, None, expected, None).routing_agreement == 1.0

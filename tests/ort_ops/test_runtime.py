@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import exported_models
@@ -25,12 +26,38 @@ def test_greedy_generation_equals_the_argmax_of_torch(path: Path, tmp_path: Path
     model = exported_models.export(tmp_path, FFNConfig(num_tiles=4, top_k=2)).model
     import torch
 
-    tokens = [0, 1, 2]
-    for _ in range(20):
-        tokens.append(int(model(torch.tensor([tokens[-exported_models.CONTEXT :]]))[0, -1].argmax()))
+    tokens, start = [0, 1, 2], 0
+    for _ in range(30):
+        if len(tokens) - start > exported_models.CONTEXT:
+            start = len(tokens) - exported_models.CONTEXT // 2
+        tokens.append(int(model(torch.tensor([tokens[start:]]))[0, -1].argmax()))
     expected = "".join(exported_models.VOCABULARY[token] for token in tokens[3:])
     session = LanguageModelSession(path, use_library=use_library)
-    assert "".join(session.generate("abc", num_tokens=20, temperature=0.0)) == expected
+    assert "".join(session.generate("abc", num_tokens=30, temperature=0.0)) == expected
+
+
+def test_of_a_long_prompt_the_last_context_is_read(path: Path) -> None:
+    session, prompt = LanguageModelSession(path), "abcdefghijk" * 3
+    text = "".join(session.generate(prompt, 20, temperature=0.0))
+    assert text == "".join(session.generate(prompt[-exported_models.CONTEXT :], 20, temperature=0.0))
+
+
+def test_threads_that_share_a_session_write_what_each_would_alone(path: Path) -> None:
+    session = LanguageModelSession(path, num_threads=1)
+
+    def write(seed: int) -> str:
+        return "".join(session.generate("abc"[: seed % 3 + 1], 40, seed=seed))
+
+    alone = [write(seed) for seed in range(16)]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(write, range(16))) == alone
+
+
+def test_two_texts_of_one_thread_grow_side_by_side(path: Path) -> None:
+    session = LanguageModelSession(path)
+    pairs = list(zip(session.generate("a", 30, seed=1), session.generate("b", 30, seed=2), strict=True))
+    for place, (prompt, seed) in enumerate((("a", 1), ("b", 2))):
+        assert "".join(pair[place] for pair in pairs) == "".join(session.generate(prompt, 30, seed=seed))
 
 
 def test_a_seed_repeats_and_threads_do_not_matter(path: Path) -> None:
@@ -75,8 +102,14 @@ def test_a_model_of_another_origin_is_refused(tmp_path: Path) -> None:
         onnx.helper.make_graph([node], "g", [x], [y]), ir_version=9, opset_imports=[onnx.helper.make_opsetid("", 18)]
     )
     onnx.save(model, tmp_path / "other.onnx")
-    with pytest.raises(ModelFileError, match=r"file format \(None\) must be 1: was it written by `trix export`\?"):
+    with pytest.raises(ModelFileError, match=r"file format \(None\) must be 2: was it written by `trix export`\?"):
         LanguageModelSession(tmp_path / "other.onnx")
+
+
+def test_a_file_of_an_earlier_format_is_refused(path: Path, tmp_path: Path) -> None:
+    older = edited(path, tmp_path, lambda _, properties: properties.update({"trix.format": "1"}))
+    with pytest.raises(ModelFileError, match=r"file format \(1\) must be 2: export its checkpoint again"):
+        LanguageModelSession(older)
 
 
 def edited(path: Path, folder: Path, edit: Callable[[onnx.ModelProto, dict[str, str]], object]) -> Path:
@@ -129,11 +162,10 @@ def test_a_missing_reference_is_named(path: Path, tmp_path: Path) -> None:
 
 def test_another_graph_with_the_metadata_of_a_language_model_is_refused(path: Path, tmp_path: Path) -> None:
     def edit(model: onnx.ModelProto, properties: dict[str, str]) -> None:
-        token = onnx.numpy_helper.from_array(np.zeros((1, 3), dtype=np.int64), "token")
-        model.graph.initializer.append(token)
-        del model.graph.input[:]
+        model.graph.output[-1].name = "other"
+        model.graph.node.append(onnx.helper.make_node("Identity", ["present_value_1"], ["other"]))
 
-    with pytest.raises(ModelFileError, match=r"inputs \(\[\]\) must be \['token'\] and outputs \(.*\) hold 'logits'"):
+    with pytest.raises(ModelFileError, match=r"outputs hold 'logits' and a present_ for each past_, got \(.*'other'\]\)"):
         LanguageModelSession(edited(path, tmp_path, edit))
 
 

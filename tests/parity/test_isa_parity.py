@@ -156,10 +156,10 @@ def test_route_has_the_same_bits_on_every_instruction_set(
 def test_function_and_kernel_agree_to_rounding(num_tokens: int, num_columns: int, attributes: dict[str, int]) -> None:
     inputs, _ = tile_matmul_inputs(np.random.default_rng(num_tokens), num_tokens, 7, 50, num_columns)
     model = make_model(TERNARY_TILE_MATMUL, with_functions=True, **attributes)
-    bound = 4e-6 * num_columns**0.5
-    np.testing.assert_allclose(
-        native_session(model).run(None, inputs)[0], portable_session(model).run(None, inputs)[0], rtol=0, atol=bound
-    )
+    expected = portable_session(model).run(None, inputs)[0]
+    # Twice the rounding of a sequential float32 sum, as onnxruntime's Gemm has on ARM.
+    bound = 2.0**-23 * num_columns**0.5 * np.abs(expected).max()
+    np.testing.assert_allclose(native_session(model).run(None, inputs)[0], expected, rtol=0, atol=bound)
 
 
 @pytest.mark.parametrize("top_k", [1, 3])

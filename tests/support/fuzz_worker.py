@@ -1,10 +1,14 @@
-"""Feed a sanitized build of the library byte-mutated models and inputs of random shapes.
+"""Feed a sanitized build of the library byte-mutated models, attributes of any value and inputs of random shapes.
 
-Usage: fuzz_worker.py LIBRARY SEED NUM_MODELS NUM_RUNS. Every rejection is fine; a sanitizer report or a crash ends the
-process. Prints how many models loaded and how many runs gave a result.
+Usage: fuzz_worker.py LIBRARY SEED SECONDS [CASE]. Every rejection is fine; a sanitizer report or a crash ends the process.
+Prints the number of each case before it runs (SEED and CASE repeat it alone), and at the end, for each operator, how many
+models were mutated, how many of those loaded, and how many runs gave a result.
 """
 
 import sys
+import time
+from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 import onnxruntime as ort
@@ -13,7 +17,9 @@ from packed_models import ffn_inputs, make_model, route_inputs, tile_matmul_inpu
 from ort_ops.schema import OPS, SIGNATURE_ROUTE, TERNARY_FFN, TERNARY_TILE_MATMUL, OpSchema
 
 Inputs = dict[str, np.ndarray]
+Attributes = dict[str, int]
 UNKNOWN_RANKS = {tensor.name: None for op in OPS for tensor in op.inputs}
+ODD_VALUES = (-(2**63), -(2**31), -1, 0, 1, 7, 16, 64, 128, 2**31, 2**62)
 
 
 def options_for(library: str) -> ort.SessionOptions:
@@ -27,17 +33,30 @@ def options_for(library: str) -> ort.SessionOptions:
     return options
 
 
-def valid_case(rng: np.random.Generator) -> tuple[OpSchema, Inputs, dict[str, int]]:
-    bits = {"activation_bits": int(rng.choice([8, 24])), "group_size": int(rng.choice([0, 128]))}
-    if rng.random() < 0.3:
-        sizes = (rng.integers(0, 9), rng.integers(1, 4), rng.integers(1, 5), rng.integers(0, 70), rng.integers(0, 150))
-        return TERNARY_FFN, ffn_inputs(rng, *map(int, sizes))[0], bits
-    if rng.random() < 0.5:
-        sizes = (rng.integers(0, 9), rng.integers(1, 5), rng.integers(0, 70), rng.integers(0, 300))
-        return TERNARY_TILE_MATMUL, tile_matmul_inputs(rng, *map(int, sizes))[0], bits
+def tile_matmul_case(rng: np.random.Generator) -> tuple[Inputs, Attributes]:
+    sizes = (rng.integers(0, 9), rng.integers(1, 5), rng.integers(0, 70), rng.integers(0, 300))
+    attributes = {"activation_bits": int(rng.choice([8, 24])), "group_size": int(rng.choice([0, 128]))}
+    return tile_matmul_inputs(rng, *map(int, sizes))[0], attributes
+
+
+def ffn_case(rng: np.random.Generator) -> tuple[Inputs, Attributes]:
+    sizes = (rng.integers(0, 9), rng.integers(1, 4), rng.integers(1, 5), rng.integers(0, 70), rng.integers(0, 150))
+    attributes = {"activation_bits": int(rng.choice([8, 24])), "group_size": int(rng.choice([0, 128]))}
+    return ffn_inputs(rng, *map(int, sizes))[0], attributes
+
+
+def route_case(rng: np.random.Generator) -> tuple[Inputs, Attributes]:
     num_tiles = int(rng.integers(1, 70))
     inputs, _ = route_inputs(rng, int(rng.integers(0, 9)), num_tiles, int(rng.integers(0, 70)))
-    return SIGNATURE_ROUTE, inputs, {"top_k": int(rng.integers(1, num_tiles + 1))}
+    return inputs, {"top_k": int(rng.integers(1, num_tiles + 1))}
+
+
+# Random valid inputs and attributes of each operator.
+VALID_CASES: dict[str, Callable[[np.random.Generator], tuple[Inputs, Attributes]]] = {
+    TERNARY_TILE_MATMUL.name: tile_matmul_case,
+    SIGNATURE_ROUTE.name: route_case,
+    TERNARY_FFN.name: ffn_case,
+}
 
 
 def spoil(rng: np.random.Generator, inputs: Inputs) -> Inputs:
@@ -60,6 +79,10 @@ def spoil(rng: np.random.Generator, inputs: Inputs) -> Inputs:
     return spoiled
 
 
+def spoil_attributes(rng: np.random.Generator, attributes: Attributes) -> Attributes:
+    return {name: int(rng.choice(ODD_VALUES)) if rng.random() < 0.5 else value for name, value in attributes.items()}
+
+
 def mutate(rng: np.random.Generator, model: bytes) -> bytes:
     raw = bytearray(model)
     for _ in range(int(rng.integers(1, 5))):
@@ -69,7 +92,8 @@ def mutate(rng: np.random.Generator, model: bytes) -> bytes:
 
 def session_or_none(model: bytes, library: str) -> ort.InferenceSession | None:
     try:
-        return ort.InferenceSession(model, options_for(library), providers=["CPUExecutionProvider"])
+        # Without enable_fallback=0 some rejections are printed and tried again.
+        return ort.InferenceSession(model, options_for(library), providers=["CPUExecutionProvider"], enable_fallback=0)
     except Exception:  # any rejection, and UnicodeDecodeError for messages that hold mutated bytes
         return None
 
@@ -82,27 +106,51 @@ def has_result(session: ort.InferenceSession, inputs: Inputs) -> bool:
     return True
 
 
-def main(library: str, seed: int, num_models: int, num_runs: int) -> None:
-    rng = np.random.default_rng(seed)
-    num_loaded = num_results = 0
-    for _ in range(num_models):
-        op, inputs, attributes = valid_case(rng)
-        weights = {name: array for name, array in inputs.items() if name not in ("x", "tile_idx", "weight")}
-        constants = weights if rng.random() < 0.5 else {}
-        model = make_model(op, constants=constants, **attributes).SerializeToString()
-        session = session_or_none(mutate(rng, model), library)
-        if session is not None:
-            num_loaded += 1
-            num_results += has_result(session, inputs)
-    for _ in range(num_runs):
-        op, inputs, attributes = valid_case(rng)
-        model = make_model(op, dims=UNKNOWN_RANKS, **attributes).SerializeToString()
-        session = session_or_none(model, library)
-        assert session is not None
-        num_results += has_result(session, inputs)
-        num_results += has_result(session, spoil(rng, inputs))
-    print(f"loaded {num_loaded} of {num_models} mutated models, {num_results} runs gave a result")
+def run_mutated(rng: np.random.Generator, op: OpSchema, library: str, counts: Counter[str]) -> None:
+    """A model some of whose bytes, or attributes, are wrong."""
+    inputs, attributes = VALID_CASES[op.name](rng)
+    weights = {name: array for name, array in inputs.items() if name not in ("x", "tile_idx", "weight")}
+    constants = weights if rng.random() < 0.5 else {}
+    if rng.random() < 0.3:
+        model = make_model(op, constants=constants, **spoil_attributes(rng, attributes)).SerializeToString()
+    else:
+        model = mutate(rng, make_model(op, constants=constants, **attributes).SerializeToString())
+    counts["mutated"] += 1
+    session = session_or_none(model, library)
+    if session is not None:
+        counts["loaded"] += 1
+        counts["results"] += has_result(session, inputs)
+
+
+def run_valid(rng: np.random.Generator, op: OpSchema, library: str, counts: Counter[str]) -> None:
+    """A valid model: once with valid inputs, which must give a result, and with spoiled ones."""
+    inputs, attributes = VALID_CASES[op.name](rng)
+    session = session_or_none(make_model(op, dims=UNKNOWN_RANKS, **attributes).SerializeToString(), library)
+    assert session is not None, f"{op.name} {attributes}"
+    session.run(None, inputs)
+    counts["results"] += 1 + sum(has_result(session, spoil(rng, inputs)) for _ in range(3))
+
+
+def run_case(case: int, seed: int, library: str, counts: dict[str, Counter[str]]) -> None:
+    print(f"case {case}", flush=True)
+    rng = np.random.default_rng([seed, case])
+    op = OPS[case % len(OPS)]
+    run = run_mutated if rng.random() < 0.5 else run_valid
+    run(rng, op, library, counts[op.name])
+
+
+def main(library: str, seed: int, seconds: float, case: int | None = None) -> None:
+    counts = {op.name: Counter[str]() for op in OPS}
+    if case is not None:
+        run_case(case, seed, library, counts)
+        return
+    end, case = time.monotonic() + seconds, 0
+    while time.monotonic() < end:
+        run_case(case, seed, library, counts)
+        case += 1
+    for name, count in counts.items():
+        print(f"{name}: mutated {count['mutated']}, loaded {count['loaded']}, results {count['results']}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:]))
+    main(sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), *map(int, sys.argv[4:]))

@@ -4,8 +4,10 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from native_builds import build
 
 from ort_ops.library import LibraryNotFoundError, get_library_path
 
@@ -22,6 +24,14 @@ def cxx_compiler() -> str:
     if compiler is None:
         pytest.skip("no C++ compiler (c++, g++, clang++) on this machine")
     return compiler
+
+
+@pytest.fixture(scope="session")
+def plain_build(tmp_path_factory: pytest.TempPathFactory, cxx_compiler: str) -> Path:
+    """A build folder with the library and the C++ tests."""
+    folder = tmp_path_factory.mktemp("plain_build")
+    build(folder, "-DTRIX_BUILD_TESTS=ON")
+    return folder
 
 
 @pytest.fixture(scope="session")

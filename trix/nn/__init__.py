@@ -1,6 +1,6 @@
 """Layers and small models made of ternary tiles."""
 
-from trix.nn.attention import RotaryAttention
+from trix.nn.attention import KeyValueCache, RotaryAttention
 from trix.nn.block import TriXBlock, TriXStack
 from trix.nn.classifier import PADDING_TOKEN, Classifier, ClassifierConfig
 from trix.nn.controls import GatedFFN, HashFFN
@@ -27,6 +27,7 @@ __all__ = [
     "HashFFN",
     "HierarchicalTriXFFN",
     "HingeSplines",
+    "KeyValueCache",
     "LanguageModel",
     "LanguageModelConfig",
     "RotaryAttention",

@@ -9,6 +9,28 @@ from trix.nn.linear import TriXLinear
 ROTARY_BASE = 10000.0
 
 
+class KeyValueCache:
+    """What one attention layer keeps of the P tokens it has read; a forward pass that is given it reads it and adds its own.
+
+    Attributes:
+        key_BHPW, value_BHPW: float, H heads of width W; keys are rotated to their positions, 0 to P - 1.
+    """
+
+    def __init__(self, key_BHPW: Tensor, value_BHPW: Tensor) -> None:
+        self.key_BHPW, self.value_BHPW = key_BHPW, value_BHPW
+
+    @property
+    def num_tokens(self) -> int:
+        """P."""
+        return self.key_BHPW.shape[2]
+
+    def extend(self, key_BHTW: Tensor, value_BHTW: Tensor) -> tuple[Tensor, Tensor]:
+        """Add T tokens; returns all keys and all values, [B, H, P + T, W], in the dtype of those added."""
+        self.key_BHPW = torch.cat([self.key_BHPW.to(key_BHTW.dtype), key_BHTW], dim=2)
+        self.value_BHPW = torch.cat([self.value_BHPW.to(value_BHTW.dtype), value_BHTW], dim=2)
+        return self.key_BHPW, self.value_BHPW
+
+
 class RotaryAttention(nn.Module):
     """Multi-head scaled dot-product attention; positions enter by rotating queries and keys.
 
@@ -19,10 +41,12 @@ class RotaryAttention(nn.Module):
             :class:`~trix.nn.linear.TriXLinear` instead of float.
 
     Shape:
-        x_BTD: float, T <= context_length -> [B, T, D]. mask_BT: bool, False for padding, which no token looks at.
+        x_BTD: float, T <= context_length -> [B, T, D]. mask_BT: bool, False for padding, which no token looks at. cache: of the
+        P tokens before x, P + T <= context_length, which are looked at too; then x's are added to it.
 
     Raises:
-        ValueError: d_model does not divide into heads of even width, or T > context_length.
+        ValueError: d_model does not divide into heads of even width, P + T > context_length, or a cache that comes with a
+            mask, without is_causal, or for another batch.
     """
 
     cos: Tensor
@@ -41,23 +65,53 @@ class RotaryAttention(nn.Module):
         self.register_buffer("cos", angle.cos().to(torch.get_default_dtype()), persistent=False)
         self.register_buffer("sin", angle.sin().to(torch.get_default_dtype()), persistent=False)
 
-    def forward(self, x_BTD: Tensor, is_causal: bool = True, mask_BT: Tensor | None = None) -> Tensor:
+    def empty_cache(self, batch_size: int) -> KeyValueCache:
+        """Of no token, on the device of the weights."""
+        empty_BHPW = self.cos.new_empty(batch_size, self.n_heads, 0, 2 * self.cos.shape[1])
+        return KeyValueCache(empty_BHPW, empty_BHPW)
+
+    def forward(
+        self, x_BTD: Tensor, is_causal: bool = True, mask_BT: Tensor | None = None, cache: KeyValueCache | None = None
+    ) -> Tensor:
         B, T, D = x_BTD.shape
-        if T > self.context_length:
-            raise ValueError(f"sequence length ({T}) must be <= context_length ({self.context_length})")
+        P = 0 if cache is None else self._checked_length(cache, x_BTD, is_causal and mask_BT is None)
+        if P + T > self.context_length:
+            after = f" after {P} in the cache" if P else ""
+            raise ValueError(f"sequence length ({T}{after}) must be <= context_length ({self.context_length})")
         q, k, v = self.qkv(x_BTD).reshape(B, T, 3, self.n_heads, D // self.n_heads).permute(2, 0, 3, 1, 4)
-        q, k = self._rotate(q), self._rotate(k)
+        q, k = self._rotate(q, P), self._rotate(k, P)
         dropout = self.dropout if self.training else 0.0
-        mask_B1TT = None if mask_BT is None else _attention_mask(mask_BT, is_causal)
-        is_causal = is_causal and mask_B1TT is None
-        y = F.scaled_dot_product_attention(q, k, v, mask_B1TT, dropout, is_causal)
+        if cache is not None:
+            y = _attend(q, *cache.extend(k, v), dropout)
+        else:
+            mask_B1TT = None if mask_BT is None else _attention_mask(mask_BT, is_causal)
+            y = F.scaled_dot_product_attention(q, k, v, mask_B1TT, dropout, is_causal and mask_B1TT is None)
         return self.out(y.transpose(1, 2).reshape(B, T, D))
 
-    def _rotate(self, x_BHTW: Tensor) -> Tensor:
-        T = x_BHTW.shape[-2]
-        cos, sin = self.cos[:T].to(x_BHTW.dtype), self.sin[:T].to(x_BHTW.dtype)
+    def _checked_length(self, cache: KeyValueCache, x_BTD: Tensor, is_plainly_causal: bool) -> int:
+        if not is_plainly_causal:
+            raise ValueError("with a cache, is_causal must be True and mask_BT None")
+        if cache.key_BHPW.shape[0] != x_BTD.shape[0]:
+            raise ValueError(f"batch of the cache ({cache.key_BHPW.shape[0]}) must be that of x ({x_BTD.shape[0]})")
+        return cache.num_tokens
+
+    def _rotate(self, x_BHTW: Tensor, start: int) -> Tensor:
+        stop = start + x_BHTW.shape[-2]
+        cos, sin = self.cos[start:stop].to(x_BHTW.dtype), self.sin[start:stop].to(x_BHTW.dtype)
         first, second = x_BHTW.chunk(2, dim=-1)
         return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+
+
+def _attend(q_BHTW: Tensor, k_BHSW: Tensor, v_BHSW: Tensor, dropout: float) -> Tensor:
+    """Causal attention of the last T of S tokens to all up to their own: [B, H, T, W].
+
+    Written out, as torch's exporter would copy all keys twice for its own function: to transpose and to scale them.
+    """
+    T, S = q_BHTW.shape[2], k_BHSW.shape[2]
+    position = torch.arange(S, device=q_BHTW.device)
+    score_BHTS = (q_BHTW * q_BHTW.shape[3] ** -0.5) @ k_BHSW.mT
+    score_BHTS = score_BHTS.masked_fill(position > position[S - T :, None], float("-inf"))
+    return F.dropout(score_BHTS.softmax(dim=-1), dropout) @ v_BHSW
 
 
 def _attention_mask(mask_BT: Tensor, is_causal: bool) -> Tensor:

@@ -1,10 +1,11 @@
 """TriXBlock and TriXStack: transformer blocks whose feed-forward layer is made of ternary tiles."""
 
+from collections.abc import Sequence
 from typing import Literal, overload
 
 from torch import Tensor, nn
 
-from trix.nn.attention import RotaryAttention
+from trix.nn.attention import KeyValueCache, RotaryAttention
 from trix.nn.ffn import FFNConfig, TriXFFN
 from trix.nn.sparse_lookup import SparseLookupFFN
 from trix.outputs import AuxLosses, RoutingInfo
@@ -17,7 +18,8 @@ class TriXBlock(nn.Module):
         x_BTD: float [B, T, D] -> [B, T, D]; with ``return_routing`` also the layer's RoutingInfo and AuxLosses, which are None
         where ``ffn.kind`` is a control without tiles. token_BT: int64, the ids of the tokens, for routing by ``hash``. mask_BT:
         bool, False for padding: no token looks at it, the tiles do not count it, nor, but in a sparse lookup, compute it.
-        embedding_BTD: the embeddings of the tokens, for routing on them; by default x_BTD, as in the first block.
+        embedding_BTD: the embeddings of the tokens, for routing on them; by default x_BTD, as in the first block. cache: of the
+        tokens before, as RotaryAttention.
 
     Raises:
         ValueError: as RotaryAttention and TriXFFN.
@@ -52,6 +54,7 @@ class TriXBlock(nn.Module):
         token_BT: Tensor | None = ...,
         mask_BT: Tensor | None = ...,
         embedding_BTD: Tensor | None = ...,
+        cache: KeyValueCache | None = ...,
     ) -> Tensor: ...
     @overload
     def forward(
@@ -63,6 +66,7 @@ class TriXBlock(nn.Module):
         token_BT: Tensor | None = ...,
         mask_BT: Tensor | None = ...,
         embedding_BTD: Tensor | None = ...,
+        cache: KeyValueCache | None = ...,
     ) -> tuple[Tensor, RoutingInfo | None, AuxLosses | None]: ...
     def forward(
         self,
@@ -72,10 +76,11 @@ class TriXBlock(nn.Module):
         token_BT: Tensor | None = None,
         mask_BT: Tensor | None = None,
         embedding_BTD: Tensor | None = None,
+        cache: KeyValueCache | None = None,
     ) -> Tensor | tuple[Tensor, RoutingInfo | None, AuxLosses | None]:
         if embedding_BTD is None:
             embedding_BTD = x_BTD
-        x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), is_causal, mask_BT))
+        x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), is_causal, mask_BT, cache))
         info: RoutingInfo | None = None
         aux: AuxLosses | None = None
         routing_x = None if self.routing_norm is None else self.routing_norm(embedding_BTD)
@@ -107,10 +112,10 @@ class TriXStack(nn.Module):
 
     Shape:
         x_BTD: float -> [B, T, D]; with ``return_routing`` also the RoutingInfo of each routed layer, in order, and the summed
-        AuxLosses (None without routed layers). token_BT, mask_BT: as TriXBlock.
+        AuxLosses (None without routed layers). token_BT, mask_BT: as TriXBlock. caches: one per block, of the tokens before.
 
     Raises:
-        ValueError: num_layers < 1, and as TriXBlock.
+        ValueError: num_layers < 1, another number of caches than of blocks, and as TriXBlock.
     """
 
     def __init__(
@@ -138,6 +143,7 @@ class TriXStack(nn.Module):
         return_routing: Literal[False] = ...,
         token_BT: Tensor | None = ...,
         mask_BT: Tensor | None = ...,
+        caches: Sequence[KeyValueCache] | None = ...,
     ) -> Tensor: ...
     @overload
     def forward(
@@ -148,6 +154,7 @@ class TriXStack(nn.Module):
         return_routing: Literal[True],
         token_BT: Tensor | None = ...,
         mask_BT: Tensor | None = ...,
+        caches: Sequence[KeyValueCache] | None = ...,
     ) -> tuple[Tensor, list[RoutingInfo], AuxLosses | None]: ...
     def forward(
         self,
@@ -156,12 +163,16 @@ class TriXStack(nn.Module):
         return_routing: bool = False,
         token_BT: Tensor | None = None,
         mask_BT: Tensor | None = None,
+        caches: Sequence[KeyValueCache] | None = None,
     ) -> Tensor | tuple[Tensor, list[RoutingInfo], AuxLosses | None]:
         infos: list[RoutingInfo] = []
         total: AuxLosses | None = None
         embedding_BTD = x_BTD
-        for block in self.blocks:
-            x_BTD, info, aux = block(x_BTD, is_causal, True, token_BT, mask_BT, embedding_BTD)
+        cache_of = [None] * len(self.blocks) if caches is None else caches
+        if len(cache_of) != len(self.blocks):
+            raise ValueError(f"caches ({len(cache_of)}) must be as many as blocks ({len(self.blocks)})")
+        for block, cache in zip(self.blocks, cache_of, strict=True):
+            x_BTD, info, aux = block(x_BTD, is_causal, True, token_BT, mask_BT, embedding_BTD, cache)
             if info is not None:
                 infos.append(info)
             if aux is not None:

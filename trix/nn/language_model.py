@@ -1,11 +1,13 @@
 """A small decoder-only language model of TriX blocks."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, overload
 
 from torch import Tensor, nn
 
-from trix.nn.block import TriXStack
+from trix.nn.attention import KeyValueCache
+from trix.nn.block import TriXBlock, TriXStack
 from trix.nn.ffn import FFNConfig
 from trix.outputs import AuxLosses, RoutingInfo
 
@@ -34,7 +36,8 @@ class LanguageModel(nn.Module):
 
     Shape:
         token_BT: int64 in [0, vocab_size), T <= context_length -> logits [B, T, vocab_size]; with ``return_routing`` also the
-        list of RoutingInfo (one per routed layer) and the summed AuxLosses (None without routed layers).
+        list of RoutingInfo (one per routed layer) and the summed AuxLosses (None without routed layers). caches: one per block,
+        from :meth:`empty_caches`: the P tokens of the calls before come first, P + T <= context_length, and token_BT is added.
 
     Raises:
         ValueError: vocab_size < 1, and as TriXStack.
@@ -53,15 +56,23 @@ class LanguageModel(nn.Module):
         self.head = nn.Linear(c.d_model, vocab_size, bias=False)
         self.head.weight = self.embedding.weight
 
-    @overload
-    def forward(self, token_BT: Tensor, return_routing: Literal[False] = ...) -> Tensor: ...
+    def empty_caches(self, batch_size: int) -> list[KeyValueCache]:
+        """To be handed to each call that goes on with the same texts, which computes its new tokens alone."""
+        return [block.attention.empty_cache(batch_size) for block in self.stack.blocks if isinstance(block, TriXBlock)]
+
     @overload
     def forward(
-        self, token_BT: Tensor, return_routing: Literal[True]
+        self, token_BT: Tensor, return_routing: Literal[False] = ..., caches: Sequence[KeyValueCache] | None = ...
+    ) -> Tensor: ...
+    @overload
+    def forward(
+        self, token_BT: Tensor, return_routing: Literal[True], caches: Sequence[KeyValueCache] | None = ...
     ) -> tuple[Tensor, list[RoutingInfo], AuxLosses | None]: ...
     def forward(
-        self, token_BT: Tensor, return_routing: bool = False
+        self, token_BT: Tensor, return_routing: bool = False, caches: Sequence[KeyValueCache] | None = None
     ) -> Tensor | tuple[Tensor, list[RoutingInfo], AuxLosses | None]:
-        x_BTD, infos, aux = self.stack(self.embedding(token_BT), is_causal=True, return_routing=True, token_BT=token_BT)
+        x_BTD, infos, aux = self.stack(
+            self.embedding(token_BT), is_causal=True, return_routing=True, token_BT=token_BT, caches=caches
+        )
         logits = self.head(self.norm(x_BTD))
         return (logits, infos, aux) if return_routing else logits

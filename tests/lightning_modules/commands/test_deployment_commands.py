@@ -88,6 +88,20 @@ def test_export_takes_the_held_out_text_there_is(folder: Path, tmp_path: Path, c
     assert (tmp_path / "a.onnx").stat().st_size < (folder / "lm.onnx").stat().st_size
 
 
+def test_activations_of_8_bits_are_an_option(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["export", "--ckpt", str(folder / "lm.ckpt"), "--output", str(tmp_path / "a.onnx"), "--held-out-tokens", "64"]
+    assert main([*command, "--activation-bits", "8", "--group-size", "0"]) == 0
+    assert "8 bits  against torch: relative RMS difference" in capsys.readouterr().out
+    assert main(["generate", str(tmp_path / "a.onnx"), "--prompt", "The ", "--num-tokens", "3"]) == 0
+    assert "parity  with its own answers when it was written" in capsys.readouterr().err
+    assert main(["inspect", str(tmp_path / "a.onnx")]) == 0
+    assert "bits 8, group size 0; against torch: relative rms difference" in (tmp_path / "a.html").read_text()
+    where = ["--layer", "0", "--tile", "1", "--tag", "t", "--output", str(tmp_path / "b.onnx")]
+    assert main(["surgery", str(tmp_path / "a.onnx"), "remove", *where]) == 0
+    assert main([*command, "--group-size", "0"]) == 2
+    assert "--group-size (0) belongs to --activation-bits 8, not 24" in capsys.readouterr().err
+
+
 def test_classifier_is_exported_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     digits = DigitsDataModule()
     network = ClassifierConfig(16, 1, 2, context_length=8, ffn=FFNConfig(num_tiles=4))

@@ -55,13 +55,16 @@ def test_speed_is_measured_printed_drawn_and_recorded(
     options = ["--lengths", "1", "8", "256", "--threads", "1", "--rounds", "5", "--output", str(output)]
     assert main(["bench", str(model), *options]) == 0
     results = json.loads(output.read_text())["results"]
-    found = [(result["kernels"], result["threads"], result["length"]) for result in results]
-    assert found == [(kernels, 1, length) for kernels in ("native", "portable") for length in (1, 8, exported_models.CONTEXT)]
+    found = [(result["kernels"], result["threads"], result["mode"], result["length"]) for result in results]
+    half = exported_models.CONTEXT // 2
+    cases = [("whole", 1), ("whole", 8), ("whole", exported_models.CONTEXT), ("generation", half)]
+    assert found == [(kernels, 1, *case) for kernels in ("native", "portable") for case in cases]
     for result in results:
         assert result["min_ms"] <= result["median_ms"] <= result["max_ms"]
         assert result["tokens_per_s"] == pytest.approx(1e3 / result["ms_per_token"])
     out = capsys.readouterr().out
-    assert len(re.findall(r"^(native|portable) +1 ", out, re.MULTILINE)) == 6
+    assert len(re.findall(r"^(native|portable) +1 ", out, re.MULTILINE)) == 8
+    assert out.count(f" {half} one by one ") == 2
     assert (tmp_path / "speed.svg").read_text().startswith("<?xml")
 
 
@@ -97,7 +100,7 @@ MISTAKES = [
     (["surgery", "{model}", "unfreeze", *WHERE, "--output", "{out}"], "nothing to unfreeze: tile (2) of layer (1) is not"),
     (
         ["surgery", "{empty}", "freeze", *WHERE, "--output", "{out}"],
-        "file format (None) must be 1: was it written by `trix export`?",
+        "file format (None) must be 2: was it written by `trix export`?",
     ),
     (["bench", "{missing}"], "missing.onnx: no such file"),
     (["bench", "{model}", "--rounds", "4"], "--rounds (4) must be >= 5"),

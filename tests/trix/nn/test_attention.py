@@ -50,6 +50,43 @@ def test_nothing_looks_at_padding(is_causal: bool) -> None:
     assert attention(x, is_causal, torch.zeros_like(mask)).isfinite().all()
 
 
+def test_a_cache_holds_what_was_read_and_answers_go_on_from_it() -> None:
+    torch.manual_seed(0)
+    attention = RotaryAttention(16, 2, context_length=10).double()
+    x = torch.randn(3, 10, 16, dtype=torch.float64)
+    cache = attention.empty_cache(3)
+    parts = [attention(part, cache=cache) for part in x.split([4, 1, 0, 5], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), attention(x))
+    assert cache.num_tokens == 10
+    assert cache.key_BHPW.shape == cache.value_BHPW.shape == (3, 2, 10, 8)
+
+
+def test_gradients_go_through_a_cache() -> None:
+    attention = RotaryAttention(8, 2, context_length=4).double()
+
+    def two_calls(x: torch.Tensor) -> torch.Tensor:
+        cache = attention.empty_cache(1)
+        return torch.cat([attention(x[:, :2], cache=cache), attention(x[:, 2:], cache=cache)], dim=1)
+
+    x = torch.randn(1, 4, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(two_calls, x)
+    assert torch.autograd.gradcheck(attention, x)
+
+
+def test_a_cache_must_fit() -> None:
+    attention = RotaryAttention(16, 2, 8)
+    cache = attention.empty_cache(2)
+    attention(torch.randn(2, 6, 16), cache=cache)
+    with pytest.raises(ValueError, match=r"sequence length \(3 after 6 in the cache\) must be <= context_length \(8\)"):
+        attention(torch.randn(2, 3, 16), cache=cache)
+    with pytest.raises(ValueError, match=r"batch of the cache \(2\) must be that of x \(1\)"):
+        attention(torch.randn(1, 1, 16), cache=cache)
+    for arguments in ({"is_causal": False}, {"mask_BT": torch.ones(2, 1, dtype=torch.bool)}):
+        with pytest.raises(ValueError, match="with a cache, is_causal must be True and mask_BT None"):
+            attention(torch.randn(2, 1, 16), cache=cache, **arguments)
+    assert cache.num_tokens == 6
+
+
 def test_sizes_are_checked() -> None:
     with pytest.raises(ValueError, match=r"d_model \(12\) must be divisible by 2 \* n_heads \(8\)"):
         RotaryAttention(12, 4, 8)

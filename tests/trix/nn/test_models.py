@@ -1,4 +1,5 @@
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -47,6 +48,25 @@ def test_language_model_is_causal_and_reports_its_routed_layers(ffn: FFNConfig) 
     edited = token.clone()
     edited[:, 7:] = (edited[:, 7:] + 1) % 11
     torch.testing.assert_close(model(edited)[:, :7], logits[:, :7])
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.data(), st.sampled_from(KINDS), st.booleans())
+def test_read_in_any_pieces_a_text_is_answered_as_a_whole(data: st.DataObject, ffn: FFNConfig, is_packed: bool) -> None:
+    torch.manual_seed(data.draw(st.integers(0, 99)))
+    model = small_model(ffn, ternary_attention=True).double().eval()
+    model = pack_model(model) if is_packed else model
+    token = torch.randint(0, 11, (2, 12))
+    cuts = sorted(data.draw(st.sets(st.integers(0, 12))) | {0, 12})
+    logits, infos, _ = model(token, return_routing=True)
+    caches = model.empty_caches(2)
+    for start, stop in itertools.pairwise(cuts):
+        part, part_infos, _ = model(token[:, start:stop], return_routing=True, caches=caches)
+        torch.testing.assert_close(part, logits[:, start:stop])
+        for info, part_info in zip(infos, part_infos, strict=True):
+            assert torch.equal(part_info["tile_idx"], info["tile_idx"][:, start:stop])
+    with pytest.raises(ValueError, match=r"sequence length \(1 after 12 in the cache\) must be <= context_length \(12\)"):
+        model(token[:, :1], caches=caches)
 
 
 def test_aux_losses_of_the_layers_add_up_and_vanish_in_evaluation() -> None:
@@ -187,6 +207,8 @@ def test_sizes_are_checked() -> None:
     for sizes in ({"num_features": None}, {"num_features": 4, "vocab_size": 5}):
         with pytest.raises(ValueError, match=r"exactly one of num_features \(.+\) and vocab_size \(.+\) must be given"):
             Classifier(num_classes=3, **sizes)
+    with pytest.raises(ValueError, match=r"caches \(1\) must be as many as blocks \(2\)"):
+        small_model()(torch.zeros(1, 3, dtype=torch.int64), caches=small_model().empty_caches(1)[:1])
     with pytest.raises(ValueError, match=r"sequence length \(13\) must be <= context_length \(12\)"):
         small_model()(torch.zeros(1, 13, dtype=torch.int64))
 

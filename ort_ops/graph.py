@@ -1,0 +1,52 @@
+"""What is changed in the graph that torch's exporter writes."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from onnx import GraphProto, helper, numpy_helper
+
+from ort_ops.schema import DOMAIN, OPS
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What the file's ternary products read: activations of 24 bits, as exact as float32, or of 8, in groups of columns.
+
+    Args:
+        bits: 24 or 8; routing reads 24 either way. group_size: of 8 bits: columns that share a scale, 128, or 0 for all.
+
+    Raises:
+        ValueError: another number.
+    """
+
+    bits: int = 24
+    group_size: int = 128
+
+    def __post_init__(self) -> None:
+        if self.bits not in (24, 8):
+            raise ValueError(f"bits of the activations ({self.bits}) must be 24 or 8")
+        if self.group_size not in (128, 0):
+            raise ValueError(f"group_size of the activations ({self.group_size}) must be 128 or 0")
+
+
+def unsqueeze_constants(graph: GraphProto) -> None:
+    """Give constants the axis that a node adds to them, as to a layer's only tile: torch's exporter folds small ones alone."""
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    for node in [node for node in graph.node if node.op_type == "Unsqueeze" and constants.keys() >= set(node.input)]:
+        source, axes = (constants[name] for name in node.input)
+        graph.initializer.append(numpy_helper.from_array(np.expand_dims(source, tuple(axes)), node.output[0]))
+        graph.node.remove(node)
+    read = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
+    for tensor in [tensor for tensor in graph.initializer if tensor.name not in read]:
+        graph.initializer.remove(tensor)
+
+
+def set_activations(graph: GraphProto, activations: Activations) -> None:
+    """In every node whose operator can: those that route cannot."""
+    names = {op.name for op in OPS if any(attribute.name == "activation_bits" for attribute in op.attributes)}
+    for node in graph.node:
+        if node.domain == DOMAIN and node.op_type in names:
+            values = {"activation_bits": activations.bits, "group_size": activations.group_size}
+            kept = [attribute for attribute in node.attribute if attribute.name not in values]
+            del node.attribute[:]
+            node.attribute.extend([*kept, *(helper.make_attribute(*pair) for pair in values.items())])
