@@ -1,6 +1,7 @@
 """The checkpoints of a run in its own folder: the last one, and what a resumed run takes over."""
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from lightning_modules.tasks.checkpoint import read_checkpoint
 from lightning_modules.whole_bytes import write_whole
 
 LAST_NAME = "last.ckpt"
+INTERRUPTED_NAME = "interrupted.ckpt"
 
 
 class LastCheckpoint(Checkpoint):
@@ -21,6 +23,9 @@ class LastCheckpoint(Checkpoint):
 
     It is what ``trix fit --resume`` goes on from, so a run that is killed loses no more than it did since its last validation.
     :class:`ModelCheckpoint` keeps the best; its ``save_last`` writes only when the best has changed.
+
+    A run that the user or a failure ends later than at a checkpoint also leaves interrupted.ckpt, with the weights as they are
+    then. ``--resume`` prefers last.ckpt: what ends within a step cannot go on exactly, and may leave out a batch.
 
     A resumed run has a folder of its own. The checkpoint that it goes on from becomes its first last.ckpt, so that a run killed
     before its next validation goes on from there. The files that a ModelCheckpoint of the earlier run kept in the folder of the
@@ -84,6 +89,14 @@ class LastCheckpoint(Checkpoint):
         self.path = path
         if trainer.is_global_zero:
             _copy_whole(source, path)
+
+    @override
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        is_worth_it = trainer.state.fn == "fit" and trainer.global_step > self._last_step
+        is_failure = not isinstance(exception, UserError)  # those know which checkpoint is good
+        if is_worth_it and is_failure and trainer.world_size == 1:  # other processes may not come to save with this one
+            with suppress(Exception):  # a full disk, weights that are not finite: what ended the run is what counts
+                trainer.save_checkpoint(self._folder / INTERRUPTED_NAME, weights_only=False)
 
     def _save(self, trainer: L.Trainer) -> None:
         if not self._is_writing or trainer.global_step == self._last_step:

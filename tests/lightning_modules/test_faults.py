@@ -24,7 +24,7 @@ import yaml  # type: ignore[import-untyped]
 from lightning_modules.cli import main
 from lightning_modules.data import corpora
 from lightning_modules.data.corpora import RemoteFile
-from lightning_modules.tasks import RoutedTask, load_checkpoint
+from lightning_modules.tasks import RoutedTask, load_checkpoint, read_checkpoint
 
 SUPPORT = Path(__file__).parents[1] / "support"
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
@@ -271,10 +271,17 @@ def test_ctrl_c_leaves_the_checkpoints_and_a_run_that_goes_on(
     result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
     assert result.stderr == "trix: interrupted\n"
     assert result.returncode == 130
-    assert_sound(checkpoints())
+    interrupted = sorted(Path("runs").rglob("interrupted.ckpt"))
+    paths = checkpoints()
+    assert_sound({path: content for path, content in paths.items() if Path(path).name != "interrupted.ckpt"})
     assert not list(Path("runs").rglob("*.partial"))
     assert main(["fit", "--resume", RUN]) == 0
     assert "training     12 steps on cpu, going on after step 6\n" in capfd.readouterr().out
+    if moment == "step":
+        step = read_checkpoint(interrupted[0])["global_step"]
+        assert step in (7, 8)
+        assert main(["fit", "--resume", str(interrupted[0])]) == 0
+        assert f"training     12 steps on cpu, going on after step {step}\n" in capfd.readouterr().out
 
 
 CONTENT = b"It was a bright cold day in April, and the clocks were striking thirteen.\n" * 200
