@@ -183,6 +183,10 @@ def _to_onnx(
     def route(x: Any, packed: Any, bias: Any, top_k: int) -> Any:
         return opset.SignatureRoute(x, packed, bias, top_k=top_k)
 
+    def lookup(*inputs: Any) -> Any:
+        *tensors, grid_size, has_hinges = inputs
+        return opset.SparseLookup(*tensors, grid_size=grid_size, has_hinges=int(has_hinges))
+
     standard = onnxscript.values.Opset("", ONNX_OPSET)
 
     def stable_sort(x: Any, stable: bool, dim: int = -1, descending: bool = False) -> Any:  # noqa: ARG001
@@ -202,6 +206,7 @@ def _to_onnx(
                 torch.ops.trix.ternary_tile_matmul.default: tile_matmul,
                 torch.ops.trix.ternary_ffn.default: ffn,
                 torch.ops.trix.signature_route.default: route,
+                torch.ops.trix.sparse_lookup.default: lookup,
                 torch.ops.aten.sort.stable: stable_sort,
             },
             verbose=False,

@@ -16,7 +16,16 @@ import onnx
 from onnx import AttributeProto, FunctionProto, GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
 from ort_ops.panels import BLOCK_COLUMNS, PANEL_ROWS
-from ort_ops.schema import DOMAIN, OPS, OPSET_VERSION, SIGNATURE_ROUTE, TERNARY_FFN, TERNARY_TILE_MATMUL, OpSchema
+from ort_ops.schema import (
+    DOMAIN,
+    OPS,
+    OPSET_VERSION,
+    SIGNATURE_ROUTE,
+    SPARSE_LOOKUP,
+    TERNARY_FFN,
+    TERNARY_TILE_MATMUL,
+    OpSchema,
+)
 
 ONNX_OPSET = 18
 
@@ -26,7 +35,7 @@ _VALUE_OF_CODE = (-1.0, 0.0, 1.0, float("nan"))
 
 def fallback_functions() -> tuple[FunctionProto, ...]:
     """One model-local function per operator of the schema, to be appended to `model.functions`."""
-    return _ternary_tile_matmul(), _signature_route(), _ternary_ffn()
+    return _ternary_tile_matmul(), _signature_route(), _ternary_ffn(), _sparse_lookup()
 
 
 def register_schemas() -> None:
@@ -173,6 +182,136 @@ def _product(inputs: Sequence[str], output: str) -> NodeProto:
     for attribute in TERNARY_TILE_MATMUL.attributes:
         node.attribute.append(AttributeProto(name=attribute.name, type=AttributeProto.INT, ref_attr_name=attribute.name))
     return node
+
+
+def _sparse_lookup() -> FunctionProto:
+    """Points, gates [T, K] and magnitudes [T, K], then the directions that they weigh."""
+    grid = helper.make_graph(_grid_magnitude(), "grid", [], [_float_info("grid_magnitude")])
+    hinges = helper.make_graph(_hinge_magnitude(), "hinges", [], [_float_info("hinge_magnitude")])
+    nodes = [
+        _node("Constant", [], ["half"], value_float=0.5),
+        _node("Constant", [], ["one"], value_float=1.0),
+        _node("Constant", [], ["one_step"], value_int=1),
+        _node("Constant", [], ["no_step"], value_int=0),
+        _node("Gemm", ["h", "compress", "compress_bias"], ["before"]),
+        _node("Constant", [], ["sqrt_half"], value_float=0.5**0.5),
+        _node("Mul", ["before", "sqrt_half"], ["scaled"]),
+        _node("Erf", ["scaled"], ["erf"]),
+        _node("Add", ["erf", "one"], ["twice_share"]),
+        _node("Mul", ["before", "twice_share"], ["twice_hidden"]),
+        _node("Mul", ["twice_hidden", "half"], ["hidden"]),
+        _node("Gemm", ["hidden", "point_weight", "point_bias"], ["before_tanh"], transB=1),
+        _node("Tanh", ["before_tanh"], ["point"]),
+        _node("GatherElements", ["score", "tile_idx"], ["chosen_score"], axis=1),
+        _node("Sigmoid", ["chosen_score"], ["share"]),
+        _node("Size", ["gate_curve"], ["num_knots"]),
+        _node("Sub", ["num_knots", "one_step"], ["num_segments"]),
+        *_steps("share", "num_segments", "segment", "part"),
+        _node("Add", ["segment", "one_step"], ["next_knot"]),
+        _node("Gather", ["gate_curve", "segment"], ["gate_start"]),
+        _node("Gather", ["gate_curve", "next_knot"], ["gate_end"]),
+        _node("Sub", ["gate_end", "gate_start"], ["gate_rise"]),
+        _node("Mul", ["gate_rise", "part"], ["gate_step"]),
+        _node("Add", ["gate_start", "gate_step"], ["gate"]),
+        _int_vector("first_axis", [0]),
+        _int_vector("second_axis", [1]),
+        _int_vector("last_axis", [2]),
+        _attribute_value("grid_size", "grid"),
+        _attribute_value("has_hinges", "hinges_flag"),
+        _node("Equal", ["hinges_flag", "one_step"], ["is_hinged"]),
+        _node("If", ["is_hinged"], ["magnitude"], then_branch=hinges, else_branch=grid),
+        _node("Mul", ["gate", "magnitude"], ["size"]),
+        _node("Unsqueeze", ["size", "last_axis"], ["size_column"]),
+        _node("Gather", ["direction", "tile_idx"], ["chosen_direction"]),
+        _node("Mul", ["size_column", "chosen_direction"], ["summand"]),
+        _node("ReduceSum", ["summand", "second_axis"], ["update"], keepdims=0),
+        _node("Add", ["x", "update"], ["y"]),
+    ]
+    return _function(SPARSE_LOOKUP, nodes)
+
+
+def _steps(share: str, num_steps: str, whole: str, part: str) -> list[NodeProto]:
+    """Where a share in [0, 1] lies on num_steps equal steps: which step, int64, and how far in it."""
+    position, below, last = f"{whole}_position", f"{whole}_below", f"{whole}_last"
+    return [
+        _node("Cast", [num_steps], [f"{whole}_count"], to=TensorProto.FLOAT),
+        _node("Mul", [share, f"{whole}_count"], [position]),
+        _node("Cast", [position], [below], to=TensorProto.INT64),
+        _node("Sub", [num_steps, "one_step"], [last]),
+        _node("Min", [below, last], [f"{whole}_at_most"]),
+        _node("Max", [f"{whole}_at_most", "no_step"], [whole]),
+        _node("Cast", [whole], [f"{whole}_float"], to=TensorProto.FLOAT),
+        _node("Sub", [position, f"{whole}_float"], [part]),
+    ]
+
+
+def _grid_magnitude() -> list[NodeProto]:
+    nodes = [
+        _node("Add", ["point", "one"], ["from_corner"]),
+        _node("Mul", ["from_corner", "half"], ["place"]),
+        *_steps("place", "grid", "cell", "high"),
+        _node("Sub", ["one", "high"], ["low"]),
+        _node("Add", ["grid", "one_step"], ["corners"]),
+        _node("Mul", ["corners", "corners"], ["num_values"]),
+        _node("Mul", ["tile_idx", "num_values"], ["first_of_tile"]),
+        _node("Gather", ["cell", "first_axis"], ["cell_row"], axis=1),
+        _node("Gather", ["cell", "second_axis"], ["cell_column"], axis=1),
+        _node("Mul", ["cell_row", "corners"], ["first_of_row"]),
+        _node("Add", ["first_of_row", "cell_column"], ["cell_place"]),
+        _node("Add", ["first_of_tile", "cell_place"], ["low_low_place"]),
+        _node("Add", ["low_low_place", "one_step"], ["low_high_place"]),
+        _node("Add", ["low_low_place", "corners"], ["high_low_place"]),
+        _node("Add", ["low_high_place", "corners"], ["high_high_place"]),
+        _int_vector("flat", [-1]),
+        _node("Reshape", ["splines", "flat"], ["corner_values"]),
+    ]
+    for side in ("low", "high"):
+        nodes.append(_node("Gather", [side, "first_axis"], [f"{side}_row"], axis=1))
+        nodes.append(_node("Gather", [side, "second_axis"], [f"{side}_column"], axis=1))
+    terms = []
+    for corner in ("low_low", "low_high", "high_low", "high_high"):
+        row, column = corner.split("_")
+        nodes += [
+            _node("Gather", ["corner_values", f"{corner}_place"], [f"{corner}_value"]),
+            _node("Mul", [f"{row}_row", f"{column}_column"], [f"{corner}_weight"]),
+            _node("Mul", [f"{corner}_weight", f"{corner}_value"], [f"{corner}_term"]),
+        ]
+        terms.append(f"{corner}_term")
+    return [*nodes, _node("Sum", terms, ["grid_magnitude"])]
+
+
+def _hinge_magnitude() -> list[NodeProto]:
+    """Of the rows [T, K, 4 G + 1], five parts; points as columns [T, 1, 1].
+
+    Cut out one by one: shape inference would refuse a Split of rows that belong to the other branch.
+    """
+    cut = []
+    for place, part in enumerate(("slope", "other_slope", "offset", "height")):
+        cut += [
+            _int_vector(f"{part}_place", [place]),
+            _node("Mul", ["num_hinges", f"{part}_place"], [f"{part}_start"]),
+            _node("Add", [f"{part}_start", "num_hinges"], [f"{part}_end"]),
+            _node("Slice", ["spline", f"{part}_start", f"{part}_end", "last_axis"], [part]),
+        ]
+    return [
+        _node("Gather", ["splines", "tile_idx"], ["spline"]),
+        _node("Reshape", ["grid", "second_axis"], ["num_hinges"]),
+        *cut,
+        _int_vector("last_column", [-1]),
+        _node("Gather", ["spline", "last_column"], ["base"], axis=2),
+        _node("Unsqueeze", ["point", "last_axis"], ["coordinates"]),
+        _node("Gather", ["coordinates", "first_axis"], ["coordinate"], axis=1),
+        _node("Gather", ["coordinates", "second_axis"], ["other_coordinate"], axis=1),
+        _node("Mul", ["slope", "coordinate"], ["along"]),
+        _node("Mul", ["other_slope", "other_coordinate"], ["along_other"]),
+        _node("Add", ["offset", "along"], ["crease_along"]),
+        _node("Add", ["crease_along", "along_other"], ["crease"]),
+        _node("Relu", ["crease"], ["bent"]),
+        _node("Mul", ["bent", "height"], ["hinge"]),
+        _node("ReduceSum", ["hinge", "last_axis"], ["hinges"], keepdims=0),
+        _node("Squeeze", ["base", "last_axis"], ["base_value"]),
+        _node("Add", ["hinges", "base_value"], ["hinge_magnitude"]),
+    ]
 
 
 def _decode_table() -> list[NodeProto]:

@@ -8,9 +8,9 @@ import sys
 
 import numpy as np
 import onnxruntime as ort
-from packed_models import ffn_inputs, make_model, route_inputs, tile_matmul_inputs
+from packed_models import ffn_inputs, lookup_inputs, make_model, route_inputs, tile_matmul_inputs
 
-from ort_ops.schema import OPS, SIGNATURE_ROUTE, TERNARY_FFN, TERNARY_TILE_MATMUL, OpSchema
+from ort_ops.schema import OPS, SIGNATURE_ROUTE, SPARSE_LOOKUP, TERNARY_FFN, TERNARY_TILE_MATMUL, OpSchema
 
 Inputs = dict[str, np.ndarray]
 UNKNOWN_RANKS = {tensor.name: None for op in OPS for tensor in op.inputs}
@@ -32,6 +32,10 @@ def valid_case(rng: np.random.Generator) -> tuple[OpSchema, Inputs, dict[str, in
     if rng.random() < 0.3:
         sizes = (rng.integers(0, 9), rng.integers(1, 4), rng.integers(1, 5), rng.integers(0, 70), rng.integers(0, 150))
         return TERNARY_FFN, ffn_inputs(rng, *map(int, sizes))[0], bits
+    if rng.random() < 0.3:
+        kind = {"grid_size": int(rng.integers(1, 40)), "has_hinges": int(rng.integers(0, 2))}
+        sizes = (rng.integers(0, 40), rng.integers(0, 4), rng.integers(1, 5), rng.integers(0, 70), rng.integers(0, 70))
+        return SPARSE_LOOKUP, lookup_inputs(rng, *map(int, sizes), **kind)[0], kind
     if rng.random() < 0.5:
         sizes = (rng.integers(0, 9), rng.integers(1, 5), rng.integers(0, 70), rng.integers(0, 300))
         return TERNARY_TILE_MATMUL, tile_matmul_inputs(rng, *map(int, sizes))[0], bits
@@ -87,7 +91,7 @@ def main(library: str, seed: int, num_models: int, num_runs: int) -> None:
     num_loaded = num_results = 0
     for _ in range(num_models):
         op, inputs, attributes = valid_case(rng)
-        weights = {name: array for name, array in inputs.items() if name not in ("x", "tile_idx", "weight")}
+        weights = {name: array for name, array in inputs.items() if name not in ("x", "h", "tile_idx", "score", "weight")}
         constants = weights if rng.random() < 0.5 else {}
         model = make_model(op, constants=constants, **attributes).SerializeToString()
         session = session_or_none(mutate(rng, model), library)
