@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from ort_ops import schema
 from ort_ops.file_format import LayerRecord, describe_size, encode_array, to_properties
-from ort_ops.functions import ONNX_OPSET, fallback_functions, register_schemas
+from ort_ops.functions import fallback_functions, register_schemas
+from ort_ops.graph_nodes import ONNX_OPSET
 from ort_ops.library import LibraryNotFoundError, session_options
 from ort_ops.panels import to_panels
 from ort_ops.parity import Parity, compare, selection_gap
