@@ -10,8 +10,10 @@ namespace {
 constexpr std::size_t kLanes = 16;  // of the sums whose order the contract states
 constexpr std::size_t kVectorLanes = TRIX_LANES;
 constexpr std::size_t kVectors = kLanes / kVectorLanes;
-constexpr std::size_t kTokenBlock = 6;    // tokens whose 16 sums fit the registers
-constexpr std::size_t kStripRows = 256;  // of 16 columns: half of a first-level cache
+constexpr std::size_t kTokenBlock = 6;
+constexpr std::size_t kStripColumns = kVectorLanes == 16 ? 32 : 16;  // whose sums, of a block, fit the registers
+constexpr std::size_t kStripVectors = kStripColumns / kVectorLanes;
+constexpr std::size_t kStripRows = 4096 / kStripColumns;  // half of a first-level cache
 
 inline std::size_t smaller(std::size_t a, std::size_t b) {
     return a < b ? a : b;
@@ -121,9 +123,9 @@ inline void compress_token(const SparseLookupJob& job, std::size_t token) {
     }
 }
 
-// Rows [row, row + num_rows) of up to 16 columns of W, close together, with zeros beside the last column.
+// Rows [row, row + num_rows) of some columns of W, close together, with zeros beside the last column.
 struct Strip {
-    float value[kStripRows * kLanes];
+    float value[kStripRows * kStripColumns];
     std::size_t row;
     std::size_t num_rows;
     std::size_t column;
@@ -133,42 +135,42 @@ struct Strip {
 inline void read_strip(const SparseLookupJob& job, Strip& strip) {
     const float* from = job.compress + strip.row * job.num_hidden + strip.column;
     for (std::size_t d = 0; d < strip.num_rows; ++d, from += job.num_hidden) {
-        float* to = strip.value + d * kLanes;
-        if (strip.num_columns == kLanes) {
-            __builtin_memcpy(to, from, kLanes * sizeof(float));
+        float* to = strip.value + d * kStripColumns;
+        if (strip.num_columns == kStripColumns) {
+            __builtin_memcpy(to, from, kStripColumns * sizeof(float));
             continue;
         }
-        for (std::size_t c = 0; c < kLanes; ++c) to[c] = c < strip.num_columns ? from[c] : 0.0f;
+        for (std::size_t c = 0; c < kStripColumns; ++c) to[c] = c < strip.num_columns ? from[c] : 0.0f;
     }
 }
 
-// Many tokens: the strip's part of their sums. kTokens * 16 sums stay in registers meanwhile.
+// Many tokens: the strip's part of their sums. The sums stay in registers meanwhile.
 template <std::size_t kTokens>
 inline void multiply_strip(const SparseLookupJob& job, const Strip& strip, std::size_t token) {
-    Vector sum[kTokens][kVectors];
-    float lanes[kLanes] = {};
+    Vector sum[kTokens][kStripVectors];
+    float lanes[kStripColumns] = {};
     float* to = job.hidden + token * job.num_hidden + strip.column;
     for (std::size_t t = 0; t < kTokens; ++t) {
         for (std::size_t c = 0; strip.row > 0 && c < strip.num_columns; ++c) lanes[c] = to[t * job.num_hidden + c];
-        for (std::size_t i = 0; i < kVectors; ++i) sum[t][i] = load(lanes + i * kVectorLanes);
+        for (std::size_t i = 0; i < kStripVectors; ++i) sum[t][i] = load(lanes + i * kVectorLanes);
     }
     const float* h = job.h + token * job.width + strip.row;
     for (std::size_t d = 0; d < strip.num_rows; ++d) {
-        Vector row[kVectors];
-        for (std::size_t i = 0; i < kVectors; ++i) row[i] = load(strip.value + d * kLanes + i * kVectorLanes);
+        Vector row[kStripVectors];
+        for (std::size_t i = 0; i < kStripVectors; ++i) row[i] = load(strip.value + d * kStripColumns + i * kVectorLanes);
         for (std::size_t t = 0; t < kTokens; ++t)
-            for (std::size_t i = 0; i < kVectors; ++i) sum[t][i] += row[i] * h[t * job.width + d];
+            for (std::size_t i = 0; i < kStripVectors; ++i) sum[t][i] += row[i] * h[t * job.width + d];
     }
     for (std::size_t t = 0; t < kTokens; ++t) {
-        for (std::size_t i = 0; i < kVectors; ++i) store(lanes + i * kVectorLanes, sum[t][i]);
+        for (std::size_t i = 0; i < kStripVectors; ++i) store(lanes + i * kVectorLanes, sum[t][i]);
         for (std::size_t c = 0; c < strip.num_columns; ++c) to[t * job.num_hidden + c] = lanes[c];
     }
 }
 
 inline void compress_tokens(const SparseLookupJob& job) {
     Strip strip;
-    for (strip.column = 0; strip.column < job.num_hidden; strip.column += kLanes) {
-        strip.num_columns = smaller(kLanes, job.num_hidden - strip.column);
+    for (strip.column = 0; strip.column < job.num_hidden; strip.column += kStripColumns) {
+        strip.num_columns = smaller(kStripColumns, job.num_hidden - strip.column);
         strip.row = 0;
         do {  // once where h has no columns, so that sums are 0
             strip.num_rows = smaller(kStripRows, job.width - strip.row);
