@@ -172,3 +172,9 @@ def test_splines_of_the_other_kind_are_rejected() -> None:
 def test_wrong_attributes_are_rejected_when_the_session_is_made(attributes: dict[str, int], text: str) -> None:
     with pytest.raises(Exception, match=text):
         native_session(make_model(SPARSE_LOOKUP, **attributes))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=["grid", "hinges"])
+def test_the_operator_of_torch_is_a_proper_one(kind: dict[str, int]) -> None:
+    inputs, _, _ = lookup_inputs(np.random.default_rng(8), 5, 2, 3, 20, 10, **kind)
+    torch.library.opcheck(sparse_lookup, (*map(torch.from_numpy, inputs.values()), 16, bool(kind["has_hinges"])))

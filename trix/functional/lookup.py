@@ -91,7 +91,7 @@ def sparse_lookup(
     Returns:
         y [T, D] in the dtype of x, and p [T, 2].
     """
-    point_T2 = F.linear(F.gelu(h @ compress + compress_bias), point_weight, point_bias).tanh()
+    point_T2 = F.linear(F.gelu(F.linear(h, compress.mT, compress_bias)), point_weight, point_bias).tanh()
     last = gate_curve.shape[0] - 1
     position_TK = score.gather(-1, tile_idx).to(gate_curve.dtype).sigmoid() * last
     segment_TK = position_TK.long().clamp(0, last - 1)

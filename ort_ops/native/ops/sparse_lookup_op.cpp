@@ -1,5 +1,5 @@
-// ai.trix::SparseLookup: y[t] = x[t] + sum_k gate * magnitude_e(point[t]) * direction_e with e = tile_idx[t, k];
-// see kernels/sparse_lookup/sparse_lookup.hpp.
+// ai.trix::SparseLookup: y[t] = x[t] + sum_k gate * magnitude_e(point[t]) * direction_e with e = tile_idx[t,
+// k]; see kernels/sparse_lookup/sparse_lookup.hpp.
 #include <algorithm>
 
 #include "kernels/dispatch.hpp"

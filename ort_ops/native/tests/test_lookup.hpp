@@ -78,8 +78,7 @@ inline void test_lookup(const KernelVariant<SparseLookupKernel>& variant) {
         job.num_knots = 2 + random_below(8);
         job.grid_size = 1 + random_below(36);
         job.has_hinges = round % 2 == 0;
-        job.spline_size =
-            job.has_hinges ? 4 * job.grid_size + 1 : (job.grid_size + 1) * (job.grid_size + 1);
+        job.spline_size = job.has_hinges ? 4 * job.grid_size + 1 : (job.grid_size + 1) * (job.grid_size + 1);
         const float scale = 1.0f / std::sqrt(static_cast<float>(1 + job.width));
         const auto x = draw(num_tokens * job.width), h = draw(num_tokens * job.width);
         const auto score = draw(num_tokens * job.num_tiles, 8.0f), gate_curve = draw(job.num_knots);

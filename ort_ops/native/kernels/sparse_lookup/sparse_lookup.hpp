@@ -13,8 +13,9 @@
 // hinges in 16 lanes (lane j holds j, j + 16, ...), which are then added up in order. erf, tanh
 // and sigmoid are within 3e-7. A NaN in x, h, a chosen score or a weight makes what depends on it NaN.
 //
-// hidden [T, H] is scratch. Only rows [token_begin, token_end) of point, y and hidden are written; thread-safe
-// on disjoint ones. Every tile_idx lies in [0, E). No alignment asked; nothing outside the arrays is read.
+// hidden [T, H] is scratch. Only rows [token_begin, token_end) of point, y and hidden are written;
+// thread-safe on disjoint ones. Every tile_idx lies in [0, E). No alignment asked; nothing outside the arrays
+// is read.
 #pragma once
 
 #include <cstddef>

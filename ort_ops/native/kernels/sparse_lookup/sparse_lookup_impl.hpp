@@ -10,16 +10,17 @@ namespace {
 constexpr std::size_t kLanes = 16;  // of the sums whose order the contract states
 constexpr std::size_t kVectorLanes = TRIX_LANES;
 constexpr std::size_t kVectors = kLanes / kVectorLanes;
-constexpr std::size_t kTokenBlock = 6;
-constexpr std::size_t kStripColumns = kVectorLanes == 16 ? 32 : 16;  // whose sums, of a block, fit the registers
+constexpr std::size_t kTokenBlock = 6;  // whose sums over a strip fit the registers of AVX2
+constexpr std::size_t kStripColumns = 16;
 constexpr std::size_t kStripVectors = kStripColumns / kVectorLanes;
-constexpr std::size_t kStripRows = 4096 / kStripColumns;  // half of a first-level cache
+constexpr std::size_t kStripRows = 256;  // together half of a first-level cache
 
 inline std::size_t smaller(std::size_t a, std::size_t b) {
     return a < b ? a : b;
 }
 
-// GCC's and Clang's vectors: the compiler's own arithmetic, in registers whatever it makes of the loops around.
+// GCC's and Clang's vectors: the compiler's own arithmetic, in registers whatever it makes of the loops
+// around.
 typedef float Vector __attribute__((vector_size(TRIX_LANES * sizeof(float))));
 
 inline Vector load(const float* from) {
@@ -53,8 +54,8 @@ inline float with_sign_of(float size, float x) {
     return float_of(bits_of(size) | (bits_of(x) & 0x80000000u));
 }
 
-// e^-size for size >= 0, relative error 2e-7; e^-87 above 87 and for NaN. The bits of such numbers compare like the
-// numbers. x = n ln 2 + r: adding and taking away 1.5 * 2^23 rounds, and leaves n in the low bits.
+// e^-size for size >= 0, relative error 2e-7; e^-87 above 87 and for NaN. The bits of such numbers compare
+// like the numbers. x = n ln 2 + r: adding and taking away 1.5 * 2^23 rounds, and leaves n in the low bits.
 inline float exp_of_minus(float size) {
     constexpr float kShift = 12582912.0f;
     const std::uint32_t bits = bits_of(size), most = bits_of(87.0f);
@@ -151,13 +152,15 @@ inline void multiply_strip(const SparseLookupJob& job, const Strip& strip, std::
     float lanes[kStripColumns] = {};
     float* to = job.hidden + token * job.num_hidden + strip.column;
     for (std::size_t t = 0; t < kTokens; ++t) {
-        for (std::size_t c = 0; strip.row > 0 && c < strip.num_columns; ++c) lanes[c] = to[t * job.num_hidden + c];
+        for (std::size_t c = 0; strip.row > 0 && c < strip.num_columns; ++c)
+            lanes[c] = to[t * job.num_hidden + c];
         for (std::size_t i = 0; i < kStripVectors; ++i) sum[t][i] = load(lanes + i * kVectorLanes);
     }
     const float* h = job.h + token * job.width + strip.row;
     for (std::size_t d = 0; d < strip.num_rows; ++d) {
         Vector row[kStripVectors];
-        for (std::size_t i = 0; i < kStripVectors; ++i) row[i] = load(strip.value + d * kStripColumns + i * kVectorLanes);
+        for (std::size_t i = 0; i < kStripVectors; ++i)
+            row[i] = load(strip.value + d * kStripColumns + i * kVectorLanes);
         for (std::size_t t = 0; t < kTokens; ++t)
             for (std::size_t i = 0; i < kStripVectors; ++i) sum[t][i] += row[i] * h[t * job.width + d];
     }
@@ -251,7 +254,8 @@ inline float gate_of(const SparseLookupJob& job, float score) {
     return start + (job.gate_curve[segment + 1] - start) * (position - static_cast<float>(segment));
 }
 
-inline void add_direction(const float* from, float size, const float* direction, std::size_t width, float* y) {
+inline void add_direction(const float* from, float size, const float* direction, std::size_t width,
+                          float* y) {
     std::size_t d = 0;
     for (; d + kVectorLanes <= width; d += kVectorLanes)
         store(y + d, load(from + d) + load(direction + d) * size);
