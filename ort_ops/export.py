@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from ort_ops import schema
 from ort_ops.caches import past_names, present_names
 from ort_ops.file_format import BY_ONNXRUNTIME, LayerRecord, describe_size, to_properties
-from ort_ops.functions import ONNX_OPSET, fallback_functions, register_schemas
+from ort_ops.functions import fallback_functions, register_schemas
 from ort_ops.graph import Activations, set_activations, unsqueeze_constants
+from ort_ops.graph_nodes import ONNX_OPSET
 from ort_ops.panels import to_panels
 from ort_ops.parity import Drift, Parity, drift
 from ort_ops.verification import CHECK_BATCH, ExportError, open_session, run_stepwise, run_torch, run_whole
@@ -250,6 +251,10 @@ def _to_onnx(packed: LanguageModel | Classifier, interface: _Interface) -> onnx.
     def route(x: Any, packed: Any, bias: Any, top_k: int) -> Any:
         return opset.SignatureRoute(x, packed, bias, top_k=top_k)
 
+    def lookup(*inputs: Any) -> Any:
+        *tensors, grid_size, has_hinges = inputs
+        return opset.SparseLookup(*tensors, grid_size=grid_size, has_hinges=int(has_hinges))
+
     standard = onnxscript.values.Opset("", ONNX_OPSET)
 
     def stable_sort(x: Any, stable: bool, dim: int = -1, descending: bool = False) -> Any:  # noqa: ARG001
@@ -269,6 +274,7 @@ def _to_onnx(packed: LanguageModel | Classifier, interface: _Interface) -> onnx.
                 torch.ops.trix.ternary_tile_matmul.default: tile_matmul,
                 torch.ops.trix.ternary_ffn.default: ffn,
                 torch.ops.trix.signature_route.default: route,
+                torch.ops.trix.sparse_lookup.default: lookup,
                 torch.ops.aten.sort.stable: stable_sort,
             },
             verbose=False,

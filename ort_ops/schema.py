@@ -2,8 +2,8 @@
 
 This is the only copy on the Python side. The C++ side has one table per op in `native/ops/`; a test compares the two.
 
-Legend: T tokens, K columns of x, D model width, E tiles, N rows of a tile, H hidden values of a tile. Packed matrices are laid
-out as panels.py says.
+Legend: T tokens, K columns of x, D model width, E tiles, N rows of a tile or knots of a curve, H hidden values, S numbers of a
+tile's spline. Packed matrices are laid out as panels.py says.
 """
 
 from dataclasses import dataclass
@@ -97,4 +97,34 @@ SIGNATURE_ROUTE = OpSchema(
     ),
 )
 
-OPS = (TERNARY_TILE_MATMUL, SIGNATURE_ROUTE, TERNARY_FFN)
+SPARSE_LOOKUP = OpSchema(
+    name="SparseLookup",
+    inputs=(
+        TensorSchema("x", "float32", ("T", "D")),
+        TensorSchema("h", "float32", ("T", "D")),
+        TensorSchema("tile_idx", "int64", ("T", "top_k")),
+        TensorSchema("score", "float32", ("T", "E")),
+        TensorSchema("gate_curve", "float32", ("N",)),
+        TensorSchema("compress", "float32", ("D", "H")),
+        TensorSchema("compress_bias", "float32", ("H",)),
+        TensorSchema("point_weight", "float32", ("2", "H")),
+        TensorSchema("point_bias", "float32", ("2",)),
+        TensorSchema("splines", "float32", ("E", "S")),
+        TensorSchema("direction", "float32", ("E", "D")),
+    ),
+    outputs=(
+        TensorSchema("y", "float32", ("T", "D")),
+        TensorSchema("point", "float32", ("T", "2")),
+    ),
+    attributes=(IntAttribute("grid_size", 16), IntAttribute("has_hinges", 0)),
+    doc=(
+        "y[t] = x[t] + sum_k gate(sigmoid(score[t, e])) * magnitude_e(point[t]) * direction[e] with e = tile_idx[t, k], "
+        "0 <= e < E, and point = tanh(gelu(h compress + compress_bias) point_weight^T + point_bias). gate is the piecewise "
+        "linear curve through (i / (N - 1), gate_curve[i]), N >= 2. magnitude_e, by splines[e], is bilinear on "
+        "grid_size x grid_size cells of [-1, 1]^2, S = (grid_size + 1)^2 corners row by row. With has_hinges 1 it is "
+        "base + sum_g height_g relu(slope_g . point + offset_g), S = 4 grid_size + 1: the slopes along the first axis, "
+        "those along the second, offsets, heights, base."
+    ),
+)
+
+OPS = (TERNARY_TILE_MATMUL, SIGNATURE_ROUTE, TERNARY_FFN, SPARSE_LOOKUP)

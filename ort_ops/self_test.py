@@ -15,7 +15,8 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from ort_ops.functions import ONNX_OPSET, fallback_functions
+from ort_ops.functions import fallback_functions
+from ort_ops.graph_nodes import ONNX_OPSET
 from ort_ops.library import LibraryNotFoundError, get_library_path, session_options
 from ort_ops.panels import to_panels
 from ort_ops.schema import DOMAIN, OPSET_VERSION, SIGNATURE_ROUTE, TERNARY_TILE_MATMUL, OpSchema, TensorSchema

@@ -34,6 +34,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> exported_models.Export
         FFNConfig(num_tiles=4, routing="learned"),
         FFNConfig(num_tiles=4, route_on="embedding"),
         FFNConfig(kind="hierarchical", num_tiles=9),
+        FFNConfig(kind="sparse_lookup", num_tiles=8, top_k=2),
         FFNConfig(kind="sparse_lookup_v2", num_tiles=8, top_k=3, route_on="embedding"),
         FFNConfig(kind="dense"),
         FFNConfig(kind="none"),
@@ -95,6 +96,21 @@ def test_weights_are_packed_and_operators_are_ours(exported: exported_models.Exp
     assert len(packed) == 2 * (2 + 1 + 2)  # per layer: up, down, signatures, attention in and out
     largest_float = max(np.prod(i.dims) for i in proto.graph.initializer if i.data_type == onnx.TensorProto.FLOAT)
     assert largest_float <= len(exported_models.VOCABULARY) * 20  # the embedding; no float matrix of a tile
+
+
+@pytest.mark.parametrize("kind", ["sparse_lookup", "sparse_lookup_v2"])
+def test_a_sparse_lookup_layer_is_a_routing_and_a_lookup(kind: str, tmp_path: Path) -> None:
+    exported = exported_models.export(tmp_path, FFNConfig(kind=kind, num_tiles=8, top_k=2))
+    proto = onnx.load(exported.path)
+    ours = [node.op_type for node in proto.graph.node if node.domain == schema.DOMAIN]
+    assert (ours.count("SignatureRoute"), ours.count("SparseLookup")) == (2, 2)
+    token = exported.held_out.reshape(-1, exported_models.CONTEXT).numpy()
+    native, portable = (
+        ort.InferenceSession(exported.path, options).run(None, {"token": token})
+        for options in (session_options(), ort.SessionOptions())
+    )
+    np.testing.assert_allclose(portable[0], native[0], rtol=0, atol=1e-5 * np.abs(native[0]).max())
+    np.testing.assert_array_equal(portable[1], native[1])
 
 
 def test_the_file_says_what_it_is_and_no_path_of_this_machine(exported: exported_models.Exported) -> None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from native_fixtures import has_instruction_set
 from packed_models import (
     ffn_inputs,
+    lookup_inputs,
     make_model,
     native_session,
     portable_session,
@@ -151,6 +152,41 @@ def test_route_has_the_same_bits_on_every_instruction_set(
     assert_all_agree(workers, case)
 
 
+@sizes
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    num_tokens=st.integers(0, 40),
+    top_k=st.integers(0, 3),
+    num_tiles=st.integers(1, 6),
+    width=st.one_of(st.integers(0, 70), st.integers(200, 600)),
+    num_hidden=st.integers(0, 150),
+    grid_size=st.integers(1, 40),
+    has_hinges=st.integers(0, 1),
+    is_special=st.booleans(),
+)
+def test_lookup_has_the_same_bits_on_every_instruction_set(
+    workers: list[IsaWorker],
+    tmp_path: Path,
+    seed: int,
+    num_tokens: int,
+    top_k: int,
+    num_tiles: int,
+    width: int,
+    num_hidden: int,
+    grid_size: int,
+    has_hinges: int,
+    is_special: bool,
+) -> None:
+    rng = np.random.default_rng(seed)
+    inputs, _, _ = lookup_inputs(rng, num_tokens, top_k, num_tiles, width, num_hidden, grid_size, has_hinges)
+    if is_special:
+        for name in ("x", "h", "score", "splines"):
+            inputs[name] = with_specials(rng, inputs[name])
+    case = tmp_path / "case.npz"
+    np.savez(case, **inputs, grid_size=grid_size, has_hinges=has_hinges)
+    assert_all_agree(workers, case)
+
+
 @pytest.mark.parametrize("attributes", ATTRIBUTES, ids=str)
 @pytest.mark.parametrize(("num_tokens", "num_columns"), [(1, 64), (33, 130), (128, 1000)])
 def test_function_and_kernel_agree_to_rounding(num_tokens: int, num_columns: int, attributes: dict[str, int]) -> None:
@@ -195,6 +231,7 @@ def test_registered_kernel_takes_precedence_over_the_function(op: OpSchema, leve
         "TernaryTileMatMul": tile_matmul_inputs(rng, 4, 2, 3, 8),
         "SignatureRoute": route_inputs(rng, 4, 2, 8),
         "TernaryFFN": ffn_inputs(rng, 4, 1, 2, 8, 8),
+        "SparseLookup": lookup_inputs(rng, 4, 1, 2, 8, 8),
     }
     inputs = examples[op.name][0]
     model = make_model(op, with_functions=True).SerializeToString()

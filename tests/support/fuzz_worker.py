@@ -12,9 +12,9 @@ from collections.abc import Callable
 
 import numpy as np
 import onnxruntime as ort
-from packed_models import ffn_inputs, make_model, route_inputs, tile_matmul_inputs
+from packed_models import ffn_inputs, lookup_inputs, make_model, route_inputs, tile_matmul_inputs
 
-from ort_ops.schema import OPS, SIGNATURE_ROUTE, TERNARY_FFN, TERNARY_TILE_MATMUL, OpSchema
+from ort_ops.schema import OPS, SIGNATURE_ROUTE, SPARSE_LOOKUP, TERNARY_FFN, TERNARY_TILE_MATMUL, OpSchema
 
 Inputs = dict[str, np.ndarray]
 Attributes = dict[str, int]
@@ -45,6 +45,12 @@ def ffn_case(rng: np.random.Generator) -> tuple[Inputs, Attributes]:
     return ffn_inputs(rng, *map(int, sizes))[0], attributes
 
 
+def lookup_case(rng: np.random.Generator) -> tuple[Inputs, Attributes]:
+    attributes = {"grid_size": int(rng.integers(1, 40)), "has_hinges": int(rng.integers(0, 2))}
+    sizes = (rng.integers(0, 40), rng.integers(0, 4), rng.integers(1, 5), rng.integers(0, 70), rng.integers(0, 70))
+    return lookup_inputs(rng, *map(int, sizes), **attributes)[0], attributes
+
+
 def route_case(rng: np.random.Generator) -> tuple[Inputs, Attributes]:
     num_tiles = int(rng.integers(1, 70))
     inputs, _ = route_inputs(rng, int(rng.integers(0, 9)), num_tiles, int(rng.integers(0, 70)))
@@ -56,6 +62,7 @@ VALID_CASES: dict[str, Callable[[np.random.Generator], tuple[Inputs, Attributes]
     TERNARY_TILE_MATMUL.name: tile_matmul_case,
     SIGNATURE_ROUTE.name: route_case,
     TERNARY_FFN.name: ffn_case,
+    SPARSE_LOOKUP.name: lookup_case,
 }
 
 
@@ -109,7 +116,7 @@ def has_result(session: ort.InferenceSession, inputs: Inputs) -> bool:
 def run_mutated(rng: np.random.Generator, op: OpSchema, library: str, counts: Counter[str]) -> None:
     """A model some of whose bytes, or attributes, are wrong."""
     inputs, attributes = VALID_CASES[op.name](rng)
-    weights = {name: array for name, array in inputs.items() if name not in ("x", "tile_idx", "weight")}
+    weights = {name: array for name, array in inputs.items() if name not in ("x", "h", "tile_idx", "score", "weight")}
     constants = weights if rng.random() < 0.5 else {}
     if rng.random() < 0.3:
         model = make_model(op, constants=constants, **spoil_attributes(rng, attributes)).SerializeToString()

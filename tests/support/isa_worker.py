@@ -1,8 +1,8 @@
 """A process whose kernels run one instruction set: for each case file named on stdin, run it and write the results.
 
 A case file (.npz) holds the inputs of one op, and its attributes as numbers without dimensions; `top_k` among them says it is
-SignatureRoute. The answer to each line is the path of a .npz with the outputs. TRIX_ORT_ISA is read once per process, hence one
-worker for each value.
+SignatureRoute, `grid_size` SparseLookup. The answer to each line is the path of a .npz with the outputs. TRIX_ORT_ISA is read
+once per process, hence one worker for each value.
 """
 
 import sys
@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime as ort
 from packed_models import make_model, native_session
 
-from ort_ops.schema import SIGNATURE_ROUTE, TERNARY_TILE_MATMUL
+from ort_ops.schema import SIGNATURE_ROUTE, SPARSE_LOOKUP, TERNARY_TILE_MATMUL
 
 sessions: dict[frozenset[tuple[str, int]], ort.InferenceSession] = {}
 
@@ -19,7 +19,8 @@ sessions: dict[frozenset[tuple[str, int]], ort.InferenceSession] = {}
 def session_for(attributes: dict[str, int]) -> ort.InferenceSession:
     key = frozenset(attributes.items())
     if key not in sessions:
-        op = SIGNATURE_ROUTE if "top_k" in attributes else TERNARY_TILE_MATMUL
+        named_by = {"top_k": SIGNATURE_ROUTE, "grid_size": SPARSE_LOOKUP}
+        op = next((op for name, op in named_by.items() if name in attributes), TERNARY_TILE_MATMUL)
         sessions[key] = native_session(make_model(op, **attributes))
     return sessions[key]
 

@@ -1,5 +1,6 @@
 """Small models around one operator, and float64 references, for the tests of the native operators."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -55,6 +56,66 @@ def ffn_inputs(
     hidden = np.maximum(np.einsum("td,tkhd->tkh", x, up[chosen]) * inputs["up_scale"][chosen], 0.0) ** 2
     part = np.einsum("tkh,tkdh->tkd", hidden, down[chosen]) * inputs["down_scale"][chosen]
     return inputs, (part * weight[..., None]).sum(axis=1)
+
+
+def lookup_inputs(
+    rng: np.random.Generator,
+    num_tokens: int,
+    top_k: int,
+    num_tiles: int,
+    width: int,
+    num_hidden: int,
+    grid_size: int = 16,
+    has_hinges: int = 0,
+) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+    """Random valid inputs of SparseLookup, and y and points in float64."""
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape, dtype=np.float32)
+
+    spline_size = 4 * grid_size + 1 if has_hinges else (grid_size + 1) ** 2
+    inputs = {
+        "x": normal(num_tokens, width),
+        "h": normal(num_tokens, width),
+        "tile_idx": rng.integers(0, num_tiles, (num_tokens, top_k)),
+        "score": normal(num_tokens, num_tiles) * np.float32(3),
+        "gate_curve": rng.uniform(0.2, 2.0, int(rng.integers(2, 9))).astype(np.float32),
+        "compress": normal(width, num_hidden) / np.float32(max(width, 1) ** 0.5),
+        "compress_bias": normal(num_hidden),
+        "point_weight": normal(2, num_hidden) / np.float32(max(num_hidden, 1) ** 0.5),
+        "point_bias": normal(2) * np.float32(0.3),
+        "splines": normal(num_tiles, spline_size) / np.float32(max(grid_size / 8, 1)),
+        "direction": normal(num_tiles, width),
+    }
+    return inputs, *lookup_reference({name: np.asarray(array) for name, array in inputs.items()}, grid_size, has_hinges)
+
+
+def lookup_reference(inputs: Arrays, grid_size: int, has_hinges: int) -> tuple[np.ndarray, np.ndarray]:
+    """y [T, D] and points [T, 2] in float64, token by token."""
+    exact = {name: array if array.dtype == np.int64 else array.astype(np.float64) for name, array in inputs.items()}
+    before = exact["h"] @ exact["compress"] + exact["compress_bias"]
+    hidden = before * 0.5 * (1.0 + np.vectorize(math.erf, otypes=[np.float64])(before / 2**0.5))
+    point = np.tanh(hidden @ exact["point_weight"].T + exact["point_bias"])
+    knots = np.linspace(0.0, 1.0, len(exact["gate_curve"]))
+    y = exact["x"].copy()
+    for t, tiles in enumerate(exact["tile_idx"]):
+        for tile in tiles:
+            gate = np.interp(1.0 / (1.0 + np.exp(-exact["score"][t, tile])), knots, exact["gate_curve"])
+            magnitude = _hinge_magnitude if has_hinges else _grid_magnitude
+            y[t] += gate * magnitude(exact["splines"][tile], point[t], grid_size) * exact["direction"][tile]
+    return y, point
+
+
+def _hinge_magnitude(row: np.ndarray, point: np.ndarray, grid_size: int) -> float:
+    slope, other_slope, offset, height = row[:-1].reshape(4, grid_size)
+    return float((np.maximum(slope * point[0] + other_slope * point[1] + offset, 0.0) * height).sum() + row[-1])
+
+
+def _grid_magnitude(row: np.ndarray, point: np.ndarray, grid_size: int) -> float:
+    """Along the second axis of every row of corners first, then along the first."""
+    places = np.linspace(-1.0, 1.0, grid_size + 1)
+    along = [np.interp(point[1], places, corners) for corners in row.reshape(grid_size + 1, grid_size + 1)]
+    return float(np.interp(point[0], places, along))
 
 
 def route_inputs(

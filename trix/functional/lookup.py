@@ -1,10 +1,13 @@
 """Reading the row that each token chose, and what is done with it, in few arrays of tokens x width.
 
+:func:`sparse_lookup` is the whole of it in one custom operator, for inference.
+
 On a CPU a fresh array of that size, which is in no cache, takes longer than the arithmetic on it. So what can be is done in
 place, and the rows are looked up again in the backward pass. Every function is differentiable once.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
@@ -34,6 +37,93 @@ def hinge_rows(point: Tensor, rows: Tensor, row_idx: Tensor) -> Tensor:
     """
     dtype = torch.promote_types(point.dtype, rows.dtype)
     return _HingeRows.apply(point.to(dtype), rows.to(dtype), row_idx)  # type: ignore[no-untyped-call]
+
+
+def grid_rows(point: Tensor, rows: Tensor, row_idx: Tensor, grid_size: int) -> Tensor:
+    """m[t]: the four corners of the cell of p[t] in rows[row_idx[t]], interpolated bilinearly.
+
+    Args:
+        point: float [T, 2] in [-1, 1]. rows: float [E, (G + 1)^2], the corners of G x G cells, row by row. row_idx: int64 [T]
+            in [0, E). grid_size: G.
+
+    Returns:
+        [T] in the promoted dtype of point and rows.
+    """
+    position_T2 = (point + 1.0) * (0.5 * grid_size)
+    cell_T2 = position_T2.detach().long().clamp(0, grid_size - 1)
+    high_T2 = position_T2 - cell_T2
+    low_T2 = 1.0 - high_T2
+    corners = grid_size + 1
+    first_T = row_idx * corners**2 + cell_T2[:, 0] * corners + cell_T2[:, 1]
+    step_2 = torch.arange(2, device=first_T.device)
+    index_T22 = first_T[:, None, None] + step_2[:, None] * corners + step_2
+    value_T22 = rows.flatten()[index_T22]
+    weight_T22 = torch.stack([low_T2, high_T2], dim=-1)  # [T, axis, low or high]
+    return (weight_T22[:, 0, :, None] * weight_T22[:, 1, None, :] * value_T22).sum(dim=(1, 2))
+
+
+@torch.library.custom_op("trix::sparse_lookup", mutates_args=())
+def sparse_lookup(
+    x: Tensor,
+    h: Tensor,
+    tile_idx: Tensor,
+    score: Tensor,
+    gate_curve: Tensor,
+    compress: Tensor,
+    compress_bias: Tensor,
+    point_weight: Tensor,
+    point_bias: Tensor,
+    splines: Tensor,
+    direction: Tensor,
+    grid_size: int,
+    has_hinges: bool,
+) -> tuple[Tensor, Tensor]:
+    """y[t] = x[t] + sum_k gate(score[t, e]) * magnitude_e(p[t]) * direction_e with e = tile_idx[t, k]; inference only.
+
+    p = tanh(gelu(h compress + compress_bias) point_weight^T + point_bias); magnitude_e is :func:`hinge_rows` with has_hinges,
+    :func:`grid_rows` without, over splines[e]; gate is the piecewise linear curve through (i / (N - 1), gate_curve[i]) at
+    sigmoid(score).
+
+    Args:
+        x, h: float [T, D]. tile_idx: int64 [T, K]. score: float [T, E]. gate_curve: float [N], N >= 2. compress: float [D, H],
+            compress_bias [H]. point_weight: float [2, H], point_bias [2]. splines: float [E, S]. direction: float [E, D].
+
+    Returns:
+        y [T, D] in the dtype of x, and p [T, 2].
+    """
+    point_T2 = F.linear(F.gelu(F.linear(h, compress.mT, compress_bias)), point_weight, point_bias).tanh()
+    last = gate_curve.shape[0] - 1
+    position_TK = score.gather(-1, tile_idx).to(gate_curve.dtype).sigmoid() * last
+    segment_TK = position_TK.long().clamp(0, last - 1)
+    start_TK = gate_curve[segment_TK]
+    gate_TK = start_TK + (gate_curve[segment_TK + 1] - start_TK) * (position_TK - segment_TK)
+    y = x.clone()
+    for gate_T, tile_idx_T in zip(gate_TK.unbind(-1), tile_idx.unbind(-1), strict=True):
+        if has_hinges:
+            magnitude_T = hinge_rows(point_T2, splines, tile_idx_T)
+        else:
+            magnitude_T = grid_rows(point_T2, splines, tile_idx_T, grid_size)
+        y = add_rows(y, gate_T * magnitude_T, direction, tile_idx_T)
+    return y, point_T2
+
+
+@sparse_lookup.register_fake
+def _(
+    x: Tensor,
+    h: Tensor,
+    tile_idx: Tensor,  # noqa: ARG001
+    score: Tensor,  # noqa: ARG001
+    gate_curve: Tensor,  # noqa: ARG001
+    compress: Tensor,  # noqa: ARG001
+    compress_bias: Tensor,  # noqa: ARG001
+    point_weight: Tensor,  # noqa: ARG001
+    point_bias: Tensor,  # noqa: ARG001
+    splines: Tensor,  # noqa: ARG001
+    direction: Tensor,  # noqa: ARG001
+    grid_size: int,  # noqa: ARG001
+    has_hinges: bool,  # noqa: ARG001
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), h.new_empty(h.shape[0], 2)
 
 
 # A forward that takes ctx: with setup_context apart, every call inspects its signature, which takes as long as a lookup.

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trix.functional.lookup import hinge_rows
+from trix.functional.lookup import grid_rows, hinge_rows
 from trix.functional.ternary import absmean_ternary
 
 
@@ -37,17 +37,7 @@ class GridSplines(nn.Module):
         return absmean_ternary(self.corner_EV) if self.is_ternary else self.corner_EV
 
     def forward(self, point_T2: Tensor, tile_idx_T: Tensor) -> Tensor:
-        position_T2 = (point_T2 + 1.0) * (0.5 * self.grid_size)
-        cell_T2 = position_T2.detach().long().clamp(0, self.grid_size - 1)
-        high_T2 = position_T2 - cell_T2
-        low_T2 = 1.0 - high_T2
-        corners = self.grid_size + 1
-        first_T = tile_idx_T * corners**2 + cell_T2[:, 0] * corners + cell_T2[:, 1]
-        step_2 = torch.arange(2, device=first_T.device)
-        index_T22 = first_T[:, None, None] + step_2[:, None] * corners + step_2
-        value_T22 = self.values().flatten()[index_T22]
-        weight_T22 = torch.stack([low_T2, high_T2], dim=-1)  # [T, axis, low or high]
-        return (weight_T22[:, 0, :, None] * weight_T22[:, 1, None, :] * value_T22).sum(dim=(1, 2))
+        return grid_rows(point_T2, self.values(), tile_idx_T, self.grid_size)
 
     def extra_repr(self) -> str:
         return f"num_tiles={self.corner_EV.shape[0]}, grid_size={self.grid_size}, is_ternary={self.is_ternary}"
@@ -68,15 +58,19 @@ class HingeSplines(nn.Module):
     def __init__(self, num_tiles: int, grid_size: int = 16) -> None:
         super().__init__()
         _check_sizes(num_tiles, grid_size)
+        self.grid_size = grid_size
         self.slope_EGI = nn.Parameter(F.normalize(torch.randn(num_tiles, grid_size, 2), dim=-1))
         self.offset_EG = nn.Parameter(torch.empty(num_tiles, grid_size).uniform_(-1.0, 1.0))
         self.height_EG = nn.Parameter(torch.randn(num_tiles, grid_size) * (2.0 / grid_size) ** 0.5)
         self.base_E = nn.Parameter(torch.zeros(num_tiles))
 
+    def values(self) -> Tensor:
+        """[E, 4 G + 1]: all that a tile has, as the rows of :func:`trix.functional.lookup.hinge_rows`."""
+        rows = [self.slope_EGI.mT.flatten(1), self.offset_EG, self.height_EG, self.base_E.unsqueeze(1)]
+        return torch.cat(rows, dim=1)
+
     def forward(self, point_T2: Tensor, tile_idx_T: Tensor) -> Tensor:
-        slope_EIG = self.slope_EGI.mT
-        rows = [slope_EIG.flatten(1), self.offset_EG, self.height_EG, self.base_E.unsqueeze(1)]
-        return hinge_rows(point_T2, torch.cat(rows, dim=1), tile_idx_T)
+        return hinge_rows(point_T2, self.values(), tile_idx_T)
 
     def extra_repr(self) -> str:
         return f"num_tiles={self.offset_EG.shape[0]}, grid_size={self.offset_EG.shape[1]}"

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from trix.functional.dropout import dropout_mask
-from trix.functional.lookup import add_rows
+from trix.functional.lookup import add_rows, sparse_lookup
 from trix.functional.ternary import straight_through
 from trix.nn.attention import RotaryAttention
 from trix.nn.magnitudes import GridSplines, HingeSplines
@@ -117,15 +117,12 @@ class SparseLookupFFN(SignatureSurgery):
         h_TD = self.norm(x_TD)
         routing_TD = h_TD if routing_x is None else routing_x.reshape(x_TD.shape)
         tile_idx_TK, score_TE = self.router.select(routing_TD, self._emergent_signatures())
-        point_T2 = self.compress(h_TD)
         gate_TK = self._gate(score_TE.gather(-1, tile_idx_TK))
-        mask_TD, factor = None, 1.0
-        if self.training and self.dropout.p > 0:
-            mask_TD, factor = dropout_mask(x_TD.shape, self.dropout.p, x.device)
-        y_TD = x_TD
-        for gate_T, tile_idx_T in zip(gate_TK.unbind(-1), tile_idx_TK.unbind(-1), strict=True):
-            size_T = gate_T * self.magnitude(point_T2, tile_idx_T) * (self.output_scale * factor)
-            y_TD = add_rows(y_TD, size_T, self.direction_ED, tile_idx_T, mask_TD)
+        if self.router.packed_signatures is not None and not self.training:
+            y_TD, point_T2 = self._look_up(x_TD, h_TD, tile_idx_TK, score_TE)
+        else:
+            point_T2 = self.compress(h_TD)
+            y_TD = self._add_directions(x_TD, point_T2, tile_idx_TK, gate_TK)
         self._count(tile_idx_TK, labels, mask, x.shape[:-1])
         choice_shape = x.shape[:-1] if self.router.top_k == 1 else (*x.shape[:-1], self.router.top_k)
         info: LookupInfo = {
@@ -136,6 +133,37 @@ class SparseLookupFFN(SignatureSurgery):
         }
         return y_TD.reshape(x.shape), info, self._aux_losses(score_TE, tile_idx_TK, mask)
 
+    def _add_directions(self, x_TD: Tensor, point_T2: Tensor, tile_idx_TK: Tensor, gate_TK: Tensor) -> Tensor:
+        mask_TD, factor = None, 1.0
+        if self.training and self.dropout.p > 0:
+            mask_TD, factor = dropout_mask(x_TD.shape, self.dropout.p, x_TD.device)
+        y_TD = x_TD
+        for gate_T, tile_idx_T in zip(gate_TK.unbind(-1), tile_idx_TK.unbind(-1), strict=True):
+            size_T = gate_T * self.magnitude(point_T2, tile_idx_T) * (self.output_scale * factor)
+            y_TD = add_rows(y_TD, size_T, self.direction_ED, tile_idx_T, mask_TD)
+        return y_TD
+
+    def _look_up(self, x_TD: Tensor, h_TD: Tensor, tile_idx_TK: Tensor, score_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """y [T, D] and the points [T, 2] by one operator, for inference."""
+        to_hidden, to_point = self.compress[0], self.compress[2]
+        assert isinstance(to_hidden, nn.Linear)
+        assert isinstance(to_point, nn.Linear)
+        return sparse_lookup(
+            x_TD,
+            h_TD,
+            tile_idx_TK,
+            score_TE,
+            self._gate_curve() * self.output_scale,
+            to_hidden.weight.mT,
+            to_hidden.bias,
+            to_point.weight,
+            to_point.bias,
+            self.magnitude.values(),
+            self.direction_ED,
+            self.magnitude.grid_size,
+            isinstance(self.magnitude, HingeSplines),
+        )
+
     def _emergent_signatures(self) -> Tensor | None:
         if self.router.packed_signatures is not None:
             return None
@@ -144,6 +172,10 @@ class SparseLookupFFN(SignatureSurgery):
     def _gate(self, score_TK: Tensor) -> Tensor:
         """The factor on the chosen tiles' output, by their scores."""
         return torch.ones_like(score_TK)
+
+    def _gate_curve(self) -> Tensor:
+        """The same as values at equal steps of sigmoid(score), from 0 to 1, with straight lines between them."""
+        return torch.ones(2, device=self.output_scale.device)
 
     def _count(self, tile_idx_TK: Tensor, labels: Tensor | None, mask: Tensor | None, shape: torch.Size) -> None:
         if self.training:
@@ -212,7 +244,9 @@ class SparseLookupFFN(SignatureSurgery):
         self.reset_claim_tracking()
 
     def pack(self) -> None:
-        """Hold the signatures as 2-bit codes and route by ``trix::signature_route``; inference only afterwards. Idempotent."""
+        """Hold the signatures as 2-bit codes; route by ``trix::signature_route`` and, in evaluation mode, look up by
+        ``trix::sparse_lookup``. Inference only afterwards. Idempotent.
+        """
         self.router.pack_signatures(self._emergent_signatures())
 
     def unpack(self) -> None:

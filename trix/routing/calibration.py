@@ -30,6 +30,11 @@ class ScoreCalibrationSpline(nn.Module):
         self.num_knots = num_knots
         self.increment = nn.Parameter(torch.zeros(num_knots - 1))
 
+    def knots(self) -> Tensor:
+        """The heights of the knots, from 0 to 1: [n]."""
+        rise = self.increment.to(torch.promote_types(self.increment.dtype, torch.float32)).softmax(dim=0)
+        return torch.cat([rise.new_zeros(1), rise.cumsum(dim=0)[:-1], rise.new_ones(1)])
+
     def forward(self, scores: Tensor) -> Tensor:
         dtype = torch.promote_types(scores.dtype, torch.float32)
         rise = self.increment.to(dtype).softmax(dim=0)

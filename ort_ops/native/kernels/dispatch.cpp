@@ -18,6 +18,9 @@ constexpr KernelVariant<QuantizeRowsKernel> kQuantizeRowsRows[] = {
 constexpr KernelVariant<SignatureRouteKernel> kSignatureRouteRows[] = {
 #include "kernels/signature_route/signature_route.inc"
 };
+constexpr KernelVariant<SparseLookupKernel> kSparseLookupRows[] = {
+#include "kernels/sparse_lookup/sparse_lookup.inc"
+};
 
 #undef TRIX_KERNEL
 
@@ -65,11 +68,15 @@ KernelVariants<SignatureRouteKernel> signature_route_variants() {
     return {kSignatureRouteRows, static_cast<int>(std::size(kSignatureRouteRows))};
 }
 
+KernelVariants<SparseLookupKernel> sparse_lookup_variants() {
+    return {kSparseLookupRows, static_cast<int>(std::size(kSparseLookupRows))};
+}
+
 KernelTable choose_kernels(const char* requested) {
     const bool is_limited = requested != nullptr && *requested != '\0';
     const Isa isa = is_limited ? requested_isa(requested) : best_isa();
     return {isa, best_variant(ternary_matmul_variants(), isa), best_variant(quantize_rows_variants(), isa),
-            best_variant(signature_route_variants(), isa)};
+            best_variant(signature_route_variants(), isa), best_variant(sparse_lookup_variants(), isa)};
 }
 
 const KernelTable& kernels() {

@@ -4,6 +4,7 @@
 #include "kernels/cpu_features.hpp"
 #include "kernels/quantize_rows/quantize_rows.hpp"
 #include "kernels/signature_route/signature_route.hpp"
+#include "kernels/sparse_lookup/sparse_lookup.hpp"
 #include "kernels/ternary_matmul/ternary_matmul.hpp"
 
 namespace trix {
@@ -27,12 +28,14 @@ struct KernelVariants {
 KernelVariants<TernaryMatMulKernel> ternary_matmul_variants();
 KernelVariants<QuantizeRowsKernel> quantize_rows_variants();
 KernelVariants<SignatureRouteKernel> signature_route_variants();
+KernelVariants<SparseLookupKernel> sparse_lookup_variants();
 
 struct KernelTable {
     Isa isa;
     TernaryMatMulKernel ternary_matmul;
     QuantizeRowsKernel quantize_rows;
     SignatureRouteKernel signature_route;
+    SparseLookupKernel sparse_lookup;
 };
 
 /// The best variant of each kernel that the CPU supports, none above the instruction set named `requested`

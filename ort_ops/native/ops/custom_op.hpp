@@ -104,6 +104,7 @@ class CustomOp : public ort_abi::OrtCustomOp {
 
 /// The ops of this library, made once and never freed: a domain keeps pointers to them.
 std::unique_ptr<ort_abi::OrtCustomOp> make_signature_route_op(const OrtApi* api);
+std::unique_ptr<ort_abi::OrtCustomOp> make_sparse_lookup_op(const OrtApi* api);
 std::unique_ptr<ort_abi::OrtCustomOp> make_ternary_ffn_op(const OrtApi* api);
 std::unique_ptr<ort_abi::OrtCustomOp> make_ternary_tile_matmul_op(const OrtApi* api);
 

@@ -304,6 +304,22 @@ def test_packed_signatures_route_the_same(version) -> None:
 
 
 @both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_packed_layer_in_evaluation_mode_computes_the_same(version, dtype: torch.dtype) -> None:
+    ffn = version(18, 6, top_k=3, grid_size=5).to(dtype).eval()
+    with torch.no_grad():
+        ffn.output_scale.fill_(1.7)
+        x = torch.randn(3, 40, 18, dtype=dtype)
+        y, info, _ = ffn(x)
+        ffn.pack()
+        y_packed, info_packed, _ = ffn(x)
+    assert y_packed.dtype == dtype
+    torch.testing.assert_close(y_packed, y)
+    for name in ("compressed", "weight"):
+        torch.testing.assert_close(info_packed[name], info[name])
+
+
+@both
 def test_compiles_as_one_graph_in_both_modes(version) -> None:
     ffn = version(16, 4, dropout=0.0)
     compiled = torch.compile(ffn, fullgraph=True, backend="aot_eager")

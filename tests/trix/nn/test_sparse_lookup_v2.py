@@ -251,3 +251,15 @@ def test_the_number_of_tiles_does_not_enter_the_work_of_a_token_beyond_its_score
         return counter.get_total_flops() - 2 * 100 * 32 * num_tiles
 
     assert flops(16) == flops(1024)
+
+
+@pytest.mark.parametrize("use_score_calibration", [True, False])
+def test_a_packed_layer_has_the_gate_of_its_curve(use_score_calibration: bool) -> None:
+    ffn = SparseLookupFFNv2(16, 8, top_k=2, use_score_calibration=use_score_calibration).eval()
+    with torch.no_grad():
+        if ffn.calibration is not None:
+            ffn.calibration.increment.normal_()
+        x = torch.randn(50, 16) * torch.rand(50, 1) * 5
+        y = ffn(x)[0]
+        ffn.pack()
+        torch.testing.assert_close(ffn(x)[0], y)

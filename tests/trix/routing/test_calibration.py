@@ -21,6 +21,8 @@ def test_starts_as_the_sigmoid() -> None:
 def test_runs_through_its_knots() -> None:
     spline = bent(5).double()
     knots = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
+    torch.testing.assert_close(spline.knots()[1:4], spline(knots.logit()))
+    assert spline.knots()[[0, -1]].tolist() == [0.0, 1.0]
     torch.testing.assert_close(spline(knots.logit()), spline.increment.softmax(0).cumsum(0)[:3])
     torch.testing.assert_close(spline(torch.tensor([-50.0, 50.0]).double()), torch.tensor([0.0, 1.0]).double())
 

@@ -1,0 +1,46 @@
+"""What the bodies of the portable functions are made of: nodes, constants, and the function around them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import AttributeProto, FunctionProto, NodeProto, TensorProto, helper, numpy_helper
+
+from ort_ops.schema import DOMAIN, OPSET_VERSION, OpSchema
+
+ONNX_OPSET = 18
+
+
+def float_info(name: str) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, [None, None])
+
+
+def int_vector(output: str, values: Sequence[int]) -> NodeProto:
+    """A constant int64 vector. As a tensor: the shape inference of onnxruntime 1.17 misreads `value_ints`."""
+    return node("Constant", [], [output], value=numpy_helper.from_array(np.array(values, dtype=np.int64), output))
+
+
+def attribute_value(attribute: str, output: str) -> NodeProto:
+    """A constant that takes its value from an integer attribute of the function."""
+    constant = node("Constant", [], [output])
+    constant.attribute.append(AttributeProto(name="value_int", type=AttributeProto.INT, ref_attr_name=attribute))
+    return constant
+
+
+def node(op_type: str, inputs: Sequence[str], outputs: Sequence[str], **attributes: Any) -> NodeProto:
+    return helper.make_node(op_type, inputs, outputs, **attributes)
+
+
+def as_function(op: OpSchema, nodes: Sequence[NodeProto]) -> FunctionProto:
+    return helper.make_function(
+        DOMAIN,
+        op.name,
+        [tensor.name for tensor in op.inputs],
+        [tensor.name for tensor in op.outputs],
+        nodes,
+        [helper.make_opsetid("", ONNX_OPSET), helper.make_opsetid(DOMAIN, OPSET_VERSION)],
+        attributes=[],
+        attribute_protos=[helper.make_attribute(attribute.name, attribute.default) for attribute in op.attributes],
+        doc_string=op.doc,
+    )

@@ -1,0 +1,139 @@
+"""The operator SparseLookup written in standard ONNX operators.
+
+Legend, beside schema.py's: K tiles per token, G grid_size.
+"""
+
+from onnx import FunctionProto, NodeProto, TensorProto, helper
+
+from ort_ops.graph_nodes import as_function, attribute_value, float_info, int_vector, node
+from ort_ops.schema import SPARSE_LOOKUP
+
+
+def sparse_lookup_function() -> FunctionProto:
+    """Points, gates [T, K] and magnitudes [T, K], then the directions that they weigh."""
+    grid = helper.make_graph(_grid_magnitude(), "grid", [], [float_info("grid_magnitude")])
+    hinges = helper.make_graph(_hinge_magnitude(), "hinges", [], [float_info("hinge_magnitude")])
+    nodes = [
+        node("Constant", [], ["half"], value_float=0.5),
+        node("Constant", [], ["one"], value_float=1.0),
+        node("Constant", [], ["one_step"], value_int=1),
+        node("Constant", [], ["no_step"], value_int=0),
+        node("Gemm", ["h", "compress", "compress_bias"], ["before"]),
+        node("Constant", [], ["sqrt_half"], value_float=0.5**0.5),
+        node("Mul", ["before", "sqrt_half"], ["scaled"]),
+        node("Erf", ["scaled"], ["erf"]),
+        node("Add", ["erf", "one"], ["twice_share"]),
+        node("Mul", ["before", "twice_share"], ["twice_hidden"]),
+        node("Mul", ["twice_hidden", "half"], ["hidden"]),
+        node("Gemm", ["hidden", "point_weight", "point_bias"], ["before_tanh"], transB=1),
+        node("Tanh", ["before_tanh"], ["point"]),
+        node("GatherElements", ["score", "tile_idx"], ["chosen_score"], axis=1),
+        node("Sigmoid", ["chosen_score"], ["share"]),
+        node("Size", ["gate_curve"], ["num_knots"]),
+        node("Sub", ["num_knots", "one_step"], ["num_segments"]),
+        *_steps("share", "num_segments", "segment", "part"),
+        node("Add", ["segment", "one_step"], ["next_knot"]),
+        node("Gather", ["gate_curve", "segment"], ["gate_start"]),
+        node("Gather", ["gate_curve", "next_knot"], ["gate_end"]),
+        node("Sub", ["gate_end", "gate_start"], ["gate_rise"]),
+        node("Mul", ["gate_rise", "part"], ["gate_step"]),
+        node("Add", ["gate_start", "gate_step"], ["gate"]),
+        int_vector("first_axis", [0]),
+        int_vector("second_axis", [1]),
+        int_vector("last_axis", [2]),
+        attribute_value("grid_size", "grid"),
+        attribute_value("has_hinges", "hinges_flag"),
+        node("Equal", ["hinges_flag", "one_step"], ["is_hinged"]),
+        node("If", ["is_hinged"], ["magnitude"], then_branch=hinges, else_branch=grid),
+        node("Mul", ["gate", "magnitude"], ["size"]),
+        node("Unsqueeze", ["size", "last_axis"], ["size_column"]),
+        node("Gather", ["direction", "tile_idx"], ["chosen_direction"]),
+        node("Mul", ["size_column", "chosen_direction"], ["summand"]),
+        node("ReduceSum", ["summand", "second_axis"], ["update"], keepdims=0),
+        node("Add", ["x", "update"], ["y"]),
+    ]
+    return as_function(SPARSE_LOOKUP, nodes)
+
+
+def _steps(share: str, num_steps: str, whole: str, part: str) -> list[NodeProto]:
+    """Where a share in [0, 1] lies on num_steps equal steps: which step, int64, and how far in it."""
+    position, below, last = f"{whole}_position", f"{whole}_below", f"{whole}_last"
+    return [
+        node("Cast", [num_steps], [f"{whole}_count"], to=TensorProto.FLOAT),
+        node("Mul", [share, f"{whole}_count"], [position]),
+        node("Cast", [position], [below], to=TensorProto.INT64),
+        node("Sub", [num_steps, "one_step"], [last]),
+        node("Min", [below, last], [f"{whole}_at_most"]),
+        node("Max", [f"{whole}_at_most", "no_step"], [whole]),
+        node("Cast", [whole], [f"{whole}_float"], to=TensorProto.FLOAT),
+        node("Sub", [position, f"{whole}_float"], [part]),
+    ]
+
+
+def _grid_magnitude() -> list[NodeProto]:
+    nodes = [
+        node("Add", ["point", "one"], ["from_corner"]),
+        node("Mul", ["from_corner", "half"], ["place"]),
+        *_steps("place", "grid", "cell", "high"),
+        node("Sub", ["one", "high"], ["low"]),
+        node("Add", ["grid", "one_step"], ["corners"]),
+        node("Mul", ["corners", "corners"], ["num_values"]),
+        node("Mul", ["tile_idx", "num_values"], ["first_of_tile"]),
+        node("Gather", ["cell", "first_axis"], ["cell_row"], axis=1),
+        node("Gather", ["cell", "second_axis"], ["cell_column"], axis=1),
+        node("Mul", ["cell_row", "corners"], ["first_of_row"]),
+        node("Add", ["first_of_row", "cell_column"], ["cell_place"]),
+        node("Add", ["first_of_tile", "cell_place"], ["low_low_place"]),
+        node("Add", ["low_low_place", "one_step"], ["low_high_place"]),
+        node("Add", ["low_low_place", "corners"], ["high_low_place"]),
+        node("Add", ["low_high_place", "corners"], ["high_high_place"]),
+        int_vector("flat", [-1]),
+        node("Reshape", ["splines", "flat"], ["corner_values"]),
+    ]
+    for side in ("low", "high"):
+        nodes.append(node("Gather", [side, "first_axis"], [f"{side}_row"], axis=1))
+        nodes.append(node("Gather", [side, "second_axis"], [f"{side}_column"], axis=1))
+    terms = []
+    for corner in ("low_low", "low_high", "high_low", "high_high"):
+        row, column = corner.split("_")
+        nodes += [
+            node("Gather", ["corner_values", f"{corner}_place"], [f"{corner}_value"]),
+            node("Mul", [f"{row}_row", f"{column}_column"], [f"{corner}_weight"]),
+            node("Mul", [f"{corner}_weight", f"{corner}_value"], [f"{corner}_term"]),
+        ]
+        terms.append(f"{corner}_term")
+    return [*nodes, node("Sum", terms, ["grid_magnitude"])]
+
+
+def _hinge_magnitude() -> list[NodeProto]:
+    """Of the rows [T, K, 4 G + 1], five parts; points as columns [T, 1, 1].
+
+    Cut out one by one: shape inference would refuse a Split of rows that belong to the other branch.
+    """
+    cut = []
+    for place, part in enumerate(("slope", "other_slope", "offset", "height")):
+        cut += [
+            int_vector(f"{part}_place", [place]),
+            node("Mul", ["num_hinges", f"{part}_place"], [f"{part}_start"]),
+            node("Add", [f"{part}_start", "num_hinges"], [f"{part}_end"]),
+            node("Slice", ["spline", f"{part}_start", f"{part}_end", "last_axis"], [part]),
+        ]
+    return [
+        node("Gather", ["splines", "tile_idx"], ["spline"]),
+        node("Reshape", ["grid", "second_axis"], ["num_hinges"]),
+        *cut,
+        int_vector("last_column", [-1]),
+        node("Gather", ["spline", "last_column"], ["base"], axis=2),
+        node("Unsqueeze", ["point", "last_axis"], ["coordinates"]),
+        node("Gather", ["coordinates", "first_axis"], ["coordinate"], axis=1),
+        node("Gather", ["coordinates", "second_axis"], ["other_coordinate"], axis=1),
+        node("Mul", ["slope", "coordinate"], ["along"]),
+        node("Mul", ["other_slope", "other_coordinate"], ["along_other"]),
+        node("Add", ["offset", "along"], ["crease_along"]),
+        node("Add", ["crease_along", "along_other"], ["crease"]),
+        node("Relu", ["crease"], ["bent"]),
+        node("Mul", ["bent", "height"], ["hinge"]),
+        node("ReduceSum", ["hinge", "last_axis"], ["hinges"], keepdims=0),
+        node("Squeeze", ["base", "last_axis"], ["base_value"]),
+        node("Add", ["hinges", "base_value"], ["hinge_magnitude"]),
+    ]

@@ -1,0 +1,300 @@
+// The kernel for files that differ in their flags and in TRIX_LANES, the floats of a register. Everything is
+// static: see the rules in kernels/README.md.
+#pragma once
+
+#include "kernels/sparse_lookup/sparse_lookup.hpp"
+
+namespace trix {
+namespace {
+
+constexpr std::size_t kLanes = 16;  // of the sums whose order the contract states
+constexpr std::size_t kVectorLanes = TRIX_LANES;
+constexpr std::size_t kVectors = kLanes / kVectorLanes;
+constexpr std::size_t kTokenBlock = 6;  // whose sums over a strip fit the registers of AVX2
+constexpr std::size_t kStripColumns = 16;
+constexpr std::size_t kStripVectors = kStripColumns / kVectorLanes;
+constexpr std::size_t kStripRows = 256;  // together half of a first-level cache
+
+inline std::size_t smaller(std::size_t a, std::size_t b) {
+    return a < b ? a : b;
+}
+
+// GCC's and Clang's vectors: the compiler's own arithmetic, in registers whatever it makes of the loops
+// around.
+typedef float Vector __attribute__((vector_size(TRIX_LANES * sizeof(float))));
+
+inline Vector load(const float* from) {
+    Vector vector;
+    __builtin_memcpy(&vector, from, sizeof(vector));
+    return vector;
+}
+
+inline void store(float* to, const Vector& vector) {
+    __builtin_memcpy(to, &vector, sizeof(vector));
+}
+
+inline std::uint32_t bits_of(float x) {
+    std::uint32_t bits;
+    __builtin_memcpy(&bits, &x, sizeof(bits));
+    return bits;
+}
+
+inline float float_of(std::uint32_t bits) {
+    float x;
+    __builtin_memcpy(&x, &bits, sizeof(x));
+    return x;
+}
+
+// Bits, as a branch on a float would keep the loops over it from being vectorised.
+inline float magnitude_of(float x) {
+    return float_of(bits_of(x) & 0x7fffffffu);
+}
+
+inline float with_sign_of(float size, float x) {
+    return float_of(bits_of(size) | (bits_of(x) & 0x80000000u));
+}
+
+// e^-size for size >= 0, relative error 2e-7; e^-87 above 87 and for NaN. The bits of such numbers compare
+// like the numbers. x = n ln 2 + r: adding and taking away 1.5 * 2^23 rounds, and leaves n in the low bits.
+inline float exp_of_minus(float size) {
+    constexpr float kShift = 12582912.0f;
+    const std::uint32_t bits = bits_of(size), most = bits_of(87.0f);
+    const float clamped = -float_of(bits < most ? bits : most);
+    const float shifted = clamped * 1.44269504f + kShift;
+    const float n = shifted - kShift;
+    const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
+    float series = 1.0f / 5040.0f;
+    series = series * r + 1.0f / 720.0f;
+    series = series * r + 1.0f / 120.0f;
+    series = series * r + 1.0f / 24.0f;
+    series = series * r + 1.0f / 6.0f;
+    series = series * r + 0.5f;
+    series = series * r + 1.0f;
+    series = series * r + 1.0f;
+    return series * float_of((bits_of(shifted) - bits_of(kShift) + 127u) << 23);
+}
+
+inline float tanh_of(float x) {
+    const float fraction = exp_of_minus(2.0f * magnitude_of(x));
+    return x == x ? with_sign_of((1.0f - fraction) / (1.0f + fraction), x) : x;
+}
+
+inline float sigmoid_of(float x) {
+    return 0.5f + 0.5f * tanh_of(0.5f * x);
+}
+
+// Abramowitz and Stegun 7.1.26: erf(z) = 1 - polynomial(1 / (1 + 0.3275911 z)) e^(-z^2), within 1.5e-7.
+inline float gelu_of(float v) {
+    const float z = magnitude_of(v) * 0.707106781f;
+    const float t = 1.0f / (1.0f + 0.3275911f * z);
+    float polynomial = 1.061405429f;
+    polynomial = polynomial * t - 1.453152027f;
+    polynomial = polynomial * t + 1.421413741f;
+    polynomial = polynomial * t - 0.284496736f;
+    polynomial = polynomial * t + 0.254829592f;
+    const float erf = with_sign_of(1.0f - polynomial * t * exp_of_minus(z * z), v);
+    return 0.5f * v * (1.0f + erf);
+}
+
+// One token: hidden[c] = sum_d h[d] W[d, c] for kBlock vectors of columns, whose sums stay in registers.
+template <std::size_t kBlock>
+inline void multiply_columns(const SparseLookupJob& job, std::size_t token, std::size_t column) {
+    Vector sum[kBlock] = {};
+    const float* weight = job.compress + column;
+    for (std::size_t d = 0; d < job.width; ++d, weight += job.num_hidden)
+        for (std::size_t c = 0; c < kBlock; ++c)
+            sum[c] += load(weight + c * kVectorLanes) * job.h[token * job.width + d];
+    for (std::size_t c = 0; c < kBlock; ++c)
+        store(job.hidden + token * job.num_hidden + column + c * kVectorLanes, sum[c]);
+}
+
+inline void compress_token(const SparseLookupJob& job, std::size_t token) {
+    std::size_t column = 0;
+    for (; column + 8 * kVectorLanes <= job.num_hidden; column += 8 * kVectorLanes)
+        multiply_columns<8>(job, token, column);
+    for (; column + 4 * kVectorLanes <= job.num_hidden; column += 4 * kVectorLanes)
+        multiply_columns<4>(job, token, column);
+    for (; column + kVectorLanes <= job.num_hidden; column += kVectorLanes)
+        multiply_columns<1>(job, token, column);
+    for (; column < job.num_hidden; ++column) {
+        float sum = 0.0f;
+        for (std::size_t d = 0; d < job.width; ++d)
+            sum += job.compress[d * job.num_hidden + column] * job.h[token * job.width + d];
+        job.hidden[token * job.num_hidden + column] = sum;
+    }
+}
+
+// Rows [row, row + num_rows) of some columns of W, close together, with zeros beside the last column.
+struct Strip {
+    float value[kStripRows * kStripColumns];
+    std::size_t row;
+    std::size_t num_rows;
+    std::size_t column;
+    std::size_t num_columns;
+};
+
+inline void read_strip(const SparseLookupJob& job, Strip& strip) {
+    const float* from = job.compress + strip.row * job.num_hidden + strip.column;
+    for (std::size_t d = 0; d < strip.num_rows; ++d, from += job.num_hidden) {
+        float* to = strip.value + d * kStripColumns;
+        if (strip.num_columns == kStripColumns) {
+            __builtin_memcpy(to, from, kStripColumns * sizeof(float));
+            continue;
+        }
+        for (std::size_t c = 0; c < kStripColumns; ++c) to[c] = c < strip.num_columns ? from[c] : 0.0f;
+    }
+}
+
+// Many tokens: the strip's part of their sums. The sums stay in registers meanwhile.
+template <std::size_t kTokens>
+inline void multiply_strip(const SparseLookupJob& job, const Strip& strip, std::size_t token) {
+    Vector sum[kTokens][kStripVectors];
+    float lanes[kStripColumns] = {};
+    float* to = job.hidden + token * job.num_hidden + strip.column;
+    for (std::size_t t = 0; t < kTokens; ++t) {
+        for (std::size_t c = 0; strip.row > 0 && c < strip.num_columns; ++c)
+            lanes[c] = to[t * job.num_hidden + c];
+        for (std::size_t i = 0; i < kStripVectors; ++i) sum[t][i] = load(lanes + i * kVectorLanes);
+    }
+    const float* h = job.h + token * job.width + strip.row;
+    for (std::size_t d = 0; d < strip.num_rows; ++d) {
+        Vector row[kStripVectors];
+        for (std::size_t i = 0; i < kStripVectors; ++i)
+            row[i] = load(strip.value + d * kStripColumns + i * kVectorLanes);
+        for (std::size_t t = 0; t < kTokens; ++t)
+            for (std::size_t i = 0; i < kStripVectors; ++i) sum[t][i] += row[i] * h[t * job.width + d];
+    }
+    for (std::size_t t = 0; t < kTokens; ++t) {
+        for (std::size_t i = 0; i < kStripVectors; ++i) store(lanes + i * kVectorLanes, sum[t][i]);
+        for (std::size_t c = 0; c < strip.num_columns; ++c) to[t * job.num_hidden + c] = lanes[c];
+    }
+}
+
+inline void compress_tokens(const SparseLookupJob& job) {
+    Strip strip;
+    for (strip.column = 0; strip.column < job.num_hidden; strip.column += kStripColumns) {
+        strip.num_columns = smaller(kStripColumns, job.num_hidden - strip.column);
+        strip.row = 0;
+        do {  // once where h has no columns, so that sums are 0
+            strip.num_rows = smaller(kStripRows, job.width - strip.row);
+            read_strip(job, strip);
+            std::size_t token = job.token_begin;
+            for (; token + kTokenBlock <= job.token_end; token += kTokenBlock)
+                multiply_strip<kTokenBlock>(job, strip, token);
+            for (; token + 2 <= job.token_end; token += 2) multiply_strip<2>(job, strip, token);
+            for (; token < job.token_end; ++token) multiply_strip<1>(job, strip, token);
+            strip.row += kStripRows;
+        } while (strip.row < job.width);
+    }
+}
+
+inline float lane_sum(const Vector (&sum)[kVectors], const float* rest, std::size_t num_rest) {
+    float lanes[kLanes];
+    for (std::size_t i = 0; i < kVectors; ++i) store(lanes + i * kVectorLanes, sum[i]);
+    for (std::size_t j = 0; j < num_rest; ++j) lanes[j] += rest[j];
+    float total = lanes[0];
+    for (std::size_t j = 1; j < kLanes; ++j) total += lanes[j];
+    return total;
+}
+
+inline float dot(const float* a, const float* b, std::size_t count) {
+    Vector sum[kVectors] = {};
+    std::size_t j = 0;
+    for (; j + kLanes <= count; j += kLanes)
+        for (std::size_t i = 0; i < kVectors; ++i)
+            sum[i] += load(a + j + i * kVectorLanes) * load(b + j + i * kVectorLanes);
+    float rest[kLanes];
+    for (std::size_t left = j; left < count; ++left) rest[left - j] = a[left] * b[left];
+    return lane_sum(sum, rest, count - j);
+}
+
+inline float hinge_value(const float* row, std::size_t size, std::size_t g, const float* point) {
+    const float crease = row[2 * size + g] + row[g] * point[0] + row[size + g] * point[1];
+    return (crease < 0.0f ? 0.0f : crease) * row[3 * size + g];
+}
+
+inline float hinge_magnitude(const SparseLookupJob& job, const float* row, const float* point) {
+    const std::size_t size = job.grid_size;
+    float lanes[kLanes] = {};
+    std::size_t g = 0;
+    for (; g + kLanes <= size; g += kLanes)
+        for (std::size_t j = 0; j < kLanes; ++j) lanes[j] += hinge_value(row, size, g + j, point);
+    for (std::size_t j = 0; g + j < size; ++j) lanes[j] += hinge_value(row, size, g + j, point);
+    float total = lanes[0];
+    for (std::size_t j = 1; j < kLanes; ++j) total += lanes[j];
+    return total + row[4 * size];
+}
+
+// The whole number of steps in `position`, at most last; 0 for NaN.
+inline std::size_t step_of(float position, std::size_t last) {
+    if (!(position > 0.0f)) return 0;
+    return position < static_cast<float>(last) ? static_cast<std::size_t>(position) : last;
+}
+
+inline float grid_magnitude(const SparseLookupJob& job, const float* row, const float* point) {
+    const std::size_t corners = job.grid_size + 1;
+    const float scale = 0.5f * static_cast<float>(job.grid_size);
+    std::size_t cell[2];
+    float high[2];
+    for (int axis = 0; axis < 2; ++axis) {
+        const float position = (point[axis] + 1.0f) * scale;
+        cell[axis] = step_of(position, job.grid_size - 1);
+        high[axis] = position - static_cast<float>(cell[axis]);
+    }
+    const float* corner = row + cell[0] * corners + cell[1];
+    const float low[2] = {1.0f - high[0], 1.0f - high[1]};
+    return low[0] * low[1] * corner[0] + low[0] * high[1] * corner[1] + high[0] * low[1] * corner[corners] +
+           high[0] * high[1] * corner[corners + 1];
+}
+
+inline float gate_of(const SparseLookupJob& job, float score) {
+    const float position = sigmoid_of(score) * static_cast<float>(job.num_knots - 1);
+    const std::size_t segment = step_of(position, job.num_knots - 2);
+    const float start = job.gate_curve[segment];
+    return start + (job.gate_curve[segment + 1] - start) * (position - static_cast<float>(segment));
+}
+
+inline void add_direction(const float* from, float size, const float* direction, std::size_t width,
+                          float* y) {
+    std::size_t d = 0;
+    for (; d + kVectorLanes <= width; d += kVectorLanes)
+        store(y + d, load(from + d) + load(direction + d) * size);
+    for (; d < width; ++d) y[d] = from[d] + direction[d] * size;
+}
+
+inline void activate(const float* bias, std::size_t count, float* hidden) {
+    for (std::size_t j = 0; j < count; ++j) hidden[j] = gelu_of(hidden[j] + bias[j]);
+}
+
+inline void look_up(const SparseLookupJob& job, std::size_t token) {
+    float* hidden = job.hidden + token * job.num_hidden;
+    activate(job.compress_bias, job.num_hidden, hidden);
+    float* point = job.point + token * 2;
+    for (std::size_t i = 0; i < 2; ++i) {
+        const float sum = dot(hidden, job.point_weight + i * job.num_hidden, job.num_hidden);
+        point[i] = tanh_of(sum + job.point_bias[i]);
+    }
+    const float* from = job.x + token * job.width;
+    float* y = job.y + token * job.width;
+    for (std::size_t k = 0; k < job.top_k; ++k, from = y) {
+        const auto tile = static_cast<std::size_t>(job.tile_idx[token * job.top_k + k]);
+        const float* row = job.splines + tile * job.spline_size;
+        const float magnitude =
+            job.has_hinges ? hinge_magnitude(job, row, point) : grid_magnitude(job, row, point);
+        const float size = gate_of(job, job.score[token * job.num_tiles + tile]) * magnitude;
+        add_direction(from, size, job.direction + tile * job.width, job.width, y);
+    }
+    for (std::size_t d = 0; job.top_k == 0 && d < job.width; ++d) y[d] = from[d];
+}
+
+inline void sparse_lookup(const SparseLookupJob& job) {
+    if (job.token_end - job.token_begin >= kTokenBlock) {
+        compress_tokens(job);
+    } else {
+        for (std::size_t token = job.token_begin; token < job.token_end; ++token) compress_token(job, token);
+    }
+    for (std::size_t token = job.token_begin; token < job.token_end; ++token) look_up(job, token);
+}
+
+}  // namespace
+}  // namespace trix
