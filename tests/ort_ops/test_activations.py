@@ -7,7 +7,10 @@ from packed_models import (
     native_session,
     quantised,
     random_ternary,
+    route_inputs,
+    run_route,
     run_tile_matmul,
+    score_reference,
     tile_matmul_inputs,
     tile_matmul_reference,
 )
@@ -29,20 +32,46 @@ def test_a_token_with_a_value_that_is_not_finite_is_nan(bits: int) -> None:
     np.testing.assert_allclose(y, expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "heavy tails", "outlier channels", "one massive channel"])
+KINDS = ["gaussian", "heavy tails", "outlier channels", "one massive channel", "clustered"]
+
+
+def activations(kind: str, rng: np.random.Generator, num_tokens: int, width: int) -> np.ndarray:
+    x = rng.standard_normal((num_tokens, width), dtype=np.float32)
+    if kind == "heavy tails":
+        x = rng.standard_t(2, x.shape).astype(np.float32)
+    if kind == "outlier channels":
+        x[:, rng.integers(0, width, 8)] *= 30
+    if kind == "one massive channel":
+        x[:, width // 4] = 1000
+    if kind == "clustered":
+        x = rng.standard_normal((8, width), dtype=np.float32)[rng.integers(0, 8, num_tokens)] + 0.01 * x
+    return x
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_24_bits_are_as_exact_as_float32(kind: str) -> None:
     """Whatever the activations are like, the error is that of rounding to float32: a product of float32 has 1e-7 to 3e-7."""
     rng = np.random.default_rng(14)
     inputs, weight = tile_matmul_inputs(rng, 8, 1, 256, 4096)
-    if kind == "heavy tails":
-        inputs["x"] = rng.standard_t(2, inputs["x"].shape).astype(np.float32)
-    if kind == "outlier channels":
-        inputs["x"][:, rng.integers(0, 4096, 8)] *= 30
-    if kind == "one massive channel":
-        inputs["x"][:, 1000] = 1000
+    inputs["x"] = activations(kind, rng, 8, 4096)
     exact = tile_matmul_reference(inputs, weight)
     error = np.sqrt(np.mean((run_tile_matmul(inputs) - exact) ** 2) / np.mean(exact**2))
     assert error <= 6e-7
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_routing_is_exact(kind: str) -> None:
+    """The tile is the one of float64 for every token but those whose best two keys are equal within float32 rounding."""
+    rng = np.random.default_rng(15)
+    inputs, signatures = route_inputs(rng, 4000, 512, 512)
+    inputs["x"] = activations(kind, rng, 4000, 512)
+    key = score_reference(inputs, signatures) + inputs["bias"]
+    second, best = np.sort(key, axis=1)[:, -2:].T
+    size = np.abs(inputs["x"]).astype(np.float64) @ np.abs(signatures.T) / np.sqrt(np.abs(signatures).sum(-1))
+    is_tie = best - second <= 2 * np.finfo(np.float32).eps * size.max(axis=1)
+    differs = run_route(inputs)[0][:, 0] != key.argmax(axis=1)
+    assert not (differs & ~is_tie).any()
+    assert is_tie.mean() < 0.02
 
 
 @pytest.mark.parametrize("group_size", [0, 128])
