@@ -23,21 +23,21 @@ double seconds() {
 
 #if defined(__x86_64__)
 __attribute__((target("avx512f,avx512vnni"))) double int8_products() {
-    __m512i sum[12];
-    for (auto& value : sum) value = _mm512_setzero_si512();
-    __m512i one = _mm512_set1_epi8(1);
-    asm volatile("" : "+v"(one));
+    __m512i sum[12], one = _mm512_set1_epi8(1);
+    for (int j = 0; j < 12; ++j) sum[j] = _mm512_setzero_si512();
+    asm volatile("" : "+v"(one));  // not a constant to the compiler
     constexpr std::size_t kSteps = 500000;
     double best = 1e9;
     for (int round = 0; round < 20; ++round) {
         const double start = seconds();
         for (std::size_t i = 0; i < kSteps; ++i) {
 #pragma GCC unroll 12
-            for (auto& value : sum) asm volatile("vpdpbusd %1, %1, %0" : "+v"(value) : "v"(one));
+            for (int j = 0; j < 12; ++j) sum[j] = _mm512_dpbusd_epi32(sum[j], one, one);
         }
         const double elapsed = seconds() - start;
         if (elapsed < best) best = elapsed;
     }
+    for (int j = 0; j < 12; ++j) asm volatile("" : : "v"(sum[j]));
     return 64.0 * 12.0 * static_cast<double>(kSteps) / best;
 }
 #endif
