@@ -28,22 +28,19 @@ const char* type_name(ElementType type) {
     }
 }
 
-// ORT wants a pointer even for no dimensions.
-std::vector<std::int64_t> dimensions_of(const OrtApi* api, const OrtTensorTypeAndShapeInfo* info) {
+std::size_t rank_of(const OrtApi* api, const OrtTensorTypeAndShapeInfo* info) {
     std::size_t rank = 0;
     check(GetDimensionsCount(api, info, &rank));
-    std::vector<std::int64_t> shape(rank);
-    if (rank > 0) check(GetDimensions(api, info, shape.data(), rank));
+    return rank;
+}
+
+std::vector<std::int64_t> dimensions_of(const OrtApi* api, const OrtTensorTypeAndShapeInfo* info) {
+    std::vector<std::int64_t> shape(rank_of(api, info));
+    if (!shape.empty()) check(GetDimensions(api, info, shape.data(), shape.size()));
     return shape;
 }
 
 }  // namespace
-
-std::string shape_text(const std::vector<std::int64_t>& shape) {
-    std::string text = "[";
-    for (std::size_t i = 0; i < shape.size(); ++i) text += (i == 0 ? "" : ", ") + std::to_string(shape[i]);
-    return text + "]";
-}
 
 std::size_t checked_bytes(const char* what, std::initializer_list<std::int64_t> sizes,
                           std::size_t element_size) {
@@ -69,11 +66,13 @@ TensorView view_tensor(const OrtApi* api, const OrtValue* value, const TensorSpe
     if (type != spec.type) {
         reject("element type of ", spec.name, " (", type_name(type), ") must be ", type_name(spec.type));
     }
-    TensorView view{spec.name, dimensions_of(api, info.get()), nullptr};
-    if (view.shape.size() != spec.rank) {
-        reject("rank of ", spec.name, " (", view.shape.size(), ", shape ", shape_text(view.shape),
+    const std::size_t rank = rank_of(api, info.get());
+    if (rank != spec.rank) {
+        reject("rank of ", spec.name, " (", rank, ", shape ", shape_text(dimensions_of(api, info.get())),
                ") must be ", spec.rank, " ", spec.shape);
     }
+    TensorView view{spec.name, Shape(rank), nullptr};
+    check(GetDimensions(api, info.get(), view.shape.data(), rank));
     void* data =
         nullptr;  // The runtime's only accessor is the mutable one; the data is not written through it.
     check(GetTensorMutableData(api, const_cast<OrtValue*>(value), &data));

@@ -2,6 +2,7 @@
 // turns back into a status at the C boundary.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <initializer_list>
 #include <sstream>
@@ -51,10 +52,32 @@ struct TensorSpec {
     const char* shape;
 };
 
+/// The sizes of a tensor whose rank is known to be small: no allocation, as every run reads every shape.
+class Shape {
+  public:
+    static constexpr std::size_t kMaxRank = 4;
+
+    Shape() = default;
+    explicit Shape(std::size_t rank) : rank_(rank) {}
+
+    std::size_t size() const { return rank_; }
+    std::int64_t* data() { return dims_; }
+    const std::int64_t* begin() const { return dims_; }
+    const std::int64_t* end() const { return dims_ + rank_; }
+    std::int64_t operator[](std::size_t axis) const { return dims_[axis]; }
+    bool operator!=(const Shape& other) const {
+        return !std::equal(begin(), end(), other.begin(), other.end());
+    }
+
+  private:
+    std::size_t rank_ = 0;
+    std::int64_t dims_[kMaxRank] = {};
+};
+
 /// A tensor whose element type and rank were checked against its spec.
 struct TensorView {
     const char* name = nullptr;
-    std::vector<std::int64_t> shape;
+    Shape shape;
     const void* data = nullptr;
 
     std::int64_t dim(std::size_t axis) const { return shape[axis]; }
@@ -66,7 +89,12 @@ struct TensorView {
 };
 
 /// "[2, 3, 4]"
-std::string shape_text(const std::vector<std::int64_t>& shape);
+template <typename Sizes>
+std::string shape_text(const Sizes& sizes) {
+    std::string text;
+    for (const std::int64_t size : sizes) text += (text.empty() ? "[" : ", ") + std::to_string(size);
+    return text.empty() ? "[]" : text + "]";
+}
 
 /// Product of non-negative sizes times the element size; rejects one that does not fit the address space.
 std::size_t checked_bytes(const char* what, std::initializer_list<std::int64_t> sizes,
@@ -123,6 +151,26 @@ class KernelContext {
 
     const OrtApi* api_;
     ort_abi::OrtKernelContext* context_;
+};
+
+/// The inputs of a node. Constants are looked up once, when the session is created: to ask the runtime about
+/// an input takes longer than a small op computes.
+template <std::size_t kCount>
+class Inputs {
+  public:
+    Inputs(const KernelInfo& info, const TensorSpec (&specs)[kCount]) : specs_(specs) {
+        for (std::size_t i = 0; i < kCount; ++i)
+            is_constant_[i] = info.constant_input(i, specs[i], &constant_[i]);
+    }
+
+    TensorView view(const KernelContext& context, std::size_t index) const {
+        return is_constant_[index] ? constant_[index] : context.input(index, specs_[index]);
+    }
+
+  private:
+    const TensorSpec* specs_;
+    bool is_constant_[kCount];
+    TensorView constant_[kCount];  // valid as long as the session
 };
 
 /// One dimension in shape inference: a value, or a name, or neither.

@@ -1,6 +1,7 @@
 // ai.trix::SparseLookup: y[t] = x[t] + sum_k gate * magnitude_e(point[t]) * direction_e with e = tile_idx[t,
 // k]; see kernels/sparse_lookup/sparse_lookup.hpp.
 #include <algorithm>
+#include <array>
 
 #include "kernels/dispatch.hpp"
 #include "kernels/ternary_panels.hpp"
@@ -52,11 +53,7 @@ enum Input : std::size_t {
 };
 enum Output : std::size_t { kY, kPoint };
 
-struct Inputs {
-    const TensorView* view[kNumInputs];
-
-    const TensorView& operator[](Input input) const { return *view[input]; }
-};
+using Views = std::array<TensorView, kNumInputs>;
 
 // One rule: dimension `axis` of `input` is that of `other`.
 struct SameDimension {
@@ -86,24 +83,18 @@ class SparseLookup {
     static constexpr auto& kOutputs = kOutputTable;
 
     explicit SparseLookup(const KernelInfo& info)
-        : grid_size_(info.int_attribute(kGridAttribute, kGridDefault)),
+        : inputs_(info, kInputs),
+          grid_size_(info.int_attribute(kGridAttribute, kGridDefault)),
           has_hinges_(info.int_attribute(kHingesAttribute, kHingesDefault)) {
         if (grid_size_ < 1 || grid_size_ > kMaxGrid)
             reject(kGridAttribute, " (", grid_size_, ") must be >= 1 and <= ", kMaxGrid);
         if (has_hinges_ != 0 && has_hinges_ != 1)
             reject(kHingesAttribute, " (", has_hinges_, ") must be 0 or 1");
-        for (std::size_t i = 0; i < kNumInputs; ++i)
-            is_constant_[i] = info.constant_input(i, kInputs[i], &constant_[i]);
     }
 
     void compute(KernelContext& context) const {
-        // To ask the runtime about all inputs takes ten times as long as to look one token up.
-        TensorView given[kNumInputs];
-        Inputs inputs;
-        for (std::size_t i = 0; i < kNumInputs; ++i) {
-            if (!is_constant_[i]) given[i] = context.input(i, kInputs[i]);
-            inputs.view[i] = is_constant_[i] ? &constant_[i] : &given[i];
-        }
+        Views inputs;
+        for (std::size_t i = 0; i < kNumInputs; ++i) inputs[i] = inputs_.view(context, i);
         check_sizes(inputs);
         check_choice(inputs[kTileIdx], inputs[kDirection].dim(0));
 
@@ -131,7 +122,7 @@ class SparseLookup {
     }
 
   private:
-    void check_sizes(const Inputs& inputs) const {
+    void check_sizes(const Views& inputs) const {
         for (const SameDimension& rule : kRules) {
             const TensorView &input = inputs[rule.input], &other = inputs[rule.other];
             if (input.dim(rule.axis) != other.dim(rule.other_axis)) {
@@ -165,7 +156,7 @@ class SparseLookup {
         }
     }
 
-    SparseLookupJob make_job(const Inputs& inputs) const {
+    SparseLookupJob make_job(const Views& inputs) const {
         SparseLookupJob job{};
         job.x = inputs[kX].as<float>();
         job.h = inputs[kH].as<float>();
@@ -189,10 +180,9 @@ class SparseLookup {
         return job;
     }
 
+    Inputs<kNumInputs> inputs_;
     std::int64_t grid_size_;
     std::int64_t has_hinges_;
-    bool is_constant_[kNumInputs];
-    TensorView constant_[kNumInputs];  // valid as long as the session
 };
 
 }  // namespace

@@ -44,16 +44,19 @@ class TernaryFFN {
     static constexpr auto& kOutputs = kOutputTable;
 
     explicit TernaryFFN(const KernelInfo& info)
-        : activations_(info), up_(info, kUp, kInputs[kUp]), down_(info, kDown, kInputs[kDown]) {}
+        : inputs_(info, kInputs),
+          activations_(info),
+          up_(info, kUp, kInputs[kUp]),
+          down_(info, kDown, kInputs[kDown]) {}
 
     void compute(KernelContext& context) const {
-        const TensorView x = context.input(kX, kInputs[kX]);
-        const TensorView tile_idx = context.input(kTileIdx, kInputs[kTileIdx]);
-        const TensorView weight = context.input(kWeight, kInputs[kWeight]);
-        const TensorView up = context.input(kUp, kInputs[kUp]);
-        const TensorView up_scale = context.input(kUpScale, kInputs[kUpScale]);
-        const TensorView down = context.input(kDown, kInputs[kDown]);
-        const TensorView down_scale = context.input(kDownScale, kInputs[kDownScale]);
+        const TensorView x = inputs_.view(context, kX);
+        const TensorView tile_idx = inputs_.view(context, kTileIdx);
+        const TensorView weight = inputs_.view(context, kWeight);
+        const TensorView up = inputs_.view(context, kUp);
+        const TensorView up_scale = inputs_.view(context, kUpScale);
+        const TensorView down = inputs_.view(context, kDown);
+        const TensorView down_scale = inputs_.view(context, kDownScale);
         check_sizes(x, up, up_scale, down, down_scale);
         check_choice(x, tile_idx, weight, up.dim(0));
 
@@ -179,6 +182,7 @@ class TernaryFFN {
         });
     }
 
+    Inputs<std::size(kInputTable)> inputs_;
     Activations activations_;
     PackedInput up_;
     PackedInput down_;

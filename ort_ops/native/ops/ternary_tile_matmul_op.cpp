@@ -29,13 +29,13 @@ class TernaryTileMatMul {
     static constexpr auto& kOutputs = kOutputTable;
 
     explicit TernaryTileMatMul(const KernelInfo& info)
-        : activations_(info), packed_(info, kPacked, kInputs[kPacked]) {}
+        : inputs_(info, kInputs), activations_(info), packed_(info, kPacked, kInputs[kPacked]) {}
 
     void compute(KernelContext& context) const {
-        const TensorView x = context.input(kX, kInputs[kX]);
-        const TensorView packed = context.input(kPacked, kInputs[kPacked]);
-        const TensorView row_scale = context.input(kRowScale, kInputs[kRowScale]);
-        const TensorView tile_idx = context.input(kTileIdx, kInputs[kTileIdx]);
+        const TensorView x = inputs_.view(context, kX);
+        const TensorView packed = inputs_.view(context, kPacked);
+        const TensorView row_scale = inputs_.view(context, kRowScale);
+        const TensorView tile_idx = inputs_.view(context, kTileIdx);
         check_sizes(x, packed, row_scale, tile_idx);
 
         float* y = context.output<float>(0, kOutputs[0].name, {x.dim(0), row_scale.dim(1)});
@@ -76,6 +76,7 @@ class TernaryTileMatMul {
         }
     }
 
+    Inputs<std::size(kInputTable)> inputs_;
     Activations activations_;
     PackedInput packed_;
 };

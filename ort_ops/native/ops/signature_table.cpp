@@ -1,0 +1,65 @@
+#include "ops/signature_table.hpp"
+
+#include <algorithm>
+#include <numeric>
+
+#include "kernels/dispatch.hpp"
+
+namespace trix {
+namespace {
+
+constexpr std::size_t kTokensPerUnit = 64;
+
+std::vector<float> inverse_norms(const TensorView& signatures) {
+    if (signatures.size(2) != kBlockBytes) return {};  // check will say so
+    std::vector<float> norms(signatures.size(0) * kPanelRows);
+    inverse_row_norms(signatures.as<std::uint8_t>(), norms.size(), signatures.size(1) * kBlockColumns,
+                      norms.data());
+    return norms;
+}
+
+}  // namespace
+
+SignatureTable::SignatureTable(const KernelInfo& info, std::size_t index, const TensorSpec& spec)
+    : packed_(info, index, spec) {
+    if (packed_.is_constant()) constant_norms_ = inverse_norms(packed_.constant());
+}
+
+void SignatureTable::check(const TensorView& signatures, std::int64_t num_tiles,
+                           std::int64_t num_columns) const {
+    packed_.check(signatures, num_tiles, num_columns);
+    check_columns("x", num_columns);
+}
+
+void SignatureTable::score(const KernelContext& context, const TensorView& signatures, const float* x,
+                           std::size_t num_tokens, std::size_t num_columns, std::size_t num_tiles,
+                           float* score) const {
+    const std::vector<float> run_norms =
+        packed_.is_constant() ? std::vector<float>{} : inverse_norms(signatures);
+    // The table is a ternary matrix with one row per tile, and the norms are its row scales.
+    const TileMatrices table{signatures.as<std::uint8_t>(),
+                             packed_.is_constant() ? constant_norms_.data() : run_norms.data(), num_tiles,
+                             num_columns};
+    TokenGroups all_tokens{std::vector<std::int64_t>(num_tokens), {0, num_tokens}};
+    std::iota(all_tokens.order.begin(), all_tokens.order.end(), std::int64_t{0});
+    const QuantisedRows rows = quantise(context, Activations(), x, num_tokens, num_columns);
+    multiply_tiles(context, rows, table, all_tokens, all_tokens.order.data(), all_tokens.order.data(), score);
+}
+
+void choose_tiles(const KernelContext& context, std::size_t num_tokens, std::size_t num_tiles,
+                  std::size_t top_k, const float* score, const float* bias, std::int64_t* tile_idx) {
+    const SignatureRouteKernel kernel = kernels().signature_route;
+    context.parallel_for(ceil_div(num_tokens, kTokensPerUnit), [&](std::size_t unit) noexcept {
+        SignatureRouteJob job{};
+        job.score = score;
+        job.bias = bias;
+        job.tile_idx = tile_idx;
+        job.num_tiles = num_tiles;
+        job.top_k = top_k;
+        job.token_begin = unit * kTokensPerUnit;
+        job.token_end = std::min(job.token_begin + kTokensPerUnit, num_tokens);
+        kernel(job);
+    });
+}
+
+}  // namespace trix

@@ -1,0 +1,34 @@
+// The routing by signatures, for every op that routes: scores of all tiles, and the choice of the best.
+#pragma once
+
+#include <cstdint>
+
+#include "ops/packed_input.hpp"
+#include "ops/tile_product.hpp"
+
+namespace trix {
+
+/// Signatures [E, D] as an input in panels, and one over the square roots of their numbers of active
+/// dimensions. Norms of a constant input are computed once, when the session is created.
+class SignatureTable {
+  public:
+    SignatureTable(const KernelInfo& info, std::size_t index, const TensorSpec& spec);
+
+    /// `signatures` is the input of this run: it must hold num_tiles rows and num_columns columns.
+    void check(const TensorView& signatures, std::int64_t num_tiles, std::int64_t num_columns) const;
+
+    /// score [T, num_tiles] of x [T, num_columns], both checked.
+    void score(const KernelContext& context, const TensorView& signatures, const float* x,
+               std::size_t num_tokens, std::size_t num_columns, std::size_t num_tiles, float* score) const;
+
+  private:
+    PackedInput packed_;
+    std::vector<float> constant_norms_;
+};
+
+/// tile_idx [T, top_k] = the best tiles of each token by score [T, num_tiles] + bias [num_tiles], as
+/// signature_route.hpp says.
+void choose_tiles(const KernelContext& context, std::size_t num_tokens, std::size_t num_tiles,
+                  std::size_t top_k, const float* score, const float* bias, std::int64_t* tile_idx);
+
+}  // namespace trix
