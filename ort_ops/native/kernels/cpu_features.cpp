@@ -49,7 +49,8 @@ bool cpu_supports(Isa isa) {
         case Isa::kAvx512Vnni:
             __builtin_cpu_init();
             return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                   __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma");
+                   __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") &&
+                   __builtin_cpu_supports("fma");
 #endif
 #if defined(TRIX_WITH_NEON)
         case Isa::kNeon:

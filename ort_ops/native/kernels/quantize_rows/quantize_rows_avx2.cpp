@@ -4,7 +4,7 @@
 namespace trix {
 
 void quantize_rows_avx2(const QuantizeRowsJob& job) {
-    quantize_rows(job);
+    quantize_rows<PlainLoops>(job);
 }
 
 }  // namespace trix

@@ -1,5 +1,5 @@
-// The kernel as loops that a compiler vectorises, for files that differ in their flags alone. Everything is
-// static: see the rules in kernels/README.md.
+// What the variants share: groups, scales, and the arithmetic as loops that a compiler vectorises, for files
+// that differ in their flags alone. Everything is static: see the rules in kernels/README.md.
 #pragma once
 
 #include "kernels/quantize_rows/quantize_rows.hpp"
@@ -10,58 +10,62 @@ static constexpr float kLevels8 = 127.0f;
 static constexpr float kLevels24 = 8355711.0f;  // 127 (256^2 + 256 + 1)
 static constexpr float kSmallest = 0x1p-100f;
 
-// max |x|: the bits of |x| compare like the numbers, infinity and NaN above all others.
-static inline float largest_magnitude(const float* x, std::size_t count) {
-    std::uint32_t largest = 0;
-    for (std::size_t k = 0; k < count; ++k) {
-        std::uint32_t bits;
-        __builtin_memcpy(&bits, x + k, sizeof(bits));
-        bits &= 0x7fffffffu;
-        largest = bits > largest ? bits : largest;
+/// The three loops over the columns of a group.
+struct PlainLoops {
+    // max |x|: the bits of |x| compare like the numbers, infinity and NaN above all others.
+    static float largest_magnitude(const float* x, std::size_t count) {
+        std::uint32_t largest = 0;
+        for (std::size_t k = 0; k < count; ++k) {
+            std::uint32_t bits;
+            __builtin_memcpy(&bits, x + k, sizeof(bits));
+            bits &= 0x7fffffffu;
+            largest = bits > largest ? bits : largest;
+        }
+        float m;
+        __builtin_memcpy(&m, &largest, sizeof(m));
+        return m;
     }
-    float m;
-    __builtin_memcpy(&m, &largest, sizeof(m));
-    return m;
-}
 
-// Adding and taking away 1.5 * 2^23 rounds a float of less than 2^22 to a whole number, ties to even.
-static inline std::int32_t quantize_8(const float* x, std::size_t count, float factor, std::int8_t* q) {
-    constexpr float kShift = 12582912.0f;
-    std::int32_t sum = 0;
-    for (std::size_t k = 0; k < count; ++k) {
-        const auto value = static_cast<std::int32_t>((x[k] * factor + kShift) - kShift);
-        q[k] = static_cast<std::int8_t>(value);
-        sum += value;
+    // Adding and taking away 1.5 * 2^23 rounds a float of less than 2^22 to a whole number, ties to even.
+    static std::int32_t quantize_8(const float* x, std::size_t count, float factor, std::int8_t* q) {
+        constexpr float kShift = 12582912.0f;
+        std::int32_t sum = 0;
+        for (std::size_t k = 0; k < count; ++k) {
+            const auto value = static_cast<std::int32_t>((x[k] * factor + kShift) - kShift);
+            q[k] = static_cast<std::int8_t>(value);
+            sum += value;
+        }
+        return sum;
     }
-    return sum;
-}
 
-// The same in double; then the digits of base 256, the lowest first, each nearest to 0.
-static inline void quantize_24(const float* x, std::size_t count, double factor, std::int8_t* q,
-                               std::size_t stride, std::int32_t* sum) {
-    constexpr double kShift = 6755399441055744.0;  // 1.5 * 2^52
-    std::int32_t sums[3] = {0, 0, 0};
-    for (std::size_t k = 0; k < count; ++k) {
-        const double scaled = static_cast<double>(x[k]) * factor;
-        const auto value = static_cast<std::int32_t>((scaled + kShift) - kShift);
-        const std::int32_t low = ((value + 128) & 255) - 128;
-        const std::int32_t rest = (value - low) >> 8;
-        const std::int32_t middle = ((rest + 128) & 255) - 128;
-        const std::int32_t high = (rest - middle) >> 8;
-        q[k] = static_cast<std::int8_t>(high);
-        q[stride + k] = static_cast<std::int8_t>(middle);
-        q[2 * stride + k] = static_cast<std::int8_t>(low);
-        sums[0] += high;
-        sums[1] += middle;
-        sums[2] += low;
+    // The same in double; then the digits of base 256, the lowest first, each nearest to 0.
+    static void quantize_24(const float* x, std::size_t count, double factor, std::int8_t* q,
+                            std::size_t stride, std::int32_t* sum) {
+        constexpr double kShift = 6755399441055744.0;  // 1.5 * 2^52
+        std::int32_t sums[3] = {0, 0, 0};
+        for (std::size_t k = 0; k < count; ++k) {
+            const double scaled = static_cast<double>(x[k]) * factor;
+            const auto value = static_cast<std::int32_t>((scaled + kShift) - kShift);
+            const std::int32_t low = ((value + 128) & 255) - 128;
+            const std::int32_t rest = (value - low) >> 8;
+            const std::int32_t middle = ((rest + 128) & 255) - 128;
+            const std::int32_t high = (rest - middle) >> 8;
+            q[k] = static_cast<std::int8_t>(high);
+            q[stride + k] = static_cast<std::int8_t>(middle);
+            q[2 * stride + k] = static_cast<std::int8_t>(low);
+            sums[0] += high;
+            sums[1] += middle;
+            sums[2] += low;
+        }
+        for (int p = 0; p < 3; ++p) sum[p] = sums[p];
     }
-    for (int p = 0; p < 3; ++p) sum[p] = sums[p];
-}
+};
 
+template <typename Loops>
 static inline void quantize_group(const float* x, std::size_t count, std::size_t num_planes, std::int8_t* q,
                                   std::size_t stride, float* scale, std::int32_t* sum) {
     const float levels = num_planes == 1 ? kLevels8 : kLevels24;
-    const float m = largest_magnitude(x, count);
+    const float m = Loops::largest_magnitude(x, count);
     const bool is_finite = m <= 3.40282347e+38f;
     if (!is_finite || m < kSmallest) {
         for (std::size_t p = 0; p < num_planes; ++p) {
@@ -73,15 +77,16 @@ static inline void quantize_group(const float* x, std::size_t count, std::size_t
     }
     if (num_planes == 1) {
         scale[0] = m / levels;
-        sum[0] = quantize_8(x, count, levels / m, q);
+        sum[0] = Loops::quantize_8(x, count, levels / m, q);
         return;
     }
     scale[2] = m / levels;
     scale[1] = scale[2] * 256.0f;
     scale[0] = scale[2] * 65536.0f;
-    quantize_24(x, count, static_cast<double>(levels) / static_cast<double>(m), q, stride, sum);
+    Loops::quantize_24(x, count, static_cast<double>(levels) / static_cast<double>(m), q, stride, sum);
 }
 
+template <typename Loops>
 static inline void quantize_rows(const QuantizeRowsJob& job) {
     const std::size_t stride = ceil_div(job.num_columns, kBlockColumns) * kBlockColumns;
     const std::size_t num_groups = ceil_div(stride, job.group_columns);
@@ -94,8 +99,8 @@ static inline void quantize_rows(const QuantizeRowsJob& job) {
         for (std::size_t g = 0; g < num_groups; ++g) {
             const std::size_t begin = g * job.group_columns, left = job.num_columns - begin;
             const std::size_t place = (row * num_groups + g) * job.num_planes;
-            quantize_group(x + begin, left < job.group_columns ? left : job.group_columns, job.num_planes,
-                           q + begin, stride, job.scale + place, job.sum + place);
+            quantize_group<Loops>(x + begin, left < job.group_columns ? left : job.group_columns,
+                                  job.num_planes, q + begin, stride, job.scale + place, job.sum + place);
         }
     }
 }

@@ -17,7 +17,14 @@ namespace {
 
 constexpr std::size_t kVectorRows = 16;
 constexpr std::size_t kVectorBytes = 64;
-constexpr std::size_t kPrefetchBytes = 4096;  // ahead, over the page where the hardware stops
+
+// How far ahead one token's weights are fetched: past the end of a small page, where the hardware's own
+// prefetching stops. For one use only, so that they push nothing else out of the cache.
+constexpr std::size_t kPrefetchBytes = 8192;
+
+TRIX_INLINE void fetch_ahead(const std::uint8_t* place) {
+    _mm_prefetch(reinterpret_cast<const char*>(place + kPrefetchBytes), _MM_HINT_NTA);
+}
 
 TRIX_INLINE __m512i four_columns(const std::int8_t* q) {
     std::int32_t four;
@@ -46,13 +53,11 @@ TRIX_INLINE void store_rows(const TernaryMatMulJob& job, float* y, std::size_t r
     _mm512_mask_storeu_ps(y + row, mask, _mm512_mul_ps(scale, total));
 }
 
-// One token of one plane.
-template <int kPanels>
+// One token of one plane. One panel after the other, so that memory is read from the first byte to the last.
 void multiply_one(const TernaryMatMulJob& job, const GroupShape& shape, const TokenBlock& tokens,
                   std::size_t panel) {
-    constexpr int kVectors = 2 * kPanels;
-    const std::size_t stride = shape.num_blocks * kBlockBytes;
-    const std::uint8_t* bytes = job.panels + panel * stride;
+    constexpr int kVectors = kPanelRows / kVectorRows;
+    const std::uint8_t* bytes = job.panels + panel * shape.num_blocks * kBlockBytes;
     const std::int8_t* q = tokens.q[0];
     __m512i mask[4];
     for (int s = 0; s < 4; ++s) mask[s] = _mm512_set1_epi8(static_cast<char>(3 << (2 * s)));
@@ -68,9 +73,8 @@ void multiply_one(const TernaryMatMulJob& job, const GroupShape& shape, const To
             __m512i x[4];
             for (std::size_t s = 0; s < 4; ++s) x[s] = four_columns(q + block * kBlockColumns + 4 * s);
             for (std::size_t v = 0; v < kVectors; ++v) {
-                const std::uint8_t* place =
-                    bytes + v / 2 * stride + block * kBlockBytes + v % 2 * kVectorBytes;
-                _mm_prefetch(reinterpret_cast<const char*>(place + kPrefetchBytes), _MM_HINT_T0);
+                const std::uint8_t* place = bytes + block * kBlockBytes + v * kVectorBytes;
+                fetch_ahead(place);
                 const __m512i codes = _mm512_loadu_si512(place);
                 for (int s = 0; s < 4; ++s)
                     dot[v][s] = add_four(dot[v][s], _mm512_and_si512(codes, mask[s]), x[s]);
@@ -110,9 +114,12 @@ void multiply_block(const TernaryMatMulJob& job, const GroupShape& shape, const 
         const std::size_t end = group_end(shape, g);
         for (std::size_t block = g * shape.group_blocks; block < end; ++block) {
             __m512i codes[kVectors];
-            for (std::size_t v = 0; v < kVectors; ++v)
-                codes[v] =
-                    _mm512_loadu_si512(bytes + v / 2 * stride + block * kBlockBytes + v % 2 * kVectorBytes);
+            for (std::size_t v = 0; v < kVectors; ++v) {
+                const std::uint8_t* place =
+                    bytes + v / 2 * stride + block * kBlockBytes + v % 2 * kVectorBytes;
+                if (kTokens == 1) fetch_ahead(place);
+                codes[v] = _mm512_loadu_si512(place);
+            }
 #pragma GCC unroll 4
             for (int s = 0; s < 4; ++s) {
                 __m512i weight[kVectors];
@@ -157,12 +164,10 @@ void multiply_panels(const TernaryMatMulJob& job, const GroupShape& shape, const
 void multiply_one_plane(const TernaryMatMulJob& job, const GroupShape& shape, const TokenBlock& tokens,
                         std::size_t count) {
     switch (count) {
-        case 1: {
-            std::size_t panel = job.panel_begin;
-            for (; panel + 2 <= job.panel_end; panel += 2) multiply_one<2>(job, shape, tokens, panel);
-            for (; panel < job.panel_end; ++panel) multiply_one<1>(job, shape, tokens, panel);
+        case 1:
+            for (std::size_t panel = job.panel_begin; panel < job.panel_end; ++panel)
+                multiply_one(job, shape, tokens, panel);
             return;
-        }
         case 2:
             return multiply_panels<2, 2, 1>(job, shape, tokens);
         case 3:
@@ -192,7 +197,7 @@ void ternary_matmul_avx512_vnni(const TernaryMatMulJob& job) {
     }
     for_token_blocks(job, shape, 2, [&](const TokenBlock& tokens, std::size_t count) {
         if (count == 1) {
-            multiply_panels<2, 1, 3>(job, shape, tokens);
+            multiply_panels<1, 1, 3>(job, shape, tokens);
         } else {
             multiply_panels<1, 2, 3>(job, shape, tokens);
         }
