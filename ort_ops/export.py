@@ -24,7 +24,14 @@ from ort_ops import schema
 from ort_ops.caches import past_names, present_names
 from ort_ops.file_format import BY_ONNXRUNTIME, LayerRecord, describe_size, to_properties
 from ort_ops.functions import fallback_functions, register_schemas
-from ort_ops.graph import Activations, set_activations, unsqueeze_constants
+from ort_ops.graph import (
+    Activations,
+    divide_by_roots,
+    join_reshapes,
+    set_activations,
+    share_constants,
+    unsqueeze_constants,
+)
 from ort_ops.graph_nodes import ONNX_OPSET
 from ort_ops.panels import to_panels
 from ort_ops.parity import Drift, Parity, drift
@@ -282,6 +289,9 @@ def _to_onnx(packed: LanguageModel | Classifier, interface: _Interface) -> onnx.
     assert program is not None
     proto = program.model_proto
     unsqueeze_constants(proto.graph)
+    divide_by_roots(proto.graph)
+    join_reshapes(proto.graph)
+    share_constants(proto.graph)
     _lay_in_panels(proto.graph)
     proto.ir_version = ONNX_IR_VERSION
     proto.producer_name = "trix"

@@ -1,5 +1,6 @@
 """What is changed in the graph that torch's exporter writes."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,6 +40,52 @@ def unsqueeze_constants(graph: GraphProto) -> None:
     read = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
     for tensor in [tensor for tensor in graph.initializer if tensor.name not in read]:
         graph.initializer.remove(tensor)
+
+
+def divide_by_roots(graph: GraphProto) -> None:
+    """x * (1 / sqrt(v)) as x / sqrt(v): so written, onnxruntime takes an RMS norm for one operator, not seven."""
+    for inverse in [node for node in graph.node if node.op_type == "Reciprocal"]:
+        readers = [node for node in graph.node if inverse.output[0] in node.input]
+        if len(readers) != 1 or readers[0].op_type != "Mul":
+            continue
+        product = readers[0]
+        factor = next(name for name in product.input if name != inverse.output[0])
+        product.CopyFrom(helper.make_node("Div", [factor, inverse.input[0]], product.output, name=product.name))
+        graph.node.remove(inverse)
+
+
+def join_reshapes(graph: GraphProto) -> None:
+    """Let a reshape of what another one gives read the value before both; the other goes if nothing else reads it."""
+    before = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Reshape"}
+    for node in graph.node:
+        # With allowzero 0 a size of 0 would stand for that of the value it reads.
+        is_plain = any(attribute.name == "allowzero" and attribute.i == 1 for attribute in node.attribute)
+        while node.op_type == "Reshape" and is_plain and node.input[0] in before:
+            node.input[0] = before[node.input[0]]
+    num_reads = Counter([name for node in graph.node for name in node.input] + [value.name for value in graph.output])
+    for node in reversed([node for node in graph.node if node.output[0] in before]):
+        if num_reads[node.output[0]] == 0:
+            num_reads.subtract(node.input)
+            graph.node.remove(node)
+
+
+def share_constants(graph: GraphProto) -> None:
+    """Keep one of equal constants, as each layer has of its positions, so that onnxruntime computes once what it makes of them.
+
+    Those that our operators read stay each layer's own: they are what is edited. For graphs without inner graphs.
+    """
+    own = {name for node in graph.node if node.domain == DOMAIN for name in node.input}
+    kept: dict[tuple[int, tuple[int, ...], bytes], str] = {}
+    replaced = {}
+    for tensor in [tensor for tensor in graph.initializer if tensor.name not in own]:
+        content = numpy_helper.to_array(tensor)
+        first = kept.setdefault((tensor.data_type, content.shape, content.tobytes()), tensor.name)
+        if first != tensor.name:
+            replaced[tensor.name] = first
+            graph.initializer.remove(tensor)
+    for node in graph.node:
+        for place, name in enumerate(node.input):
+            node.input[place] = replaced.get(name, name)
 
 
 def set_activations(graph: GraphProto, activations: Activations) -> None:

@@ -62,12 +62,13 @@ class RotaryAttention(nn.Module):
         width = d_model // n_heads
         frequency = ROTARY_BASE ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
         angle = torch.outer(torch.arange(context_length, dtype=torch.float64), frequency)
-        self.register_buffer("cos", angle.cos().to(torch.get_default_dtype()), persistent=False)
-        self.register_buffer("sin", angle.sin().to(torch.get_default_dtype()), persistent=False)
+        cos, sin = angle.cos().to(torch.get_default_dtype()), angle.sin().to(torch.get_default_dtype())
+        self.register_buffer("cos", torch.cat([cos, cos], dim=-1), persistent=False)
+        self.register_buffer("sin", torch.cat([-sin, sin], dim=-1), persistent=False)
 
     def empty_cache(self, batch_size: int) -> KeyValueCache:
         """Of no token, on the device of the weights."""
-        empty_BHPW = self.cos.new_empty(batch_size, self.n_heads, 0, 2 * self.cos.shape[1])
+        empty_BHPW = self.cos.new_empty(batch_size, self.n_heads, 0, self.cos.shape[1])
         return KeyValueCache(empty_BHPW, empty_BHPW)
 
     def forward(
@@ -78,8 +79,11 @@ class RotaryAttention(nn.Module):
         if P + T > self.context_length:
             after = f" after {P} in the cache" if P else ""
             raise ValueError(f"sequence length ({T}{after}) must be <= context_length ({self.context_length})")
-        q, k, v = self.qkv(x_BTD).reshape(B, T, 3, self.n_heads, D // self.n_heads).permute(2, 0, 3, 1, 4)
-        q, k = self._rotate(q, P), self._rotate(k, P)
+        # Queries and keys are rotated as one, and nothing is sliced: each operator counts where one token is generated.
+        H = self.n_heads
+        heads = self.qkv(x_BTD).reshape(B, T, 3 * H, D // H).transpose(1, 2)
+        q_and_k, v = heads.split([2 * H, H], dim=1)
+        q, k = self._rotate(q_and_k, P).split([H, H], dim=1)
         dropout = self.dropout if self.training else 0.0
         if cache is not None:
             y = _attend(q, *cache.extend(k, v), dropout)
@@ -99,7 +103,7 @@ class RotaryAttention(nn.Module):
         stop = start + x_BHTW.shape[-2]
         cos, sin = self.cos[start:stop].to(x_BHTW.dtype), self.sin[start:stop].to(x_BHTW.dtype)
         first, second = x_BHTW.chunk(2, dim=-1)
-        return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+        return x_BHTW * cos + torch.cat([second, first], dim=-1) * sin
 
 
 def _attend(q_BHTW: Tensor, k_BHSW: Tensor, v_BHSW: Tensor, dropout: float) -> Tensor:
