@@ -32,13 +32,16 @@ void check_columns(const char* what, std::int64_t num_columns) {
 }
 
 QuantisedRows quantise(const KernelContext& context, const Activations& activations, const float* x,
-                       std::size_t num_rows, std::size_t num_columns) {
+                       std::size_t num_rows, std::size_t num_columns, bool with_rest) {
     const std::size_t stride = ceil_div(num_columns, kBlockColumns) * kBlockColumns;
     const std::size_t group_columns = activations.group_columns(num_columns),
                       num_planes = activations.num_planes();
     const std::size_t num_scales = num_rows * ceil_div(stride, group_columns) * num_planes;
     QuantisedRows result{std::vector<std::int8_t>(num_rows * num_planes * stride),
-                         std::vector<float>(num_scales), std::vector<std::int32_t>(num_scales), group_columns,
+                         std::vector<float>(num_scales),
+                         std::vector<std::int32_t>(num_scales),
+                         std::vector<float>(with_rest ? num_scales : 0),
+                         group_columns,
                          num_planes};
     const QuantizeRowsKernel kernel = kernels().quantize_rows;
     context.parallel_for(ceil_div(num_rows, kRowsPerUnit), [&](std::size_t unit) noexcept {
@@ -47,6 +50,7 @@ QuantisedRows quantise(const KernelContext& context, const Activations& activati
         job.q = result.q.data();
         job.scale = result.scale.data();
         job.sum = result.sum.data();
+        job.squared_rest = with_rest ? result.squared_rest.data() : nullptr;
         job.num_columns = num_columns;
         job.group_columns = group_columns;
         job.num_planes = num_planes;

@@ -23,6 +23,9 @@ class Activations {
 
     explicit Activations(const KernelInfo& info);
 
+    /// 24 or 8 bits, a scale for each 128 columns.
+    explicit Activations(std::int64_t bits) : bits_(bits), group_size_(kGroupDefault) {}
+
     std::size_t num_planes() const { return bits_ == 8 ? 1 : 3; }
 
     /// Columns that share a scale, a multiple of 16: 128, or num_columns rounded up.
@@ -49,13 +52,14 @@ struct QuantisedRows {
     std::vector<std::int8_t> q;
     std::vector<float> scale;
     std::vector<std::int32_t> sum;
+    std::vector<float> squared_rest;  // empty unless asked for
     std::size_t group_columns;
     std::size_t num_planes;
 };
 
-/// x [num_rows, num_columns].
+/// x [num_rows, num_columns]. with_rest: squared_rest, too, of 8 bits.
 QuantisedRows quantise(const KernelContext& context, const Activations& activations, const float* x,
-                       std::size_t num_rows, std::size_t num_columns);
+                       std::size_t num_rows, std::size_t num_columns, bool with_rest = false);
 
 /// y[y_idx[i], :] = tile e times row token_idx[i] of x, for the places i of tile e in the groups.
 void multiply_tiles(const KernelContext& context, const QuantisedRows& x, const TileMatrices& tiles,

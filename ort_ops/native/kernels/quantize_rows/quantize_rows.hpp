@@ -13,6 +13,9 @@
 // and all q 0, so that it makes every result of its token NaN. With 24 bits v * (m / L) differs from x by at
 // most m * 2^-23.
 //
+// squared_rest [T, num_groups], if given and with one plane: the sum of (x[t, k] * (L / m) - v[k])^2 over the
+// group, in any order of summation; 0 for a group of zeros, NaN for one that is not finite.
+//
 // q [T, planes, ceil(K / 16) * 16] int8, padded with zeros; scale and sum [T, num_groups, planes]. Groups are
 // of group_columns, a multiple of 16; the last may be short. Only rows [row_begin, row_end) are read and
 // written; thread-safe on disjoint ones. No alignment asked; no byte outside the arrays is read.
@@ -27,6 +30,7 @@ struct QuantizeRowsJob {
     std::int8_t* q;
     float* scale;
     std::int32_t* sum;
+    float* squared_rest;      // or null
     std::size_t num_columns;  // K
     std::size_t group_columns;
     std::size_t num_planes;  // 1 or 3
