@@ -24,7 +24,7 @@ from ort_ops import schema
 from ort_ops.caches import past_names, present_names
 from ort_ops.file_format import BY_ONNXRUNTIME, LayerRecord, describe_size, to_properties
 from ort_ops.functions import fallback_functions, register_schemas
-from ort_ops.graph import Activations, set_activations, unsqueeze_constants
+from ort_ops.graph import Activations, leave_out_unread, set_activations, unsqueeze_constants
 from ort_ops.graph_nodes import ONNX_OPSET
 from ort_ops.panels import to_panels
 from ort_ops.parity import Drift, Parity, drift
@@ -248,8 +248,9 @@ def _to_onnx(packed: LanguageModel | Classifier, interface: _Interface) -> onnx.
     def ffn(*inputs: Any) -> Any:
         return opset.TernaryFFN(*inputs)
 
-    def route(x: Any, packed: Any, bias: Any, top_k: int) -> Any:
-        return opset.SignatureRoute(x, packed, bias, top_k=top_k)
+    def route(*inputs: Any) -> Any:
+        *tensors, top_k, gate, confidence_threshold = inputs
+        return opset.SignatureRoute(*tensors, top_k=top_k, gate=gate, confidence_threshold=confidence_threshold)
 
     def lookup(*inputs: Any) -> Any:
         *tensors, grid_size, has_hinges = inputs
@@ -282,6 +283,7 @@ def _to_onnx(packed: LanguageModel | Classifier, interface: _Interface) -> onnx.
     assert program is not None
     proto = program.model_proto
     unsqueeze_constants(proto.graph)
+    leave_out_unread(proto.graph)
     _lay_in_panels(proto.graph)
     proto.ir_version = ONNX_IR_VERSION
     proto.producer_name = "trix"
@@ -366,7 +368,6 @@ def _layer_record(layer: RoutedLayer, router: SignatureRouter) -> LayerRecord:
         source=router.source,
         step=int(layer.surgery_log.step),
         frozen=router.is_frozen_E.nonzero().flatten().tolist(),
-        has_mass=router.log_mass_E.nonzero().flatten().tolist(),
         history=layer.get_surgery_history(),
         claims=None if claims is None else claims.tolist(),
     )

@@ -1,8 +1,10 @@
 import numpy as np
-from onnx import GraphProto, TensorProto, helper, numpy_helper
+from onnx import GraphProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
-from ort_ops.graph import Activations, set_activations, unsqueeze_constants
+from ort_ops.graph import Activations, leave_out_unread, set_activations, unsqueeze_constants
 from ort_ops.schema import DOMAIN
+
+ROUTE_INPUTS = ["x", "matrix", "scale", "scale"]
 
 
 def small_graph() -> GraphProto:
@@ -10,7 +12,7 @@ def small_graph() -> GraphProto:
         helper.make_node("Unsqueeze", ["matrix", "axis"], ["tiles"]),
         helper.make_node("Unsqueeze", ["x", "axis"], ["stays"]),
         helper.make_node("TernaryTileMatMul", ["x", "tiles", "scale", "tile"], ["y"], domain=DOMAIN),
-        helper.make_node("SignatureRoute", ["x", "matrix", "scale"], ["tile_idx", "score"], domain=DOMAIN, top_k=2),
+        helper.make_node("SignatureRoute", ROUTE_INPUTS, ["tile_idx", "weight", "score"], domain=DOMAIN, top_k=2),
     ]
     constants = {"matrix": np.arange(6).reshape(2, 3), "axis": np.array([0]), "unread": np.zeros(2)}
     initializers = [numpy_helper.from_array(value, name) for name, value in constants.items()]
@@ -34,3 +36,17 @@ def test_activations_are_set_where_products_are_taken_and_not_where_tokens_are_r
     product, route = ({a.name: a.i for a in node.attribute} for node in graph.node[2:])
     assert product == {"activation_bits": 8, "group_size": 0}
     assert route == {"top_k": 2}
+
+
+def test_scores_that_nothing_reads_lose_their_name() -> None:
+    graph = small_graph()
+    leave_out_unread(graph)
+    assert list(graph.node[-1].output) == ["tile_idx", "weight", ""]
+    for reader in (
+        helper.make_node("Abs", ["score"], ["size"]),
+        helper.make_tensor_value_info("score", TensorProto.FLOAT, None),
+    ):
+        graph = small_graph()
+        (graph.output if isinstance(reader, ValueInfoProto) else graph.node).append(reader)
+        leave_out_unread(graph)
+        assert list(graph.node[3].output) == ["tile_idx", "weight", "score"]
