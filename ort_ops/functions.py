@@ -26,6 +26,7 @@ from ort_ops.schema import (
     TERNARY_FFN,
     TERNARY_TILE_MATMUL,
     OpSchema,
+    TensorSchema,
 )
 
 SMALLEST = 2.0**-100  # a group of activations below it counts as zeros
@@ -45,25 +46,25 @@ def register_schemas() -> None:
 
 
 def _onnx_schema(op: OpSchema) -> onnx.defs.OpSchema:
-    types = {"float32": "tensor(float)", "uint8": "tensor(uint8)", "int64": "tensor(int64)"}
-    parameter, option = onnx.defs.OpSchema.FormalParameter, onnx.defs.OpSchema.FormalParameterOption
     return onnx.defs.OpSchema(
         op.name,
         DOMAIN,
         OPSET_VERSION,
         doc=op.doc,
-        inputs=[parameter(tensor.name, types[tensor.element_type]) for tensor in op.inputs],
-        outputs=[
-            parameter(
-                tensor.name, types[tensor.element_type], param_option=option.Optional if tensor.is_optional else option.Single
-            )
-            for tensor in op.outputs
-        ],
+        inputs=[_parameter(tensor) for tensor in op.inputs],
+        outputs=[_parameter(tensor) for tensor in op.outputs],
         attributes=[
             onnx.defs.OpSchema.Attribute(attribute.name, default_value=helper.make_attribute(attribute.name, attribute.default))
             for attribute in op.attributes
         ],
     )
+
+
+def _parameter(tensor: TensorSchema) -> onnx.defs.OpSchema.FormalParameter:
+    types = {"float32": "tensor(float)", "uint8": "tensor(uint8)", "int64": "tensor(int64)"}
+    options = onnx.defs.OpSchema.FormalParameterOption
+    option = options.Optional if tensor.is_optional else options.Single
+    return onnx.defs.OpSchema.FormalParameter(tensor.name, types[tensor.element_type], param_option=option)
 
 
 def _ternary_tile_matmul() -> FunctionProto:

@@ -26,10 +26,10 @@ class SignatureLayer:
     """One SignatureRoute node and its constants, which are in the graph: a change is written there at once.
 
     Attributes:
-        signature_ED: int8 in {-1, 0, +1}. bias_E: float32, -inf in a free slot. log_mass_E: float32, what a merger or a split has
-            left in the gates, else 0. top_k: tiles per token. x, tile_idx: the names of the node's input and first output.
-            changed: the names of the initializers that were changed or added. places: where they are read, as the first output
-            of a node and the place among its inputs.
+        signature_ED: int8 in {-1, 0, +1}. bias_E: float32, -inf in a free slot. log_mass_E: float32, not 0 where a merger or a
+            split left its mark. top_k: tiles per token. x, tile_idx: the names of the node's input and first output. changed:
+            the names of the initializers that were changed or added. places: where they are read, as the first output of a
+            node and the place among its inputs.
 
     An initializer that other nodes read too, as equal ones may have been joined at the export, stays as it is: the layer gets
     its own.

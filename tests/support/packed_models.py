@@ -193,9 +193,9 @@ def make_model(
     left_out: Collection[str] = (),
     **attributes: object,
 ) -> onnx.ModelProto:
-    """One node of `op`. Inputs named in `constants` become initializers; `dims` overrides an input's dimensions
-    (None: unknown rank). `output_shapes=False` declares no shapes of outputs, so that inference must find them. `left_out` names outputs
-    that the node has under no name."""
+    """One node of `op`. Inputs named in `constants` become initializers; `dims` overrides an input's dimensions (None: unknown
+    rank). `output_shapes=False` declares no shapes of outputs, so that inference must find them. `left_out` names outputs that
+    the node has under no name."""
     op_outputs = [tensor for tensor in op.outputs if tensor.name not in left_out]
     constants = constants or {}
     dims = dims or {}

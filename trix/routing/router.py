@@ -29,9 +29,9 @@ class Router(nn.Module):
     changes nothing; training calls :meth:`update_balance`.
 
     With ``max_k``, k is chosen token by token: 1 where the gap between the best two scores exceeds ``confidence_threshold``,
-    else 2, up to max_k (see :func:`~trix.functional.gates.adaptive_k`). A decision then always names max_k tiles; the unused ones have
-    weight 0, and the weights of the used ones are a softmax among themselves: they sum to 1. So a token that is sure of its
-    tile sends no gradient through the gate.
+    else 2, up to max_k (see :func:`~trix.functional.gates.adaptive_k`). A decision then always names max_k tiles; the unused
+    ones have weight 0, and the weights of the used ones are a softmax among themselves: they sum to 1. So a token that is sure
+    of its tile sends no gradient through the gate.
 
     Raises:
         ValueError: top_k or max_k outside [1, num_tiles], both given, confidence_threshold < 0, or balance_rate < 0.

@@ -3,8 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trix.functional.packing import pack_ternary
 from trix.functional.gates import Gate
+from trix.functional.packing import pack_ternary
 from trix.functional.tile_matmul import (
     group_tokens,
     grouped_linear,
