@@ -1,6 +1,6 @@
 """The gate of SignatureRoute written in standard ONNX operators: how much each chosen tile counts.
 
-Exp and sums instead of Softmax, whose result for a row of -inf, or with NaN, the versions of onnxruntime do not agree about.
+Exp and sums instead of Softmax, as what that gives for a row of -inf, or with NaN, is left open.
 """
 
 from onnx import NodeProto, TensorProto, helper

@@ -1,8 +1,8 @@
 """Surgery on an exported file: one signature inserted, frozen or unfrozen, or one tile removed, into a new file.
 
-The graph holds the signatures as constants, so that the file itself can be edited, without torch: a signature and the bias of
-its tile change, and nothing else. Frozen flags and the history stand in the metadata. The new file is verified before it gets
-its name. Legend: D model width, E tiles, K tiles per token, T tokens.
+The graph holds the signatures as constants, so that the file itself can be edited, without torch: a signature, and the bias and
+the mass of its tile change, and nothing else. Frozen flags and the history stand in the metadata. The new file is verified
+before it gets its name. Legend: D model width, E tiles, K tiles per token, T tokens.
 """
 
 import copy

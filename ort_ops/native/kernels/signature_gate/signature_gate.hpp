@@ -1,18 +1,18 @@
 // Contract of the kernel: how much each chosen tile of a token counts.
 //
-// A tile is free where bias[e] is minus infinity. With e = tile_idx[t, k], s = score[t, :], and the other
-// tiles f that are not free:
+// A tile is free where bias[e] is minus infinity. With e = tile_idx[t, k], s = score[t, :], and f for the
+// tiles that are not free:
 //
 //   kSigmoid    weight[t, k] = 1 / (1 + exp(-s_e))
-//   kSoftmax    weight[t, k] = exp(s_e - m) / sum_f exp(s_f + log_mass_f - m) * scale,  m = max_f (s_f +
-//   log_mass_f) kAdaptive   weight[t, k] = exp(s_e - m) / sum_j exp(s_j - m) over the first num_used of the
-//   chosen tiles, 0 for the
-//               rest; num_used = the number of tiles f with max_f s_f - s_f <= confidence_threshold, in [1,
-//               top_k]; m is the largest score among those tiles
+//   kSoftmax    weight[t, k] = exp(s_e - m) / sum_f exp(s_f + log_mass_f - m) * scale
+//               with m = max_f (s_f + log_mass_f)
+//   kAdaptive   weight[t, k] = exp(s_e - m) / sum_j exp(s_j - m) over the first n of the chosen tiles, m the
+//               largest score among them, and 0 for the rest; n, in [1, top_k], is the number of tiles f
+//               with max_g s_g - s_f <= confidence_threshold
 //
-// A free tile that is chosen (where too few others are left) has weight 0. NaN among the scores of tiles that
-// are not free makes all weights of the token NaN, and so does a softmax or an adaptive gate without such
-// tiles: 0 / 0. Under kSigmoid NaN is the weight of a tile whose score is NaN, and no other.
+// A free tile that is chosen, where too few others are left, has weight 0. A score that is NaN, of a tile
+// that is not free, makes all weights of its token NaN, and so do a softmax or an adaptive gate without such
+// a tile: 0 / 0. Under kSigmoid only the weight of a tile whose score is NaN is NaN.
 //
 // float32: sums over tiles in 8 lanes (lane j holds tiles j, j + 8, ...), then in the order of lanes; over
 // chosen tiles in their order. exp has a relative error of 3e-7; it is 0 below -87 and infinity above 88.
