@@ -28,6 +28,7 @@ from ort_ops.graph import (
     Activations,
     divide_by_roots,
     join_reshapes,
+    leave_out_unread,
     set_activations,
     share_constants,
     unsqueeze_constants,
@@ -255,8 +256,9 @@ def _to_onnx(packed: LanguageModel | Classifier, interface: _Interface) -> onnx.
     def ffn(*inputs: Any) -> Any:
         return opset.TernaryFFN(*inputs)
 
-    def route(x: Any, packed: Any, bias: Any, top_k: int) -> Any:
-        return opset.SignatureRoute(x, packed, bias, top_k=top_k)
+    def route(*inputs: Any) -> Any:
+        *tensors, top_k, gate, confidence_threshold = inputs
+        return opset.SignatureRoute(*tensors, top_k=top_k, gate=gate, confidence_threshold=confidence_threshold)
 
     def lookup(*inputs: Any) -> Any:
         *tensors, grid_size, has_hinges = inputs
@@ -292,6 +294,7 @@ def _to_onnx(packed: LanguageModel | Classifier, interface: _Interface) -> onnx.
     divide_by_roots(proto.graph)
     join_reshapes(proto.graph)
     share_constants(proto.graph)
+    leave_out_unread(proto.graph)
     _lay_in_panels(proto.graph)
     proto.ir_version = ONNX_IR_VERSION
     proto.producer_name = "trix"
@@ -376,7 +379,6 @@ def _layer_record(layer: RoutedLayer, router: SignatureRouter) -> LayerRecord:
         source=router.source,
         step=int(layer.surgery_log.step),
         frozen=router.is_frozen_E.nonzero().flatten().tolist(),
-        has_mass=router.log_mass_E.nonzero().flatten().tolist(),
         history=layer.get_surgery_history(),
         claims=None if claims is None else claims.tolist(),
     )

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-FORMAT_VERSION = 2  # since 2, language models take and return keys and values
+FORMAT_VERSION = 3  # since 3, SignatureRoute has the gate; since 2, language models take and return keys and values
 BY_ONNXRUNTIME = "onnxruntime"  # the value of reference["by"] where the answer is not torch's
 _PREFIX = "trix."
 
@@ -25,15 +25,14 @@ class LayerRecord:
     """What the graph does not say of a layer that is routed by signatures.
 
     kind: its class. source: of its signatures, ``explicit`` or ``emergent``. step: the training batches it has seen. frozen:
-    tiles whose signature is held. has_mass: tiles whose gates a merger or a split has changed. history: its surgery, in order;
-    an entry with ``file`` "onnx" was done to the exported file. claims: the labels counted per tile, [E, C], where it counts.
+    tiles whose signature is held. history: its surgery, in order; an entry with ``file`` "onnx" was done to the exported file.
+    claims: the labels counted per tile, [E, C], where it counts.
     """
 
     kind: str = "unknown"
     source: str = "unknown"
     step: int = 0
     frozen: list[int] = field(default_factory=list)
-    has_mass: list[int] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
     claims: list[list[int]] | None = None
 
@@ -58,11 +57,9 @@ def _layer_record(value: Any) -> LayerRecord:
     except TypeError as error:
         names = ", ".join(part.name for part in fields(LayerRecord))
         raise ValueError(f"metadata of a layer ({value!r:.40}) must have the keys {names}") from error
-    is_list = [
-        isinstance(tiles, list) and all(type(tile) is int for tile in tiles) for tiles in (record.frozen, record.has_mass)
-    ]
+    is_list = isinstance(record.frozen, list) and all(type(tile) is int for tile in record.frozen)
     is_history = isinstance(record.history, list) and all(map(_is_operation, record.history))
-    if not all(is_list) or not is_history or type(record.step) is not int:
+    if not is_list or not is_history or type(record.step) is not int:
         raise ValueError(f"metadata of a layer ({value!r:.40}) must hold lists of tiles, a history and a step")
     return record
 

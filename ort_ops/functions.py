@@ -5,7 +5,7 @@ take precedence, without it the functions are inlined. They need opset 18 and ir
 
 Differences from the kernels: float sums have another order (results agree to rounding); nothing is validated: a
 reserved code gives NaN, and a tile_idx outside [0, E) is not an error of ours; a NaN routing key counts as -inf.
-x without columns (K = 0) needs a newer onnxruntime than 1.17.
+x without columns (K = 0) needs a newer onnxruntime than 1.17. One infinite or NaN score makes all weights of its token NaN.
 """
 
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 from onnx import AttributeProto, FunctionProto, GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
+from ort_ops.gate_function import gate_nodes
 from ort_ops.graph_nodes import as_function, attribute_value, float_info, int_vector, node
 from ort_ops.lookup_function import sparse_lookup_function
 from ort_ops.panels import BLOCK_COLUMNS, PANEL_ROWS
@@ -25,6 +26,7 @@ from ort_ops.schema import (
     TERNARY_FFN,
     TERNARY_TILE_MATMUL,
     OpSchema,
+    TensorSchema,
 )
 
 SMALLEST = 2.0**-100  # a group of activations below it counts as zeros
@@ -44,20 +46,25 @@ def register_schemas() -> None:
 
 
 def _onnx_schema(op: OpSchema) -> onnx.defs.OpSchema:
-    types = {"float32": "tensor(float)", "uint8": "tensor(uint8)", "int64": "tensor(int64)"}
-    parameter = onnx.defs.OpSchema.FormalParameter
     return onnx.defs.OpSchema(
         op.name,
         DOMAIN,
         OPSET_VERSION,
         doc=op.doc,
-        inputs=[parameter(tensor.name, types[tensor.element_type]) for tensor in op.inputs],
-        outputs=[parameter(tensor.name, types[tensor.element_type]) for tensor in op.outputs],
+        inputs=[_parameter(tensor) for tensor in op.inputs],
+        outputs=[_parameter(tensor) for tensor in op.outputs],
         attributes=[
             onnx.defs.OpSchema.Attribute(attribute.name, default_value=helper.make_attribute(attribute.name, attribute.default))
             for attribute in op.attributes
         ],
     )
+
+
+def _parameter(tensor: TensorSchema) -> onnx.defs.OpSchema.FormalParameter:
+    types = {"float32": "tensor(float)", "uint8": "tensor(uint8)", "int64": "tensor(int64)"}
+    options = onnx.defs.OpSchema.FormalParameterOption
+    option = options.Optional if tensor.is_optional else options.Single
+    return onnx.defs.OpSchema.FormalParameter(tensor.name, types[tensor.element_type], param_option=option)
 
 
 def _ternary_tile_matmul() -> FunctionProto:
@@ -110,7 +117,7 @@ def _tile_loop_body() -> GraphProto:
 
 
 def _signature_route() -> FunctionProto:
-    """score = x @ signatures^T / sqrt(nnz); TopK of score + bias, whose ties go to the lowest index."""
+    """score = x @ signatures^T / sqrt(nnz); TopK of score + bias, whose ties go to the lowest index; then the gate."""
     nodes = [
         *_decode_table(),
         *_pad_columns("signatures"),
@@ -139,6 +146,7 @@ def _signature_route() -> FunctionProto:
         int_vector("first_row", [0]),
         int_vector("last_row", [-1]),
         node("Slice", ["choice_with_row_below", "first_row", "last_row", "first_row"], ["tile_idx"]),
+        *gate_nodes(),
     ]
     return as_function(SIGNATURE_ROUTE, nodes)
 

@@ -88,6 +88,20 @@ def share_constants(graph: GraphProto) -> None:
             node.input[place] = replaced.get(name, name)
 
 
+def leave_out_unread(graph: GraphProto) -> None:
+    """Take the names of optional outputs that nothing reads from our operators, which then do not hand them over.
+
+    The empty name stays: onnxruntime 1.17 to 1.31 fail on a function with more outputs than the node that it replaces.
+    """
+    read = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
+    ops = {op.name: op for op in OPS}
+    for node in graph.node:
+        if node.domain == DOMAIN:
+            for place, (name, tensor) in enumerate(zip(node.output, ops[node.op_type].outputs, strict=True)):
+                if tensor.is_optional and name not in read:
+                    node.output[place] = ""
+
+
 def set_activations(graph: GraphProto, activations: Activations) -> None:
     """In every node whose operator can: those that route cannot."""
     names = {op.name for op in OPS if any(attribute.name == "activation_bits" for attribute in op.attributes)}

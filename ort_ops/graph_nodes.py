@@ -28,6 +28,13 @@ def attribute_value(attribute: str, output: str) -> NodeProto:
     return constant
 
 
+def float_attribute_value(attribute: str, output: str) -> NodeProto:
+    """A constant that takes its value from a float attribute of the function."""
+    constant = node("Constant", [], [output])
+    constant.attribute.append(AttributeProto(name="value_float", type=AttributeProto.FLOAT, ref_attr_name=attribute))
+    return constant
+
+
 def node(op_type: str, inputs: Sequence[str], outputs: Sequence[str], **attributes: Any) -> NodeProto:
     return helper.make_node(op_type, inputs, outputs, **attributes)
 

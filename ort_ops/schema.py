@@ -17,11 +17,12 @@ ElementType = Literal["float32", "uint8", "int64"]
 
 @dataclass(frozen=True)
 class TensorSchema:
-    """Name, element type and named dimensions of an input or output."""
+    """Name, element type and named dimensions of an input or output. is_optional: an output that a node may leave out."""
 
     name: str
     element_type: ElementType
     shape: tuple[str, ...]
+    is_optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,21 @@ class IntAttribute:
 
 
 @dataclass(frozen=True)
+class FloatAttribute:
+    """An optional float32 attribute."""
+
+    name: str
+    default: float
+
+
+@dataclass(frozen=True)
 class OpSchema:
     """One operator, all inputs required."""
 
     name: str
     inputs: tuple[TensorSchema, ...]
     outputs: tuple[TensorSchema, ...]
-    attributes: tuple[IntAttribute, ...]
+    attributes: tuple[IntAttribute | FloatAttribute, ...]
     doc: str
 
 
@@ -85,15 +94,22 @@ SIGNATURE_ROUTE = OpSchema(
         TensorSchema("x", "float32", ("T", "D")),
         TensorSchema("signatures", "uint8", ("ceil(E/32)", "ceil(D/16)", "128")),
         TensorSchema("bias", "float32", ("E",)),
+        TensorSchema("log_mass", "float32", ("E",)),
     ),
     outputs=(
         TensorSchema("tile_idx", "int64", ("T", "top_k")),
-        TensorSchema("score", "float32", ("T", "E")),
+        TensorSchema("weight", "float32", ("T", "top_k")),
+        TensorSchema("score", "float32", ("T", "E"), is_optional=True),
     ),
-    attributes=(IntAttribute("top_k", 1),),
+    attributes=(IntAttribute("top_k", 1), IntAttribute("gate", 1), FloatAttribute("confidence_threshold", 0.3)),
     doc=(
         "score[t, e] = sum_d x[t, d] * s[e, d] / sqrt(max(nnz(s_e), 1)); tile_idx holds the top_k tiles by "
-        "score + bias, best first, ties to the lowest index. score is without the bias."
+        "score + bias, best first, ties to the lowest index. score is without the bias. A tile is free where its bias is "
+        "-inf. weight, with e = tile_idx[t, k] and f the tiles that are not free, by gate: 0 sigmoid, sigmoid(score[t, e]); "
+        "1 softmax, exp(score[t, e]) / sum_f exp(log_mass[f] + score[t, f]) * sqrt(E); 2 adaptive, the softmax among the "
+        "scores of the first n chosen tiles and 0 for the rest, where n is the number of tiles f whose score is at most "
+        "confidence_threshold below the largest, but at least 1 and at most top_k. Free tiles have weight 0; where all are "
+        "free, gates 1 and 2 give NaN. Scores that are NaN give weights that are NaN."
     ),
 )
 

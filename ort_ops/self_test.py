@@ -1,9 +1,9 @@
-"""Do the operators compute here what they should? Small models of both, against numpy. Needs no torch.
+"""Do the operators compute here what they should? Small models of each, against numpy. Needs no torch.
 
 ``python -m ort_ops.self_test`` prints one line for each path, "native" and "portable". A process of its own survives what it
 finds: a kernel that the CPU cannot run ends the process, and which instruction set was chosen stands in its stderr alone.
 
-Legend: T tokens, K columns of x, E tiles, N rows of a tile.
+Legend: T tokens, K columns of x, E tiles, N rows of a tile, C chosen tiles per token.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +19,7 @@ from ort_ops.functions import fallback_functions
 from ort_ops.graph_nodes import ONNX_OPSET
 from ort_ops.library import LibraryNotFoundError, get_library_path, session_options
 from ort_ops.panels import to_panels
-from ort_ops.schema import DOMAIN, OPSET_VERSION, SIGNATURE_ROUTE, TERNARY_TILE_MATMUL, OpSchema, TensorSchema
+from ort_ops.schema import DOMAIN, OPSET_VERSION, SIGNATURE_ROUTE, TERNARY_FFN, TERNARY_TILE_MATMUL, OpSchema, TensorSchema
 
 Array = NDArray[Any]
 Arrays = Mapping[str, Array]
@@ -27,21 +27,25 @@ Run = Callable[..., Sequence[Array]]
 
 PATHS = ("native", "portable")
 ISA_MESSAGE = "ai.trix: kernels run with instruction set "  # what the library logs, at level INFO, when it first computes
-MAX_ERROR = 1e-5  # relative to the greatest value; sums of 67 float32 products
+MAX_ERROR = 1e-5  # relative to the greatest value; sums of at most 67 float32 products
 _INFO = 1
 _ELEMENT_TYPES = {"float32": TensorProto.FLOAT, "uint8": TensorProto.UINT8, "int64": TensorProto.INT64}
 _NUM_TOKENS, _NUM_TILES, _NUM_ROWS, _NUM_COLUMNS, _TOP_K = 9, 5, 11, 67, 2  # no multiple of any vector width
+_SHAPES = (_NUM_TILES, _NUM_ROWS, _NUM_COLUMNS), (_NUM_TILES, _NUM_COLUMNS, _NUM_ROWS)  # of up and down
+_GATES = _SIGMOID, _SOFTMAX, _ADAPTIVE = 0, 1, 2
+_THRESHOLD = 0.3  # the default of the attribute confidence_threshold
 
 
 def check(path: str) -> str:
-    """Run both operators on random inputs: "ok: with what", "missing: why" (no library), or "wrong: why".
+    """Run the operators on random inputs: "ok: with what", "missing: why" (no library), or "wrong: why".
 
     Args:
         path: "native" uses the library's kernels, "portable" the operators' definition in standard ONNX operators.
     """
     try:
         run = _native if path == "native" else _portable
-        errors = {op: error for op, error in (_check_matmul(run), _check_route(run)) if not error <= MAX_ERROR}
+        checks = (_check_matmul(run), _check_ffn(run), *(_check_route(run, gate) for gate in _GATES))
+        errors = {op: error for op, error in checks if not error <= MAX_ERROR}
     except LibraryNotFoundError as error:
         return f"missing: {error}"
     except Exception as error:  # onnxruntime's exceptions share no base class of their own
@@ -64,18 +68,46 @@ def _check_matmul(run: Run) -> tuple[str, float]:
     return TERNARY_TILE_MATMUL.name, _relative_error(y_TN, expected_TN)
 
 
-def _check_route(run: Run) -> tuple[str, float]:
+def _check_ffn(run: Run) -> tuple[str, float]:
+    rng = np.random.default_rng(2)
+    up_ENK, down_EKN = (rng.integers(-1, 2, shape) for shape in _SHAPES)
+    x_TK = rng.standard_normal((_NUM_TOKENS, _NUM_COLUMNS), dtype=np.float32)
+    up_scale_EN, down_scale_EK = (rng.uniform(0.1, 2.0, m.shape[:2]).astype(np.float32) for m in (up_ENK, down_EKN))
+    weight_TC = rng.uniform(0.5, 2.0, (_NUM_TOKENS, _TOP_K)).astype(np.float32)
+    tile_idx_TC = rng.integers(0, _NUM_TILES, (_NUM_TOKENS, _TOP_K))
+    feeds = {"x": x_TK, "tile_idx": tile_idx_TC, "weight": weight_TC}
+    feeds |= {"up": to_panels(up_ENK), "up_scale": up_scale_EN, "down": to_panels(down_EKN), "down_scale": down_scale_EK}
+    (y_TK,) = run(TERNARY_FFN, feeds)
+    before_TCN = np.einsum("tk,tcnk->tcn", x_TK.astype(np.float64), up_ENK[tile_idx_TC]) * up_scale_EN[tile_idx_TC]
+    part_TCK = np.einsum("tcn,tckn->tck", np.maximum(before_TCN, 0.0) ** 2, down_EKN[tile_idx_TC]) * down_scale_EK[tile_idx_TC]
+    return TERNARY_FFN.name, _relative_error(y_TK, np.einsum("tck,tc->tk", part_TCK, weight_TC))
+
+
+def _check_route(run: Run, gate: int) -> tuple[str, float]:
+    """One tile is a free slot; the gate of adaptive k uses one tile of some tokens, and two of the others."""
     rng = np.random.default_rng(1)
     signature_EK = rng.integers(-1, 2, (_NUM_TILES, _NUM_COLUMNS))
     x_TK = rng.standard_normal((_NUM_TOKENS, _NUM_COLUMNS), dtype=np.float32)
-    bias_E = rng.standard_normal(_NUM_TILES, dtype=np.float32)
-    feeds = {"x": x_TK, "signatures": to_panels(signature_EK), "bias": bias_E}
-    tile_idx_TK, score_TE = run(SIGNATURE_ROUTE, feeds, top_k=_TOP_K)
+    bias_E, log_mass_E = (rng.standard_normal(_NUM_TILES, dtype=np.float32) * np.float32(0.3) for _ in range(2))
+    bias_E[1] = -np.inf
+    feeds = {"x": x_TK, "signatures": to_panels(signature_EK), "bias": bias_E, "log_mass": log_mass_E}
+    tile_idx_TC, weight_TC, score_TE = run(SIGNATURE_ROUTE, feeds, top_k=_TOP_K, gate=gate)
     expected_TE = x_TK.astype(np.float64) @ signature_EK.T / np.sqrt(np.abs(signature_EK).sum(-1))
-    best_TK = np.argsort(-(expected_TE + bias_E), axis=-1)[:, :_TOP_K]
-    if not np.array_equal(tile_idx_TK, best_TK):
+    best_TC = np.argsort(-(expected_TE + bias_E), axis=-1)[:, :_TOP_K]
+    if not np.array_equal(tile_idx_TC, best_TC):
         return SIGNATURE_ROUTE.name, np.inf
-    return SIGNATURE_ROUTE.name, _relative_error(score_TE, expected_TE)
+    power_TE = np.exp(np.where(np.isneginf(bias_E), -np.inf, expected_TE))
+    chosen_TC = np.take_along_axis(power_TE, best_TC, axis=1)
+    if gate == _SIGMOID:
+        expected_TC = chosen_TC / (1.0 + chosen_TC)
+    elif gate == _SOFTMAX:
+        expected_TC = chosen_TC / (power_TE * np.exp(log_mass_E)).sum(1, keepdims=True) * _NUM_TILES**0.5
+    else:
+        is_close_TE = power_TE >= power_TE.max(1, keepdims=True) * np.exp(-_THRESHOLD)
+        chosen_TC[:, 1] *= is_close_TE.sum(1) > 1
+        expected_TC = chosen_TC / chosen_TC.sum(1, keepdims=True)
+    errors = _relative_error(score_TE, expected_TE), _relative_error(weight_TC, expected_TC)
+    return SIGNATURE_ROUTE.name, float(np.max(errors))  # NaN where one is
 
 
 def _relative_error(found: Array, expected: NDArray[np.float64]) -> float:

@@ -18,16 +18,18 @@ from ort_ops.panels import RESERVED_VALUE, from_panels, to_panels
 from ort_ops.runtime import ModelFileError
 from ort_ops.schema import DOMAIN, SIGNATURE_ROUTE
 
-_SIGNATURES, _BIAS = 1, 2  # inputs of SignatureRoute
+_SIGNATURES, _BIAS, _LOG_MASS = 1, 2, 3  # inputs of SignatureRoute
+_SCORE = 2  # an output
 
 
 class SignatureLayer:
     """One SignatureRoute node and its constants, which are in the graph: a change is written there at once.
 
     Attributes:
-        signature_ED: int8 in {-1, 0, +1}. bias_E: float32, -inf in a free slot. top_k: tiles per token. x, tile_idx, score: the
-            names of the node's input and outputs. changed: the names of the initializers that were changed or added. places:
-            where they are read, as the first output of a node and the place among its inputs.
+        signature_ED: int8 in {-1, 0, +1}. bias_E: float32, -inf in a free slot. log_mass_E: float32, not 0 where a merger or a
+            split left its mark. top_k: tiles per token. x, tile_idx: the names of the node's input and first output. changed:
+            the names of the initializers that were changed or added. places: where they are read, as the first output of a
+            node and the place among its inputs.
 
     An initializer that other nodes read too, as equal ones may have been joined at the export, stays as it is: the layer gets
     its own.
@@ -37,14 +39,12 @@ class SignatureLayer:
         self._graph, self._node = graph, node
         self.changed: list[str] = []
         self.places: set[tuple[str, int]] = set()
-        self.x, (self.tile_idx, self.score) = node.input[0], node.output
+        self.x, self.tile_idx = node.input[0], node.output[0]
         self.top_k = next((attribute.i for attribute in node.attribute if attribute.name == "top_k"), 1)
-        self.bias_E = self._constant(node, _BIAS)
+        self.bias_E, self.log_mass_E = self._constant(node, _BIAS), self._constant(node, _LOG_MASS)
         self.signature_ED = from_panels(self._constant(node, _SIGNATURES), len(self.bias_E), d_model)
         if (self.signature_ED == RESERVED_VALUE).any():
             raise ValueError("packed codes must be 0, 1 or 2, there is a 3")
-        # What makes a free slot count for nothing in the gate: 0, or -inf, added to the scores.
-        self._exclude = next((n for n in graph.node if n.op_type == "Add" and n.input[0] == self.score), None)
 
     @property
     def is_free_E(self) -> NDArray[np.bool_]:  # noqa: N802
@@ -56,17 +56,14 @@ class SignatureLayer:
         self._set_constant(self._node, _SIGNATURES, to_panels(self.signature_ED))
 
     def set_bias(self, tile_idx: int, bias: float) -> None:
-        """-inf frees the slot, another value lets it be chosen."""
-        is_to_be_free = np.isneginf(bias)
+        """-inf frees the slot, another value lets it be chosen; its mass is 1 either way."""
         self.bias_E = self.bias_E.copy()
         self.bias_E[tile_idx] = bias
         self._set_constant(self._node, _BIAS, self.bias_E)
-        if self._exclude is None:
-            raise ValueError(f"node {self._node.name} of the graph must be followed by one that adds to its scores")
-        exclusion_E = np.array(self._constant(self._exclude, 1))
-        if np.isneginf(exclusion_E[tile_idx]) != is_to_be_free:
-            exclusion_E[tile_idx] = -np.inf if is_to_be_free else 0.0
-            self._set_constant(self._exclude, 1, exclusion_E)
+        if self.log_mass_E[tile_idx] != 0:
+            self.log_mass_E = self.log_mass_E.copy()
+            self.log_mass_E[tile_idx] = 0.0
+            self._set_constant(self._node, _LOG_MASS, self.log_mass_E)
 
     def _constant(self, node: NodeProto, place: int) -> NDArray[Any]:
         found = next((tensor for tensor in self._graph.initializer if tensor.name == node.input[place]), None)
@@ -113,6 +110,15 @@ def signature_layers(proto: ModelProto, d_model: int) -> list[SignatureLayer]:
     """In the order of computation."""
     nodes = [node for node in proto.graph.node if (node.domain, node.op_type) == (DOMAIN, SIGNATURE_ROUTE.name)]
     return [SignatureLayer(proto.graph, node, d_model) for node in nodes]
+
+
+def show_scores(graph: GraphProto) -> list[str]:
+    """Let every SignatureRoute hand over its scores, also where the file leaves them out: their names, in order."""
+    nodes = [node for node in graph.node if (node.domain, node.op_type) == (DOMAIN, SIGNATURE_ROUTE.name)]
+    for node in nodes:
+        if not node.output[_SCORE:] or not node.output[_SCORE]:
+            node.output[_SCORE:] = [f"{node.output[0]}.score"]
+    return [node.output[_SCORE] for node in nodes]
 
 
 def _d_model(metadata: dict[str, Any]) -> int:

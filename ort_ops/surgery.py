@@ -1,8 +1,8 @@
 """Surgery on an exported file: one signature inserted, frozen or unfrozen, or one tile removed, into a new file.
 
-The graph holds the signatures as constants, so that the file itself can be edited, without torch: a signature and the bias of
-its tile change, and nothing else. Frozen flags and the history stand in the metadata. The new file is verified before it gets
-its name. Legend: D model width, E tiles, K tiles per token, T tokens.
+The graph holds the signatures as constants, so that the file itself can be edited, without torch: a signature, and the bias and
+the mass of its tile change, and nothing else. Frozen flags and the history stand in the metadata. The new file is verified
+before it gets its name. Legend: D model width, E tiles, K tiles per token, T tokens.
 """
 
 import copy
@@ -24,7 +24,7 @@ from ort_ops.file_format import BY_ONNXRUNTIME, LayerRecord, encode_array, to_pr
 from ort_ops.library import LibraryNotFoundError, session_options
 from ort_ops.parity import SCORE_ROUNDING, selection_gap
 from ort_ops.runtime import ModelFileError, open_model
-from ort_ops.signature_layers import SignatureLayer, read_model
+from ort_ops.signature_layers import SignatureLayer, read_model, show_scores
 
 
 class VerificationError(RuntimeError):
@@ -151,11 +151,6 @@ def _insert(layer: SignatureLayer, record: LayerRecord, edit: Edit) -> dict[str,
             f"freeze ({edit.freeze}) must be True for a router of source 'emergent': "
             "its signatures are read from the tiles' weights, which an inserted one does not change"
         )
-    if edit.tile_idx in record.has_mass:
-        raise ValueError(
-            f"tile ({edit.tile_idx}) must not come from a merger or a split, which has left its mark in the gates: "
-            "insert into the checkpoint and export that"
-        )
     layer.set_signature(edit.tile_idx, signature_D.astype(np.int8))
     # What the tile had earned with its old signature is dropped for the mean of those in use.
     layer.set_bias(edit.tile_idx, float(layer.bias_E[~layer.is_free_E].mean()))
@@ -182,7 +177,8 @@ class _Run:
 
     def __init__(self, proto: ModelProto, layers: Sequence[SignatureLayer], example: NDArray[Any]) -> None:
         probed = copy.deepcopy(proto)
-        names = [name for layer in layers for name in (layer.x, layer.tile_idx, layer.score)]
+        scores = show_scores(probed.graph)
+        names = [*scores, *(name for layer in layers for name in (layer.x, layer.tile_idx))]
         shown = {value.name for value in probed.graph.output}
         probed.graph.output.extend(ValueInfoProto(name=name) for name in dict.fromkeys(names) if name not in shown)
         try:
@@ -201,7 +197,7 @@ class _Run:
             raise VerificationError(f"onnxruntime cannot run the file: {' '.join(str(error).split())}") from error
         self.x = [self.output[layer.x].reshape(-1, layer.signature_ED.shape[1]) for layer in layers]
         self.tile_idx = [self.output[layer.tile_idx] for layer in layers]
-        self.score = [self.output[layer.score] for layer in layers]
+        self.score = [self.output[name] for name in scores]
 
     def as_reference(self, layers: Sequence[SignatureLayer]) -> dict[str, Any]:
         keys = [score_TE + layer.bias_E for score_TE, layer in zip(self.score, layers, strict=True)]

@@ -198,16 +198,21 @@ def _float_ffn(node: onnx.NodeProto, constants: dict[str, np.ndarray], name: str
 
 
 def _float_route(node: onnx.NodeProto, constants: dict[str, np.ndarray], name: str) -> Made:
-    x, signatures, bias = node.input
+    x, signatures, bias, log_mass = node.input
+    assert not constants[log_mass].any()
     codes = from_panels(constants[signatures], len(constants[bias]), _width(constants[signatures])).astype(np.float32)
     norm = np.sqrt(np.maximum(np.abs(codes).sum(-1, keepdims=True), 1))
-    tile_idx, score = node.output
+    tile_idx, weight, _ = node.output
     nodes = [
-        helper.make_node("MatMul", [x, f"{name}.table"], [score]),
-        helper.make_node("Add", [score, bias], [f"{name}.key"]),
+        helper.make_node("MatMul", [x, f"{name}.table"], [f"{name}.score"]),
+        helper.make_node("Add", [f"{name}.score", bias], [f"{name}.key"]),
         helper.make_node("ArgMax", [f"{name}.key"], [tile_idx], axis=1, keepdims=1),
+        helper.make_node("Softmax", [f"{name}.score"], [f"{name}.share"]),
+        helper.make_node("GatherElements", [f"{name}.share", tile_idx], [f"{name}.chosen"], axis=1),
+        helper.make_node("Mul", [f"{name}.chosen", f"{name}.root"], [weight]),
     ]
-    return nodes, {f"{name}.table": np.ascontiguousarray((codes / norm).T)}
+    root = np.array(len(codes) ** 0.5, np.float32)
+    return nodes, {f"{name}.table": np.ascontiguousarray((codes / norm).T), f"{name}.root": root}
 
 
 def _width(panels: np.ndarray) -> int:

@@ -322,11 +322,11 @@ def _routed(weight_ENK: np.ndarray, attributes: dict[str, int]) -> onnx.ModelPro
         "packed": to_panels(weight_ENK),
         "row_scale": np.ones((num_tiles, num_rows), np.float32),
         "signatures": to_panels(signatures),
-        "bias": np.zeros(num_tiles, np.float32),
+        "none": np.zeros(num_tiles, np.float32),
         "flat": np.array([-1], np.int64),
     }
     nodes = [
-        helper.make_node(SIGNATURE_ROUTE.name, ["x", "signatures", "bias"], ["choice", "score"], domain=DOMAIN),
+        _choice("choice"),
         helper.make_node("Reshape", ["choice", "flat"], ["tile_idx"]),
         _product(["x", "packed", "row_scale", "tile_idx"], "y", attributes),
     ]
@@ -334,10 +334,14 @@ def _routed(weight_ENK: np.ndarray, attributes: dict[str, int]) -> onnx.ModelPro
 
 
 def _route(signatures: np.ndarray) -> onnx.ModelProto:
-    constants = {"signatures": to_panels(signatures), "bias": np.zeros(len(signatures), np.float32)}
-    return _model(
-        [helper.make_node(SIGNATURE_ROUTE.name, ["x", "signatures", "bias"], ["y", "score"], domain=DOMAIN)], constants
-    )
+    constants = {"signatures": to_panels(signatures), "none": np.zeros(len(signatures), np.float32)}
+    return _model([_choice("y")], constants)
+
+
+def _choice(output: str) -> onnx.NodeProto:
+    """The best tile, with the gate that looks at it alone."""
+    names = ["x", "signatures", "none", "none"]
+    return helper.make_node(SIGNATURE_ROUTE.name, names, [output, "weight", ""], domain=DOMAIN, gate=0)
 
 
 def _argmax(table_KE: np.ndarray) -> onnx.ModelProto:

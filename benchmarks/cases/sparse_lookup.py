@@ -60,11 +60,11 @@ def layers(width: int, has_hinges: int, num_tiles: int = 64, grid_size: int = 16
     nodes, constants = [], {}
     for layer in range(DEPTH):
         own = {name: rng.standard_normal(shape, dtype=np.float32) / np.float32(width**0.5) for name, shape in shapes.items()}
-        own |= {"gate_curve": np.linspace(0.0, 1.0, 8, dtype=np.float32), "bias": np.zeros(num_tiles, np.float32)}
+        own |= {"gate_curve": np.linspace(0.0, 1.0, 8, dtype=np.float32), "none": np.zeros(num_tiles, np.float32)}
         own |= {"gain": np.ones(width, np.float32), "shift": np.zeros(width, np.float32)}
         own |= {"signatures": to_panels(rng.integers(-1, 2, (num_tiles, width), dtype=np.int8))}
         constants |= {f"{name}_{layer}": array for name, array in own.items()}
-        computed = ("h", "tile_idx", "score", "y", "point")
+        computed = ("h", "tile_idx", "weight", "score", "y", "point")
         name = {value: f"{value}_{layer}" for value in (*own, *computed)}
         name |= {"x": "x" if layer == 0 else f"y_{layer - 1}"} | ({"y": "y"} if layer + 1 == DEPTH else {})
         lookup = [[name[tensor.name] for tensor in tensors] for tensors in (SPARSE_LOOKUP.inputs, SPARSE_LOOKUP.outputs)]
@@ -73,9 +73,10 @@ def layers(width: int, has_hinges: int, num_tiles: int = 64, grid_size: int = 16
             helper.make_node("LayerNormalization", [name["x"], name["gain"], name["shift"]], [name["h"]]),
             helper.make_node(
                 SIGNATURE_ROUTE.name,
-                [name["h"], name["signatures"], name["bias"]],
-                [name["tile_idx"], name["score"]],
+                [name["h"], name["signatures"], name["none"], name["none"]],
+                [name["tile_idx"], name["weight"], name["score"]],
                 domain=DOMAIN,
+                gate=0,
             ),
             helper.make_node(SPARSE_LOOKUP.name, *lookup, domain=DOMAIN, **attributes),
         ]

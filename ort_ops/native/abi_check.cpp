@@ -120,6 +120,7 @@ CHECK_VALUE(abi::ElementType::kFloat, ::ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
 CHECK_VALUE(abi::ElementType::kUint8, ::ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8);
 CHECK_VALUE(abi::ElementType::kInt64, ::ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64);
 CHECK_VALUE(abi::Characteristic::kRequired, ::INPUT_OUTPUT_REQUIRED);
+CHECK_VALUE(abi::Characteristic::kOptional, ::INPUT_OUTPUT_OPTIONAL);
 CHECK_VALUE(abi::MemoryType::kDefault, ::OrtMemTypeDefault);
 CHECK_VALUE(abi::LogLevel::kInfo, ::ORT_LOGGING_LEVEL_INFO);
 CHECK_VALUE(abi::AttributeType::kInt, ::ORT_OP_ATTR_INT);

@@ -5,18 +5,20 @@ from pathlib import Path
 
 import ort_ops
 from ort_ops import schema
+from trix.functional.gates import Gate
 
 NATIVE_OPS = Path(ort_ops.__file__).parent / "native" / "ops"
+DEFAULT_OF = {"std::int64_t": int, "float": float}
 ELEMENT_TYPES = {"kFloat": "float32", "kUint8": "uint8", "kInt64": "int64"}
 
 
 def table(source: str, name: str) -> list[schema.TensorSchema]:
-    """The rows of `constexpr TensorSpec <name>[] = {...};`, e.g. {"x", ElementType::kFloat, 2, "[T, K]"}."""
+    """The rows of `constexpr TensorSpec <name>[] = {...};`, e.g. {"x", ElementType::kFloat, 2, "[T, K]"}; true: optional."""
     body = re.search(rf"TensorSpec {name}\[\] = \{{(.*?)\n\}};", source, re.DOTALL)
     assert body is not None, name
-    rows = re.findall(r'\{"(\w+)", ElementType::(\w+), (\d+), "\[(.*?)\]"\}', body[1])
+    rows = re.findall(r'\{"(\w+)", ElementType::(\w+), (\d+), "\[(.*?)\]"(, true)?\}', body[1])
     tensors = [
-        schema.TensorSchema(row[0], ELEMENT_TYPES[row[1]], tuple(row[3].split(", ")))  # type: ignore[arg-type]
+        schema.TensorSchema(row[0], ELEMENT_TYPES[row[1]], tuple(row[3].split(", ")), bool(row[4]))  # type: ignore[arg-type]
         for row in rows
     ]
     assert [len(tensor.shape) for tensor in tensors] == [int(row[2]) for row in rows]
@@ -49,8 +51,22 @@ def test_attributes_agree() -> None:
     for op in schema.OPS:
         source = native_sources()[op.name]
         names = re.findall(r'k\w+Attribute = "(\w+)"', source)
-        defaults = [int(value) for value in re.findall(r"k\w+Default = (-?\d+)", source)]
+        defaults = [
+            DEFAULT_OF[kind](value) for kind, value in re.findall(r"constexpr ([\w:]+) k\w+Default = (-?[\d.]+)", source)
+        ]
         assert list(zip(names, defaults, strict=True)) == [(a.name, a.default) for a in op.attributes]
+        assert [type(default) for default in defaults] == [
+            float if isinstance(a, schema.FloatAttribute) else int for a in op.attributes
+        ]
+
+
+def test_the_codes_of_the_gates_agree() -> None:
+    header = (NATIVE_OPS.parent / "kernels" / "signature_gate" / "signature_gate.hpp").read_text()
+    body = re.search(r"enum class Gate : std::int64_t \{(.*?)\}", header)
+    assert body is not None
+    codes = {name.upper(): int(code) for name, code in re.findall(r"k(\w+) = (\d+)", body[1])}
+    assert codes == {gate.name: gate.value for gate in Gate}
+    assert all(f"{gate.value} {gate.name.lower()}" in schema.SIGNATURE_ROUTE.doc for gate in Gate)
 
 
 def test_domain_and_version_agree() -> None:

@@ -13,6 +13,8 @@ from ort_ops.export import ExportError, export_classifier, export_language_model
 from ort_ops.graph import Activations
 from ort_ops.library import session_options
 from ort_ops.runtime import ExportedModel
+from ort_ops.signature_layers import read_model
+from ort_ops.surgery import Edit, operate_on_file
 from trix.evolution import merge_tiles, raise_k, split_tile
 from trix.nn import Classifier, ClassifierConfig, FFNConfig, LanguageModel, LanguageModelConfig, RotaryAttention
 
@@ -32,14 +34,15 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> exported_models.Export
         FFNConfig(num_tiles=4),
         FFNConfig(num_tiles=4, top_k=2, routing="emergent"),
         FFNConfig(num_tiles=4, routing="learned"),
-        FFNConfig(num_tiles=4, route_on="embedding"),
-        FFNConfig(kind="hierarchical", num_tiles=9),
+        FFNConfig(num_tiles=4, route_on="hidden"),
+        FFNConfig(num_tiles=6, max_k=3, confidence_threshold=1.0),
+        FFNConfig(kind="hierarchical", num_tiles=9, top_k=2),
         FFNConfig(kind="sparse_lookup", num_tiles=8, top_k=2),
         FFNConfig(kind="sparse_lookup_v2", num_tiles=8, top_k=3, route_on="embedding"),
         FFNConfig(kind="dense"),
         FFNConfig(kind="none"),
     ],
-    ids=lambda ffn: f"{ffn.kind}-{ffn.routing}-{ffn.route_on}",
+    ids=lambda ffn: f"{ffn.kind}-{ffn.routing}-{ffn.route_on}-{ffn.max_k}",
 )
 def test_every_kind_of_layer_exports_within_float_rounding(ffn: FFNConfig, tmp_path: Path) -> None:
     report = exported_models.export(tmp_path, ffn).report
@@ -48,6 +51,21 @@ def test_every_kind_of_layer_exports_within_float_rounding(ffn: FFNConfig, tmp_p
     assert report.parity.num_unexplained == 0
     assert report.cached_parity.max_relative_difference < 1e-5
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+    if ffn.kind in ("trix", "hierarchical") and ffn.routing != "learned":
+        assert_that_nothing_stands_between_routing_and_tiles(onnx.load(tmp_path / "model.onnx").graph)
+
+
+def assert_that_nothing_stands_between_routing_and_tiles(graph: onnx.GraphProto) -> None:
+    by_output = {name: node for node in graph.node for name in node.output}
+    layers = [node for node in graph.node if node.op_type == "TernaryFFN"]
+    assert len(layers) == 2
+    for layer in layers:
+        route = by_output[layer.input[1]]
+        assert route.op_type == "SignatureRoute"
+        assert list(route.output) == [*layer.input[1:3], ""]  # nobody reads the scores
+    operators = [node.op_type for node in graph.node]
+    assert not {"GatherElements", "GatherND", "Sigmoid", "ReduceMax", "TopK"} & set(operators)
+    assert operators.count("Softmax") == 2  # those of attention
 
 
 def test_layers_whose_tiles_were_merged_and_split_export_as_they_are(tmp_path: Path) -> None:
@@ -96,6 +114,42 @@ def test_weights_are_packed_and_operators_are_ours(exported: exported_models.Exp
     assert len(packed) == 2 * (2 + 1 + 2)  # per layer: up, down, signatures, attention in and out
     largest_float = max(np.prod(i.dims) for i in proto.graph.initializer if i.data_type == onnx.TensorProto.FLOAT)
     assert largest_float <= len(exported_models.VOCABULARY) * 20  # the embedding; no float matrix of a tile
+
+
+def test_the_mass_of_a_merged_tile_is_in_the_file_and_an_insertion_clears_it(tmp_path: Path) -> None:
+    model = exported_models.make_model(FFNConfig(num_tiles=5))
+    layer = model.stack.blocks[1].ffn
+    merge_tiles(layer, 2, 3)
+    held_out = torch.randint(0, len(exported_models.VOCABULARY), (20 * exported_models.CONTEXT,))
+    export_language_model(model, exported_models.VOCABULARY, held_out, tmp_path / "m.onnx")
+    found = read_model(tmp_path / "m.onnx")[2][1]
+    np.testing.assert_array_equal(found.log_mass_E, layer.router.log_mass_E.numpy())
+    assert found.log_mass_E[2] != 0
+    assert found.is_free_E.tolist() == [False, False, False, True, False]
+    signature_D = np.array([1, 0, -1, 0, 1] * 4)
+    operate_on_file(tmp_path / "m.onnx", tmp_path / "new.onnx", Edit("insert", 1, 2, "", signature_D))
+    layer.insert_signature(2, torch.from_numpy(signature_D))
+    token = held_out.reshape(-1, exported_models.CONTEXT)
+    with torch.no_grad():
+        expected = model(token).numpy()
+    np.testing.assert_allclose(ExportedModel(tmp_path / "new.onnx").run(token.numpy())[0], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_lookup_with_a_free_slot_takes_an_insertion(tmp_path: Path) -> None:
+    model = exported_models.make_model(FFNConfig(kind="sparse_lookup_v2", num_tiles=4))
+    layer = model.stack.blocks[0].ffn
+    layer.remove_tile(1)
+    held_out = torch.randint(0, len(exported_models.VOCABULARY), (20 * exported_models.CONTEXT,))
+    export_language_model(model, exported_models.VOCABULARY, held_out, tmp_path / "m.onnx")
+    signature_D = np.array([1, 0, -1, 0, 1] * 4)
+    operate_on_file(tmp_path / "m.onnx", tmp_path / "new.onnx", Edit("insert", 0, 1, "", signature_D))
+    layer.insert_signature(1, torch.from_numpy(signature_D))
+    token = held_out.reshape(-1, exported_models.CONTEXT)
+    with torch.no_grad():
+        expected, infos, _ = model(token, return_routing=True)
+    assert (infos[0]["tile_idx"] == 1).any()
+    found = ExportedModel(tmp_path / "new.onnx").run(token.numpy())[0]
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["sparse_lookup", "sparse_lookup_v2"])

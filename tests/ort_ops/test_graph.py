@@ -1,16 +1,19 @@
 import numpy as np
 import onnxruntime as ort
-from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import GraphProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from ort_ops.graph import (
     Activations,
     divide_by_roots,
     join_reshapes,
+    leave_out_unread,
     set_activations,
     share_constants,
     unsqueeze_constants,
 )
 from ort_ops.schema import DOMAIN
+
+ROUTE_INPUTS = ["x", "matrix", "scale", "scale"]
 
 
 def small_graph() -> GraphProto:
@@ -18,7 +21,7 @@ def small_graph() -> GraphProto:
         helper.make_node("Unsqueeze", ["matrix", "axis"], ["tiles"]),
         helper.make_node("Unsqueeze", ["x", "axis"], ["stays"]),
         helper.make_node("TernaryTileMatMul", ["x", "tiles", "scale", "tile"], ["y"], domain=DOMAIN),
-        helper.make_node("SignatureRoute", ["x", "matrix", "scale"], ["tile_idx", "score"], domain=DOMAIN, top_k=2),
+        helper.make_node("SignatureRoute", ROUTE_INPUTS, ["tile_idx", "weight", "score"], domain=DOMAIN, top_k=2),
     ]
     constants = {"matrix": np.arange(6).reshape(2, 3), "axis": np.array([0]), "unread": np.zeros(2)}
     initializers = [numpy_helper.from_array(value, name) for name, value in constants.items()]

@@ -102,13 +102,13 @@ def test_a_model_of_another_origin_is_refused(tmp_path: Path) -> None:
         onnx.helper.make_graph([node], "g", [x], [y]), ir_version=9, opset_imports=[onnx.helper.make_opsetid("", 18)]
     )
     onnx.save(model, tmp_path / "other.onnx")
-    with pytest.raises(ModelFileError, match=r"file format \(None\) must be 2: was it written by `trix export`\?"):
+    with pytest.raises(ModelFileError, match=r"file format \(None\) must be 3: was it written by `trix export`\?"):
         LanguageModelSession(tmp_path / "other.onnx")
 
 
 def test_a_file_of_an_earlier_format_is_refused(path: Path, tmp_path: Path) -> None:
     older = edited(path, tmp_path, lambda _, properties: properties.update({"trix.format": "1"}))
-    with pytest.raises(ModelFileError, match=r"file format \(1\) must be 2: export its checkpoint again"):
+    with pytest.raises(ModelFileError, match=r"file format \(1\) must be 3: export its checkpoint again"):
         LanguageModelSession(older)
 
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,12 +26,39 @@ def test_wrong_results_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     found = self_test.check("portable")
     assert found.startswith("wrong: relative error of TernaryTileMatMul (")
     assert "relative error of SignatureRoute (inf) must be <= 1e-05" in found
+    assert "relative error of TernaryFFN (" in found
 
 
 def test_an_error_just_above_rounding_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     right = self_test._run
     monkeypatch.setattr(self_test, "_run", lambda *arguments: [output * np.float32(1.0001) for output in right(*arguments)[:1]])
     assert self_test._check_matmul(self_test._portable)[1] > self_test.MAX_ERROR
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_each_output_of_the_routing_is_looked_at_under_each_gate(place: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = self_test._run
+
+    def wrong(*arguments: Any) -> list[Any]:
+        outputs = list(right(*arguments))
+        outputs[place] = outputs[place][::-1]
+        return outputs
+
+    monkeypatch.setattr(self_test, "_run", wrong)
+    for gate in self_test._GATES:
+        assert self_test._check_route(self_test._portable, gate)[1] > self_test.MAX_ERROR
+
+
+def test_the_tokens_of_adaptive_k_use_one_tile_or_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    right, weights = self_test._run, []
+
+    def keep(*arguments: Any) -> Any:
+        weights.append((outputs := right(*arguments))[1])
+        return outputs
+
+    monkeypatch.setattr(self_test, "_run", keep)
+    self_test._check_route(self_test._portable, self_test._ADAPTIVE)
+    assert set((weights[0] != 0).sum(1)) == {1, 2}
 
 
 def test_nan_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

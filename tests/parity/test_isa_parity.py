@@ -131,6 +131,7 @@ def test_tile_matmul_has_the_same_bits_on_every_instruction_set(
     num_tiles=st.integers(1, 90),
     num_columns=st.integers(0, 150),
     top_k=st.integers(1, 6),
+    gate=st.integers(0, 2),
     is_special=st.booleans(),
 )
 def test_route_has_the_same_bits_on_every_instruction_set(
@@ -141,6 +142,7 @@ def test_route_has_the_same_bits_on_every_instruction_set(
     num_tiles: int,
     num_columns: int,
     top_k: int,
+    gate: int,
     is_special: bool,
 ) -> None:
     rng = np.random.default_rng(seed)
@@ -148,7 +150,8 @@ def test_route_has_the_same_bits_on_every_instruction_set(
     if is_special:
         inputs["x"] = with_specials(rng, inputs["x"])
     case = tmp_path / "case.npz"
-    np.savez(case, **inputs, top_k=min(top_k, num_tiles))
+    inputs["bias"][rng.random(num_tiles) < 0.1] = -np.inf
+    np.savez(case, **inputs, top_k=min(top_k, num_tiles), gate=gate, confidence_threshold=0.5)
     assert_all_agree(workers, case)
 
 
@@ -202,8 +205,8 @@ def test_function_and_kernel_agree_to_rounding(num_tokens: int, num_columns: int
 def test_function_and_kernel_route_alike_where_the_gap_exceeds_rounding(top_k: int) -> None:
     inputs, _ = route_inputs(np.random.default_rng(top_k), 2000, 64, 200)
     model = make_model(SIGNATURE_ROUTE, with_functions=True, top_k=top_k)
-    portable_idx, portable_score = portable_session(model).run(None, inputs)
-    kernel_idx, kernel_score = run_route(inputs, top_k)
+    portable_idx, _, portable_score = portable_session(model).run(None, inputs)
+    kernel_idx, _, kernel_score = run_route(inputs, top_k)
     rounding = 1e-5
     np.testing.assert_allclose(kernel_score, portable_score, rtol=0, atol=rounding)
     key = kernel_score + inputs["bias"]

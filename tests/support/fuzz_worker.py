@@ -17,7 +17,7 @@ from packed_models import ffn_inputs, lookup_inputs, make_model, route_inputs, t
 from ort_ops.schema import OPS, SIGNATURE_ROUTE, SPARSE_LOOKUP, TERNARY_FFN, TERNARY_TILE_MATMUL, OpSchema
 
 Inputs = dict[str, np.ndarray]
-Attributes = dict[str, int]
+Attributes = dict[str, int | float]
 UNKNOWN_RANKS = {tensor.name: None for op in OPS for tensor in op.inputs}
 ODD_VALUES = (-(2**63), -(2**31), -1, 0, 1, 7, 16, 64, 128, 2**31, 2**62)
 
@@ -54,7 +54,9 @@ def lookup_case(rng: np.random.Generator) -> tuple[Inputs, Attributes]:
 def route_case(rng: np.random.Generator) -> tuple[Inputs, Attributes]:
     num_tiles = int(rng.integers(1, 70))
     inputs, _ = route_inputs(rng, int(rng.integers(0, 9)), num_tiles, int(rng.integers(0, 70)))
-    return inputs, {"top_k": int(rng.integers(1, num_tiles + 1))}
+    inputs["bias"][rng.random(num_tiles) < 0.2] = -np.inf
+    top_k, gate = int(rng.integers(1, num_tiles + 1)), int(rng.integers(0, 3))
+    return inputs, {"top_k": top_k, "gate": gate, "confidence_threshold": float(rng.random())}
 
 
 # Random valid inputs and attributes of each operator.
@@ -87,7 +89,7 @@ def spoil(rng: np.random.Generator, inputs: Inputs) -> Inputs:
 
 
 def spoil_attributes(rng: np.random.Generator, attributes: Attributes) -> Attributes:
-    return {name: int(rng.choice(ODD_VALUES)) if rng.random() < 0.5 else value for name, value in attributes.items()}
+    return {name: type(value)(rng.choice(ODD_VALUES)) if rng.random() < 0.5 else value for name, value in attributes.items()}
 
 
 def mutate(rng: np.random.Generator, model: bytes) -> bytes:
@@ -118,10 +120,11 @@ def run_mutated(rng: np.random.Generator, op: OpSchema, library: str, counts: Co
     inputs, attributes = VALID_CASES[op.name](rng)
     weights = {name: array for name, array in inputs.items() if name not in ("x", "h", "tile_idx", "score", "weight")}
     constants = weights if rng.random() < 0.5 else {}
+    left_out = optional_outputs(op) if rng.random() < 0.5 else []
     if rng.random() < 0.3:
-        model = make_model(op, constants=constants, **spoil_attributes(rng, attributes)).SerializeToString()
+        model = make_model(op, constants=constants, left_out=left_out, **spoil_attributes(rng, attributes)).SerializeToString()
     else:
-        model = mutate(rng, make_model(op, constants=constants, **attributes).SerializeToString())
+        model = mutate(rng, make_model(op, constants=constants, left_out=left_out, **attributes).SerializeToString())
     counts["mutated"] += 1
     session = session_or_none(model, library)
     if session is not None:
@@ -132,10 +135,15 @@ def run_mutated(rng: np.random.Generator, op: OpSchema, library: str, counts: Co
 def run_valid(rng: np.random.Generator, op: OpSchema, library: str, counts: Counter[str]) -> None:
     """A valid model: once with valid inputs, which must give a result, and with spoiled ones."""
     inputs, attributes = VALID_CASES[op.name](rng)
-    session = session_or_none(make_model(op, dims=UNKNOWN_RANKS, **attributes).SerializeToString(), library)
+    left_out = optional_outputs(op) if rng.random() < 0.5 else []
+    session = session_or_none(make_model(op, dims=UNKNOWN_RANKS, left_out=left_out, **attributes).SerializeToString(), library)
     assert session is not None, f"{op.name} {attributes}"
     session.run(None, inputs)
     counts["results"] += 1 + sum(has_result(session, spoil(rng, inputs)) for _ in range(3))
+
+
+def optional_outputs(op: OpSchema) -> list[str]:
+    return [tensor.name for tensor in op.outputs if tensor.is_optional]
 
 
 def run_case(case: int, seed: int, library: str, counts: dict[str, Counter[str]]) -> None:

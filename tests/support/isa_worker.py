@@ -13,10 +13,10 @@ from packed_models import make_model, native_session
 
 from ort_ops.schema import SIGNATURE_ROUTE, SPARSE_LOOKUP, TERNARY_TILE_MATMUL
 
-sessions: dict[frozenset[tuple[str, int]], ort.InferenceSession] = {}
+sessions: dict[frozenset[tuple[str, float]], ort.InferenceSession] = {}
 
 
-def session_for(attributes: dict[str, int]) -> ort.InferenceSession:
+def session_for(attributes: dict[str, float]) -> ort.InferenceSession:
     key = frozenset(attributes.items())
     if key not in sessions:
         named_by = {"top_k": SIGNATURE_ROUTE, "grid_size": SPARSE_LOOKUP}
@@ -28,7 +28,7 @@ def session_for(attributes: dict[str, int]) -> ort.InferenceSession:
 for line in sys.stdin:
     with np.load(line.strip()) as case:
         arrays = {name: case[name] for name in case.files}
-    session = session_for({name: int(value) for name, value in arrays.items() if value.ndim == 0})
+    session = session_for({name: value.item() for name, value in arrays.items() if value.ndim == 0})
     inputs = {name: value for name, value in arrays.items() if value.ndim > 0}
     outputs = dict(zip([output.name for output in session.get_outputs()], session.run(None, inputs), strict=True))
     result = f"{line.strip()}.{id(session)}.result.npz"

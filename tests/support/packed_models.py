@@ -1,7 +1,7 @@
 """Small models around one operator, and float64 references, for the tests of the native operators."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -127,6 +127,7 @@ def route_inputs(
         "x": rng.standard_normal((num_tokens, num_columns), dtype=np.float32),
         "signatures": to_panels(signatures),
         "bias": rng.standard_normal(num_tiles, dtype=np.float32) * np.float32(0.1),
+        "log_mass": rng.standard_normal(num_tiles, dtype=np.float32) * np.float32(0.5),
     }
     return inputs, signatures
 
@@ -156,6 +157,25 @@ def score_reference(inputs: Arrays, signatures: np.ndarray) -> np.ndarray:
     return inputs["x"].astype(np.float64) @ signatures.T.astype(np.float64) / np.sqrt(nnz)
 
 
+def weight_reference(
+    score_TE: np.ndarray, tile_idx_TK: np.ndarray, inputs: Arrays, gate: int = 1, confidence_threshold: float = 0.3
+) -> np.ndarray:
+    """Weights in float64, for scores that are numbers."""
+    is_free_E = np.isneginf(inputs["bias"])
+    used_TE = np.where(is_free_E, -np.inf, score_TE.astype(np.float64))
+    chosen_TK = np.take_along_axis(used_TE, tile_idx_TK, axis=1)
+    if gate == 0:
+        return 1.0 / (1.0 + np.exp(-chosen_TK))
+    with np.errstate(invalid="ignore"):
+        if gate == 1:
+            return np.exp(chosen_TK) / np.exp(used_TE + inputs["log_mass"]).sum(1, keepdims=True) * len(is_free_E) ** 0.5
+        # The subtraction of float32, so that a threshold met exactly is met here, too.
+        gap_TE = score_TE[:, ~is_free_E].max(1, keepdims=True, initial=-np.inf) - score_TE[:, ~is_free_E]
+        num_used_T1 = (gap_TE <= np.float32(confidence_threshold)).sum(1, keepdims=True).clip(1, tile_idx_TK.shape[1])
+        power_TK = np.where(np.arange(tile_idx_TK.shape[1]) < num_used_T1, np.exp(chosen_TK), 0.0)
+        return power_TK / power_TK.sum(1, keepdims=True)
+
+
 def rank_tiles(key_TE: np.ndarray, top_k: int) -> np.ndarray:
     """Best first, ties to the lowest index, NaN last."""
     is_nan = np.isnan(key_TE)
@@ -170,10 +190,13 @@ def make_model(
     dims: Mapping[str, list[Any] | None] | None = None,
     with_functions: bool = False,
     output_shapes: bool = True,
+    left_out: Collection[str] = (),
     **attributes: object,
 ) -> onnx.ModelProto:
-    """One node of `op`. Inputs named in `constants` become initializers; `dims` overrides an input's dimensions
-    (None: unknown rank). `output_shapes=False` declares no shapes of outputs, so that inference must find them."""
+    """One node of `op`. Inputs named in `constants` become initializers; `dims` overrides an input's dimensions (None: unknown
+    rank). `output_shapes=False` declares no shapes of outputs, so that inference must find them. `left_out` names outputs that
+    the node has under no name."""
+    op_outputs = [tensor for tensor in op.outputs if tensor.name not in left_out]
     constants = constants or {}
     dims = dims or {}
     inputs = [
@@ -189,12 +212,12 @@ def make_model(
             ELEMENT_TYPES[tensor.element_type],
             [f"{tensor.name}_{axis}" for axis in range(len(tensor.shape))] if output_shapes else None,
         )
-        for tensor in op.outputs
+        for tensor in op_outputs
     ]
     node = helper.make_node(
         op.name,
         [tensor.name for tensor in op.inputs],
-        [tensor.name for tensor in op.outputs],
+        ["" if tensor.name in left_out else tensor.name for tensor in op.outputs],
         domain=DOMAIN,
         name=f"the_{op.name}",
         **attributes,
@@ -225,7 +248,10 @@ def run_tile_matmul(inputs: Arrays, *, num_threads: int = 1) -> np.ndarray:
     return native_session(make_model(TERNARY_TILE_MATMUL), num_threads=num_threads).run(None, dict(inputs))[0]
 
 
-def run_route(inputs: Arrays, top_k: int = 1, *, num_threads: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    model = make_model(SIGNATURE_ROUTE, top_k=top_k)
-    tile_idx, score = native_session(model, num_threads=num_threads).run(None, dict(inputs))
-    return tile_idx, score
+def run_route(
+    inputs: Arrays, top_k: int = 1, *, num_threads: int = 1, **attributes: object
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """tile_idx, weight, score."""
+    model = make_model(SIGNATURE_ROUTE, top_k=top_k, **attributes)
+    tile_idx, weight, score = native_session(model, num_threads=num_threads).run(None, dict(inputs))
+    return tile_idx, weight, score

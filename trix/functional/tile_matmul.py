@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trix.functional.gates import Gate, adaptive_weight, softmax_weight
 from trix.functional.packing import unpack_ternary
 from trix.functional.signatures import signature_scores
 
@@ -175,22 +176,48 @@ def _(
 
 
 @torch.library.custom_op("trix::signature_route", mutates_args=())
-def signature_route(x: Tensor, packed: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """The top_k tiles of each token by signature score + bias, best first, ties to the lowest index.
+def signature_route(
+    x: Tensor, packed: Tensor, bias: Tensor, log_mass: Tensor, top_k: int, gate: int, confidence_threshold: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The top_k tiles of each token by signature score + bias, best first, ties to the lowest index; and how much they count.
+
+    With e = tile_idx[t, k] and s = score[t, :], where tiles of bias -inf, free slots, are no part of the sums, by gate:
+    SIGMOID sigmoid(s_e); SOFTMAX exp(s_e) / sum_f exp(log_mass_f + s_f) * sqrt(E); ADAPTIVE
+    :func:`~trix.functional.gates.adaptive_weight`. A free
+    slot has weight 0; all weights of a token are NaN where its scores are, or where all slots are free, except under SIGMOID.
 
     Args:
-        x: float [T, D]. packed: uint8 [E, ceil(D / 4)], the signatures. bias: float [E]. top_k: 1 <= top_k <= E.
+        x: float [T, D]. packed: uint8 [E, ceil(D / 4)], the signatures. bias, log_mass: float [E]. top_k: 1 <= top_k <= E.
+        gate: a :class:`~trix.functional.gates.Gate`. confidence_threshold: of ADAPTIVE.
 
     Returns:
-        tile_idx int64 [T, top_k], and score [T, E] without the bias.
+        tile_idx int64 [T, top_k], weight [T, top_k], and score [T, E] without the bias.
     """
     score = signature_scores(x, unpack_ternary(packed, x.shape[-1]).to(x.dtype))
-    return select_top_k(score + bias.to(score.dtype), top_k), score
+    bias, log_mass = bias.to(score.dtype), log_mass.to(score.dtype)
+    tile_idx = select_top_k(score + bias, top_k)
+    score_in_use = score + torch.zeros_like(bias).masked_fill(bias.isneginf(), -torch.inf)
+    if gate == Gate.SIGMOID:
+        weight = score_in_use.gather(-1, tile_idx).sigmoid()
+    elif gate == Gate.SOFTMAX:
+        weight = softmax_weight(score_in_use, tile_idx, log_mass)
+    else:
+        weight = adaptive_weight(score_in_use, tile_idx, confidence_threshold)
+    return tile_idx, weight, score
 
 
 @signature_route.register_fake
-def _(x: Tensor, packed: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, Tensor]:  # noqa: ARG001
-    return x.new_empty(x.shape[0], top_k, dtype=torch.int64), x.new_empty(x.shape[0], packed.shape[0])
+def _(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor,  # noqa: ARG001
+    log_mass: Tensor,  # noqa: ARG001
+    top_k: int,
+    gate: int,  # noqa: ARG001
+    confidence_threshold: float,  # noqa: ARG001
+) -> tuple[Tensor, Tensor, Tensor]:
+    tile_idx = x.new_empty(x.shape[0], top_k, dtype=torch.int64)
+    return tile_idx, x.new_empty(x.shape[0], top_k), x.new_empty(x.shape[0], packed.shape[0])
 
 
 def select_top_k(score: Tensor, top_k: int) -> Tensor:

@@ -1,6 +1,5 @@
-"""How sure the routing of a token is, and more tiles where it is not."""
+"""How sure the routing of a token is."""
 
-import torch
 from torch import Tensor
 
 
@@ -8,29 +7,3 @@ def routing_confidence(score_TE: Tensor) -> Tensor:
     """The gap between the best two scores: float [T], in the unit of the scores; 0 with a single tile."""
     best = score_TE.topk(min(2, score_TE.shape[-1]), dim=-1).values
     return best[:, 0] - best[:, -1]
-
-
-def adaptive_k(score_TE: Tensor, confidence_threshold: float, max_k: int) -> Tensor:
-    """k[t] = the number of tiles whose score is within confidence_threshold of the best one, at most max_k: int64 [T].
-
-    So k = 1 where the confidence exceeds the threshold, else 2, and more only where more scores are that close. The scores are
-    agreements per active dimension (see :func:`~trix.functional.signatures.signature_scores`), so a threshold means the same
-    at every width.
-    """
-    is_close_TE = score_TE.amax(dim=-1, keepdim=True) - score_TE <= confidence_threshold
-    return is_close_TE.sum(dim=-1).clamp(1, max_k)
-
-
-def adaptive_weight(score_TE: Tensor, tile_idx_TK: Tensor, confidence_threshold: float) -> Tensor:
-    """The softmax over the first k[t] of the K chosen tiles, k from :func:`adaptive_k`, and exactly 0 for the others.
-
-    Args:
-        score_TE: float [T, E]. tile_idx_TK: int64 [T, K], best first.
-
-    Returns:
-        float [T, K]; sums to 1 over K.
-    """
-    max_k = tile_idx_TK.shape[-1]
-    k_T = adaptive_k(score_TE.detach(), confidence_threshold, max_k)
-    is_unused_TK = torch.arange(max_k, device=k_T.device) >= k_T.unsqueeze(-1)
-    return score_TE.gather(-1, tile_idx_TK).masked_fill(is_unused_TK, -torch.inf).softmax(dim=-1)

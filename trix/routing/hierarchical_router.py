@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from trix.functional.autocast import without_autocast
+from trix.functional.gates import Gate
 from trix.functional.signatures import inverse_sqrt_active
 from trix.functional.two_level_search import two_level_search
 from trix.outputs import RoutingDecision
@@ -103,6 +104,10 @@ class HierarchicalRouter(SignatureRouter):
         bias_E = self.balance_bias.masked_fill(self.is_free_E, -torch.inf)
         with without_autocast(x_TD):
             return two_level_search(x_TD, signature_ED, bias_E, self.members_CM, self.num_best, self.num_probes or 0)
+
+    @property
+    def _packed_gate(self) -> Gate:
+        return Gate.SIGMOID
 
     def _decide(self, score_TE: Tensor, tile_idx_TK: Tensor | None = None) -> RoutingDecision:
         assert tile_idx_TK is not None

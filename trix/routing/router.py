@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from trix.functional.autocast import without_autocast
+from trix.functional.gates import Gate, adaptive_weight, softmax_weight
 from trix.functional.packing import check_packed, pack_ternary, packed_width, unpack_ternary
 from trix.functional.signatures import signature_diversity_loss, signature_scores
 from trix.functional.ternary import threshold_ternary
 from trix.functional.tile_matmul import select_top_k, signature_route
 from trix.outputs import RoutingDecision
 from trix.routing.balance import balance_nudge, check_weights
-from trix.routing.confidence import adaptive_weight
 
 MASS_DECAY = 0.99
 SIGNATURE_THRESHOLD = 0.3  # |raw| above it counts as +1 or -1
@@ -29,9 +29,9 @@ class Router(nn.Module):
     changes nothing; training calls :meth:`update_balance`.
 
     With ``max_k``, k is chosen token by token: 1 where the gap between the best two scores exceeds ``confidence_threshold``,
-    else 2, up to max_k (see :mod:`trix.routing.confidence`). A decision then always names max_k tiles; the unused ones have
-    weight 0, and the weights of the used ones are a softmax among themselves: they sum to 1. So a token that is sure of its
-    tile sends no gradient through the gate.
+    else 2, up to max_k (see :func:`~trix.functional.gates.adaptive_k`). A decision then always names max_k tiles; the unused
+    ones have weight 0, and the weights of the used ones are a softmax among themselves: they sum to 1. So a token that is sure
+    of its tile sends no gradient through the gate.
 
     Raises:
         ValueError: top_k or max_k outside [1, num_tiles], both given, confidence_threshold < 0, or balance_rate < 0.
@@ -288,25 +288,47 @@ class SignatureRouter(Router):
         self.balance_bias += torch.where(self.is_frozen_E, mean_nudge, nudge_E) * in_use_E
 
     def forward(self, x_TD: Tensor, emergent_ED: Tensor | None = None) -> RoutingDecision:
+        if self.packed_signatures is not None:
+            decision = self._route_packed(x_TD, self.packed_signatures)
+            return decision._replace(score=decision.score + self.exclusion_E)
         tile_idx_TK, score_TE = self.select(x_TD, emergent_ED)
         return self._decide(score_TE, tile_idx_TK)
 
     def select(self, x_TD: Tensor, emergent_ED: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The choice without the gate: tile_idx int64 [T, K], and score [T, E] without the bias."""
+        """The choice without the gate: tile_idx int64 [T, K], and score [T, E] without the bias.
+
+        The score of a free slot is -inf, or where the router is packed what its signature gives.
+        """
+        if self.packed_signatures is not None:
+            tile_idx_TK, _, score_TE = self._route_packed(x_TD, self.packed_signatures)
+            return tile_idx_TK, score_TE
         self._check_width(x_TD)
         x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
         with without_autocast(x_TD):
             # Added, as to fill by a mask takes four times as long.
-            exclusion_E = torch.zeros_like(self.balance_bias).masked_fill(self.is_free_E, -torch.inf)
-            if self.packed_signatures is not None:
-                bias_E = self.balance_bias + exclusion_E
-                tile_idx_TK, score_TE = signature_route(x_TD, self.packed_signatures, bias_E, self.top_k)
-                return tile_idx_TK, score_TE + exclusion_E
-            score_TE = signature_scores(x_TD, self.signatures(emergent_ED).to(x_TD.dtype)).add_(exclusion_E)
+            score_TE = signature_scores(x_TD, self.signatures(emergent_ED).to(x_TD.dtype)).add_(self.exclusion_E)
         return select_top_k(score_TE.detach() + self.balance_bias, self.top_k), score_TE
 
+    @property
+    def exclusion_E(self) -> Tensor:  # noqa: N802
+        """What added to scores takes free slots out: -inf for these, 0 for the other tiles."""
+        return torch.zeros_like(self.balance_bias).masked_fill(self.is_free_E, -torch.inf)
+
+    def _route_packed(self, x_TD: Tensor, packed: Tensor) -> RoutingDecision:
+        """All by one operator; the scores are also those of free slots."""
+        self._check_width(x_TD)
+        x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
+        bias_E = self.balance_bias + self.exclusion_E
+        arguments = (self.top_k, int(self._packed_gate), self.confidence_threshold)
+        with without_autocast(x_TD):
+            return RoutingDecision(*signature_route(x_TD, packed, bias_E, self.log_mass_E, *arguments))
+
+    @property
+    def _packed_gate(self) -> Gate:
+        return Gate.ADAPTIVE if self.is_adaptive else Gate.SOFTMAX
+
     def _gate(self, score_TE: Tensor, tile_idx_TK: Tensor) -> Tensor:
-        return super()._gate(score_TE + self.log_mass_E, tile_idx_TK) * self.log_mass_E.neg().exp()[tile_idx_TK]
+        return softmax_weight(score_TE, tile_idx_TK, self.log_mass_E)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         packed = state_dict.get(prefix + "packed_signatures")

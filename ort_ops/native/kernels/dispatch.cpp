@@ -15,6 +15,9 @@ constexpr KernelVariant<TernaryMatMulKernel> kTernaryMatMulRows[] = {
 constexpr KernelVariant<QuantizeRowsKernel> kQuantizeRowsRows[] = {
 #include "kernels/quantize_rows/quantize_rows.inc"
 };
+constexpr KernelVariant<SignatureGateKernel> kSignatureGateRows[] = {
+#include "kernels/signature_gate/signature_gate.inc"
+};
 constexpr KernelVariant<SignatureRouteKernel> kSignatureRouteRows[] = {
 #include "kernels/signature_route/signature_route.inc"
 };
@@ -64,6 +67,10 @@ KernelVariants<QuantizeRowsKernel> quantize_rows_variants() {
     return {kQuantizeRowsRows, static_cast<int>(std::size(kQuantizeRowsRows))};
 }
 
+KernelVariants<SignatureGateKernel> signature_gate_variants() {
+    return {kSignatureGateRows, static_cast<int>(std::size(kSignatureGateRows))};
+}
+
 KernelVariants<SignatureRouteKernel> signature_route_variants() {
     return {kSignatureRouteRows, static_cast<int>(std::size(kSignatureRouteRows))};
 }
@@ -75,8 +82,12 @@ KernelVariants<SparseLookupKernel> sparse_lookup_variants() {
 KernelTable choose_kernels(const char* requested) {
     const bool is_limited = requested != nullptr && *requested != '\0';
     const Isa isa = is_limited ? requested_isa(requested) : best_isa();
-    return {isa, best_variant(ternary_matmul_variants(), isa), best_variant(quantize_rows_variants(), isa),
-            best_variant(signature_route_variants(), isa), best_variant(sparse_lookup_variants(), isa)};
+    return {isa,
+            best_variant(ternary_matmul_variants(), isa),
+            best_variant(quantize_rows_variants(), isa),
+            best_variant(signature_gate_variants(), isa),
+            best_variant(signature_route_variants(), isa),
+            best_variant(sparse_lookup_variants(), isa)};
 }
 
 const KernelTable& kernels() {

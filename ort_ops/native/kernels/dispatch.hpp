@@ -3,6 +3,7 @@
 
 #include "kernels/cpu_features.hpp"
 #include "kernels/quantize_rows/quantize_rows.hpp"
+#include "kernels/signature_gate/signature_gate.hpp"
 #include "kernels/signature_route/signature_route.hpp"
 #include "kernels/sparse_lookup/sparse_lookup.hpp"
 #include "kernels/ternary_matmul/ternary_matmul.hpp"
@@ -27,6 +28,7 @@ struct KernelVariants {
 /// Every variant that was compiled, best first: the rows of <kernel>/<kernel>.inc.
 KernelVariants<TernaryMatMulKernel> ternary_matmul_variants();
 KernelVariants<QuantizeRowsKernel> quantize_rows_variants();
+KernelVariants<SignatureGateKernel> signature_gate_variants();
 KernelVariants<SignatureRouteKernel> signature_route_variants();
 KernelVariants<SparseLookupKernel> sparse_lookup_variants();
 
@@ -34,6 +36,7 @@ struct KernelTable {
     Isa isa;
     TernaryMatMulKernel ternary_matmul;
     QuantizeRowsKernel quantize_rows;
+    SignatureGateKernel signature_gate;
     SignatureRouteKernel signature_route;
     SparseLookupKernel sparse_lookup;
 };

@@ -3,7 +3,9 @@
 //   Op(const KernelInfo&)               checks what is known when a session is created
 //   void compute(KernelContext&) const  checks everything else and runs; called from any thread
 //   static void infer_shapes(const ShapeContext&)
-// All inputs are required: omitted optional ones crash shape inference in onnxruntime 1.17 to 1.22.
+// All inputs are required: omitted optional ones crash shape inference in onnxruntime 1.17 to 1.22. An
+// optional output is the last, and infer_shapes must not name it: the runtime would write past the outputs
+// that there are.
 #pragma once
 
 #include <exception>
@@ -55,7 +57,10 @@ class CustomOp : public ort_abi::OrtCustomOp {
         GetOutputType = [](const Base*, std::size_t i) { return Op::kOutputs[i].type; };
         GetOutputTypeCount = [](const Base*) { return std::size(Op::kOutputs); };
         GetInputCharacteristic = [](const Base*, std::size_t) { return ort_abi::Characteristic::kRequired; };
-        GetOutputCharacteristic = [](const Base*, std::size_t) { return ort_abi::Characteristic::kRequired; };
+        GetOutputCharacteristic = [](const Base*, std::size_t i) {
+            return Op::kOutputs[i].is_optional ? ort_abi::Characteristic::kOptional
+                                               : ort_abi::Characteristic::kRequired;
+        };
         GetInputMemoryType = [](const Base*, std::size_t) { return ort_abi::MemoryType::kDefault; };
         GetVariadicInputMinArity = [](const Base*) { return 0; };
         GetVariadicInputHomogeneity = [](const Base*) { return 0; };

@@ -86,10 +86,12 @@ bool KernelInfo::succeeded(OrtStatus* status) const {
     return false;
 }
 
-bool KernelInfo::has_attribute_of_another_type(const char* name) const {
+bool KernelInfo::has_attribute(const char* name) const {
+    std::int64_t integer = 0;
     float real = 0;
     std::size_t size = 0;
-    return succeeded(KernelInfoGetAttribute_float(api_, info_, name, &real)) ||
+    return succeeded(KernelInfoGetAttribute_int64(api_, info_, name, &integer)) ||
+           succeeded(KernelInfoGetAttribute_float(api_, info_, name, &real)) ||
            succeeded(KernelInfoGetAttribute_string(api_, info_, name, nullptr, &size)) ||
            succeeded(KernelInfoGetAttributeArray_int64(api_, info_, name, nullptr, &size)) ||
            succeeded(KernelInfoGetAttributeArray_float(api_, info_, name, nullptr, &size));
@@ -98,8 +100,14 @@ bool KernelInfo::has_attribute_of_another_type(const char* name) const {
 std::int64_t KernelInfo::int_attribute(const char* name, std::int64_t default_value) const {
     std::int64_t value = 0;
     if (succeeded(KernelInfoGetAttribute_int64(api_, info_, name, &value))) return value;
-    if (has_attribute_of_another_type(name))
-        reject("attribute ", name, " must be an integer, it has another type");
+    if (has_attribute(name)) reject("attribute ", name, " must be an integer, it has another type");
+    return default_value;
+}
+
+float KernelInfo::float_attribute(const char* name, float default_value) const {
+    float value = 0;
+    if (succeeded(KernelInfoGetAttribute_float(api_, info_, name, &value))) return value;
+    if (has_attribute(name)) reject("attribute ", name, " must be a float, it has another type");
     return default_value;
 }
 
@@ -136,6 +144,7 @@ TensorView KernelContext::input(std::size_t index, const TensorSpec& spec) const
 void* KernelContext::output_data(std::size_t index, std::initializer_list<std::int64_t> shape) {
     OrtValue* value = nullptr;
     check(KernelContext_GetOutput(api_, context_, index, shape.begin(), shape.size(), &value));
+    if (value == nullptr) return nullptr;
     void* data = nullptr;
     check(GetTensorMutableData(api_, value, &data));
     return data;

@@ -50,6 +50,7 @@ struct TensorSpec {
     ElementType type;
     std::size_t rank;
     const char* shape;
+    bool is_optional = false;  // of an output: a node may leave it out
 };
 
 /// The sizes of a tensor whose rank is known to be small: no allocation, as every run reads every shape.
@@ -110,6 +111,7 @@ class KernelInfo {
 
     /// The attribute, or `default_value` if the node has none; rejects one of another type.
     std::int64_t int_attribute(const char* name, std::int64_t default_value) const;
+    float float_attribute(const char* name, float default_value) const;
 
     /// Fills `view` and returns true if input `index` is an initializer of the model.
     bool constant_input(std::size_t index, const TensorSpec& spec, TensorView* view) const;
@@ -118,7 +120,7 @@ class KernelInfo {
     bool log_info(const std::string& message) const;
 
   private:
-    bool has_attribute_of_another_type(const char* name) const;
+    bool has_attribute(const char* name) const;
     bool succeeded(ort_abi::OrtStatus* status) const;
 
     const OrtApi* api_;
@@ -132,6 +134,7 @@ class KernelContext {
 
     TensorView input(std::size_t index, const TensorSpec& spec) const;
 
+    /// Null where the node leaves out an optional output.
     template <typename T>
     T* output(std::size_t index, const char* name, std::initializer_list<std::int64_t> shape) {
         checked_bytes(name, shape, sizeof(T));

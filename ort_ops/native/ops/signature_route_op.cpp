@@ -1,5 +1,7 @@
 // ai.trix::SignatureRoute: score[t, e] = <x_t, s_e> / sqrt(max(nnz(s_e), 1)); tile_idx = the top_k tiles by
-// score + bias.
+// score + bias; weight = how much each of them counts.
+#include <memory>
+
 #include "ops/custom_op.hpp"
 #include "ops/signature_table.hpp"
 
@@ -11,18 +13,24 @@ constexpr TensorSpec kInputTable[] = {
     {"x", ElementType::kFloat, 2, "[T, D]"},
     {"signatures", ElementType::kUint8, 3, "[ceil(E/32), ceil(D/16), 128]"},
     {"bias", ElementType::kFloat, 1, "[E]"},
+    {"log_mass", ElementType::kFloat, 1, "[E]"},
 };
 constexpr TensorSpec kOutputTable[] = {
     {"tile_idx", ElementType::kInt64, 2, "[T, top_k]"},
-    {"score", ElementType::kFloat, 2, "[T, E]"},
+    {"weight", ElementType::kFloat, 2, "[T, top_k]"},
+    {"score", ElementType::kFloat, 2, "[T, E]", true},
 };
 // clang-format on
 
 constexpr const char* kTopKAttribute = "top_k";
+constexpr const char* kGateAttribute = "gate";
+constexpr const char* kThresholdAttribute = "confidence_threshold";
 constexpr std::int64_t kTopKDefault = 1;
+constexpr std::int64_t kGateDefault = 1;
+constexpr float kThresholdDefault = 0.3f;
 
-enum Input : std::size_t { kX, kSignatures, kBias };
-enum Output : std::size_t { kTileIdx, kScore };
+enum Input : std::size_t { kX, kSignatures, kBias, kLogMass };
+enum Output : std::size_t { kTileIdx, kWeight, kScore };
 
 class SignatureRoute {
   public:
@@ -33,6 +41,7 @@ class SignatureRoute {
     explicit SignatureRoute(const KernelInfo& info)
         : inputs_(info, kInputs),
           top_k_(info.int_attribute(kTopKAttribute, kTopKDefault)),
+          rule_(gate_rule(info)),
           table_(info, kSignatures, kInputs[kSignatures]) {
         if (top_k_ < 1) reject("top_k (", top_k_, ") must be >= 1");
     }
@@ -41,33 +50,57 @@ class SignatureRoute {
         const TensorView x = inputs_.view(context, kX);
         const TensorView signatures = inputs_.view(context, kSignatures);
         const TensorView bias = inputs_.view(context, kBias);
-        check_sizes(x, signatures, bias);
+        const TensorView log_mass = inputs_.view(context, kLogMass);
+        check_sizes(x, signatures, bias, log_mass);
 
         auto* tile_idx = context.output<std::int64_t>(kTileIdx, kOutputs[kTileIdx].name, {x.dim(0), top_k_});
+        auto* weight = context.output<float>(kWeight, kOutputs[kWeight].name, {x.dim(0), top_k_});
         auto* score = context.output<float>(kScore, kOutputs[kScore].name, {x.dim(0), bias.dim(0)});
+        std::unique_ptr<float[]> unread;
+        if (score == nullptr) {
+            unread.reset(new float[x.size(0) * bias.size(0)]);
+            score = unread.get();
+        }
+        const std::size_t top_k = static_cast<std::size_t>(top_k_);
         table_.score(context, signatures, x.as<float>(), x.size(0), x.size(1), bias.size(0), score);
-        choose_tiles(context, x.size(0), bias.size(0), static_cast<std::size_t>(top_k_), score,
-                     bias.as<float>(), tile_idx);
+        choose_tiles(context, x.size(0), bias.size(0), top_k, score, bias.as<float>(), tile_idx);
+        weigh_tiles(context, rule_, x.size(0), bias.size(0), top_k, score, bias.as<float>(),
+                    log_mass.as<float>(), tile_idx, weight);
     }
 
     static void infer_shapes(const ShapeContext& context) {
         const Dimension tokens = context.input_dimension(kX, kInputs[kX], 0);
         const std::int64_t top_k = context.int_attribute(kTopKAttribute, kTopKDefault);
-        if (top_k >= 1) context.set_output(kTileIdx, kOutputs[kTileIdx].type, {tokens, {top_k, ""}});
-        context.set_output(kScore, kOutputs[kScore].type,
-                           {tokens, context.input_dimension(kBias, kInputs[kBias], 0)});
+        if (top_k < 1) return;
+        context.set_output(kTileIdx, kOutputs[kTileIdx].type, {tokens, {top_k, ""}});
+        context.set_output(kWeight, kOutputs[kWeight].type, {tokens, {top_k, ""}});
     }
 
   private:
-    void check_sizes(const TensorView& x, const TensorView& signatures, const TensorView& bias) const {
+    static GateRule gate_rule(const KernelInfo& info) {
+        const std::int64_t gate = info.int_attribute(kGateAttribute, kGateDefault);
+        const float threshold = info.float_attribute(kThresholdAttribute, kThresholdDefault);
+        if (gate < 0 || gate > 2)
+            reject("gate (", gate, ") must be 0 (sigmoid), 1 (softmax) or 2 (adaptive)");
+        if (!(threshold >= 0.0f)) reject("confidence_threshold (", threshold, ") must be >= 0");
+        return {static_cast<Gate>(gate), threshold};
+    }
+
+    void check_sizes(const TensorView& x, const TensorView& signatures, const TensorView& bias,
+                     const TensorView& log_mass) const {
         if (top_k_ > bias.dim(0)) {
             reject("top_k (", top_k_, ") must be <= the number of tiles in bias (", bias.dim(0), ")");
+        }
+        if (log_mass.dim(0) != bias.dim(0)) {
+            reject("length of log_mass (", log_mass.dim(0), ") must be the number of tiles in bias (",
+                   bias.dim(0), ")");
         }
         table_.check(signatures, bias.dim(0), x.dim(1));
     }
 
     Inputs<std::size(kInputTable)> inputs_;
     std::int64_t top_k_;
+    GateRule rule_;
     SignatureTable table_;
 };
 

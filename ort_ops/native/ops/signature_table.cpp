@@ -1,6 +1,7 @@
 #include "ops/signature_table.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 
 #include "kernels/dispatch.hpp"
@@ -56,6 +57,29 @@ void choose_tiles(const KernelContext& context, std::size_t num_tokens, std::siz
         job.tile_idx = tile_idx;
         job.num_tiles = num_tiles;
         job.top_k = top_k;
+        job.token_begin = unit * kTokensPerUnit;
+        job.token_end = std::min(job.token_begin + kTokensPerUnit, num_tokens);
+        kernel(job);
+    });
+}
+
+void weigh_tiles(const KernelContext& context, const GateRule& rule, std::size_t num_tokens,
+                 std::size_t num_tiles, std::size_t top_k, const float* score, const float* bias,
+                 const float* log_mass, const std::int64_t* tile_idx, float* weight) {
+    const SignatureGateKernel kernel = kernels().signature_gate;
+    const auto scale = static_cast<float>(std::sqrt(static_cast<double>(num_tiles)));
+    context.parallel_for(ceil_div(num_tokens, kTokensPerUnit), [&](std::size_t unit) noexcept {
+        SignatureGateJob job{};
+        job.score = score;
+        job.bias = bias;
+        job.log_mass = log_mass;
+        job.tile_idx = tile_idx;
+        job.weight = weight;
+        job.num_tiles = num_tiles;
+        job.top_k = top_k;
+        job.gate = rule.gate;
+        job.scale = scale;
+        job.confidence_threshold = rule.confidence_threshold;
         job.token_begin = unit * kTokensPerUnit;
         job.token_end = std::min(job.token_begin + kTokensPerUnit, num_tokens);
         kernel(job);

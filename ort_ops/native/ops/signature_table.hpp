@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "kernels/signature_gate/signature_gate.hpp"
 #include "ops/packed_input.hpp"
 #include "ops/tile_product.hpp"
 
@@ -30,5 +31,16 @@ class SignatureTable {
 /// signature_route.hpp says.
 void choose_tiles(const KernelContext& context, std::size_t num_tokens, std::size_t num_tiles,
                   std::size_t top_k, const float* score, const float* bias, std::int64_t* tile_idx);
+
+/// How much the chosen tiles count, as signature_gate.hpp says.
+struct GateRule {
+    Gate gate;
+    float confidence_threshold;
+};
+
+/// weight [T, top_k] of tile_idx [T, top_k], from score [T, num_tiles], bias and log_mass [num_tiles].
+void weigh_tiles(const KernelContext& context, const GateRule& rule, std::size_t num_tokens,
+                 std::size_t num_tiles, std::size_t top_k, const float* score, const float* bias,
+                 const float* log_mass, const std::int64_t* tile_idx, float* weight);
 
 }  // namespace trix

@@ -11,6 +11,7 @@
 #include "kernels/dispatch.hpp"
 #include "kernels/ternary_panels.hpp"
 #include "kernels/work_plan.hpp"
+#include "tests/test_gate.hpp"
 #include "tests/test_lookup.hpp"
 #include "tests/test_products.hpp"
 
@@ -378,6 +379,7 @@ int main() {
     for_each_variant(ternary_matmul_variants(), test_product);
     for_each_variant(ternary_matmul_variants(), test_longest_sum);
     for_each_variant(signature_route_variants(), test_route);
+    for_each_variant(signature_gate_variants(), test_gate);
     for_each_variant(sparse_lookup_variants(), test_lookup);
     test_panels();
     test_work_plan();

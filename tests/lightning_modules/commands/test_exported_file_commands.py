@@ -100,7 +100,7 @@ MISTAKES = [
     (["surgery", "{model}", "unfreeze", *WHERE, "--output", "{out}"], "nothing to unfreeze: tile (2) of layer (1) is not"),
     (
         ["surgery", "{empty}", "freeze", *WHERE, "--output", "{out}"],
-        "file format (None) must be 2: was it written by `trix export`?",
+        "file format (None) must be 3: was it written by `trix export`?",
     ),
     (["bench", "{missing}"], "missing.onnx: no such file"),
     (["bench", "{model}", "--rounds", "4"], "--rounds (4) must be >= 5"),

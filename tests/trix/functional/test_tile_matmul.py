@@ -3,6 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trix.functional.gates import Gate
 from trix.functional.packing import pack_ternary
 from trix.functional.tile_matmul import (
     group_tokens,
@@ -53,7 +54,9 @@ def test_custom_operators_pass_torchs_own_checks() -> None:
     packed = pack_ternary(torch.randint(-1, 2, (3, 4, 6)))
     tile_idx = torch.tensor([0, 2, 2])
     torch.library.opcheck(ternary_tile_matmul, (torch.randn(3, 6), packed, torch.rand(3, 4), tile_idx))
-    torch.library.opcheck(signature_route, (torch.randn(3, 6), packed[0], torch.zeros(4), 2))
+    for gate in Gate:
+        arguments = (torch.randn(3, 6), packed[0], torch.zeros(4), torch.zeros(4), 2, int(gate), 0.3)
+        torch.library.opcheck(signature_route, arguments)
 
 
 def test_ternary_tile_matmul_is_codes_times_scale() -> None:
@@ -73,9 +76,11 @@ def test_ties_go_to_the_lowest_index() -> None:
 
 def test_route_selects_with_the_bias_and_reports_without_it() -> None:
     signatures = torch.tensor([[1, 0], [0, 1]])
-    tile_idx, score = signature_route(torch.tensor([[2.0, 1.0]]), pack_ternary(signatures), torch.tensor([0.0, 5.0]), 1)
+    packed, bias = pack_ternary(signatures), torch.tensor([0.0, 5.0])
+    tile_idx, weight, score = signature_route(torch.tensor([[2.0, 1.0]]), packed, bias, torch.zeros(2), 1, Gate.SIGMOID, 0.3)
     assert tile_idx.tolist() == [[1]]
     assert score.tolist() == [[2.0, 1.0]]
+    torch.testing.assert_close(weight, torch.tensor([[1.0]]).sigmoid())
 
 
 @pytest.mark.parametrize("width", [255, 256, 512, 1024])

@@ -6,11 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trix import TriXFFN
+from trix.functional.gates import adaptive_k, adaptive_weight
 from trix.functional.tile_matmul import group_tokens, grouped_linear
 from trix.nn import FFNConfig
 from trix.routing import LearnedRouter, SignatureRouter
 from trix.routing.balance import tile_load
-from trix.routing.confidence import adaptive_k, adaptive_weight, routing_confidence
+from trix.routing.confidence import routing_confidence
 
 
 def test_k_and_weights_by_hand() -> None:
