@@ -33,7 +33,7 @@ from rich.progress import track
 
 from ort_ops.library import session_options
 from ort_ops.panels import to_panels
-from ort_ops.schema import DOMAIN, OPSET_VERSION, SIGNATURE_ROUTE, TERNARY_TILE_MATMUL
+from ort_ops.schema import DOMAIN, OPSET_VERSION, SIGNATURE_ROUTE, TERNARY_FFN, TERNARY_TILE_MATMUL
 
 SIZES = ((4096, 4096), (4096, 11008), (512, 2048))
 TOKENS = (1, 8, 64, 256)
@@ -161,7 +161,10 @@ def sessions(weight_NK: np.ndarray, num_threads: int) -> dict[str, Callable[[np.
 
 def _bind(made: ort.InferenceSession, x: np.ndarray) -> Run:
     """A run without copies: inputs and outputs stay where they are, as a host program would hold them."""
-    feeds = {"x": x} | {value.name: np.zeros(len(x), np.int64) for value in made.get_inputs() if value.name == "tile_idx"}
+    column = (len(x), 1)
+    feeds = {"x": x, "tile_idx": np.zeros(len(x), np.int64), "choice": np.zeros(column, np.int64)}
+    feeds |= {"weight": np.ones(column, np.float32)}
+    feeds = {value.name: feeds[value.name] for value in made.get_inputs()}
     names = [value.name for value in made.get_outputs()]
     outputs = [ort.OrtValue.ortvalue_from_numpy(array) for array in made.run(names, feeds)]
     binding = made.io_binding()
@@ -192,15 +195,13 @@ def torch_products(weight_NK: np.ndarray, num_threads: int) -> dict[str, Callabl
 
 
 def measure_tiles(repeats: int, size: int = 4096) -> list[dict[str, Any]]:
-    """One tile of E, chosen by its signature, against the dense product of all: as many rows as all tiles together."""
+    """A layer of E tiles, one for each token, chosen by its signature, against our own dense layer of as many hidden values."""
     rng = np.random.default_rng(1)
-    weight = rng.integers(-1, 2, (size, size), dtype=np.int8)
-    attributes = OURS["trix 8 bit"]
-    dense_node, constants, inputs = _ours(attributes, weight)
-    dense = session(_model([dense_node], constants, inputs), 1, True)
+    up, down = (rng.integers(-1, 2, (size, size), dtype=np.int8) for _ in range(2))
+    dense = session(_layer(up, down, 1), 1, True)
     rows = []
     for num_tiles in (4, 16):
-        routed = session(_routed(weight.reshape(num_tiles, size // num_tiles, size), attributes), 1, True)
+        routed = session(_layer(up, down, num_tiles), 1, True)
         for num_tokens in (1, 256):
             x = rng.standard_normal((num_tokens, size), dtype=np.float32)
             times = interleaved({"dense": _bind(dense, x), "routed": _bind(routed, x)}, repeats, is_wall=False)
@@ -280,7 +281,8 @@ def _model(
     nodes: Iterable[onnx.NodeProto], constants: dict[str, np.ndarray], inputs: dict[str, int] | None = None
 ) -> onnx.ModelProto:
     values = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["T", "K"])]
-    values += [helper.make_tensor_value_info(name, kind, ["T"]) for name, kind in (inputs or {}).items()]
+    shapes = {"tile_idx": ["T"], "choice": ["T", 1], "weight": ["T", 1]}
+    values += [helper.make_tensor_value_info(name, kind, shapes[name]) for name, kind in (inputs or {}).items()]
     initializers = [numpy_helper.from_array(array, name) for name, array in constants.items()]
     output = onnx.ValueInfoProto(name="y")
     graph = helper.make_graph(list(nodes), "benchmark", values, [output], initializers)
@@ -315,22 +317,22 @@ def _stacked(node: onnx.NodeProto, constants: dict[str, np.ndarray], inputs: dic
     return _model(nodes, copies, inputs)
 
 
-def _routed(weight_ENK: np.ndarray, attributes: dict[str, int]) -> onnx.ModelProto:
-    num_tiles, num_rows, num_columns = weight_ENK.shape
-    signatures = np.random.default_rng(4).integers(-1, 2, (num_tiles, num_columns), dtype=np.int8)
+def _layer(up_HD: np.ndarray, down_DH: np.ndarray, num_tiles: int) -> onnx.ModelProto:
+    """The hidden values in tiles; of one tile nothing is chosen, the dense layer."""
+    width = len(down_DH)
+    signatures = np.random.default_rng(4).integers(-1, 2, (num_tiles, width), dtype=np.int8)
     constants = {
-        "packed": to_panels(weight_ENK),
-        "row_scale": np.ones((num_tiles, num_rows), np.float32),
-        "signatures": to_panels(signatures),
-        "none": np.zeros(num_tiles, np.float32),
-        "flat": np.array([-1], np.int64),
+        "up": to_panels(up_HD.reshape(num_tiles, -1, width)),
+        "up_scale": np.full((num_tiles, len(up_HD) // num_tiles), SCALE, np.float32),
+        "down": to_panels(down_DH.reshape(width, num_tiles, -1).transpose(1, 0, 2)),
+        "down_scale": np.full((num_tiles, width), SCALE, np.float32),
     }
-    nodes = [
-        _choice("choice"),
-        helper.make_node("Reshape", ["choice", "flat"], ["tile_idx"]),
-        _product(["x", "packed", "row_scale", "tile_idx"], "y", attributes),
-    ]
-    return _model(nodes, constants)
+    names = ["x", "choice", "weight", *constants]
+    layer = helper.make_node(TERNARY_FFN.name, names, ["y"], domain=DOMAIN, **OURS["trix 8 bit"])
+    if num_tiles == 1:
+        return _model([layer], constants, {"choice": TensorProto.INT64, "weight": TensorProto.FLOAT})
+    routing = {"signatures": to_panels(signatures), "none": np.zeros(num_tiles, np.float32)}
+    return _model([_choice("choice"), layer], constants | routing)
 
 
 def _route(signatures: np.ndarray) -> onnx.ModelProto:

@@ -1,12 +1,11 @@
 import numpy as np
 import onnxruntime as ort
-from onnx import GraphProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
 from ort_ops.graph import (
     Activations,
     divide_by_roots,
     join_reshapes,
-    leave_out_unread,
     set_activations,
     share_constants,
     unsqueeze_constants,

@@ -52,7 +52,7 @@ def lookup_case(rng: np.random.Generator) -> tuple[Inputs, Attributes]:
 
 
 def route_case(rng: np.random.Generator) -> tuple[Inputs, Attributes]:
-    num_tiles = int(rng.integers(1, 70))
+    num_tiles = int(rng.integers(1, 70) if rng.random() < 0.7 else rng.integers(250, 300))  # from 256 on in two passes
     inputs, _ = route_inputs(rng, int(rng.integers(0, 9)), num_tiles, int(rng.integers(0, 70)))
     inputs["bias"][rng.random(num_tiles) < 0.2] = -np.inf
     top_k, gate = int(rng.integers(1, num_tiles + 1)), int(rng.integers(0, 3))

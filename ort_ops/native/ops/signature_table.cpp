@@ -5,6 +5,7 @@
 #include <numeric>
 
 #include "kernels/dispatch.hpp"
+#include "ops/fine_choice.hpp"
 
 namespace trix {
 namespace {
@@ -32,19 +33,32 @@ void SignatureTable::check(const TensorView& signatures, std::int64_t num_tiles,
     check_columns("x", num_columns);
 }
 
+// The table is a ternary matrix with one row per tile, and the norms are its row scales.
+TileMatrices SignatureTable::matrix(const TensorView& signatures, std::size_t num_columns,
+                                    std::size_t num_tiles, std::vector<float>& run_norms) const {
+    if (!packed_.is_constant()) run_norms = inverse_norms(signatures);
+    return {signatures.as<std::uint8_t>(), packed_.is_constant() ? constant_norms_.data() : run_norms.data(),
+            num_tiles, num_columns};
+}
+
 void SignatureTable::score(const KernelContext& context, const TensorView& signatures, const float* x,
                            std::size_t num_tokens, std::size_t num_columns, std::size_t num_tiles,
                            float* score) const {
-    const std::vector<float> run_norms =
-        packed_.is_constant() ? std::vector<float>{} : inverse_norms(signatures);
-    // The table is a ternary matrix with one row per tile, and the norms are its row scales.
-    const TileMatrices table{signatures.as<std::uint8_t>(),
-                             packed_.is_constant() ? constant_norms_.data() : run_norms.data(), num_tiles,
-                             num_columns};
+    std::vector<float> run_norms;
+    const TileMatrices table = matrix(signatures, num_columns, num_tiles, run_norms);
     TokenGroups all_tokens{std::vector<std::int64_t>(num_tokens), {0, num_tokens}};
     std::iota(all_tokens.order.begin(), all_tokens.order.end(), std::int64_t{0});
     const QuantisedRows rows = quantise(context, Activations(), x, num_tokens, num_columns);
     multiply_tiles(context, rows, table, all_tokens, all_tokens.order.data(), all_tokens.order.data(), score);
+}
+
+void SignatureTable::choose(const KernelContext& context, const TensorView& signatures, const float* x,
+                            std::size_t num_tokens, std::size_t num_columns, std::size_t num_tiles,
+                            const float* bias, std::size_t top_k, std::int64_t* tile_idx,
+                            float* score) const {
+    std::vector<float> run_norms;
+    choose_fine(context, matrix(signatures, num_columns, num_tiles, run_norms), x, num_tokens, bias, top_k,
+                tile_idx, score);
 }
 
 void choose_tiles(const KernelContext& context, std::size_t num_tokens, std::size_t num_tiles,

@@ -22,7 +22,15 @@ class SignatureTable {
     void score(const KernelContext& context, const TensorView& signatures, const float* x,
                std::size_t num_tokens, std::size_t num_columns, std::size_t num_tiles, float* score) const;
 
+    /// tile_idx and score [T, top_k]: the best tiles and their scores, as score and choose_tiles give them.
+    void choose(const KernelContext& context, const TensorView& signatures, const float* x,
+                std::size_t num_tokens, std::size_t num_columns, std::size_t num_tiles, const float* bias,
+                std::size_t top_k, std::int64_t* tile_idx, float* score) const;
+
   private:
+    TileMatrices matrix(const TensorView& signatures, std::size_t num_columns, std::size_t num_tiles,
+                        std::vector<float>& run_norms) const;
+
     PackedInput packed_;
     std::vector<float> constant_norms_;
 };

@@ -1,6 +1,7 @@
 // ai.trix::TernaryFFN: y[t] = sum_k weight[t, k] * down_e relu(up_e x[t])^2 with e = tile_idx[t, k]; tiles of
 // weight 0 are not computed.
 #include <algorithm>
+#include <memory>
 
 #include "kernels/dispatch.hpp"
 #include "ops/custom_op.hpp"
@@ -72,17 +73,24 @@ class TernaryFFN {
         const std::size_t num_chosen = chosen.token.size();
         const std::int64_t* place = chosen.place.data();
         const QuantisedRows rows = quantise(context, activations_, x.as<float>(), x.size(0), width);
-        std::vector<float> hidden(num_chosen * num_hidden);
+        const auto num_rows = static_cast<std::int64_t>(num_chosen);
+        checked_bytes("hidden values", {num_rows, up_scale.dim(1)}, sizeof(float));
+        checked_bytes("outputs of tiles", {num_rows, x.dim(1)}, sizeof(float));
+        const std::unique_ptr<float[]> hidden(new float[num_chosen * num_hidden]);
         const TileMatrices up_tiles{up.as<std::uint8_t>(), up_scale.as<float>(), num_hidden, width};
-        multiply_tiles(context, rows, up_tiles, chosen.groups, chosen.token.data(), place, hidden.data());
-        activate(context, hidden, num_hidden);
+        multiply_tiles(context, rows, up_tiles, chosen.groups, chosen.token.data(), place, hidden.get());
         const QuantisedRows hidden_rows =
-            quantise(context, activations_, hidden.data(), num_chosen, num_hidden);
-        std::vector<float> parts(num_chosen * width);
+            quantise_activated(context, activations_, hidden.get(), num_chosen, num_hidden);
         const TileMatrices down_tiles{down.as<std::uint8_t>(), down_scale.as<float>(), width, num_hidden};
-        multiply_tiles(context, hidden_rows, down_tiles, chosen.groups, place, place, parts.data());
-        add_up(context, x.size(0), tile_idx.size(1), weight.as<float>(), chosen.groups.order, parts, width,
-               y);
+        if (tile_idx.size(1) == 1) {
+            multiply_tiles(context, hidden_rows, down_tiles, chosen.groups, place, chosen.token.data(), y);
+            weigh(context, x.size(0), weight.as<float>(), width, y);
+            return;
+        }
+        const std::unique_ptr<float[]> parts(new float[num_chosen * width]);
+        multiply_tiles(context, hidden_rows, down_tiles, chosen.groups, place, place, parts.get());
+        add_up(context, x.size(0), tile_idx.size(1), weight.as<float>(), chosen.groups.order, parts.get(),
+               width, y);
     }
 
     static void infer_shapes(const ShapeContext& context) {
@@ -148,21 +156,27 @@ class TernaryFFN {
         return chosen;
     }
 
-    static void activate(const KernelContext& context, std::vector<float>& hidden, std::size_t num_hidden) {
-        const std::size_t unit_size = kRowsPerUnit * std::max<std::size_t>(num_hidden, 1);
-        context.parallel_for(ceil_div(hidden.size(), unit_size), [&](std::size_t unit) noexcept {
-            const std::size_t end = std::min((unit + 1) * unit_size, hidden.size());
-            for (std::size_t i = unit * unit_size; i < end; ++i) {
-                const float positive = hidden[i] < 0.0f ? 0.0f : hidden[i];  // NaN stays
-                hidden[i] = positive * positive;
+    // y[t] times the weight of the token's only tile; what no tile computed is 0.
+    static void weigh(const KernelContext& context, std::size_t num_tokens, const float* weight,
+                      std::size_t width, float* y) {
+        context.parallel_for(ceil_div(num_tokens, kRowsPerUnit), [&](std::size_t unit) noexcept {
+            const std::size_t end = std::min((unit + 1) * kRowsPerUnit, num_tokens);
+            for (std::size_t t = unit * kRowsPerUnit; t < end; ++t) {
+                float* row = y + t * width;
+                const float factor = weight[t];
+                if (factor == 0.0f) {
+                    std::fill_n(row, width, 0.0f);
+                } else {
+                    for (std::size_t d = 0; d < width; ++d) row[d] *= factor;
+                }
             }
         });
     }
 
     // y[t] = the parts of its tiles, weighted, in the order of k.
     static void add_up(const KernelContext& context, std::size_t num_tokens, std::size_t top_k,
-                       const float* weight, const std::vector<std::int64_t>& order,
-                       const std::vector<float>& parts, std::size_t width, float* y) {
+                       const float* weight, const std::vector<std::int64_t>& order, const float* parts,
+                       std::size_t width, float* y) {
         std::vector<std::int64_t> part_of(num_tokens * top_k, -1);
         for (std::size_t i = 0; i < order.size(); ++i)
             part_of[static_cast<std::size_t>(order[i])] = static_cast<std::int64_t>(i);
@@ -174,7 +188,7 @@ class TernaryFFN {
                 for (std::size_t k = 0; k < top_k; ++k) {
                     const std::int64_t place = part_of[t * top_k + k];
                     if (place < 0) continue;
-                    const float* part = parts.data() + static_cast<std::size_t>(place) * width;
+                    const float* part = parts + static_cast<std::size_t>(place) * width;
                     const float factor = weight[t * top_k + k];
                     for (std::size_t d = 0; d < width; ++d) sum[d] += factor * part[d];
                 }

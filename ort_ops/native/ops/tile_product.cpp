@@ -1,6 +1,7 @@
 #include "ops/tile_product.hpp"
 
 #include <algorithm>
+#include <cstring>
 
 #include "kernels/dispatch.hpp"
 
@@ -8,6 +9,53 @@ namespace trix {
 namespace {
 
 constexpr std::size_t kRowsPerUnit = 8;  // of quantising
+
+// relu(x)^2; NaN stays. On bits, as compilers make a branch of a comparison, which random signs make slow.
+void activate(float* x, std::size_t count) {
+    for (std::size_t i = 0; i < count; ++i) {
+        std::int32_t bits;
+        std::memcpy(&bits, x + i, sizeof(bits));
+        const std::int32_t is_nan = -static_cast<std::int32_t>((bits & 0x7fffffff) > 0x7f800000);
+        bits &= ~(bits >> 31) | is_nan;
+        float positive;
+        std::memcpy(&positive, &bits, sizeof(positive));
+        x[i] = positive * positive;
+    }
+}
+
+// Calls prepare(first, count) for the rows before they are read, while they are in the cache.
+template <typename Prepare>
+QuantisedRows quantise_prepared(const KernelContext& context, const Activations& activations, const float* x,
+                                std::size_t num_rows, std::size_t num_columns, bool with_rest,
+                                const Prepare& prepare) {
+    const std::size_t stride = ceil_div(num_columns, kBlockColumns) * kBlockColumns;
+    const std::size_t group_columns = activations.group_columns(num_columns),
+                      num_planes = activations.num_planes();
+    const std::size_t num_scales = num_rows * ceil_div(stride, group_columns) * num_planes;
+    QuantisedRows result{std::vector<std::int8_t>(num_rows * num_planes * stride),
+                         std::vector<float>(num_scales),
+                         std::vector<std::int32_t>(num_scales),
+                         std::vector<float>(with_rest ? num_scales : 0),
+                         group_columns,
+                         num_planes};
+    const QuantizeRowsKernel kernel = kernels().quantize_rows;
+    context.parallel_for(ceil_div(num_rows, kRowsPerUnit), [&](std::size_t unit) noexcept {
+        QuantizeRowsJob job{};
+        job.x = x;
+        job.q = result.q.data();
+        job.scale = result.scale.data();
+        job.sum = result.sum.data();
+        job.squared_rest = with_rest ? result.squared_rest.data() : nullptr;
+        job.num_columns = num_columns;
+        job.group_columns = group_columns;
+        job.num_planes = num_planes;
+        job.row_begin = unit * kRowsPerUnit;
+        job.row_end = std::min(job.row_begin + kRowsPerUnit, num_rows);
+        prepare(job.row_begin, job.row_end - job.row_begin);
+        kernel(job);
+    });
+    return result;
+}
 
 }  // namespace
 
@@ -33,32 +81,16 @@ void check_columns(const char* what, std::int64_t num_columns) {
 
 QuantisedRows quantise(const KernelContext& context, const Activations& activations, const float* x,
                        std::size_t num_rows, std::size_t num_columns, bool with_rest) {
-    const std::size_t stride = ceil_div(num_columns, kBlockColumns) * kBlockColumns;
-    const std::size_t group_columns = activations.group_columns(num_columns),
-                      num_planes = activations.num_planes();
-    const std::size_t num_scales = num_rows * ceil_div(stride, group_columns) * num_planes;
-    QuantisedRows result{std::vector<std::int8_t>(num_rows * num_planes * stride),
-                         std::vector<float>(num_scales),
-                         std::vector<std::int32_t>(num_scales),
-                         std::vector<float>(with_rest ? num_scales : 0),
-                         group_columns,
-                         num_planes};
-    const QuantizeRowsKernel kernel = kernels().quantize_rows;
-    context.parallel_for(ceil_div(num_rows, kRowsPerUnit), [&](std::size_t unit) noexcept {
-        QuantizeRowsJob job{};
-        job.x = x;
-        job.q = result.q.data();
-        job.scale = result.scale.data();
-        job.sum = result.sum.data();
-        job.squared_rest = with_rest ? result.squared_rest.data() : nullptr;
-        job.num_columns = num_columns;
-        job.group_columns = group_columns;
-        job.num_planes = num_planes;
-        job.row_begin = unit * kRowsPerUnit;
-        job.row_end = std::min(job.row_begin + kRowsPerUnit, num_rows);
-        kernel(job);
-    });
-    return result;
+    return quantise_prepared(context, activations, x, num_rows, num_columns, with_rest,
+                             [](std::size_t, std::size_t) {});
+}
+
+QuantisedRows quantise_activated(const KernelContext& context, const Activations& activations, float* x,
+                                 std::size_t num_rows, std::size_t num_columns) {
+    return quantise_prepared(context, activations, x, num_rows, num_columns, false,
+                             [&](std::size_t first, std::size_t count) {
+                                 activate(x + first * num_columns, count * num_columns);
+                             });
 }
 
 void multiply_tiles(const KernelContext& context, const QuantisedRows& x, const TileMatrices& tiles,

@@ -61,6 +61,10 @@ struct QuantisedRows {
 QuantisedRows quantise(const KernelContext& context, const Activations& activations, const float* x,
                        std::size_t num_rows, std::size_t num_columns, bool with_rest = false);
 
+/// The same of relu(x)^2, which takes the place of x.
+QuantisedRows quantise_activated(const KernelContext& context, const Activations& activations, float* x,
+                                 std::size_t num_rows, std::size_t num_columns);
+
 /// y[y_idx[i], :] = tile e times row token_idx[i] of x, for the places i of tile e in the groups.
 void multiply_tiles(const KernelContext& context, const QuantisedRows& x, const TileMatrices& tiles,
                     const TokenGroups& groups, const std::int64_t* token_idx, const std::int64_t* y_idx,

@@ -17,6 +17,7 @@ namespace {
 
 constexpr std::size_t kVectorRows = 16;
 constexpr std::size_t kVectorBytes = 64;
+constexpr int kPanelVectors = kPanelRows / kVectorRows;
 
 // How far ahead one token's weights are fetched: past the end of a small page, where the hardware's own
 // prefetching stops. For one use only, so that they push nothing else out of the cache.
@@ -53,10 +54,15 @@ TRIX_INLINE void store_rows(const TernaryMatMulJob& job, float* y, std::size_t r
     _mm512_mask_storeu_ps(y + row, mask, _mm512_mul_ps(scale, total));
 }
 
+// Of a last panel with few rows, as of few signatures, one vector is enough.
+TRIX_INLINE bool fits_a_vector(const TernaryMatMulJob& job, std::size_t panel) {
+    return job.num_rows <= panel * kPanelRows + kVectorRows;
+}
+
 // One token of one plane. One panel after the other, so that memory is read from the first byte to the last.
+template <int kVectors>
 void multiply_one(const TernaryMatMulJob& job, const GroupShape& shape, const TokenBlock& tokens,
                   std::size_t panel) {
-    constexpr int kVectors = kPanelRows / kVectorRows;
     const std::uint8_t* bytes = job.panels + panel * shape.num_blocks * kBlockBytes;
     const std::int8_t* q = tokens.q[0];
     __m512i mask[4];
@@ -92,10 +98,9 @@ void multiply_one(const TernaryMatMulJob& job, const GroupShape& shape, const To
         store_rows(job, tokens.y[0], panel * kPanelRows + v * kVectorRows, total[v]);
 }
 
-template <int kPanels, int kTokens, int kPlanes>
+template <int kVectors, int kTokens, int kPlanes>
 void multiply_block(const TernaryMatMulJob& job, const GroupShape& shape, const TokenBlock& tokens,
                     std::size_t panel) {
-    constexpr int kVectors = 2 * kPanels;
     constexpr int kRows = kTokens * kPlanes;
     const std::size_t stride = shape.num_blocks * kBlockBytes;
     const std::uint8_t* bytes = job.panels + panel * stride;
@@ -156,17 +161,30 @@ void multiply_block(const TernaryMatMulJob& job, const GroupShape& shape, const 
 template <int kPanels, int kTokens, int kPlanes>
 void multiply_panels(const TernaryMatMulJob& job, const GroupShape& shape, const TokenBlock& tokens) {
     std::size_t panel = job.panel_begin;
-    for (; panel + kPanels <= job.panel_end; panel += kPanels)
-        multiply_block<kPanels, kTokens, kPlanes>(job, shape, tokens, panel);
-    for (; panel < job.panel_end; ++panel) multiply_block<1, kTokens, kPlanes>(job, shape, tokens, panel);
+    for (; panel + kPanels <= job.panel_end; panel += kPanels) {
+        if (kPanels == 1 && fits_a_vector(job, panel)) break;
+        multiply_block<kPanels * kPanelVectors, kTokens, kPlanes>(job, shape, tokens, panel);
+    }
+    for (; panel < job.panel_end; ++panel) {
+        if (fits_a_vector(job, panel)) {
+            multiply_block<1, kTokens, kPlanes>(job, shape, tokens, panel);
+        } else {
+            multiply_block<kPanelVectors, kTokens, kPlanes>(job, shape, tokens, panel);
+        }
+    }
 }
 
 void multiply_one_plane(const TernaryMatMulJob& job, const GroupShape& shape, const TokenBlock& tokens,
                         std::size_t count) {
     switch (count) {
         case 1:
-            for (std::size_t panel = job.panel_begin; panel < job.panel_end; ++panel)
-                multiply_one(job, shape, tokens, panel);
+            for (std::size_t panel = job.panel_begin; panel < job.panel_end; ++panel) {
+                if (fits_a_vector(job, panel)) {
+                    multiply_one<1>(job, shape, tokens, panel);
+                } else {
+                    multiply_one<kPanelVectors>(job, shape, tokens, panel);
+                }
+            }
             return;
         case 2:
             return multiply_panels<2, 2, 1>(job, shape, tokens);
