@@ -23,7 +23,7 @@ def test_all_contenders_compute_the_same_product() -> None:
     runs |= {name: bind(x) for name, bind in kernels.torch_products(weight_NK, 1).items()}
     for name, run in runs.items():
         y = run()
-        y = y[0] if isinstance(y, list) else y.detach().float().numpy()
+        y = y[0].numpy() if isinstance(y, list) else y.detach().float().numpy()
         assert np.abs(y - exact).max() < 0.03 * np.abs(exact).max(), name
 
 
@@ -31,8 +31,23 @@ def test_a_stack_is_that_many_products() -> None:
     weight = np.eye(128, dtype=np.int8)
     node, constants, inputs = kernels._PRODUCTS["trix 24 bit"](weight)
     session = kernels.session(kernels._stacked(node, constants, inputs, 3), 1, True)
-    (y,) = kernels._bind_ours(session, np.ones((1, 128), np.float32))()
-    np.testing.assert_allclose(y, np.full((1, 128), kernels.SCALE**3), rtol=1e-6)
+    (y,) = kernels._bind(session, np.ones((1, 128), np.float32))()
+    np.testing.assert_allclose(y.numpy(), np.full((1, 128), kernels.SCALE**3), rtol=1e-6)
+
+
+def test_tiles_are_parts_of_the_dense_layer() -> None:
+    rng = np.random.default_rng(1)
+    up, down = rng.integers(-1, 2, (64, 96), dtype=np.int8), rng.integers(-1, 2, (96, 64), dtype=np.int8)
+    x = rng.standard_normal((5, 96), dtype=np.float32)
+    hidden = np.maximum(x @ up.T * kernels.SCALE, 0.0) ** 2
+    (dense,) = kernels._bind(kernels.session(kernels._layer(up, down, 1), 1, True), x)()
+    np.testing.assert_allclose(dense.numpy(), hidden @ down.T * kernels.SCALE, rtol=0.1, atol=1e-3)
+    (routed,) = kernels._bind(kernels.session(kernels._layer(up, down, 4), 1, True), x)()
+    parts = hidden.reshape(5, 4, 16).transpose(1, 0, 2) @ down.T.reshape(4, 16, 96) * kernels.SCALE
+    # Of each token one part, times a weight in (0, 1).
+    share = (routed.numpy() * parts).sum(-1) / (parts**2).sum(-1)
+    left = np.abs(routed.numpy() - share[..., None] * parts).max(-1)
+    assert (left.min(axis=0) < 0.02 * np.abs(parts).max()).all()
 
 
 def test_table_and_drawing_of_a_record() -> None:

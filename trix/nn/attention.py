@@ -82,8 +82,8 @@ class RotaryAttention(nn.Module):
         # Queries and keys are rotated as one, and nothing is sliced: each operator counts where one token is generated.
         H = self.n_heads
         heads = self.qkv(x_BTD).reshape(B, T, 3 * H, D // H).transpose(1, 2)
-        q_and_k, v = heads.split([2 * H, H], dim=1)
-        q, k = self._rotate(q_and_k, P).split([H, H], dim=1)
+        q_and_k, v = torch.split(heads, [2 * H, H], dim=1)
+        q, k = torch.split(self._rotate(q_and_k, P), H, dim=1)
         dropout = self.dropout if self.training else 0.0
         if cache is not None:
             y = _attend(q, *cache.extend(k, v), dropout)
