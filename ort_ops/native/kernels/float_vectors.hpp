@@ -25,11 +25,14 @@ inline void store(float* to, const Vector& vector) {
     __builtin_memcpy(to, &vector, sizeof(vector));
 }
 
-// The lanes by halves: j and j + 8, then j and j + 4, and so on.
-inline float sum_of_lanes(float (&lanes)[kLanes]) {
-    for (std::size_t half = kLanes / 2; half > 0; half /= 2)
-        for (std::size_t j = 0; j < half; ++j) lanes[j] += lanes[j + half];
-    return lanes[0];
+// The lanes by halves: j and j + 8, then j and j + 4, and so on. Written out: a loop is made into vectors
+// that wait for each other's way through memory.
+inline float sum_of_lanes(const float (&lane)[kLanes]) {
+    const float first = (lane[0] + lane[8]) + (lane[4] + lane[12]);
+    const float second = (lane[1] + lane[9]) + (lane[5] + lane[13]);
+    const float third = (lane[2] + lane[10]) + (lane[6] + lane[14]);
+    const float fourth = (lane[3] + lane[11]) + (lane[7] + lane[15]);
+    return (first + third) + (second + fourth);
 }
 
 // The same of whole vectors and `rest`, one more summand of each of the first lanes.

@@ -1,11 +1,15 @@
-// ai.trix::SparseLookup, a whole layer: h = layer_norm(x), the best tiles by their signatures, and y[t] = x[t]
+// ai.trix::SparseLookup, a whole layer: h = layer_norm(x), the best tiles by their signatures, and y[t] =
+// x[t]
 // + sum_k gate * magnitude_e(point(h[t])) * direction_e; see the kernels layer_norm and sparse_lookup.
 #include <algorithm>
 #include <array>
+#include <atomic>
+#include <new>
 
 #include "kernels/dispatch.hpp"
 #include "ops/custom_op.hpp"
 #include "ops/signature_table.hpp"
+#include "ops/thread_scratch.hpp"
 
 namespace trix {
 namespace {
@@ -43,7 +47,6 @@ constexpr std::int64_t kRouteOnNormDefault = 1;
 constexpr const char* kEpsilonAttribute = "epsilon";
 constexpr float kEpsilonDefault = 1e-5f;
 constexpr std::int64_t kMaxGrid = 1 << 20;  // places on a longer side would be no whole floats
-constexpr std::size_t kTokensPerUnit = 24;
 
 enum Input : std::size_t {
     kX,
@@ -74,15 +77,9 @@ struct SameDimension {
 };
 
 constexpr SameDimension kRules[] = {
-    {kRoutingX, 0, kX, 0},
-    {kRoutingX, 1, kX, 1},
-    {kNormWeight, 0, kX, 1},
-    {kNormBias, 0, kX, 1},
-    {kCompress, 0, kX, 1},
-    {kCompressBias, 0, kCompress, 1},
-    {kPointWeight, 1, kCompress, 1},
-    {kDirection, 1, kX, 1},
-    {kBias, 0, kDirection, 0},
+    {kRoutingX, 0, kX, 0},           {kRoutingX, 1, kX, 1},  {kNormWeight, 0, kX, 1},
+    {kNormBias, 0, kX, 1},           {kCompress, 0, kX, 1},  {kCompressBias, 0, kCompress, 1},
+    {kPointWeight, 1, kCompress, 1}, {kDirection, 1, kX, 1}, {kBias, 0, kDirection, 0},
     {kSplines, 0, kDirection, 0},
 };
 
@@ -112,37 +109,37 @@ class SparseLookup {
         if (!(epsilon_ >= 0.0f)) reject(kEpsilonAttribute, " (", epsilon_, ") must be >= 0");
         TensorView compress;
         if (info.constant_input(kCompress, kInputs[kCompress], &compress))
-            constant_strips_ = lay_in_strips(compress.as<float>(), compress.size(0), compress.size(1));
+            constant_strips_ = in_strips(compress);
     }
 
     void compute(KernelContext& context) const {
         Views inputs;
-        for (std::size_t i = 0; i < kNumInputs; ++i) inputs[i] = inputs_.view(context, i);
+        for (std::size_t i = 0; i < kNumInputs; ++i)
+            inputs[i] = i == kRoutingX && route_on_norm_ == 1 ? inputs[kX] : inputs_.view(context, i);
         check_sizes(inputs);
 
-        SparseLookupJob job = make_job(inputs);
-        const std::size_t num_tokens = inputs[kX].size(0), stride = whole_strips(job.num_hidden);
-        job.y = context.output<float>(kY, kOutputs[kY].name, {inputs[kX].dim(0), inputs[kX].dim(1)});
-        auto* tile_idx =
-            context.output<std::int64_t>(kTileIdx, kOutputs[kTileIdx].name, {inputs[kX].dim(0), top_k_});
-        job.tile_idx = tile_idx;
+        Run run{};
+        run.job = make_job(inputs);
+        run.norm_weight = inputs[kNormWeight].as<float>();
+        run.norm_bias = inputs[kNormBias].as<float>();
+        run.bias = inputs[kBias].as<float>();
+        const std::int64_t num_tokens = inputs[kX].dim(0);
+        run.job.y = context.output<float>(kY, kOutputs[kY].name, {num_tokens, inputs[kX].dim(1)});
+        run.tile_idx = context.output<std::int64_t>(kTileIdx, kOutputs[kTileIdx].name, {num_tokens, top_k_});
+        run.routing_x = route_on_norm_ == 1 ? nullptr : inputs[kRoutingX].as<float>();
+        std::vector<float> run_norms;
+        run.table = table_.matrix(inputs[kSignatures], run.job.num_tiles, run.job.width, run_norms);
+        std::vector<StripRow> run_strips;
+        if (!inputs_.is_constant(kCompress)) run_strips = in_strips(inputs[kCompress]);
+        run.job.compress = inputs_.is_constant(kCompress) ? constant_strips_.data() : run_strips.data();
 
-        // Of each token: h, the scores, the hidden values.
-        const auto token_size = static_cast<std::int64_t>(job.width + job.num_tiles + stride);
-        checked_bytes("h, scores and hidden values", {inputs[kX].dim(0), token_size}, sizeof(float));
-        const std::unique_ptr<float[]> scratch(new float[num_tokens * (job.width + job.num_tiles + stride)]);
-        float* h = scratch.get();
-        float* score = h + num_tokens * job.width;
-        job.h = h, job.score = score, job.hidden = score + num_tokens * job.num_tiles;
-        const std::vector<StripRow> run_strips = strips_of(inputs[kCompress]);
-        job.compress = inputs_.is_constant(kCompress) ? constant_strips_.data() : run_strips.data();
-
-        normalise(context, inputs, h);
-        table_.score(context, inputs[kSignatures], route_on_norm_ == 1 ? h : inputs[kRoutingX].as<float>(),
-                     num_tokens, job.width, job.num_tiles, score);
-        choose_tiles(context, num_tokens, job.num_tiles, job.top_k, score, inputs[kBias].as<float>(), tile_idx);
-        const SparseLookupKernel kernel = kernels().sparse_lookup;
-        over_tokens(context, job, num_tokens, kernel);
+        std::atomic<bool> has_memory{true};
+        const std::size_t end = inputs[kX].size(0);
+        context.parallel_for(ceil_div(end, kScoreBlock), [&](std::size_t unit) noexcept {
+            const std::size_t begin = unit * kScoreBlock;
+            if (!compute_unit(run, begin, std::min(kScoreBlock, end - begin))) has_memory = false;
+        });
+        if (!has_memory) throw std::bad_alloc();
     }
 
     static void infer_shapes(const ShapeContext& context) {
@@ -153,15 +150,43 @@ class SparseLookup {
     }
 
   private:
-    template <typename Job>
-    static void over_tokens(const KernelContext& context, const Job& job, std::size_t num_tokens,
-                            void (*kernel)(const Job&)) {
-        context.parallel_for(ceil_div(num_tokens, kTokensPerUnit), [&](std::size_t unit) noexcept {
-            Job part = job;
-            part.token_begin = unit * kTokensPerUnit;
-            part.token_end = std::min(part.token_begin + kTokensPerUnit, num_tokens);
-            kernel(part);
-        });
+    // What all units of a run share.
+    struct Run {
+        SparseLookupJob job;  // of the whole run, without what a unit keeps for itself
+        const float* norm_weight;
+        const float* norm_bias;
+        TileMatrices table;
+        const float* routing_x;  // null: the signatures read the norm
+        const float* bias;
+        std::int64_t* tile_idx;
+    };
+
+    // The whole layer for some tokens, which stay in the cache from the norm to the sum. False without
+    // memory.
+    bool compute_unit(const Run& run, std::size_t begin, std::size_t num_tokens) const noexcept {
+        SparseLookupJob job = run.job;
+        const std::size_t num_h = num_tokens * job.width, num_scores = num_tokens * job.num_tiles;
+        const std::size_t num_floats = num_h + num_scores + num_tokens * whole_strips(job.num_hidden);
+        const std::size_t float_bytes = ceil_div(num_floats, 2) * 2 * sizeof(float);
+        std::uint8_t* scratch = thread_scratch(float_bytes + score_block_bytes(job.width));
+        if (scratch == nullptr) return false;
+        float* h = reinterpret_cast<float*>(scratch);
+        float* score = h + num_h;
+        std::int64_t* tile_idx = run.tile_idx + begin * job.top_k;
+
+        job.x += begin * job.width;
+        job.y += begin * job.width;
+        kernels().layer_norm({job.x, run.norm_weight, run.norm_bias, h, epsilon_, job.width, 0, num_tokens});
+        score_block(run.table, run.routing_x == nullptr ? h : run.routing_x + begin * job.width, num_tokens,
+                    scratch + float_bytes, score);
+        kernels().signature_route({score, run.bias, tile_idx, job.num_tiles, job.top_k, 0, num_tokens});
+        job.h = h;
+        job.score = score;
+        job.tile_idx = tile_idx;
+        job.hidden = score + num_scores;
+        job.token_end = num_tokens;
+        kernels().sparse_lookup(job);
+        return true;
     }
 
     void check_sizes(const Views& inputs) const {
@@ -193,20 +218,10 @@ class SparseLookup {
         }
     }
 
-    std::vector<StripRow> strips_of(const TensorView& compress) const {
-        if (inputs_.is_constant(kCompress)) return {};
-        return lay_in_strips(compress.as<float>(), compress.size(0), compress.size(1));
-    }
-
-    void normalise(const KernelContext& context, const Views& inputs, float* h) const {
-        LayerNormJob job{};
-        job.x = inputs[kX].as<float>();
-        job.weight = inputs[kNormWeight].as<float>();
-        job.bias = inputs[kNormBias].as<float>();
-        job.y = h;
-        job.epsilon = epsilon_;
-        job.width = inputs[kX].size(1);
-        over_tokens(context, job, inputs[kX].size(0), kernels().layer_norm);
+    static std::vector<StripRow> in_strips(const TensorView& compress) {
+        std::vector<StripRow> strips(num_strip_rows(compress.size(0), compress.size(1)));
+        lay_in_strips(compress.as<float>(), compress.size(0), compress.size(1), strips.data());
+        return strips;
     }
 
     SparseLookupJob make_job(const Views& inputs) const {

@@ -91,8 +91,7 @@ inline void test_norm(const KernelVariant<LayerNormKernel>& variant) {
             for (std::size_t d = 0; d < width; ++d) {
                 const std::size_t i = t * width + d;
                 const double unit = (static_cast<double>(x[i]) - mean) / std::sqrt(variance + 0.01);
-                const double exact =
-                    unit * static_cast<double>(weight[d]) + static_cast<double>(bias[d]);
+                const double exact = unit * static_cast<double>(weight[d]) + static_cast<double>(bias[d]);
                 const double error = std::abs(static_cast<double>(all[i]) - exact);
                 EXPECT(std::isnan(exact) ? std::isnan(all[i]) : error <= 2e-5, "%s: error %g", variant.name,
                        error);
@@ -130,7 +129,8 @@ inline void test_lookup(const KernelVariant<SparseLookupKernel>& variant) {
         std::vector<std::int64_t> tile_idx(num_tokens * job.top_k);
         for (auto& tile : tile_idx) tile = static_cast<std::int64_t>(random_below(job.num_tiles));
         job.x = x.data(), job.h = h.data(), job.score = score.data(), job.gate_curve = gate_curve.data();
-        const std::vector<StripRow> strips = lay_in_strips(compress.data(), job.width, job.num_hidden);
+        std::vector<StripRow> strips(num_strip_rows(job.width, job.num_hidden));
+        lay_in_strips(compress.data(), job.width, job.num_hidden, strips.data());
         job.compress = strips.data(), job.compress_bias = compress_bias.data();
         job.point_weight = point_weight.data(), job.point_bias = point_bias.data();
         job.splines = splines.data(), job.direction = direction.data(), job.tile_idx = tile_idx.data();

@@ -7,8 +7,8 @@
 // are then added up by halves (j and j + 8, then j and j + 4, ...). A row with a NaN or an infinity becomes
 // NaN.
 //
-// x and y [T, D], weight and bias [D]. Only rows [token_begin, token_end) are read and written; thread-safe on
-// disjoint ones. No alignment asked; nothing outside the arrays is read.
+// x and y [T, D], weight and bias [D]. Only rows [token_begin, token_end) are read and written; thread-safe
+// on disjoint ones. No alignment asked; nothing outside the arrays is read.
 #pragma once
 
 #include <cstddef>

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstddef>
-#include <vector>
 
 namespace trix {
 
@@ -19,7 +18,12 @@ static constexpr std::size_t whole_strips(std::size_t num_columns) {
     return (num_columns + kStripColumns - 1) / kStripColumns * kStripColumns;
 }
 
-/// matrix [num_rows, num_columns], strip after strip.
-std::vector<StripRow> lay_in_strips(const float* matrix, std::size_t num_rows, std::size_t num_columns);
+/// Rows of all strips of a matrix.
+static constexpr std::size_t num_strip_rows(std::size_t num_rows, std::size_t num_columns) {
+    return whole_strips(num_columns) / kStripColumns * num_rows;
+}
+
+/// matrix [num_rows, num_columns] as num_strip_rows rows, strip after strip.
+void lay_in_strips(const float* matrix, std::size_t num_rows, std::size_t num_columns, StripRow* strips);
 
 }  // namespace trix

@@ -10,13 +10,13 @@
 // axis, the G along the second, the G offsets, the G heights and the base.
 //
 // Sums are float32: over columns of h one after the other, from 0, b added at the end; over hidden values and
-// hinges in 16 lanes (lane j holds j, j + 16, ...), which are then added up by halves (j and j + 8, then j and
-// j + 4, ...). erf, tanh and sigmoid are within 3e-7. A NaN in x, h, a chosen score or a weight makes what
-// depends on it NaN.
+// hinges in 16 lanes (lane j holds j, j + 16, ...), which are then added up by halves (j and j + 8, then j
+// and j + 4, ...). erf, tanh and sigmoid are within 3e-7. A NaN in x, h, a chosen score or a weight makes
+// what depends on it NaN.
 //
-// W lies in strips (compress_strips.hpp). hidden [T, H up to whole strips] is scratch. Only rows [token_begin,
-// token_end) of y and hidden are written; thread-safe on disjoint ones. Every tile_idx lies in [0, E). No
-// alignment asked; nothing outside the arrays is read.
+// W lies in strips (compress_strips.hpp). hidden [T, H up to whole strips] is scratch. Only rows
+// [token_begin, token_end) of y and hidden are written; thread-safe on disjoint ones. Every tile_idx lies in
+// [0, E). No alignment asked; nothing outside the arrays is read.
 #pragma once
 
 #include <cstddef>

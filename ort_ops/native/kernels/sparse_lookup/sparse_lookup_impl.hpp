@@ -1,5 +1,6 @@
-// The kernel for files that differ in their flags and in TRIX_LANES, the floats of a register. Everything is
-// static: see the rules in kernels/README.md.
+// The kernel for files that differ in their flags, in TRIX_LANES, the floats of a register, and in
+// TRIX_TOKENS, how many tokens' sums over a strip fit the registers. Everything is static: see the rules in
+// kernels/README.md.
 #pragma once
 
 #include "kernels/float_vectors.hpp"
@@ -10,7 +11,6 @@ namespace {
 
 constexpr std::size_t kStripVectors = kStripColumns / kVectorLanes;
 constexpr std::size_t kStripRows = 128;  // half of a first-level cache
-constexpr std::size_t kTokenBlock = TRIX_LANES == 8 ? 3 : 1;  // whose sums over a strip fit the registers
 
 inline std::size_t smaller(std::size_t a, std::size_t b) {
     return a < b ? a : b;
@@ -79,14 +79,17 @@ inline float gelu_of(float v) {
     return 0.5f * v * (1.0f + erf);
 }
 
-// The part of some rows of a strip in the sums of kTokens tokens, which stay in registers meanwhile.
+// The part of some rows of a strip in the sums of kTokens tokens, which stay in registers meanwhile: a
+// function of its own, so that the pointers to the tokens do, too.
 template <std::size_t kTokens>
-inline void multiply_strip(const SparseLookupJob& job, const StripRow* strip, std::size_t first_row,
-                           std::size_t num_rows, const float* h, float* hidden) {
+__attribute__((noinline)) void multiply_strip(const SparseLookupJob& job, const StripRow* strip,
+                                              std::size_t first_row, std::size_t num_rows, const float* h,
+                                              float* hidden) {
     const std::size_t stride = whole_strips(job.num_hidden);
     Vector sum[kTokens][kStripVectors] = {};
     for (std::size_t t = 0; first_row > 0 && t < kTokens; ++t)
-        for (std::size_t i = 0; i < kStripVectors; ++i) sum[t][i] = load(hidden + t * stride + i * kVectorLanes);
+        for (std::size_t i = 0; i < kStripVectors; ++i)
+            sum[t][i] = load(hidden + t * stride + i * kVectorLanes);
     for (std::size_t d = 0; d < num_rows; ++d) {
         Vector row[kStripVectors];
         for (std::size_t i = 0; i < kStripVectors; ++i) row[i] = load(strip[d].value + i * kVectorLanes);
@@ -94,7 +97,8 @@ inline void multiply_strip(const SparseLookupJob& job, const StripRow* strip, st
             for (std::size_t i = 0; i < kStripVectors; ++i) sum[t][i] += row[i] * h[t * job.width + d];
     }
     for (std::size_t t = 0; t < kTokens; ++t)
-        for (std::size_t i = 0; i < kStripVectors; ++i) store(hidden + t * stride + i * kVectorLanes, sum[t][i]);
+        for (std::size_t i = 0; i < kStripVectors; ++i)
+            store(hidden + t * stride + i * kVectorLanes, sum[t][i]);
 }
 
 // hidden = h W, in pieces of W that stay in the cache for all tokens.
@@ -111,7 +115,8 @@ inline void compress(const SparseLookupJob& job) {
                     kernel(job, strip, row, num_rows, job.h + token * job.width + row,
                            job.hidden + token * stride + column);
             };
-            multiply(multiply_strip<kTokenBlock>, kTokenBlock);
+            multiply(multiply_strip<TRIX_TOKENS>, TRIX_TOKENS);
+            if (TRIX_TOKENS > 2) multiply(multiply_strip<2>, 2);
             multiply(multiply_strip<1>, 1);
             strip += num_rows;
             row += kStripRows;
