@@ -7,6 +7,7 @@ model also takes and returns the keys and values of the tokens before (:mod:`ort
 
 import copy
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -248,7 +249,7 @@ def check_finite(model: nn.Module) -> None:
 
 def _to_onnx(packed: LanguageModel | Classifier, interface: _Interface) -> onnx.ModelProto:
     register_schemas()
-    opset = onnxscript.values.Opset(schema.DOMAIN, schema.OPSET_VERSION)
+    opset, standard = (onnxscript.values.Opset(*of) for of in ((schema.DOMAIN, schema.OPSET_VERSION), ("", ONNX_OPSET)))
 
     def tile_matmul(x: Any, packed: Any, row_scale: Any, tile_idx: Any) -> Any:
         return opset.TernaryTileMatMul(x, packed, row_scale, tile_idx)
@@ -261,10 +262,11 @@ def _to_onnx(packed: LanguageModel | Classifier, interface: _Interface) -> onnx.
         return opset.SignatureRoute(*tensors, top_k=top_k, gate=gate, confidence_threshold=confidence_threshold)
 
     def lookup(*inputs: Any) -> Any:
-        *tensors, grid_size, has_hinges = inputs
-        return opset.SparseLookup(*tensors, grid_size=grid_size, has_hinges=int(has_hinges))
-
-    standard = onnxscript.values.Opset("", ONNX_OPSET)
+        *tensors, top_k, grid_size, has_hinges, route_on_norm, epsilon = inputs
+        flags = {"has_hinges": int(has_hinges), "route_on_norm": int(route_on_norm)}
+        y, tile_idx = opset.SparseLookup(*tensors, top_k=top_k, grid_size=grid_size, **flags, epsilon=epsilon)
+        # Score and point are reported in torch alone: no output of a file may depend on them.
+        return y, tile_idx, standard.Constant(value_float=math.nan), standard.Constant(value_float=math.nan)
 
     def stable_sort(x: Any, stable: bool, dim: int = -1, descending: bool = False) -> Any:  # noqa: ARG001
         # TopK gives equal values by their index, as a stable sort does; the exporter knows only the other sort.

@@ -5,7 +5,8 @@ take precedence, without it the functions are inlined. They need opset 18 and ir
 
 Differences from the kernels: float sums have another order (results agree to rounding); nothing is validated: a
 reserved code gives NaN, and a tile_idx outside [0, E) is not an error of ours; a NaN routing key counts as -inf.
-x without columns (K = 0) needs a newer onnxruntime than 1.17. One infinite or NaN score makes all weights of its token NaN.
+x without columns (K = 0) needs a newer onnxruntime than 1.17, and SparseLookup, whose norm is onnxruntime's, at least two.
+One infinite or NaN score makes all weights of its token NaN.
 """
 
 from collections.abc import Sequence

@@ -35,6 +35,11 @@ def float_attribute_value(attribute: str, output: str) -> NodeProto:
     return constant
 
 
+def attribute_reference(attribute: str, kind: AttributeProto.AttributeType) -> AttributeProto:
+    """An attribute of a node that takes its value from that of the same name of the function."""
+    return AttributeProto(name=attribute, type=kind, ref_attr_name=attribute)
+
+
 def node(op_type: str, inputs: Sequence[str], outputs: Sequence[str], **attributes: Any) -> NodeProto:
     return helper.make_node(op_type, inputs, outputs, **attributes)
 

@@ -3,14 +3,14 @@
 Legend, beside schema.py's: K tiles per token, G grid_size.
 """
 
-from onnx import FunctionProto, NodeProto, TensorProto, helper
+from onnx import AttributeProto, FunctionProto, NodeProto, TensorProto, helper
 
-from ort_ops.graph_nodes import as_function, attribute_value, float_info, int_vector, node
-from ort_ops.schema import SPARSE_LOOKUP
+from ort_ops.graph_nodes import as_function, attribute_reference, attribute_value, float_info, int_vector, node
+from ort_ops.schema import DOMAIN, SIGNATURE_ROUTE, SPARSE_LOOKUP
 
 
 def sparse_lookup_function() -> FunctionProto:
-    """Points, gates [T, K] and magnitudes [T, K], then the directions that they weigh."""
+    """Norm and routing (by SignatureRoute's own function), points, gates [T, K] and magnitudes [T, K], and what they weigh."""
     grid = helper.make_graph(_grid_magnitude(), "grid", [], [float_info("grid_magnitude")])
     hinges = helper.make_graph(_hinge_magnitude(), "hinges", [], [float_info("hinge_magnitude")])
     nodes = [
@@ -18,6 +18,7 @@ def sparse_lookup_function() -> FunctionProto:
         node("Constant", [], ["one"], value_float=1.0),
         node("Constant", [], ["one_step"], value_int=1),
         node("Constant", [], ["no_step"], value_int=0),
+        *_routing(),
         node("Gemm", ["h", "compress", "compress_bias"], ["before"]),
         node("Constant", [], ["sqrt_half"], value_float=0.5**0.5),
         node("Mul", ["before", "sqrt_half"], ["scaled"]),
@@ -27,8 +28,6 @@ def sparse_lookup_function() -> FunctionProto:
         node("Mul", ["twice_hidden", "half"], ["hidden"]),
         node("Gemm", ["hidden", "point_weight", "point_bias"], ["before_tanh"], transB=1),
         node("Tanh", ["before_tanh"], ["point"]),
-        node("GatherElements", ["score", "tile_idx"], ["chosen_score"], axis=1),
-        node("Sigmoid", ["chosen_score"], ["share"]),
         node("Size", ["gate_curve"], ["num_knots"]),
         node("Sub", ["num_knots", "one_step"], ["num_segments"]),
         *_steps("share", "num_segments", "segment", "part"),
@@ -53,6 +52,27 @@ def sparse_lookup_function() -> FunctionProto:
         node("Add", ["x", "update"], ["y"]),
     ]
     return as_function(SPARSE_LOOKUP, nodes)
+
+
+def _routing() -> list[NodeProto]:
+    """`h`, the norm of x; `tile_idx` by the signatures' agreement with it or with routing_x, and `share`, its sigmoid."""
+    norm = node("LayerNormalization", ["x", "norm_weight", "norm_bias"], ["h"])
+    norm.attribute.append(attribute_reference("epsilon", AttributeProto.FLOAT))
+    # This gate reads no mass, so any [E] will do. Inference refuses a call inside a function that leaves out an output.
+    read, answered = ["routed", "signatures", "bias", "bias"], ["tile_idx", "share", "score"]
+    route = node(SIGNATURE_ROUTE.name, read, answered, domain=DOMAIN, gate=0)
+    route.attribute.append(attribute_reference("top_k", AttributeProto.INT))
+    of_norm, given = (
+        helper.make_graph([node("Identity", [source], [output])], output, [], [float_info(output)])
+        for source, output in (("h", "routed_norm"), ("routing_x", "routed_as_given"))
+    )
+    return [
+        norm,
+        attribute_value("route_on_norm", "route_on_norm_flag"),
+        node("Equal", ["route_on_norm_flag", "one_step"], ["is_of_norm"]),
+        node("If", ["is_of_norm"], ["routed"], then_branch=of_norm, else_branch=given),
+        route,
+    ]
 
 
 def _steps(share: str, num_steps: str, whole: str, part: str) -> list[NodeProto]:

@@ -117,9 +117,11 @@ SPARSE_LOOKUP = OpSchema(
     name="SparseLookup",
     inputs=(
         TensorSchema("x", "float32", ("T", "D")),
-        TensorSchema("h", "float32", ("T", "D")),
-        TensorSchema("tile_idx", "int64", ("T", "top_k")),
-        TensorSchema("score", "float32", ("T", "E")),
+        TensorSchema("routing_x", "float32", ("T", "D")),
+        TensorSchema("norm_weight", "float32", ("D",)),
+        TensorSchema("norm_bias", "float32", ("D",)),
+        TensorSchema("signatures", "uint8", ("ceil(E/32)", "ceil(D/16)", "128")),
+        TensorSchema("bias", "float32", ("E",)),
         TensorSchema("gate_curve", "float32", ("N",)),
         TensorSchema("compress", "float32", ("D", "H")),
         TensorSchema("compress_bias", "float32", ("H",)),
@@ -130,12 +132,20 @@ SPARSE_LOOKUP = OpSchema(
     ),
     outputs=(
         TensorSchema("y", "float32", ("T", "D")),
-        TensorSchema("point", "float32", ("T", "2")),
+        TensorSchema("tile_idx", "int64", ("T", "top_k")),
     ),
-    attributes=(IntAttribute("grid_size", 16), IntAttribute("has_hinges", 0)),
+    attributes=(
+        IntAttribute("top_k", 1),
+        IntAttribute("grid_size", 16),
+        IntAttribute("has_hinges", 0),
+        IntAttribute("route_on_norm", 1),
+        FloatAttribute("epsilon", 1e-5),
+    ),
     doc=(
-        "y[t] = x[t] + sum_k gate(sigmoid(score[t, e])) * magnitude_e(point[t]) * direction[e] with e = tile_idx[t, k], "
-        "0 <= e < E, and point = tanh(gelu(h compress + compress_bias) point_weight^T + point_bias). gate is the piecewise "
+        "y[t] = x[t] + sum_k gate(sigmoid(score[t, e])) * magnitude_e(point[t]) * direction[e] with e = tile_idx[t, k]. "
+        "h = (x - mean) / sqrt(variance + epsilon) * norm_weight + norm_bias, each token by itself. tile_idx and score are "
+        "those of SignatureRoute, which reads h, or routing_x with route_on_norm 0. "
+        "point = tanh(gelu(h compress + compress_bias) point_weight^T + point_bias). gate is the piecewise "
         "linear curve through (i / (N - 1), gate_curve[i]), N >= 2. magnitude_e, by splines[e], is bilinear on "
         "grid_size x grid_size cells of [-1, 1]^2, S = (grid_size + 1)^2 corners row by row. With has_hinges 1 it is "
         "base + sum_g height_g relu(slope_g . point + offset_g), S = 4 grid_size + 1: the slopes along the first axis, "

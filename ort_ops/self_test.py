@@ -3,9 +3,10 @@
 ``python -m ort_ops.self_test`` prints one line for each path, "native" and "portable". A process of its own survives what it
 finds: a kernel that the CPU cannot run ends the process, and which instruction set was chosen stands in its stderr alone.
 
-Legend: T tokens, K columns of x, E tiles, N rows of a tile, C chosen tiles per token.
+Legend: T tokens, K columns of x, E tiles, N rows of a tile, C chosen tiles per token, H hidden values.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,16 @@ from ort_ops.functions import fallback_functions
 from ort_ops.graph_nodes import ONNX_OPSET
 from ort_ops.library import LibraryNotFoundError, get_library_path, session_options
 from ort_ops.panels import to_panels
-from ort_ops.schema import DOMAIN, OPSET_VERSION, SIGNATURE_ROUTE, TERNARY_FFN, TERNARY_TILE_MATMUL, OpSchema, TensorSchema
+from ort_ops.schema import (
+    DOMAIN,
+    OPSET_VERSION,
+    SIGNATURE_ROUTE,
+    SPARSE_LOOKUP,
+    TERNARY_FFN,
+    TERNARY_TILE_MATMUL,
+    OpSchema,
+    TensorSchema,
+)
 
 Array = NDArray[Any]
 Arrays = Mapping[str, Array]
@@ -44,7 +54,7 @@ def check(path: str) -> str:
     """
     try:
         run = _native if path == "native" else _portable
-        checks = (_check_matmul(run), _check_ffn(run), *(_check_route(run, gate) for gate in _GATES))
+        checks = (_check_matmul(run), _check_ffn(run), *(_check_route(run, gate) for gate in _GATES), _check_lookup(run))
         errors = {op: error for op, error in checks if not error <= MAX_ERROR}
     except LibraryNotFoundError as error:
         return f"missing: {error}"
@@ -108,6 +118,37 @@ def _check_route(run: Run, gate: int) -> tuple[str, float]:
         expected_TC = chosen_TC / chosen_TC.sum(1, keepdims=True)
     errors = _relative_error(score_TE, expected_TE), _relative_error(weight_TC, expected_TC)
     return SIGNATURE_ROUTE.name, float(np.max(errors))  # NaN where one is
+
+
+def _check_lookup(run: Run) -> tuple[str, float]:
+    """On splines that are 1 + 2 p + 3 p' in every tile: the interpolation is exact, and y is told in a line."""
+    rng = np.random.default_rng(2)
+    grid_size, num_hidden = 3, 13
+    signature_EK = rng.integers(-1, 2, (_NUM_TILES, _NUM_COLUMNS))
+    sizes = {"x": (_NUM_TOKENS, _NUM_COLUMNS), "norm_weight": (_NUM_COLUMNS,), "norm_bias": (_NUM_COLUMNS,)}
+    sizes |= {"bias": (_NUM_TILES,), "compress": (_NUM_COLUMNS, num_hidden), "compress_bias": (num_hidden,)}
+    sizes |= {"point_weight": (2, num_hidden), "point_bias": (2,), "direction": (_NUM_TILES, _NUM_COLUMNS)}
+    feeds: dict[str, Array] = {name: rng.standard_normal(size, np.float32) for name, size in sizes.items()}
+    place = np.linspace(-1.0, 1.0, grid_size + 1)
+    corner = (1.0 + 2.0 * place[:, None] + 3.0 * place).ravel().astype(np.float32)
+    feeds["compress"] /= np.float32(_NUM_COLUMNS)
+    feeds |= {"routing_x": feeds["x"], "signatures": to_panels(signature_EK), "splines": np.tile(corner, (_NUM_TILES, 1))}
+    feeds["gate_curve"] = np.array([0.5, 2.5], np.float32)
+    y_TK, tile_idx_TK = run(SPARSE_LOOKUP, feeds, grid_size=grid_size)
+
+    x_TK = feeds["x"].astype(np.float64)
+    h_TK = (x_TK - x_TK.mean(1, keepdims=True)) / np.sqrt(x_TK.var(1, keepdims=True) + 1e-5)
+    h_TK = h_TK * feeds["norm_weight"] + feeds["norm_bias"]
+    score_TE = h_TK @ signature_EK.T / np.sqrt(np.abs(signature_EK).sum(-1))
+    best_T = (score_TE + feeds["bias"]).argmax(1)
+    if not np.array_equal(tile_idx_TK[:, 0], best_T):
+        return SPARSE_LOOKUP.name, np.inf
+    before_TH = h_TK @ feeds["compress"] + feeds["compress_bias"]
+    hidden_TH = before_TH * (0.5 + 0.5 * np.vectorize(math.erf)(before_TH / math.sqrt(2.0)))
+    point_T2 = np.tanh(hidden_TH @ feeds["point_weight"].T + feeds["point_bias"])
+    gate_T = 0.5 + 2.0 / (1.0 + np.exp(-score_TE[np.arange(_NUM_TOKENS), best_T]))
+    size_T = gate_T * (1.0 + point_T2 @ [2.0, 3.0])
+    return SPARSE_LOOKUP.name, _relative_error(y_TK, x_TK + size_T[:, None] * feeds["direction"][best_T])
 
 
 def _relative_error(found: Array, expected: NDArray[np.float64]) -> float:

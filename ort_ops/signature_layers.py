@@ -3,6 +3,7 @@
 Needs onnx and numpy. Legend: D model width, E tiles, K tiles per token, T tokens.
 """
 
+import copy
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,26 +11,29 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.inliner
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, numpy_helper
 
 from ort_ops.file_format import LayerRecord, from_properties, layer_records
+from ort_ops.lookup_function import sparse_lookup_function
 from ort_ops.panels import RESERVED_VALUE, from_panels, to_panels
 from ort_ops.runtime import ModelFileError
-from ort_ops.schema import DOMAIN, SIGNATURE_ROUTE
+from ort_ops.schema import DOMAIN, SIGNATURE_ROUTE, SPARSE_LOOKUP
 
-_SIGNATURES, _BIAS, _LOG_MASS = 1, 2, 3  # inputs of SignatureRoute
-_SCORE = 2  # an output
+# Of the operators that route by signatures: where each input stands.
+_PLACES = {op.name: {tensor.name: i for i, tensor in enumerate(op.inputs)} for op in (SIGNATURE_ROUTE, SPARSE_LOOKUP)}
+_SCORE = 2  # an output of SignatureRoute
 
 
 class SignatureLayer:
-    """One SignatureRoute node and its constants, which are in the graph: a change is written there at once.
+    """One SignatureRoute or SparseLookup node and its constants, which are in the graph: a change is written there at once.
 
     Attributes:
         signature_ED: int8 in {-1, 0, +1}. bias_E: float32, -inf in a free slot. log_mass_E: float32, not 0 where a merger or a
-            split left its mark. top_k: tiles per token. x, tile_idx: the names of the node's input and first output. changed:
-            the names of the initializers that were changed or added. places: where they are read, as the first output of a
-            node and the place among its inputs.
+            split left its mark in the gate of a SignatureRoute. top_k: tiles per token. changed: the names of the initializers
+            that were changed or added. places: where they are read, as the first output of a node and the place among its
+            inputs.
 
     An initializer that other nodes read too, as equal ones may have been joined at the export, stays as it is: the layer gets
     its own.
@@ -39,10 +43,11 @@ class SignatureLayer:
         self._graph, self._node = graph, node
         self.changed: list[str] = []
         self.places: set[tuple[str, int]] = set()
-        self.x, self.tile_idx = node.input[0], node.output[0]
+        self._places = place = _PLACES[node.op_type]
         self.top_k = next((attribute.i for attribute in node.attribute if attribute.name == "top_k"), 1)
-        self.bias_E, self.log_mass_E = self._constant(node, _BIAS), self._constant(node, _LOG_MASS)
-        self.signature_ED = from_panels(self._constant(node, _SIGNATURES), len(self.bias_E), d_model)
+        self.bias_E = self._constant(node, place["bias"])
+        self.log_mass_E = self._constant(node, place["log_mass"]) if "log_mass" in place else np.zeros_like(self.bias_E)
+        self.signature_ED = from_panels(self._constant(node, place["signatures"]), len(self.bias_E), d_model)
         if (self.signature_ED == RESERVED_VALUE).any():
             raise ValueError("packed codes must be 0, 1 or 2, there is a 3")
 
@@ -53,17 +58,17 @@ class SignatureLayer:
     def set_signature(self, tile_idx: int, signature_D: NDArray[np.int8]) -> None:
         self.signature_ED = self.signature_ED.copy()
         self.signature_ED[tile_idx] = signature_D
-        self._set_constant(self._node, _SIGNATURES, to_panels(self.signature_ED))
+        self._set_constant(self._node, self._places["signatures"], to_panels(self.signature_ED))
 
     def set_bias(self, tile_idx: int, bias: float) -> None:
         """-inf frees the slot, another value lets it be chosen; its mass is 1 either way."""
         self.bias_E = self.bias_E.copy()
         self.bias_E[tile_idx] = bias
-        self._set_constant(self._node, _BIAS, self.bias_E)
+        self._set_constant(self._node, self._places["bias"], self.bias_E)
         if self.log_mass_E[tile_idx] != 0:
             self.log_mass_E = self.log_mass_E.copy()
             self.log_mass_E[tile_idx] = 0.0
-            self._set_constant(self._node, _LOG_MASS, self.log_mass_E)
+            self._set_constant(self._node, self._places["log_mass"], self.log_mass_E)
 
     def _constant(self, node: NodeProto, place: int) -> NDArray[Any]:
         found = next((tensor for tensor in self._graph.initializer if tensor.name == node.input[place]), None)
@@ -108,7 +113,7 @@ def read_model(path: Path) -> tuple[ModelProto, dict[str, Any], list[SignatureLa
 
 def signature_layers(proto: ModelProto, d_model: int) -> list[SignatureLayer]:
     """In the order of computation."""
-    nodes = [node for node in proto.graph.node if (node.domain, node.op_type) == (DOMAIN, SIGNATURE_ROUTE.name)]
+    nodes = [node for node in proto.graph.node if node.domain == DOMAIN and node.op_type in _PLACES]
     return [SignatureLayer(proto.graph, node, d_model) for node in nodes]
 
 
@@ -119,6 +124,15 @@ def show_scores(graph: GraphProto) -> list[str]:
         if not node.output[_SCORE:] or not node.output[_SCORE]:
             node.output[_SCORE:] = [f"{node.output[0]}.score"]
     return [node.output[_SCORE] for node in nodes]
+
+
+def with_open_lookups(proto: ModelProto) -> ModelProto:
+    """A copy in which every SparseLookup is its definition: what its SignatureRoute reads and answers has names there."""
+    opened = copy.deepcopy(proto)
+    kept = [function for function in opened.functions if function.name != SPARSE_LOOKUP.name]
+    del opened.functions[:]
+    opened.functions.extend([*kept, sparse_lookup_function()])
+    return onnx.inliner.inline_selected_functions(opened, [(DOMAIN, SPARSE_LOOKUP.name)])
 
 
 def _d_model(metadata: dict[str, Any]) -> int:

@@ -24,7 +24,8 @@ from ort_ops.file_format import BY_ONNXRUNTIME, LayerRecord, encode_array, to_pr
 from ort_ops.library import LibraryNotFoundError, session_options
 from ort_ops.parity import SCORE_ROUNDING, selection_gap
 from ort_ops.runtime import ModelFileError, open_model
-from ort_ops.signature_layers import SignatureLayer, read_model, show_scores
+from ort_ops.schema import DOMAIN, SIGNATURE_ROUTE
+from ort_ops.signature_layers import SignatureLayer, read_model, show_scores, with_open_lookups
 
 
 class VerificationError(RuntimeError):
@@ -84,7 +85,7 @@ def operate_on_file(source: Path, output: Path, edit: Edit) -> SurgeryReport:
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
     example = np.asarray(_reference(source, metadata)["input"])
-    was, now = _Run(old, layers, example), _Run(proto, layers, example)
+    was, now = _Run(old, example), _Run(proto, example)
     num_rerouted = _check_routing(was, now, layers, edit)
     metadata |= {"layers": [asdict(of_layer) for of_layer in records], "reference": now.as_reference(layers)}
     onnx.helper.set_model_props(proto, to_properties(metadata))
@@ -172,32 +173,37 @@ def _remove(layer: SignatureLayer, is_frozen: bool, tile: int) -> None:
 class _Run:
     """One run of a graph on an example, with what its routed layers read and answered, tokens flattened.
 
-    Lists by layer: x [T, D], tile_idx [T, K], score [T, E].
+    output: of the graph as it is, by name. Lists by layer, of the graph with open lookups: x [T, D], tile_idx [T, K], score
+    [T, E].
     """
 
-    def __init__(self, proto: ModelProto, layers: Sequence[SignatureLayer], example: NDArray[Any]) -> None:
-        probed = copy.deepcopy(proto)
+    def __init__(self, proto: ModelProto, example: NDArray[Any]) -> None:
+        probed = with_open_lookups(proto)
         scores = show_scores(probed.graph)
-        names = [*scores, *(name for layer in layers for name in (layer.x, layer.tile_idx))]
+        nodes = [node for node in probed.graph.node if (node.domain, node.op_type) == (DOMAIN, SIGNATURE_ROUTE.name)]
+        names = [(node.input[0], node.output[0], score) for node, score in zip(nodes, scores, strict=True)]
         shown = {value.name for value in probed.graph.output}
-        probed.graph.output.extend(ValueInfoProto(name=name) for name in dict.fromkeys(names) if name not in shown)
+        probed.graph.output.extend(ValueInfoProto(name=name) for name in {n for of_node in names for n in of_node} - shown)
+        self.example = example
+        self.output = self._run(proto)
+        routing = self._run(probed)
+        self.x, self.tile_idx, self.score = ([routing[of_node[i]] for of_node in names] for i in range(3))
+
+    def _run(self, proto: ModelProto) -> dict[str, NDArray[Any]]:
         try:
             options = session_options()
         except LibraryNotFoundError:
             options = ort.SessionOptions()
         options.log_severity_level = 3
         try:
-            session = ort.InferenceSession(probed.SerializeToString(), options, providers=["CPUExecutionProvider"])
+            session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
             source = session.get_inputs()[0]
-            self.example = example.astype(np.int64 if source.type == "tensor(int64)" else np.float32)
+            self.example = self.example.astype(np.int64 if source.type == "tensor(int64)" else np.float32)
             inputs = {source.name: self.example, **empty_caches(session, len(self.example))}
             names = [value.name for value in session.get_outputs()]
-            self.output = dict(zip(names, session.run(names, inputs), strict=True))
+            return dict(zip(names, session.run(names, inputs), strict=True))
         except Exception as error:  # onnxruntime's exceptions share no base class of their own
             raise VerificationError(f"onnxruntime cannot run the file: {' '.join(str(error).split())}") from error
-        self.x = [self.output[layer.x].reshape(-1, layer.signature_ED.shape[1]) for layer in layers]
-        self.tile_idx = [self.output[layer.tile_idx] for layer in layers]
-        self.score = [self.output[name] for name in scores]
 
     def as_reference(self, layers: Sequence[SignatureLayer]) -> dict[str, Any]:
         keys = [score_TE + layer.bias_E for score_TE, layer in zip(self.score, layers, strict=True)]

@@ -4,11 +4,12 @@ Products: y = x W with W ternary, by size, number of tokens and threads; weights
 a stack of so many products, each with weights of its own, that no cache holds them, as when a large model generates. Ours with
 activations of 8 bits (a scale per token or per 128 columns) and of 24 bits; onnxruntime's float32 MatMul, dynamic int8, and
 MatMulNBits with 4 bits in blocks of 32 and 2 bits in blocks of 128 (accuracy_level 4); torch in float32, bfloat16 and dynamic
-int8. Tiles: 1 of 4 and 1 of 16 against our own dense product of the same size, routing included. Routing: the best of many
-signatures against float32 MatMul and ArgMax.
+int8. Tiles: a layer of 4 or 16 tiles, one for each token, against our own dense layer of as many hidden values, routing
+included. Routing: the best of many signatures against float32 MatMul and ArgMax.
 
-All contenders of a row take turns in one process. Time is that of the calling thread on the CPU with one thread, wall time with
-more; medians of --repeats turns. The limit is measured beside it (benchmarks/native/limits.cpp; needs a C++ compiler).
+All contenders of a row take turns in one process; sessions have inputs and outputs bound, so that nothing is copied. Time is
+that of the calling thread on the CPU with one thread, wall time with more; medians of --repeats turns. The limit is measured
+beside it (benchmarks/native/limits.cpp; needs a C++ compiler).
 """
 
 import argparse
@@ -18,30 +19,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import torch
+from kernel_models import OURS, PRODUCTS, SCALE, Run, argmax, bind, graph_model, layer, route, session, stacked
 from matplotlib.figure import Figure
-from onnx import TensorProto, helper, numpy_helper
 from rich.progress import track
-
-from ort_ops.library import session_options
-from ort_ops.panels import to_panels
-from ort_ops.schema import DOMAIN, OPSET_VERSION, SIGNATURE_ROUTE, TERNARY_FFN, TERNARY_TILE_MATMUL
 
 SIZES = ((4096, 4096), (4096, 11008), (512, 2048))
 TOKENS = (1, 8, 64, 256)
-OURS = {
-    "trix 8 bit": {"activation_bits": 8, "group_size": 0},
-    "trix 8 bit, groups": {"activation_bits": 8, "group_size": 128},
-    "trix 24 bit": {"activation_bits": 24, "group_size": 128},
-}
 # How many times as fast "trix 8 bit" should be, K = N = 4096, one thread, by (cache, tokens).
 TARGETS = {
     ("hot", 1): {"ort float32": 35.0, "ort 4 bit, 32": 5.5, "ort 2 bit, 128": 2.5},
@@ -53,9 +44,7 @@ TARGETS = {
 TILE_TARGETS = {(4, 1): 3.3, (16, 1): 9.5, (4, 256): 3.5, (16, 256): 10.0}
 ROUTE_TARGETS = {64: 2.5, 1024: 9.0, 16384: 15.0}
 COLD_BYTES = 192 << 20  # of weights in a stack
-SCALE = 2.0**-6  # of the weights, so that values in a stack stay of one size
 MIN_SECONDS = 2e-3  # a turn repeats short runs up to it
-Run = Callable[[], Any]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -108,12 +97,12 @@ def measure_cold(repeats: int, size: int = 4096) -> dict[str, Any]:
     weight = np.random.default_rng(5).integers(-1, 2, (size, size), dtype=np.int8)
     x = np.random.default_rng(6).standard_normal((1, size), dtype=np.float32)
     runs, depth = {}, {}
-    for name, make in _PRODUCTS.items():
+    for name, make in PRODUCTS.items():
         node, constants, inputs = make(weight)
         bytes_each = sum(array.nbytes for array in constants.values())
         depth[name] = max(3, -(-COLD_BYTES // bytes_each))
-        made = session(_stacked(node, constants, inputs, depth[name]), 1, name in OURS)
-        runs[name] = _bind(made, x)
+        made = session(stacked(node, constants, inputs, depth[name]), 1, name in OURS)
+        runs[name] = bind(made, x)
     times = interleaved(runs, repeats, is_wall=False)
     return _row((size, size), 1, 1, "cold", {name: [s / depth[name] for s in times[name]] for name in times})
 
@@ -152,32 +141,11 @@ def interleaved(runs: dict[str, Run], repeats: int, is_wall: bool) -> dict[str, 
 def sessions(weight_NK: np.ndarray, num_threads: int) -> dict[str, Callable[[np.ndarray], Run]]:
     """By contender, what binds an input to a run."""
     found: dict[str, Callable[[np.ndarray], Run]] = {}
-    for name, make in _PRODUCTS.items():
+    for name, make in PRODUCTS.items():
         node, constants, inputs = make(weight_NK)
-        made = session(_model([node], constants, inputs), num_threads, name in OURS)
-        found[name] = partial(_bind, made)
+        made = session(graph_model([node], constants, inputs), num_threads, name in OURS)
+        found[name] = partial(bind, made)
     return found
-
-
-def _bind(made: ort.InferenceSession, x: np.ndarray) -> Run:
-    """A run without copies: inputs and outputs stay where they are, as a host program would hold them."""
-    column = (len(x), 1)
-    feeds = {"x": x, "tile_idx": np.zeros(len(x), np.int64), "choice": np.zeros(column, np.int64)}
-    feeds |= {"weight": np.ones(column, np.float32)}
-    feeds = {value.name: feeds[value.name] for value in made.get_inputs()}
-    names = [value.name for value in made.get_outputs()]
-    outputs = [ort.OrtValue.ortvalue_from_numpy(array) for array in made.run(names, feeds)]
-    binding = made.io_binding()
-    for name, array in feeds.items():
-        binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
-    for name, value in zip(names, outputs, strict=True):
-        binding.bind_ortvalue_output(name, value)
-
-    def run_bound() -> list[ort.OrtValue]:
-        made.run_with_iobinding(binding)
-        return outputs
-
-    return run_bound
 
 
 def torch_products(weight_NK: np.ndarray, num_threads: int) -> dict[str, Callable[[np.ndarray], Run]]:
@@ -198,13 +166,13 @@ def measure_tiles(repeats: int, size: int = 4096) -> list[dict[str, Any]]:
     """A layer of E tiles, one for each token, chosen by its signature, against our own dense layer of as many hidden values."""
     rng = np.random.default_rng(1)
     up, down = (rng.integers(-1, 2, (size, size), dtype=np.int8) for _ in range(2))
-    dense = session(_layer(up, down, 1), 1, True)
+    dense = session(layer(up, down, 1), 1, True)
     rows = []
     for num_tiles in (4, 16):
-        routed = session(_layer(up, down, num_tiles), 1, True)
+        routed = session(layer(up, down, num_tiles), 1, True)
         for num_tokens in (1, 256):
             x = rng.standard_normal((num_tokens, size), dtype=np.float32)
-            times = interleaved({"dense": _bind(dense, x), "routed": _bind(routed, x)}, repeats, is_wall=False)
+            times = interleaved({"dense": bind(dense, x), "routed": bind(routed, x)}, repeats, is_wall=False)
             dense_s, routed_s = (statistics.median(times[name]) for name in ("dense", "routed"))
             rows.append({"tiles": num_tiles, "tokens": num_tokens, "dense_s": dense_s, "routed_s": routed_s})
     return rows
@@ -218,8 +186,8 @@ def measure_routing(repeats: int, width: int = 4096) -> list[dict[str, Any]]:
         norm = np.sqrt(np.maximum(np.abs(signatures).sum(-1, dtype=np.int64), 1)).astype(np.float32)
         table = np.ascontiguousarray((signatures / norm[:, None]).T.astype(np.float32))
         runs = {
-            "ours": _bind(session(_route(signatures), 1, True), x := rng.standard_normal((1, width), dtype=np.float32)),
-            "float32": _bind(session(_argmax(table), 1, False), x),
+            "ours": bind(session(route(signatures), 1, True), x := rng.standard_normal((1, width), dtype=np.float32)),
+            "float32": bind(session(argmax(table), 1, False), x),
         }
         times = interleaved(runs, repeats, is_wall=False)
         ours_s, float32_s = (statistics.median(times[name]) for name in runs)
@@ -232,7 +200,7 @@ def measure_memory(size: int = 4096, num_layers: int = 32) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         weight = np.random.default_rng(3).integers(-1, 2, (size, size), dtype=np.int8)
-        onnx.save(_stacked(*_ours(OURS["trix 8 bit"], weight), num_layers), path)
+        onnx.save(stacked(*PRODUCTS["trix 8 bit"](weight), num_layers), path)
         command = [sys.executable, "-c", _MEMORY_CODE, str(path), str(size)]
         finished = subprocess.run(command, capture_output=True, text=True, check=True)
     return {"packed_bytes": num_layers * size * size // 4, "resident_bytes": int(finished.stdout)}
@@ -268,120 +236,6 @@ def limits() -> dict[str, float] | None:
             return None
     products, read = map(float, output.split())
     return {"int8_products_per_s": products, "bytes_read_per_s": read}
-
-
-def session(model: onnx.ModelProto, num_threads: int, is_native: bool) -> ort.InferenceSession:
-    options = session_options() if is_native else ort.SessionOptions()
-    options.intra_op_num_threads = num_threads
-    options.log_severity_level = 4
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-
-
-def _model(
-    nodes: Iterable[onnx.NodeProto], constants: dict[str, np.ndarray], inputs: dict[str, int] | None = None
-) -> onnx.ModelProto:
-    values = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["T", "K"])]
-    shapes = {"tile_idx": ["T"], "choice": ["T", 1], "weight": ["T", 1]}
-    values += [helper.make_tensor_value_info(name, kind, shapes[name]) for name, kind in (inputs or {}).items()]
-    initializers = [numpy_helper.from_array(array, name) for name, array in constants.items()]
-    output = onnx.ValueInfoProto(name="y")
-    graph = helper.make_graph(list(nodes), "benchmark", values, [output], initializers)
-    opsets = [("", 18), (DOMAIN, OPSET_VERSION), ("com.microsoft", 1)]
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid(*opset) for opset in opsets], ir_version=9)
-
-
-def _product(names: list[str], output: str, attributes: dict[str, int]) -> onnx.NodeProto:
-    return helper.make_node(TERNARY_TILE_MATMUL.name, names, [output], domain=DOMAIN, **attributes)
-
-
-Part = tuple[onnx.NodeProto, dict[str, np.ndarray], dict[str, int]]  # node, constants, inputs beside x
-
-
-def _ours(attributes: dict[str, int], weight_NK: np.ndarray) -> Part:
-    constants = {"packed": to_panels(weight_NK)[None], "row_scale": np.full((1, len(weight_NK)), SCALE, np.float32)}
-    return _product(["x", "packed", "row_scale", "tile_idx"], "y", attributes), constants, {"tile_idx": TensorProto.INT64}
-
-
-def _stacked(node: onnx.NodeProto, constants: dict[str, np.ndarray], inputs: dict[str, int], depth: int) -> onnx.ModelProto:
-    """Square products one after the other, each with constants of its own."""
-    nodes, copies = [], {}
-    for layer in range(depth):
-        copied = onnx.NodeProto()
-        copied.CopyFrom(node)
-        own = {name: f"{name}_{layer}" for name in constants}
-        own |= {"x": "x" if layer == 0 else f"y_{layer - 1}", "y": "y" if layer + 1 == depth else f"y_{layer}"}
-        copied.input[:] = [own.get(name, name) for name in node.input]
-        copied.output[:] = [own[name] for name in node.output]
-        nodes.append(copied)
-        copies |= {f"{name}_{layer}": array.copy() for name, array in constants.items()}
-    return _model(nodes, copies, inputs)
-
-
-def _layer(up_HD: np.ndarray, down_DH: np.ndarray, num_tiles: int) -> onnx.ModelProto:
-    """The hidden values in tiles; of one tile nothing is chosen, the dense layer."""
-    width = len(down_DH)
-    signatures = np.random.default_rng(4).integers(-1, 2, (num_tiles, width), dtype=np.int8)
-    constants = {
-        "up": to_panels(up_HD.reshape(num_tiles, -1, width)),
-        "up_scale": np.full((num_tiles, len(up_HD) // num_tiles), SCALE, np.float32),
-        "down": to_panels(down_DH.reshape(width, num_tiles, -1).transpose(1, 0, 2)),
-        "down_scale": np.full((num_tiles, width), SCALE, np.float32),
-    }
-    names = ["x", "choice", "weight", *constants]
-    layer = helper.make_node(TERNARY_FFN.name, names, ["y"], domain=DOMAIN, **OURS["trix 8 bit"])
-    if num_tiles == 1:
-        return _model([layer], constants, {"choice": TensorProto.INT64, "weight": TensorProto.FLOAT})
-    routing = {"signatures": to_panels(signatures), "none": np.zeros(num_tiles, np.float32)}
-    return _model([_choice("choice"), layer], constants | routing)
-
-
-def _route(signatures: np.ndarray) -> onnx.ModelProto:
-    constants = {"signatures": to_panels(signatures), "none": np.zeros(len(signatures), np.float32)}
-    return _model([_choice("y")], constants)
-
-
-def _choice(output: str) -> onnx.NodeProto:
-    """The best tile, with the gate that looks at it alone."""
-    names = ["x", "signatures", "none", "none"]
-    return helper.make_node(SIGNATURE_ROUTE.name, names, [output, "weight", ""], domain=DOMAIN, gate=0)
-
-
-def _argmax(table_KE: np.ndarray) -> onnx.ModelProto:
-    nodes = [helper.make_node("MatMul", ["x", "table"], ["score"]), helper.make_node("ArgMax", ["score"], ["y"], axis=1)]
-    return _model(nodes, {"table": table_KE})
-
-
-def _matmul(weight_NK: np.ndarray) -> Part:
-    weight_KN = np.ascontiguousarray(weight_NK.T * np.float32(SCALE), dtype=np.float32)
-    return helper.make_node("MatMul", ["x", "weight"], ["y"]), {"weight": weight_KN}, {}
-
-
-def _dynamic_int8(weight_NK: np.ndarray) -> Part:
-    constants = {
-        "weight": np.ascontiguousarray(weight_NK.T),
-        "scale": np.array(SCALE, np.float32),
-        "zero": np.array(0, np.int8),
-    }
-    return helper.make_node("DynamicQuantizeMatMul", ["x", *constants], ["y"], domain="com.microsoft"), constants, {}
-
-
-def _nbits(bits: int, block: int, weight_NK: np.ndarray) -> Part:
-    """Zero stands in the middle of the codes, as MatMulNBits has it without zero points."""
-    num_rows, num_columns = weight_NK.shape
-    codes = (weight_NK.astype(np.int16) + (1 << (bits - 1))).astype(np.uint8).reshape(num_rows, num_columns // block, -1)
-    fields = codes.reshape(*codes.shape[:-1], -1, 8 // bits)
-    packed = (fields << (bits * np.arange(8 // bits, dtype=np.uint8))).sum(-1, dtype=np.uint8)
-    constants = {"packed": packed, "scales": np.full(num_rows * num_columns // block, SCALE, np.float32)}
-    attributes = {"K": num_columns, "N": num_rows, "bits": bits, "block_size": block, "accuracy_level": 4}
-    return helper.make_node("MatMulNBits", ["x", *constants], ["y"], domain="com.microsoft", **attributes), constants, {}
-
-
-_PRODUCTS: dict[str, Callable[[np.ndarray], Part]] = {name: partial(_ours, attributes) for name, attributes in OURS.items()} | {
-    "ort float32": _matmul,
-    "ort int8": _dynamic_int8,
-    "ort 4 bit, 32": partial(_nbits, 4, 32),
-    "ort 2 bit, 128": partial(_nbits, 2, 128),
-}
 
 
 def table(results: dict[str, Any]) -> str:

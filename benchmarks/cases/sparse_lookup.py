@@ -1,6 +1,6 @@
 """Sparse lookup layers in onnxruntime: the operators of ai.trix against the same file in ONNX's own operators.
 
-Layers of both kinds (grid and hinges; norm, routing, lookup) in stacks, so that what a run costs by itself counts little. The
+Layers of both kinds (grid and hinges), one node each, in stacks, so that what a run costs by itself counts little. The
 plain contender is the same model without the library: its portable functions, inlined and optimised by onnxruntime. Both take
 turns in one process; one thread, its time on the CPU, medians of --repeats turns.
 """
@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 import onnx
-from cases.kernels import interleaved, session
+from cases.kernels import interleaved
+from kernel_models import session
 from onnx import TensorProto, helper, numpy_helper
 
 from ort_ops.functions import fallback_functions
 from ort_ops.panels import to_panels
-from ort_ops.schema import DOMAIN, OPSET_VERSION, SIGNATURE_ROUTE, SPARSE_LOOKUP
+from ort_ops.schema import DOMAIN, OPSET_VERSION, SPARSE_LOOKUP
 
 # How many times as fast a layer should be, by (width, tokens).
 TARGETS = {(128, 1): 20.0, (512, 1): 4.0, (128, 128): 1.5, (512, 128): 1.5}
@@ -46,7 +47,7 @@ def measure(kind: str, width: int, num_tokens: int, repeats: int) -> dict[str, A
 
 
 def layers(width: int, has_hinges: int, num_tiles: int = 64, grid_size: int = 16) -> onnx.ModelProto:
-    """A stack: in each layer norm, routing and lookup, with constants of its own."""
+    """A stack of layers with constants of their own."""
     rng = np.random.default_rng(1)
     num_hidden, spline_size = width // 4, 4 * grid_size + 1 if has_hinges else (grid_size + 1) ** 2
     shapes = {
@@ -60,26 +61,15 @@ def layers(width: int, has_hinges: int, num_tiles: int = 64, grid_size: int = 16
     nodes, constants = [], {}
     for layer in range(DEPTH):
         own = {name: rng.standard_normal(shape, dtype=np.float32) / np.float32(width**0.5) for name, shape in shapes.items()}
-        own |= {"gate_curve": np.linspace(0.0, 1.0, 8, dtype=np.float32), "none": np.zeros(num_tiles, np.float32)}
-        own |= {"gain": np.ones(width, np.float32), "shift": np.zeros(width, np.float32)}
+        own |= {"gate_curve": np.linspace(0.0, 1.0, 8, dtype=np.float32), "bias": np.zeros(num_tiles, np.float32)}
+        own |= {"norm_weight": np.ones(width, np.float32), "norm_bias": np.zeros(width, np.float32)}
         own |= {"signatures": to_panels(rng.integers(-1, 2, (num_tiles, width), dtype=np.int8))}
         constants |= {f"{name}_{layer}": array for name, array in own.items()}
-        computed = ("h", "tile_idx", "weight", "score", "y", "point")
-        name = {value: f"{value}_{layer}" for value in (*own, *computed)}
-        name |= {"x": "x" if layer == 0 else f"y_{layer - 1}"} | ({"y": "y"} if layer + 1 == DEPTH else {})
+        x, y = "x" if layer == 0 else f"y_{layer - 1}", "y" if layer + 1 == DEPTH else f"y_{layer}"
+        name = {value: f"{value}_{layer}" for value in (*own, "tile_idx")} | {"x": x, "routing_x": x, "y": y}
         lookup = [[name[tensor.name] for tensor in tensors] for tensors in (SPARSE_LOOKUP.inputs, SPARSE_LOOKUP.outputs)]
         attributes = {"grid_size": grid_size, "has_hinges": has_hinges}
-        nodes += [
-            helper.make_node("LayerNormalization", [name["x"], name["gain"], name["shift"]], [name["h"]]),
-            helper.make_node(
-                SIGNATURE_ROUTE.name,
-                [name["h"], name["signatures"], name["none"], name["none"]],
-                [name["tile_idx"], name["weight"], name["score"]],
-                domain=DOMAIN,
-                gate=0,
-            ),
-            helper.make_node(SPARSE_LOOKUP.name, *lookup, domain=DOMAIN, **attributes),
-        ]
+        nodes.append(helper.make_node(SPARSE_LOOKUP.name, *lookup, domain=DOMAIN, **attributes))
     values = [onnx.ValueInfoProto(name="y")]
     inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["T", width])]
     initializers = [numpy_helper.from_array(array, name) for name, array in constants.items()]

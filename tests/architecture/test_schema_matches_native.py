@@ -52,7 +52,7 @@ def test_attributes_agree() -> None:
         source = native_sources()[op.name]
         names = re.findall(r'k\w+Attribute = "(\w+)"', source)
         defaults = [
-            DEFAULT_OF[kind](value) for kind, value in re.findall(r"constexpr ([\w:]+) k\w+Default = (-?[\d.]+)", source)
+            DEFAULT_OF[kind](value) for kind, value in re.findall(r"constexpr ([\w:]+) k\w+Default = (-?[\d.e-]+)", source)
         ]
         assert list(zip(names, defaults, strict=True)) == [(a.name, a.default) for a in op.attributes]
         assert [type(default) for default in defaults] == [

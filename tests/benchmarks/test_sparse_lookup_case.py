@@ -8,7 +8,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from cases import kernels, sparse_lookup
+import kernel_models
+from cases import sparse_lookup
 
 pytestmark = pytest.mark.usefixtures("native_library")
 
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("native_library")
 def test_layers_compute_the_same_with_and_without_the_library(has_hinges: int) -> None:
     model = sparse_lookup.layers(64, has_hinges)
     x = np.random.default_rng(1).standard_normal((3, 64), dtype=np.float32)
-    ours, plain = (kernels.session(model, 1, is_native).run(None, {"x": x})[0] for is_native in (True, False))
+    ours, plain = (kernel_models.session(model, 1, is_native).run(None, {"x": x})[0] for is_native in (True, False))
     assert not np.array_equal(ours, x)
     np.testing.assert_allclose(ours, plain, rtol=0, atol=1e-5 * np.abs(plain).max())
 

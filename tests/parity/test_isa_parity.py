@@ -159,12 +159,14 @@ def test_route_has_the_same_bits_on_every_instruction_set(
 @given(
     seed=st.integers(0, 2**32 - 1),
     num_tokens=st.integers(0, 40),
-    top_k=st.integers(0, 3),
-    num_tiles=st.integers(1, 6),
+    top_k=st.integers(1, 3),
+    num_tiles=st.integers(3, 40),
     width=st.one_of(st.integers(0, 70), st.integers(200, 600)),
     num_hidden=st.integers(0, 150),
     grid_size=st.integers(1, 40),
     has_hinges=st.integers(0, 1),
+    route_on_norm=st.integers(0, 1),
+    epsilon=st.sampled_from([0.0, 1e-5, 0.5]),
     is_special=st.booleans(),
 )
 def test_lookup_has_the_same_bits_on_every_instruction_set(
@@ -178,15 +180,18 @@ def test_lookup_has_the_same_bits_on_every_instruction_set(
     num_hidden: int,
     grid_size: int,
     has_hinges: int,
+    route_on_norm: int,
+    epsilon: float,
     is_special: bool,
 ) -> None:
     rng = np.random.default_rng(seed)
     inputs, _, _ = lookup_inputs(rng, num_tokens, top_k, num_tiles, width, num_hidden, grid_size, has_hinges)
     if is_special:
-        for name in ("x", "h", "score", "splines"):
+        for name in ("x", "routing_x", "norm_weight", "bias", "splines"):
             inputs[name] = with_specials(rng, inputs[name])
+    attributes = {"top_k": top_k, "grid_size": grid_size, "has_hinges": has_hinges, "route_on_norm": route_on_norm}
     case = tmp_path / "case.npz"
-    np.savez(case, **inputs, grid_size=grid_size, has_hinges=has_hinges)
+    np.savez(case, **inputs, **attributes, epsilon=epsilon)
     assert_all_agree(workers, case)
 
 

@@ -46,9 +46,12 @@ def ffn_case(rng: np.random.Generator) -> tuple[Inputs, Attributes]:
 
 
 def lookup_case(rng: np.random.Generator) -> tuple[Inputs, Attributes]:
-    attributes = {"grid_size": int(rng.integers(1, 40)), "has_hinges": int(rng.integers(0, 2))}
-    sizes = (rng.integers(0, 40), rng.integers(0, 4), rng.integers(1, 5), rng.integers(0, 70), rng.integers(0, 70))
-    return lookup_inputs(rng, *map(int, sizes), **attributes)[0], attributes
+    flags = {name: int(rng.integers(0, 2)) for name in ("has_hinges", "route_on_norm")}
+    num_tiles, grid_size = int(rng.integers(1, 70)), int(rng.integers(1, 40))
+    top_k, width, num_hidden = int(rng.integers(1, min(num_tiles, 4) + 1)), int(rng.integers(0, 70)), int(rng.integers(0, 70))
+    sizes = (int(rng.integers(0, 40)), top_k, num_tiles, width, num_hidden)
+    inputs, _, _ = lookup_inputs(rng, *sizes, grid_size, **flags)
+    return inputs, {"top_k": top_k, "grid_size": grid_size, **flags}
 
 
 def route_case(rng: np.random.Generator) -> tuple[Inputs, Attributes]:
@@ -118,7 +121,7 @@ def has_result(session: ort.InferenceSession, inputs: Inputs) -> bool:
 def run_mutated(rng: np.random.Generator, op: OpSchema, library: str, counts: Counter[str]) -> None:
     """A model some of whose bytes, or attributes, are wrong."""
     inputs, attributes = VALID_CASES[op.name](rng)
-    weights = {name: array for name, array in inputs.items() if name not in ("x", "h", "tile_idx", "score", "weight")}
+    weights = {name: array for name, array in inputs.items() if name not in ("x", "routing_x", "tile_idx", "weight")}
     constants = weights if rng.random() < 0.5 else {}
     left_out = optional_outputs(op) if rng.random() < 0.5 else []
     if rng.random() < 0.3:

@@ -1,8 +1,8 @@
 """A process whose kernels run one instruction set: for each case file named on stdin, run it and write the results.
 
-A case file (.npz) holds the inputs of one op, and its attributes as numbers without dimensions; `top_k` among them says it is
-SignatureRoute, `grid_size` SparseLookup. The answer to each line is the path of a .npz with the outputs. TRIX_ORT_ISA is read
-once per process, hence one worker for each value.
+A case file (.npz) holds the inputs of one op, and its attributes as numbers without dimensions; `grid_size` among them says it
+is SparseLookup, `top_k` alone SignatureRoute. The answer to each line is the path of a .npz with the outputs. TRIX_ORT_ISA is
+read once per process, hence one worker for each value.
 """
 
 import sys
@@ -19,7 +19,7 @@ sessions: dict[frozenset[tuple[str, float]], ort.InferenceSession] = {}
 def session_for(attributes: dict[str, float]) -> ort.InferenceSession:
     key = frozenset(attributes.items())
     if key not in sessions:
-        named_by = {"top_k": SIGNATURE_ROUTE, "grid_size": SPARSE_LOOKUP}
+        named_by = {"grid_size": SPARSE_LOOKUP, "top_k": SIGNATURE_ROUTE}
         op = next((op for name, op in named_by.items() if name in attributes), TERNARY_TILE_MATMUL)
         sessions[key] = native_session(make_model(op, **attributes))
     return sessions[key]

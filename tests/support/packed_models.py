@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from ort_ops.functions import fallback_functions
 from ort_ops.library import session_options
-from ort_ops.panels import to_panels
+from ort_ops.panels import from_panels, to_panels
 from ort_ops.schema import DOMAIN, OPSET_VERSION, SIGNATURE_ROUTE, TERNARY_TILE_MATMUL, OpSchema
 
 ELEMENT_TYPES = {"float32": TensorProto.FLOAT, "uint8": TensorProto.UINT8, "int64": TensorProto.INT64}
@@ -67,18 +67,24 @@ def lookup_inputs(
     num_hidden: int,
     grid_size: int = 16,
     has_hinges: int = 0,
+    route_on_norm: int = 1,
+    epsilon: float = 1e-5,
 ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
-    """Random valid inputs of SparseLookup, and y and points in float64."""
+    """Random valid inputs of SparseLookup, and y and tile_idx in float64. Tiles that are not needed are free now and then."""
 
     def normal(*shape: int) -> np.ndarray:
         return rng.standard_normal(shape, dtype=np.float32)
 
     spline_size = 4 * grid_size + 1 if has_hinges else (grid_size + 1) ** 2
+    bias = normal(num_tiles)
+    bias[rng.permutation(num_tiles)[: int(rng.integers(0, num_tiles - top_k + 1))]] = -np.inf
     inputs = {
-        "x": normal(num_tokens, width),
-        "h": normal(num_tokens, width),
-        "tile_idx": rng.integers(0, num_tiles, (num_tokens, top_k)),
-        "score": normal(num_tokens, num_tiles) * np.float32(3),
+        "x": normal(num_tokens, width) * np.float32(2) + np.float32(0.3),
+        "routing_x": normal(num_tokens, width) * np.float32(3),
+        "norm_weight": normal(width) + np.float32(1),
+        "norm_bias": normal(width),
+        "signatures": to_panels(random_ternary(rng, num_tiles, width)),
+        "bias": bias,
         "gate_curve": rng.uniform(0.2, 2.0, int(rng.integers(2, 9))).astype(np.float32),
         "compress": normal(width, num_hidden) / np.float32(max(width, 1) ** 0.5),
         "compress_bias": normal(num_hidden),
@@ -87,23 +93,39 @@ def lookup_inputs(
         "splines": normal(num_tiles, spline_size) / np.float32(max(grid_size / 8, 1)),
         "direction": normal(num_tiles, width),
     }
-    return inputs, *lookup_reference({name: np.asarray(array) for name, array in inputs.items()}, grid_size, has_hinges)
+    arrays = {name: np.asarray(array) for name, array in inputs.items()}
+    return arrays, *lookup_reference(arrays, top_k, grid_size, has_hinges, route_on_norm, epsilon)
 
 
-def lookup_reference(inputs: Arrays, grid_size: int, has_hinges: int) -> tuple[np.ndarray, np.ndarray]:
-    """y [T, D] and points [T, 2] in float64, token by token."""
-    exact = {name: array if array.dtype == np.int64 else array.astype(np.float64) for name, array in inputs.items()}
-    before = exact["h"] @ exact["compress"] + exact["compress_bias"]
+def lookup_keys(inputs: Arrays, route_on_norm: int = 1, epsilon: float = 1e-5) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """h [T, D], score and score + bias [T, E] in float64."""
+    x = inputs["x"].astype(np.float64)
+    centred = x - x.mean(axis=1, keepdims=True) if x.size else x
+    variance = (centred**2).mean(axis=1, keepdims=True) if x.size else np.ones((len(x), 1))
+    h = centred / np.sqrt(variance + epsilon) * inputs["norm_weight"] + inputs["norm_bias"]
+    signatures = from_panels(inputs["signatures"], len(inputs["bias"]), x.shape[1])
+    score = score_reference({"x": h if route_on_norm else inputs["routing_x"]}, signatures)
+    return h, score, score + inputs["bias"]
+
+
+def lookup_reference(
+    inputs: Arrays, top_k: int, grid_size: int, has_hinges: int, route_on_norm: int = 1, epsilon: float = 1e-5
+) -> tuple[np.ndarray, np.ndarray]:
+    """y [T, D] in float64, token by token, and tile_idx [T, K]."""
+    exact = {name: array.astype(np.float64) for name, array in inputs.items() if array.dtype == np.float32}
+    h, score, key = lookup_keys(inputs, route_on_norm, epsilon)
+    tile_idx = rank_tiles(key, top_k)
+    before = h @ exact["compress"] + exact["compress_bias"]
     hidden = before * 0.5 * (1.0 + np.vectorize(math.erf, otypes=[np.float64])(before / 2**0.5))
     point = np.tanh(hidden @ exact["point_weight"].T + exact["point_bias"])
     knots = np.linspace(0.0, 1.0, len(exact["gate_curve"]))
     y = exact["x"].copy()
-    for t, tiles in enumerate(exact["tile_idx"]):
+    for t, tiles in enumerate(tile_idx):
         for tile in tiles:
-            gate = np.interp(1.0 / (1.0 + np.exp(-exact["score"][t, tile])), knots, exact["gate_curve"])
+            gate = np.interp(1.0 / (1.0 + np.exp(-score[t, tile])), knots, exact["gate_curve"])
             magnitude = _hinge_magnitude if has_hinges else _grid_magnitude
             y[t] += gate * magnitude(exact["splines"][tile], point[t], grid_size) * exact["direction"][tile]
-    return y, point
+    return y, tile_idx
 
 
 def _hinge_magnitude(row: np.ndarray, point: np.ndarray, grid_size: int) -> float:

@@ -1,6 +1,6 @@
 """Reading the row that each token chose, and what is done with it, in few arrays of tokens x width.
 
-:func:`sparse_lookup` is the whole of it in one custom operator, for inference.
+:func:`sparse_lookup` is a whole layer in one custom operator, for inference.
 
 On a CPU a fresh array of that size, which is in no cache, takes longer than the arithmetic on it. So what can be is done in
 place, and the rows are looked up again in the backward pass. Every function is differentiable once.
@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
+
+from trix.functional.gates import Gate
+from trix.functional.tile_matmul import signature_route
 
 
 def add_rows(x: Tensor, size: Tensor, rows: Tensor, row_idx: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -65,9 +68,11 @@ def grid_rows(point: Tensor, rows: Tensor, row_idx: Tensor, grid_size: int) -> T
 @torch.library.custom_op("trix::sparse_lookup", mutates_args=())
 def sparse_lookup(
     x: Tensor,
-    h: Tensor,
-    tile_idx: Tensor,
-    score: Tensor,
+    routing_x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    packed: Tensor,
+    bias: Tensor,
     gate_curve: Tensor,
     compress: Tensor,
     compress_bias: Tensor,
@@ -75,25 +80,34 @@ def sparse_lookup(
     point_bias: Tensor,
     splines: Tensor,
     direction: Tensor,
+    top_k: int,
     grid_size: int,
     has_hinges: bool,
-) -> tuple[Tensor, Tensor]:
+    route_on_norm: bool,
+    epsilon: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y[t] = x[t] + sum_k gate(score[t, e]) * magnitude_e(p[t]) * direction_e with e = tile_idx[t, k]; inference only.
 
-    p = tanh(gelu(h compress + compress_bias) point_weight^T + point_bias); magnitude_e is :func:`hinge_rows` with has_hinges,
-    :func:`grid_rows` without, over splines[e]; gate is the piecewise linear curve through (i / (N - 1), gate_curve[i]) at
-    sigmoid(score).
+    h = layer_norm(x); tile_idx and score by :func:`trix.functional.tile_matmul.signature_route` from h, or from routing_x
+    without route_on_norm; p = tanh(gelu(h compress + compress_bias) point_weight^T + point_bias); magnitude_e is
+    :func:`hinge_rows` with has_hinges, :func:`grid_rows` without, over splines[e]; gate is the piecewise linear curve through
+    (i / (N - 1), gate_curve[i]) at sigmoid(score[t, e]).
 
     Args:
-        x, h: float [T, D]. tile_idx: int64 [T, K]. score: float [T, E]. gate_curve: float [N], N >= 2. compress: float [D, H],
-            compress_bias [H]. point_weight: float [2, H], point_bias [2]. splines: float [E, S]. direction: float [E, D].
+        x, routing_x: float [T, D]. norm_weight, norm_bias: float [D]; epsilon: of the norm. packed: uint8 [E, ceil(D / 4)], the
+            signatures. bias: float [E]. gate_curve: float [N], N >= 2. compress: float [D, H], compress_bias [H].
+            point_weight: float [2, H], point_bias [2]. splines: float [E, S]. direction: float [E, D]. top_k: 1 <= top_k <= E.
 
     Returns:
-        y [T, D] in the dtype of x, and p [T, 2].
+        y [T, D] in the dtype of x, tile_idx int64 [T, top_k], score [T, E] in at least float32, and p [T, 2].
     """
+    h = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, epsilon)
+    routed = h if route_on_norm else routing_x
+    routed = routed.to(torch.promote_types(routed.dtype, torch.float32))
+    tile_idx, share_TK, score = signature_route(routed, packed, bias, torch.zeros_like(bias), top_k, Gate.SIGMOID, 0.0)
     point_T2 = F.linear(F.gelu(F.linear(h, compress.mT, compress_bias)), point_weight, point_bias).tanh()
     last = gate_curve.shape[0] - 1
-    position_TK = score.gather(-1, tile_idx).to(gate_curve.dtype).sigmoid() * last
+    position_TK = share_TK.to(gate_curve.dtype) * last
     segment_TK = position_TK.long().clamp(0, last - 1)
     start_TK = gate_curve[segment_TK]
     gate_TK = start_TK + (gate_curve[segment_TK + 1] - start_TK) * (position_TK - segment_TK)
@@ -104,15 +118,17 @@ def sparse_lookup(
         else:
             magnitude_T = grid_rows(point_T2, splines, tile_idx_T, grid_size)
         y = add_rows(y, gate_T * magnitude_T, direction, tile_idx_T)
-    return y, point_T2
+    return y, tile_idx, score, point_T2
 
 
 @sparse_lookup.register_fake
 def _(
     x: Tensor,
-    h: Tensor,
-    tile_idx: Tensor,  # noqa: ARG001
-    score: Tensor,  # noqa: ARG001
+    routing_x: Tensor,
+    norm_weight: Tensor,  # noqa: ARG001
+    norm_bias: Tensor,  # noqa: ARG001
+    packed: Tensor,
+    bias: Tensor,  # noqa: ARG001
     gate_curve: Tensor,  # noqa: ARG001
     compress: Tensor,  # noqa: ARG001
     compress_bias: Tensor,  # noqa: ARG001
@@ -120,10 +136,19 @@ def _(
     point_bias: Tensor,  # noqa: ARG001
     splines: Tensor,  # noqa: ARG001
     direction: Tensor,  # noqa: ARG001
+    top_k: int,
     grid_size: int,  # noqa: ARG001
     has_hinges: bool,  # noqa: ARG001
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), h.new_empty(h.shape[0], 2)
+    route_on_norm: bool,
+    epsilon: float,  # noqa: ARG001
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    num_tokens, score_dtype = x.shape[0], torch.promote_types((x if route_on_norm else routing_x).dtype, torch.float32)
+    return (
+        torch.empty_like(x),
+        x.new_empty(num_tokens, top_k, dtype=torch.int64),
+        x.new_empty(num_tokens, packed.shape[0], dtype=score_dtype),
+        x.new_empty(num_tokens, 2),
+    )
 
 
 # A forward that takes ctx: with setup_context apart, every call inspects its signature, which takes as long as a lookup.

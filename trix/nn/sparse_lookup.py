@@ -114,13 +114,15 @@ class SparseLookupFFN(SignatureSurgery):
         if routing_x is not None and routing_x.shape != x.shape:
             raise ValueError(f"routing_x {tuple(routing_x.shape)} must have the shape of x {tuple(x.shape)}")
         x_TD = x.reshape(-1, self.d_model)
-        h_TD = self.norm(x_TD)
-        routing_TD = h_TD if routing_x is None else routing_x.reshape(x_TD.shape)
-        tile_idx_TK, score_TE = self.router.select(routing_TD, self._emergent_signatures())
-        gate_TK = self._gate(score_TE.gather(-1, tile_idx_TK))
-        if self.router.packed_signatures is not None and not self.training:
-            y_TD, point_T2 = self._look_up(x_TD, h_TD, tile_idx_TK, score_TE)
+        routing_TD = None if routing_x is None else routing_x.reshape(x_TD.shape)
+        packed = self.router.packed_signatures
+        if packed is not None and not self.training:
+            y_TD, tile_idx_TK, score_TE, point_T2 = self._look_up(x_TD, routing_TD, packed)
+            gate_TK = self._gate(score_TE.gather(-1, tile_idx_TK))
         else:
+            h_TD = self.norm(x_TD)
+            tile_idx_TK, score_TE = self.router.select(h_TD if routing_TD is None else routing_TD, self._emergent_signatures())
+            gate_TK = self._gate(score_TE.gather(-1, tile_idx_TK))
             point_T2 = self.compress(h_TD)
             y_TD = self._add_directions(x_TD, point_T2, tile_idx_TK, gate_TK)
         self._count(tile_idx_TK, labels, mask, x.shape[:-1])
@@ -143,16 +145,18 @@ class SparseLookupFFN(SignatureSurgery):
             y_TD = add_rows(y_TD, size_T, self.direction_ED, tile_idx_T, mask_TD)
         return y_TD
 
-    def _look_up(self, x_TD: Tensor, h_TD: Tensor, tile_idx_TK: Tensor, score_TE: Tensor) -> tuple[Tensor, Tensor]:
-        """y [T, D] and the points [T, 2] by one operator, for inference."""
+    def _look_up(self, x_TD: Tensor, routing_TD: Tensor | None, packed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """y [T, D], tile_idx [T, K], score [T, E] and the points [T, 2] by one operator, for inference."""
         to_hidden, to_point = self.compress[0], self.compress[2]
         assert isinstance(to_hidden, nn.Linear)
         assert isinstance(to_point, nn.Linear)
-        return sparse_lookup(
+        y_TD, tile_idx_TK, score_TE, point_T2 = sparse_lookup(
             x_TD,
-            h_TD,
-            tile_idx_TK,
-            score_TE,
+            x_TD if routing_TD is None else routing_TD,
+            self.norm.weight,
+            self.norm.bias,
+            packed,
+            self.router.balance_bias + self.router.exclusion_E,
             self._gate_curve() * self.output_scale,
             to_hidden.weight.mT,
             to_hidden.bias,
@@ -160,9 +164,13 @@ class SparseLookupFFN(SignatureSurgery):
             to_point.bias,
             self.magnitude.values(),
             self.direction_ED,
+            self.router.top_k,
             self.magnitude.grid_size,
             isinstance(self.magnitude, HingeSplines),
+            routing_TD is None,
+            self.norm.eps,
         )
+        return y_TD, tile_idx_TK, score_TE + self.router.exclusion_E, point_T2
 
     def _emergent_signatures(self) -> Tensor | None:
         if self.router.packed_signatures is not None:
@@ -244,8 +252,8 @@ class SparseLookupFFN(SignatureSurgery):
         self.reset_claim_tracking()
 
     def pack(self) -> None:
-        """Hold the signatures as 2-bit codes; route by ``trix::signature_route`` and, in evaluation mode, look up by
-        ``trix::sparse_lookup``. Inference only afterwards. Idempotent.
+        """Hold the signatures as 2-bit codes; in evaluation mode compute by ``trix::sparse_lookup``. Inference only afterwards.
+        Idempotent.
         """
         self.router.pack_signatures(self._emergent_signatures())
 

@@ -21,6 +21,9 @@ constexpr KernelVariant<SignatureGateKernel> kSignatureGateRows[] = {
 constexpr KernelVariant<SignatureRouteKernel> kSignatureRouteRows[] = {
 #include "kernels/signature_route/signature_route.inc"
 };
+constexpr KernelVariant<LayerNormKernel> kLayerNormRows[] = {
+#include "kernels/layer_norm/layer_norm.inc"
+};
 constexpr KernelVariant<SparseLookupKernel> kSparseLookupRows[] = {
 #include "kernels/sparse_lookup/sparse_lookup.inc"
 };
@@ -75,6 +78,10 @@ KernelVariants<SignatureRouteKernel> signature_route_variants() {
     return {kSignatureRouteRows, static_cast<int>(std::size(kSignatureRouteRows))};
 }
 
+KernelVariants<LayerNormKernel> layer_norm_variants() {
+    return {kLayerNormRows, static_cast<int>(std::size(kLayerNormRows))};
+}
+
 KernelVariants<SparseLookupKernel> sparse_lookup_variants() {
     return {kSparseLookupRows, static_cast<int>(std::size(kSparseLookupRows))};
 }
@@ -87,6 +94,7 @@ KernelTable choose_kernels(const char* requested) {
             best_variant(quantize_rows_variants(), isa),
             best_variant(signature_gate_variants(), isa),
             best_variant(signature_route_variants(), isa),
+            best_variant(layer_norm_variants(), isa),
             best_variant(sparse_lookup_variants(), isa)};
 }
 

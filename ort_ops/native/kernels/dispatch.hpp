@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels/cpu_features.hpp"
+#include "kernels/layer_norm/layer_norm.hpp"
 #include "kernels/quantize_rows/quantize_rows.hpp"
 #include "kernels/signature_gate/signature_gate.hpp"
 #include "kernels/signature_route/signature_route.hpp"
@@ -30,6 +31,7 @@ KernelVariants<TernaryMatMulKernel> ternary_matmul_variants();
 KernelVariants<QuantizeRowsKernel> quantize_rows_variants();
 KernelVariants<SignatureGateKernel> signature_gate_variants();
 KernelVariants<SignatureRouteKernel> signature_route_variants();
+KernelVariants<LayerNormKernel> layer_norm_variants();
 KernelVariants<SparseLookupKernel> sparse_lookup_variants();
 
 struct KernelTable {
@@ -38,6 +40,7 @@ struct KernelTable {
     QuantizeRowsKernel quantize_rows;
     SignatureGateKernel signature_gate;
     SignatureRouteKernel signature_route;
+    LayerNormKernel layer_norm;
     SparseLookupKernel sparse_lookup;
 };
 

@@ -166,6 +166,8 @@ class Inputs {
             is_constant_[i] = info.constant_input(i, specs[i], &constant_[i]);
     }
 
+    bool is_constant(std::size_t index) const { return is_constant_[index]; }
+
     TensorView view(const KernelContext& context, std::size_t index) const {
         return is_constant_[index] ? constant_[index] : context.input(index, specs_[index]);
     }

@@ -58,17 +58,20 @@ class SignatureRoute {
         auto* tile_idx = context.output<std::int64_t>(kTileIdx, kOutputs[kTileIdx].name, {x.dim(0), top_k_});
         auto* weight = context.output<float>(kWeight, kOutputs[kWeight].name, {x.dim(0), top_k_});
         auto* score = context.output<float>(kScore, kOutputs[kScore].name, {x.dim(0), bias.dim(0)});
+        std::vector<float> run_norms;
+        const TileMatrices table = table_.matrix(signatures, bias.dim(0), x.dim(1), run_norms);
         if (score == nullptr && rule_.gate == Gate::kSigmoid && bias.size(0) >= kManyTiles) {
-            choose_among_many(context, x, signatures, bias, tile_idx, weight);
+            choose_among_many(context, table, x, bias.as<float>(), tile_idx, weight);
             return;
         }
         std::unique_ptr<float[]> unread;
         if (score == nullptr) {
+            checked_bytes("scores", {x.dim(0), bias.dim(0)}, sizeof(float));
             unread.reset(new float[x.size(0) * bias.size(0)]);
             score = unread.get();
         }
         const auto top_k = static_cast<std::size_t>(top_k_);
-        table_.score(context, signatures, x.as<float>(), x.size(0), x.size(1), bias.size(0), score);
+        score_tiles(context, table, x.as<float>(), x.size(0), score);
         choose_tiles(context, x.size(0), bias.size(0), top_k, score, bias.as<float>(), tile_idx);
         weigh_tiles(context, rule_, x.size(0), bias.size(0), top_k, score, bias.as<float>(),
                     log_mass.as<float>(), tile_idx, weight);
@@ -84,19 +87,18 @@ class SignatureRoute {
 
   private:
     // Where only the scores of the chosen tiles count, there is no need for those of all others.
-    void choose_among_many(const KernelContext& context, const TensorView& x, const TensorView& signatures,
-                           const TensorView& bias, std::int64_t* tile_idx, float* weight) const {
+    void choose_among_many(const KernelContext& context, const TileMatrices& table, const TensorView& x,
+                           const float* bias, std::int64_t* tile_idx, float* weight) const {
         const auto top_k = static_cast<std::size_t>(top_k_);
         std::vector<float> chosen_score(x.size(0) * top_k);
-        table_.choose(context, signatures, x.as<float>(), x.size(0), x.size(1), bias.size(0),
-                      bias.as<float>(), top_k, tile_idx, chosen_score.data());
+        choose_fine(context, table, x.as<float>(), x.size(0), bias, top_k, tile_idx, chosen_score.data());
         // A weight by sigmoid looks at its own tile alone, as if there were no other.
         const std::vector<std::int64_t> only(chosen_score.size(), 0);
         const float in_use = 0.0f, no_mass = 0.0f;
         weigh_tiles(context, rule_, chosen_score.size(), 1, 1, chosen_score.data(), &in_use, &no_mass,
                     only.data(), weight);
         for (std::size_t i = 0; i < chosen_score.size(); ++i) {
-            if (bias.as<float>()[tile_idx[i]] == -HUGE_VALF) weight[i] *= 0.0f;  // NaN stays NaN
+            if (bias[tile_idx[i]] == -HUGE_VALF) weight[i] *= 0.0f;  // NaN stays NaN
         }
     }
 

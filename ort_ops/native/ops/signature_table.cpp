@@ -5,12 +5,12 @@
 #include <numeric>
 
 #include "kernels/dispatch.hpp"
-#include "ops/fine_choice.hpp"
 
 namespace trix {
 namespace {
 
 constexpr std::size_t kTokensPerUnit = 64;
+constexpr std::size_t kPlanes = 3;  // of activations of 24 bits
 
 std::vector<float> inverse_norms(const TensorView& signatures) {
     if (signatures.size(2) != kBlockBytes) return {};  // check will say so
@@ -33,32 +33,60 @@ void SignatureTable::check(const TensorView& signatures, std::int64_t num_tiles,
     check_columns("x", num_columns);
 }
 
-// The table is a ternary matrix with one row per tile, and the norms are its row scales.
-TileMatrices SignatureTable::matrix(const TensorView& signatures, std::size_t num_columns,
-                                    std::size_t num_tiles, std::vector<float>& run_norms) const {
+TileMatrices SignatureTable::matrix(const TensorView& signatures, std::int64_t num_tiles,
+                                    std::int64_t num_columns, std::vector<float>& run_norms) const {
     if (!packed_.is_constant()) run_norms = inverse_norms(signatures);
-    return {signatures.as<std::uint8_t>(), packed_.is_constant() ? constant_norms_.data() : run_norms.data(),
-            num_tiles, num_columns};
+    const std::vector<float>& norms = packed_.is_constant() ? constant_norms_ : run_norms;
+    return {signatures.as<std::uint8_t>(), norms.data(), static_cast<std::size_t>(num_tiles),
+            static_cast<std::size_t>(num_columns)};
 }
 
-void SignatureTable::score(const KernelContext& context, const TensorView& signatures, const float* x,
-                           std::size_t num_tokens, std::size_t num_columns, std::size_t num_tiles,
-                           float* score) const {
-    std::vector<float> run_norms;
-    const TileMatrices table = matrix(signatures, num_columns, num_tiles, run_norms);
+void score_tiles(const KernelContext& context, const TileMatrices& table, const float* x,
+                 std::size_t num_tokens, float* score) {
     TokenGroups all_tokens{std::vector<std::int64_t>(num_tokens), {0, num_tokens}};
     std::iota(all_tokens.order.begin(), all_tokens.order.end(), std::int64_t{0});
-    const QuantisedRows rows = quantise(context, Activations(), x, num_tokens, num_columns);
+    const QuantisedRows rows = quantise(context, Activations(), x, num_tokens, table.num_columns);
     multiply_tiles(context, rows, table, all_tokens, all_tokens.order.data(), all_tokens.order.data(), score);
 }
 
-void SignatureTable::choose(const KernelContext& context, const TensorView& signatures, const float* x,
-                            std::size_t num_tokens, std::size_t num_columns, std::size_t num_tiles,
-                            const float* bias, std::size_t top_k, std::int64_t* tile_idx,
-                            float* score) const {
-    std::vector<float> run_norms;
-    choose_fine(context, matrix(signatures, num_columns, num_tiles, run_norms), x, num_tokens, bias, top_k,
-                tile_idx, score);
+std::size_t score_block_bytes(std::size_t num_columns) {
+    const std::size_t stride = ceil_div(num_columns, kBlockColumns) * kBlockColumns;
+    return kScoreBlock * kPlanes * (stride + ceil_div(stride, kGroupColumns) * 2 * sizeof(float));
+}
+
+void score_block(const TileMatrices& table, const float* x, std::size_t num_tokens, std::uint8_t* scratch,
+                 float* score) noexcept {
+    static constexpr std::int64_t kPlaces[kScoreBlock] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11,
+                                                          12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23};
+    const std::size_t stride = ceil_div(table.num_columns, kBlockColumns) * kBlockColumns;
+    const std::size_t num_scales = num_tokens * ceil_div(stride, kGroupColumns) * kPlanes;
+    QuantizeRowsJob quantise{};
+    quantise.x = x;
+    quantise.scale = reinterpret_cast<float*>(scratch);
+    quantise.sum = reinterpret_cast<std::int32_t*>(quantise.scale + num_scales);
+    quantise.q = reinterpret_cast<std::int8_t*>(quantise.sum + num_scales);
+    quantise.num_columns = table.num_columns;
+    quantise.group_columns = kGroupColumns;
+    quantise.num_planes = kPlanes;
+    quantise.row_end = num_tokens;
+    kernels().quantize_rows(quantise);
+
+    TernaryMatMulJob multiply{};
+    multiply.q = quantise.q;
+    multiply.scale = quantise.scale;
+    multiply.sum = quantise.sum;
+    multiply.panels = table.panels;
+    multiply.row_scale = table.row_scale;
+    multiply.token_idx = kPlaces;
+    multiply.y_idx = kPlaces;
+    multiply.y = score;
+    multiply.num_tokens = num_tokens;
+    multiply.num_columns = table.num_columns;
+    multiply.group_columns = kGroupColumns;
+    multiply.num_planes = kPlanes;
+    multiply.num_rows = table.num_rows;
+    multiply.panel_end = ceil_div(table.num_rows, kPanelRows);
+    kernels().ternary_matmul(multiply);
 }
 
 void choose_tiles(const KernelContext& context, std::size_t num_tokens, std::size_t num_tiles,

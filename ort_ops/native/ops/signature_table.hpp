@@ -18,22 +18,28 @@ class SignatureTable {
     /// `signatures` is the input of this run: it must hold num_tiles rows and num_columns columns.
     void check(const TensorView& signatures, std::int64_t num_tiles, std::int64_t num_columns) const;
 
-    /// score [T, num_tiles] of x [T, num_columns], both checked.
-    void score(const KernelContext& context, const TensorView& signatures, const float* x,
-               std::size_t num_tokens, std::size_t num_columns, std::size_t num_tiles, float* score) const;
-
-    /// tile_idx and score [T, top_k]: the best tiles and their scores, as score and choose_tiles give them.
-    void choose(const KernelContext& context, const TensorView& signatures, const float* x,
-                std::size_t num_tokens, std::size_t num_columns, std::size_t num_tiles, const float* bias,
-                std::size_t top_k, std::int64_t* tile_idx, float* score) const;
-
-  private:
-    TileMatrices matrix(const TensorView& signatures, std::size_t num_columns, std::size_t num_tiles,
+    /// The signatures of this run, checked, as a matrix with one row per tile, whose row scales are the
+    /// norms. `run_norms` is filled unless they are constant, and must outlive the matrix.
+    TileMatrices matrix(const TensorView& signatures, std::int64_t num_tiles, std::int64_t num_columns,
                         std::vector<float>& run_norms) const;
 
+  private:
     PackedInput packed_;
     std::vector<float> constant_norms_;
 };
+
+/// score [num_tokens, tiles] of x [num_tokens, columns].
+void score_tiles(const KernelContext& context, const TileMatrices& table, const float* x,
+                 std::size_t num_tokens, float* score);
+
+/// Tokens that score_block takes at most, and the bytes it needs for them.
+inline constexpr std::size_t kScoreBlock = 24;
+std::size_t score_block_bytes(std::size_t num_columns);
+
+/// score [num_tokens, tiles] of x [num_tokens, columns] on the calling thread, which shares nothing out and
+/// allocates nothing: for one token both take longer than the product. `scratch` is aligned to 8 bytes.
+void score_block(const TileMatrices& table, const float* x, std::size_t num_tokens, std::uint8_t* scratch,
+                 float* score) noexcept;
 
 /// tile_idx [T, top_k] = the best tiles of each token by score [T, num_tiles] + bias [num_tiles], as
 /// signature_route.hpp says.

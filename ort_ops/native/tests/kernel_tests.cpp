@@ -380,6 +380,7 @@ int main() {
     for_each_variant(ternary_matmul_variants(), test_longest_sum);
     for_each_variant(signature_route_variants(), test_route);
     for_each_variant(signature_gate_variants(), test_gate);
+    for_each_variant(layer_norm_variants(), test_norm);
     for_each_variant(sparse_lookup_variants(), test_lookup);
     test_panels();
     test_work_plan();

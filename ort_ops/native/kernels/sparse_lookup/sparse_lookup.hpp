@@ -10,16 +10,19 @@
 // axis, the G along the second, the G offsets, the G heights and the base.
 //
 // Sums are float32: over columns of h one after the other, from 0, b added at the end; over hidden values and
-// hinges in 16 lanes (lane j holds j, j + 16, ...), which are then added up in order. erf, tanh
-// and sigmoid are within 3e-7. A NaN in x, h, a chosen score or a weight makes what depends on it NaN.
+// hinges in 16 lanes (lane j holds j, j + 16, ...), which are then added up by halves (j and j + 8, then j
+// and j + 4, ...). erf, tanh and sigmoid are within 3e-7. A NaN in x, h, a chosen score or a weight makes
+// what depends on it NaN.
 //
-// hidden [T, H] is scratch. Only rows [token_begin, token_end) of point, y and hidden are written;
-// thread-safe on disjoint ones. Every tile_idx lies in [0, E). No alignment asked; nothing outside the arrays
-// is read.
+// W lies in strips (compress_strips.hpp). hidden [T, H up to whole strips] is scratch. Only rows
+// [token_begin, token_end) of y and hidden are written; thread-safe on disjoint ones. Every tile_idx lies in
+// [0, E). No alignment asked; nothing outside the arrays is read.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+
+#include "kernels/sparse_lookup/compress_strips.hpp"
 
 namespace trix {
 
@@ -29,15 +32,14 @@ struct SparseLookupJob {
     const std::int64_t* tile_idx;  // [T, top_k]
     const float* score;            // [T, E]
     const float* gate_curve;       // [num_knots], at least 2
-    const float* compress;         // W [D, H]
+    const StripRow* compress;      // W [D, H]
     const float* compress_bias;    // [H]
     const float* point_weight;     // [2, H]
     const float* point_bias;       // [2]
     const float* splines;          // [E, spline_size]
     const float* direction;        // [E, D]
-    float* hidden;                 // [T, H]
+    float* hidden;                 // [T, H up to whole strips]
     float* y;                      // [T, D]
-    float* point;                  // [T, 2]
     std::size_t width;             // D
     std::size_t num_hidden;        // H
     std::size_t num_tiles;         // E

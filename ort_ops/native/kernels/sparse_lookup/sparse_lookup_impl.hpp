@@ -1,36 +1,19 @@
-// The kernel for files that differ in their flags and in TRIX_LANES, the floats of a register. Everything is
-// static: see the rules in kernels/README.md.
+// The kernel for files that differ in their flags, in TRIX_LANES, the floats of a register, and in
+// TRIX_TOKENS, how many tokens' sums over a strip fit the registers. Everything is static: see the rules in
+// kernels/README.md.
 #pragma once
 
+#include "kernels/float_vectors.hpp"
 #include "kernels/sparse_lookup/sparse_lookup.hpp"
 
 namespace trix {
 namespace {
 
-constexpr std::size_t kLanes = 16;  // of the sums whose order the contract states
-constexpr std::size_t kVectorLanes = TRIX_LANES;
-constexpr std::size_t kVectors = kLanes / kVectorLanes;
-constexpr std::size_t kTokenBlock = 6;  // whose sums over a strip fit the registers of AVX2
-constexpr std::size_t kStripColumns = 16;
 constexpr std::size_t kStripVectors = kStripColumns / kVectorLanes;
-constexpr std::size_t kStripRows = 256;  // together half of a first-level cache
+constexpr std::size_t kStripRows = 128;  // half of a first-level cache
 
 inline std::size_t smaller(std::size_t a, std::size_t b) {
     return a < b ? a : b;
-}
-
-// GCC's and Clang's vectors: the compiler's own arithmetic, in registers whatever it makes of the loops
-// around.
-typedef float Vector __attribute__((vector_size(TRIX_LANES * sizeof(float))));
-
-inline Vector load(const float* from) {
-    Vector vector;
-    __builtin_memcpy(&vector, from, sizeof(vector));
-    return vector;
-}
-
-inline void store(float* to, const Vector& vector) {
-    __builtin_memcpy(to, &vector, sizeof(vector));
 }
 
 inline std::uint32_t bits_of(float x) {
@@ -96,105 +79,49 @@ inline float gelu_of(float v) {
     return 0.5f * v * (1.0f + erf);
 }
 
-// One token: hidden[c] = sum_d h[d] W[d, c] for kBlock vectors of columns, whose sums stay in registers.
-template <std::size_t kBlock>
-inline void multiply_columns(const SparseLookupJob& job, std::size_t token, std::size_t column) {
-    Vector sum[kBlock] = {};
-    const float* weight = job.compress + column;
-    for (std::size_t d = 0; d < job.width; ++d, weight += job.num_hidden)
-        for (std::size_t c = 0; c < kBlock; ++c)
-            sum[c] += load(weight + c * kVectorLanes) * job.h[token * job.width + d];
-    for (std::size_t c = 0; c < kBlock; ++c)
-        store(job.hidden + token * job.num_hidden + column + c * kVectorLanes, sum[c]);
-}
-
-inline void compress_token(const SparseLookupJob& job, std::size_t token) {
-    std::size_t column = 0;
-    for (; column + 8 * kVectorLanes <= job.num_hidden; column += 8 * kVectorLanes)
-        multiply_columns<8>(job, token, column);
-    for (; column + 4 * kVectorLanes <= job.num_hidden; column += 4 * kVectorLanes)
-        multiply_columns<4>(job, token, column);
-    for (; column + kVectorLanes <= job.num_hidden; column += kVectorLanes)
-        multiply_columns<1>(job, token, column);
-    for (; column < job.num_hidden; ++column) {
-        float sum = 0.0f;
-        for (std::size_t d = 0; d < job.width; ++d)
-            sum += job.compress[d * job.num_hidden + column] * job.h[token * job.width + d];
-        job.hidden[token * job.num_hidden + column] = sum;
-    }
-}
-
-// Rows [row, row + num_rows) of some columns of W, close together, with zeros beside the last column.
-struct Strip {
-    float value[kStripRows * kStripColumns];
-    std::size_t row;
-    std::size_t num_rows;
-    std::size_t column;
-    std::size_t num_columns;
-};
-
-inline void read_strip(const SparseLookupJob& job, Strip& strip) {
-    const float* from = job.compress + strip.row * job.num_hidden + strip.column;
-    for (std::size_t d = 0; d < strip.num_rows; ++d, from += job.num_hidden) {
-        float* to = strip.value + d * kStripColumns;
-        if (strip.num_columns == kStripColumns) {
-            __builtin_memcpy(to, from, kStripColumns * sizeof(float));
-            continue;
-        }
-        for (std::size_t c = 0; c < kStripColumns; ++c) to[c] = c < strip.num_columns ? from[c] : 0.0f;
-    }
-}
-
-// Many tokens: the strip's part of their sums. The sums stay in registers meanwhile.
+// The part of some rows of a strip in the sums of kTokens tokens, which stay in registers meanwhile: a
+// function of its own, so that the pointers to the tokens do, too.
 template <std::size_t kTokens>
-inline void multiply_strip(const SparseLookupJob& job, const Strip& strip, std::size_t token) {
-    Vector sum[kTokens][kStripVectors];
-    float lanes[kStripColumns] = {};
-    float* to = job.hidden + token * job.num_hidden + strip.column;
-    for (std::size_t t = 0; t < kTokens; ++t) {
-        for (std::size_t c = 0; strip.row > 0 && c < strip.num_columns; ++c)
-            lanes[c] = to[t * job.num_hidden + c];
-        for (std::size_t i = 0; i < kStripVectors; ++i) sum[t][i] = load(lanes + i * kVectorLanes);
-    }
-    const float* h = job.h + token * job.width + strip.row;
-    for (std::size_t d = 0; d < strip.num_rows; ++d) {
-        Vector row[kStripVectors];
+__attribute__((noinline)) void multiply_strip(const SparseLookupJob& job, const StripRow* strip,
+                                              std::size_t first_row, std::size_t num_rows, const float* h,
+                                              float* hidden) {
+    const std::size_t stride = whole_strips(job.num_hidden);
+    Vector sum[kTokens][kStripVectors] = {};
+    for (std::size_t t = 0; first_row > 0 && t < kTokens; ++t)
         for (std::size_t i = 0; i < kStripVectors; ++i)
-            row[i] = load(strip.value + d * kStripColumns + i * kVectorLanes);
+            sum[t][i] = load(hidden + t * stride + i * kVectorLanes);
+    for (std::size_t d = 0; d < num_rows; ++d) {
+        Vector row[kStripVectors];
+        for (std::size_t i = 0; i < kStripVectors; ++i) row[i] = load(strip[d].value + i * kVectorLanes);
         for (std::size_t t = 0; t < kTokens; ++t)
             for (std::size_t i = 0; i < kStripVectors; ++i) sum[t][i] += row[i] * h[t * job.width + d];
     }
-    for (std::size_t t = 0; t < kTokens; ++t) {
-        for (std::size_t i = 0; i < kStripVectors; ++i) store(lanes + i * kVectorLanes, sum[t][i]);
-        for (std::size_t c = 0; c < strip.num_columns; ++c) to[t * job.num_hidden + c] = lanes[c];
-    }
+    for (std::size_t t = 0; t < kTokens; ++t)
+        for (std::size_t i = 0; i < kStripVectors; ++i)
+            store(hidden + t * stride + i * kVectorLanes, sum[t][i]);
 }
 
-inline void compress_tokens(const SparseLookupJob& job) {
-    Strip strip;
-    for (strip.column = 0; strip.column < job.num_hidden; strip.column += kStripColumns) {
-        strip.num_columns = smaller(kStripColumns, job.num_hidden - strip.column);
-        strip.row = 0;
+// hidden = h W, in pieces of W that stay in the cache for all tokens.
+inline void compress(const SparseLookupJob& job) {
+    const std::size_t stride = whole_strips(job.num_hidden);
+    const StripRow* strip = job.compress;
+    for (std::size_t column = 0; column < stride; column += kStripColumns) {
+        std::size_t row = 0;
         do {  // once where h has no columns, so that sums are 0
-            strip.num_rows = smaller(kStripRows, job.width - strip.row);
-            read_strip(job, strip);
+            const std::size_t num_rows = smaller(kStripRows, job.width - row);
             std::size_t token = job.token_begin;
-            for (; token + kTokenBlock <= job.token_end; token += kTokenBlock)
-                multiply_strip<kTokenBlock>(job, strip, token);
-            for (; token + 2 <= job.token_end; token += 2) multiply_strip<2>(job, strip, token);
-            for (; token < job.token_end; ++token) multiply_strip<1>(job, strip, token);
-            strip.row += kStripRows;
-        } while (strip.row < job.width);
+            const auto multiply = [&](auto kernel, std::size_t num_tokens) {
+                for (; token + num_tokens <= job.token_end; token += num_tokens)
+                    kernel(job, strip, row, num_rows, job.h + token * job.width + row,
+                           job.hidden + token * stride + column);
+            };
+            multiply(multiply_strip<TRIX_TOKENS>, TRIX_TOKENS);
+            if (TRIX_TOKENS > 2) multiply(multiply_strip<2>, 2);
+            multiply(multiply_strip<1>, 1);
+            strip += num_rows;
+            row += kStripRows;
+        } while (row < job.width);
     }
-}
-
-inline float lane_sum(const Vector (&sum)[kVectors], const float* rest, std::size_t num_rest) {
-    float lanes[kLanes];
-    for (std::size_t i = 0; i < kVectors; ++i) store(lanes + i * kVectorLanes, sum[i]);
-    for (std::size_t j = 0; j < num_rest; ++j) lanes[j] += rest[j];
-    float total = lanes[0];
-    for (std::size_t j = 1; j < kLanes; ++j) total += lanes[j];
-    return total;
 }
 
 inline float dot(const float* a, const float* b, std::size_t count) {
@@ -220,9 +147,7 @@ inline float hinge_magnitude(const SparseLookupJob& job, const float* row, const
     for (; g + kLanes <= size; g += kLanes)
         for (std::size_t j = 0; j < kLanes; ++j) lanes[j] += hinge_value(row, size, g + j, point);
     for (std::size_t j = 0; g + j < size; ++j) lanes[j] += hinge_value(row, size, g + j, point);
-    float total = lanes[0];
-    for (std::size_t j = 1; j < kLanes; ++j) total += lanes[j];
-    return total + row[4 * size];
+    return sum_of_lanes(lanes) + row[4 * size];
 }
 
 // The whole number of steps in `position`, at most last; 0 for NaN.
@@ -267,9 +192,9 @@ inline void activate(const float* bias, std::size_t count, float* hidden) {
 }
 
 inline void look_up(const SparseLookupJob& job, std::size_t token) {
-    float* hidden = job.hidden + token * job.num_hidden;
+    float* hidden = job.hidden + token * whole_strips(job.num_hidden);
     activate(job.compress_bias, job.num_hidden, hidden);
-    float* point = job.point + token * 2;
+    float point[2];
     for (std::size_t i = 0; i < 2; ++i) {
         const float sum = dot(hidden, job.point_weight + i * job.num_hidden, job.num_hidden);
         point[i] = tanh_of(sum + job.point_bias[i]);
@@ -288,11 +213,7 @@ inline void look_up(const SparseLookupJob& job, std::size_t token) {
 }
 
 inline void sparse_lookup(const SparseLookupJob& job) {
-    if (job.token_end - job.token_begin >= kTokenBlock) {
-        compress_tokens(job);
-    } else {
-        for (std::size_t token = job.token_begin; token < job.token_end; ++token) compress_token(job, token);
-    }
+    compress(job);
     for (std::size_t token = job.token_begin; token < job.token_end; ++token) look_up(job, token);
 }
 

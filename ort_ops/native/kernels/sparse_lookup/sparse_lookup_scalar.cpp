@@ -1,5 +1,6 @@
 // The reference, for the baseline of any CPU.
 #define TRIX_LANES 4
+#define TRIX_TOKENS 1
 #include "kernels/sparse_lookup/sparse_lookup_impl.hpp"
 
 namespace trix {
