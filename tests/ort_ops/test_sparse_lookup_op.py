@@ -1,17 +1,14 @@
-"""SparseLookup in a real session, on the native and on the portable path, and in torch: values and every rejection."""
+"""SparseLookup in a real session, on the native and on the portable path: values and every rejection."""
 
 import numpy as np
 import onnx
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed_models import lookup_inputs, lookup_keys, make_model, native_session, portable_session
 
-from ort_ops.panels import from_panels, to_panels
+from ort_ops.panels import to_panels
 from ort_ops.schema import SPARSE_LOOKUP
-from trix.functional.lookup import sparse_lookup
-from trix.functional.packing import pack_ternary
 
 pytestmark = pytest.mark.usefixtures("native_library")
 
@@ -19,21 +16,6 @@ TOKENS = ("x", "routing_x")
 KINDS = [{"has_hinges": 0}, {"has_hinges": 1}]
 UNKNOWN_RANKS = {tensor.name: None for tensor in SPARSE_LOOKUP.inputs}
 ROUNDING = 1e-5  # of keys, whose size is a few units
-
-
-def torch_arguments(
-    inputs: dict[str, np.ndarray],
-    top_k: int = 1,
-    grid_size: int = 16,
-    has_hinges: int = 0,
-    route_on_norm: int = 1,
-    epsilon: float = 1e-5,
-) -> tuple[object, ...]:
-    signatures = from_panels(inputs["signatures"], len(inputs["bias"]), inputs["x"].shape[1])
-    tensors = {name: torch.from_numpy(array) for name, array in inputs.items()} | {
-        "signatures": pack_ternary(torch.from_numpy(signatures))
-    }
-    return (*tensors.values(), top_k, grid_size, bool(has_hinges), bool(route_on_norm), epsilon)
 
 
 def is_clear(key_TE: np.ndarray, top_k: int) -> np.ndarray:
@@ -78,16 +60,14 @@ def test_all_paths_equal_the_reference(
     model = make_model(SPARSE_LOOKUP, constants=constants, with_functions=True, **attributes)
     fed = {name: array for name, array in inputs.items() if name not in constants}
     answers = [session.run(None, fed) for session in (native_session(model), portable_session(model))]
-    answers.append([value.numpy() for value in sparse_lookup(*torch_arguments(inputs, **attributes))])
-    _, score, key = lookup_keys(inputs, route_on_norm, epsilon)
+    _, _, key = lookup_keys(inputs, route_on_norm, epsilon)
     is_same = is_clear(key, top_k)
-    for actual_y, actual_idx, *_ in answers:
+    for actual_y, actual_idx in answers:
         assert (actual_y.dtype, actual_idx.dtype) == (np.float32, np.int64)
         assert (actual_y.shape, actual_idx.shape) == (y.shape, tile_idx.shape)
         np.testing.assert_array_equal(actual_idx[is_same], tile_idx[is_same])
         # A hinge may be as steep as its slope: what rounding does to the point grows with it.
         np.testing.assert_allclose(actual_y[is_same], y[is_same], rtol=0, atol=3e-5 * np.abs(y).max(initial=1.0))
-    np.testing.assert_allclose(answers[2][2], score, rtol=0, atol=ROUNDING)
 
 
 @pytest.mark.parametrize("width", [0, 1])
@@ -247,9 +227,3 @@ def test_there_must_be_as_many_tiles_as_a_token_goes_to() -> None:
 def test_wrong_attributes_are_rejected_when_the_session_is_made(attributes: dict[str, int], text: str) -> None:
     with pytest.raises(Exception, match=text):
         native_session(make_model(SPARSE_LOOKUP, **attributes))
-
-
-@pytest.mark.parametrize("kind", KINDS, ids=["grid", "hinges"])
-def test_the_operator_of_torch_is_a_proper_one(kind: dict[str, int]) -> None:
-    inputs, _, _ = lookup_inputs(np.random.default_rng(8), 5, 2, 3, 20, 10, **kind)
-    torch.library.opcheck(sparse_lookup, torch_arguments(inputs, 2, **kind))
