@@ -1,4 +1,4 @@
-"""What is changed in the graph that torch's exporter writes."""
+"""What is changed in the graph that torch's exporter writes, which holds no inner graphs."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -44,11 +44,13 @@ def unsqueeze_constants(graph: GraphProto) -> None:
 
 def divide_by_roots(graph: GraphProto) -> None:
     """x * (1 / sqrt(v)) as x / sqrt(v): so written, onnxruntime takes an RMS norm for one operator, not seven."""
-    for inverse in [node for node in graph.node if node.op_type == "Reciprocal"]:
-        readers = [node for node in graph.node if inverse.output[0] in node.input]
-        if len(readers) != 1 or readers[0].op_type != "Mul":
+    num_reads = _num_reads(graph)
+    roots = {node.output[0] for node in graph.node if node.op_type == "Sqrt"}
+    products = {name: node for node in graph.node if node.op_type == "Mul" for name in node.input}
+    for inverse in [node for node in graph.node if node.op_type == "Reciprocal" and node.input[0] in roots]:
+        product = products.get(inverse.output[0])
+        if product is None or num_reads[inverse.output[0]] != 1:
             continue
-        product = readers[0]
         factor = next(name for name in product.input if name != inverse.output[0])
         product.CopyFrom(helper.make_node("Div", [factor, inverse.input[0]], product.output, name=product.name))
         graph.node.remove(inverse)
@@ -59,22 +61,27 @@ def join_reshapes(graph: GraphProto) -> None:
     before = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Reshape"}
     for node in graph.node:
         # With allowzero 0 a size of 0 would stand for that of the value it reads.
-        is_plain = any(attribute.name == "allowzero" and attribute.i == 1 for attribute in node.attribute)
-        while node.op_type == "Reshape" and is_plain and node.input[0] in before:
+        takes_zero = any(attribute.name == "allowzero" and attribute.i == 1 for attribute in node.attribute)
+        while node.op_type == "Reshape" and takes_zero and node.input[0] in before:
             node.input[0] = before[node.input[0]]
-    num_reads = Counter([name for node in graph.node for name in node.input] + [value.name for value in graph.output])
+    num_reads = _num_reads(graph)
     for node in reversed([node for node in graph.node if node.output[0] in before]):
         if num_reads[node.output[0]] == 0:
             num_reads.subtract(node.input)
             graph.node.remove(node)
 
 
+def _num_reads(graph: GraphProto) -> Counter[str]:
+    """How often nodes and outputs of the graph read a value."""
+    return Counter([name for node in graph.node for name in node.input] + [value.name for value in graph.output])
+
+
 def share_constants(graph: GraphProto) -> None:
     """Keep one of equal constants, as each layer has of its positions, so that onnxruntime computes once what it makes of them.
 
-    Those that our operators read stay each layer's own: they are what is edited. For graphs without inner graphs.
+    Those that our operators read stay each layer's own: they are what is edited. So does a constant that is an output.
     """
-    own = {name for node in graph.node if node.domain == DOMAIN for name in node.input}
+    own = {name for node in graph.node if node.domain == DOMAIN for name in node.input} | {v.name for v in graph.output}
     kept: dict[tuple[int, tuple[int, ...], bytes], str] = {}
     replaced = {}
     for tensor in [tensor for tensor in graph.initializer if tensor.name not in own]:
@@ -97,7 +104,7 @@ def leave_out_unread(graph: GraphProto) -> None:
     ops = {op.name: op for op in OPS}
     for node in graph.node:
         if node.domain == DOMAIN:
-            for place, (name, tensor) in enumerate(zip(node.output, ops[node.op_type].outputs, strict=True)):
+            for place, (name, tensor) in enumerate(zip(node.output, ops[node.op_type].outputs, strict=False)):
                 if tensor.is_optional and name not in read:
                     node.output[place] = ""
 

@@ -109,7 +109,7 @@ SIGNATURE_ROUTE = OpSchema(
         "1 softmax, exp(score[t, e]) / sum_f exp(log_mass[f] + score[t, f]) * sqrt(E); 2 adaptive, the softmax among the "
         "scores of the first n chosen tiles and 0 for the rest, where n is the number of tiles f whose score is at most "
         "confidence_threshold below the largest, but at least 1 and at most top_k. Free tiles have weight 0; where all are "
-        "free, gates 1 and 2 give NaN. Scores that are NaN give weights that are NaN."
+        "free, gates 1 and 2 give NaN. NaN scores make weights NaN, under gate 0 those of their own tiles."
     ),
 )
 

@@ -121,8 +121,8 @@ def show_scores(graph: GraphProto) -> list[str]:
     """Let every SignatureRoute hand over its scores, also where the file leaves them out: their names, in order."""
     nodes = [node for node in graph.node if (node.domain, node.op_type) == (DOMAIN, SIGNATURE_ROUTE.name)]
     for node in nodes:
-        if not node.output[_SCORE:] or not node.output[_SCORE]:
-            node.output[_SCORE:] = [f"{node.output[0]}.score"]
+        node.output.extend([""] * (_SCORE + 1 - len(node.output)))
+        node.output[_SCORE] = node.output[_SCORE] or f"{node.output[0]}.score"
     return [node.output[_SCORE] for node in nodes]
 
 

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed_models import make_model, native_session, route_inputs
 
+from ort_ops.panels import to_panels
 from ort_ops.schema import SIGNATURE_ROUTE
 
 pytestmark = pytest.mark.usefixtures("native_library")
@@ -55,6 +56,33 @@ def test_the_choice_is_that_of_the_exact_scores(
         inputs["x"] = (x * np.float64(size)).astype(np.float32)
     inputs["bias"] *= np.float32(bias)
     assert_same(inputs, top_k)
+
+
+@pytest.mark.parametrize("size", [1e30, 1e36, 3e38])
+def test_where_sums_leave_float32_the_choice_is_the_same(size: float) -> None:
+    for seed in range(8):
+        inputs, _ = route_inputs(np.random.default_rng(seed), 9, 300, 130)
+        inputs["x"][:, ::7] *= 100
+        inputs["x"] = (inputs["x"] / np.abs(inputs["x"]).max() * np.float64(size)).astype(np.float32)
+        assert_same(inputs, 3)
+        inputs["bias"][::3] = 3.4e38
+        assert_same(inputs, 3)
+
+
+def test_a_bound_that_is_a_little_too_small_would_be_noticed() -> None:
+    """The rest of rounding points along one signature: its score is as far off as the bound allows, one against it wins."""
+    rng = np.random.default_rng(0)
+    side_N = rng.choice([-1, 1], 100)
+    q_N = np.zeros(100)
+    q_N[:44] = -side_N[:44]
+    x = np.concatenate([[127.0], q_N + 0.45 * side_N]).astype(np.float32)[None]  # scale 1, and 0.45 left in every column
+    signatures = np.zeros((MANY, 101), np.int8)
+    signatures[200, 1:], signatures[3, 1:] = side_N, -side_N
+    bias = np.full(MANY, -1000, np.float32)
+    bias[[3, 200]] = 0
+    inputs = {"x": x, "signatures": to_panels(signatures), "bias": bias, "log_mass": np.zeros(MANY, np.float32)}
+    exact, fine = both_ways(inputs, 1)
+    assert exact[0].item() == fine[0].item() == 200
 
 
 def test_ties_nan_infinity_and_free_slots() -> None:

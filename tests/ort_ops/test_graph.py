@@ -1,11 +1,12 @@
 import numpy as np
 import onnxruntime as ort
-from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import GraphProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from ort_ops.graph import (
     Activations,
     divide_by_roots,
     join_reshapes,
+    leave_out_unread,
     set_activations,
     share_constants,
     unsqueeze_constants,
@@ -46,6 +47,20 @@ def test_activations_are_set_where_products_are_taken_and_not_where_tokens_are_r
     assert route == {"top_k": 2}
 
 
+def test_scores_that_nothing_reads_lose_their_name() -> None:
+    graph = small_graph()
+    leave_out_unread(graph)
+    assert list(graph.node[-1].output) == ["tile_idx", "weight", ""]
+    for reader in (
+        helper.make_node("Abs", ["score"], ["size"]),
+        helper.make_tensor_value_info("score", TensorProto.FLOAT, None),
+    ):
+        graph = small_graph()
+        (graph.output if isinstance(reader, ValueInfoProto) else graph.node).append(reader)
+        leave_out_unread(graph)
+        assert list(graph.node[3].output) == ["tile_idx", "weight", "score"]
+
+
 def standard_graph(nodes: list[NodeProto], constants: dict[str, np.ndarray]) -> GraphProto:
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("x", "y")]
     initializers = [numpy_helper.from_array(value, name) for name, value in constants.items()]
@@ -62,16 +77,17 @@ def test_a_product_with_an_inverse_root_becomes_a_quotient() -> None:
         helper.make_node("Sqrt", ["x"], ["root"]),
         helper.make_node("Reciprocal", ["root"], ["inverse"]),
         helper.make_node("Mul", ["inverse", "x"], ["z"]),
-        helper.make_node("Reciprocal", ["z"], ["twice_read"]),  # stays: there is more than one product
-        helper.make_node("Mul", ["z", "twice_read"], ["one"]),
-        helper.make_node("Mul", ["twice_read", "z"], ["one_too"]),
-        helper.make_node("Sum", ["z", "one", "one_too"], ["y"]),
+        helper.make_node("Reciprocal", ["z"], ["of_no_root"]),
+        helper.make_node("Mul", ["z", "of_no_root"], ["one"]),
+        helper.make_node("Reciprocal", ["root"], ["twice_read"]),
+        helper.make_node("Mul", ["twice_read", "twice_read"], ["square"]),
+        helper.make_node("Sum", ["z", "one", "square"], ["y"]),
     ]
     graph = standard_graph(nodes, {})
     x = np.array([0.25, 4.0, 9.0], dtype=np.float32)
     before = answer(graph, x)
     divide_by_roots(graph)
-    assert [node.op_type for node in graph.node] == ["Sqrt", "Div", "Reciprocal", "Mul", "Mul", "Sum"]
+    assert [node.op_type for node in graph.node] == ["Sqrt", "Div", "Reciprocal", "Mul", "Reciprocal", "Mul", "Sum"]
     np.testing.assert_allclose(answer(graph, x), before, rtol=1e-6)
 
 
@@ -113,3 +129,7 @@ def test_equal_constants_are_shared_but_for_those_of_our_operators() -> None:
         ["x", "packed", "ours"],
     ]
     assert [tensor.name for tensor in graph.initializer] == ["first", "whole", "column", "ours"]
+    graph.output.append(helper.make_tensor_value_info("column", TensorProto.FLOAT, None))
+    graph.initializer.append(numpy_helper.from_array(same[:, None], "column_too"))
+    share_constants(graph)
+    assert "column" in {tensor.name for tensor in graph.initializer}

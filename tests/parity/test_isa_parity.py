@@ -128,10 +128,11 @@ def test_tile_matmul_has_the_same_bits_on_every_instruction_set(
 @given(
     seed=st.integers(0, 2**32 - 1),
     num_tokens=st.integers(0, 40),
-    num_tiles=st.integers(1, 90),
+    num_tiles=st.one_of(st.integers(1, 90), st.integers(256, 300)),
     num_columns=st.integers(0, 150),
     top_k=st.integers(1, 6),
     gate=st.integers(0, 2),
+    without_score=st.integers(0, 1),
     is_special=st.booleans(),
 )
 def test_route_has_the_same_bits_on_every_instruction_set(
@@ -143,6 +144,7 @@ def test_route_has_the_same_bits_on_every_instruction_set(
     num_columns: int,
     top_k: int,
     gate: int,
+    without_score: int,
     is_special: bool,
 ) -> None:
     rng = np.random.default_rng(seed)
@@ -151,7 +153,8 @@ def test_route_has_the_same_bits_on_every_instruction_set(
         inputs["x"] = with_specials(rng, inputs["x"])
     case = tmp_path / "case.npz"
     inputs["bias"][rng.random(num_tiles) < 0.1] = -np.inf
-    np.savez(case, **inputs, top_k=min(top_k, num_tiles), gate=gate, confidence_threshold=0.5)
+    attributes = {"top_k": min(top_k, num_tiles), "gate": gate, "without_score": without_score}
+    np.savez(case, **inputs, **attributes, confidence_threshold=0.5)
     assert_all_agree(workers, case)
 
 

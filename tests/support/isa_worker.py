@@ -1,8 +1,8 @@
 """A process whose kernels run one instruction set: for each case file named on stdin, run it and write the results.
 
 A case file (.npz) holds the inputs of one op, and its attributes as numbers without dimensions; `grid_size` among them says it
-is SparseLookup, `top_k` alone SignatureRoute. The answer to each line is the path of a .npz with the outputs. TRIX_ORT_ISA is
-read once per process, hence one worker for each value.
+is SparseLookup, `top_k` alone SignatureRoute, whose scores `without_score` leaves out. The answer to each line is the path of a
+.npz with the outputs. TRIX_ORT_ISA is read once per process, hence one worker for each value.
 """
 
 import sys
@@ -21,7 +21,9 @@ def session_for(attributes: dict[str, float]) -> ort.InferenceSession:
     if key not in sessions:
         named_by = {"grid_size": SPARSE_LOOKUP, "top_k": SIGNATURE_ROUTE}
         op = next((op for name, op in named_by.items() if name in attributes), TERNARY_TILE_MATMUL)
-        sessions[key] = native_session(make_model(op, **attributes))
+        given = {name: value for name, value in attributes.items() if name != "without_score"}
+        left_out = ("score",) if attributes.get("without_score") else ()
+        sessions[key] = native_session(make_model(op, left_out=left_out, **given))
     return sessions[key]
 
 

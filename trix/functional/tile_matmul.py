@@ -183,8 +183,9 @@ def signature_route(
 
     With e = tile_idx[t, k] and s = score[t, :], where tiles of bias -inf, free slots, are no part of the sums, by gate:
     SIGMOID sigmoid(s_e); SOFTMAX exp(s_e) / sum_f exp(log_mass_f + s_f) * sqrt(E); ADAPTIVE
-    :func:`~trix.functional.gates.adaptive_weight`. A free
-    slot has weight 0; all weights of a token are NaN where its scores are, or where all slots are free, except under SIGMOID.
+    :func:`~trix.functional.gates.adaptive_weight`.
+    A free slot has weight 0; all weights of a token are NaN where its scores are, or where all slots are free, except under
+    SIGMOID.
 
     Args:
         x: float [T, D]. packed: uint8 [E, ceil(D / 4)], the signatures. bias, log_mass: float [E]. top_k: 1 <= top_k <= E.

@@ -131,7 +131,7 @@ class SparseLookupFFN(SignatureSurgery):
             "tile_idx": tile_idx_TK.reshape(choice_shape),
             "weight": gate_TK.reshape(choice_shape),
             "compressed": point_T2.reshape(*x.shape[:-1], 2),
-            "scores": (score_TE + self.router.exclusion_E).reshape(*x.shape[:-1], self.num_tiles),
+            "scores": score_TE.reshape(*x.shape[:-1], self.num_tiles),
         }
         return y_TD.reshape(x.shape), info, self._aux_losses(score_TE, tile_idx_TK, mask)
 

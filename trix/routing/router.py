@@ -289,16 +289,12 @@ class SignatureRouter(Router):
 
     def forward(self, x_TD: Tensor, emergent_ED: Tensor | None = None) -> RoutingDecision:
         if self.packed_signatures is not None:
-            decision = self._route_packed(x_TD, self.packed_signatures)
-            return decision._replace(score=decision.score + self.exclusion_E)
+            return self._route_packed(x_TD, self.packed_signatures)
         tile_idx_TK, score_TE = self.select(x_TD, emergent_ED)
         return self._decide(score_TE, tile_idx_TK)
 
     def select(self, x_TD: Tensor, emergent_ED: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The choice without the gate: tile_idx int64 [T, K], and score [T, E] without the bias.
-
-        The score of a free slot is -inf, or where the router is packed what its signature gives.
-        """
+        """The choice without the gate: tile_idx int64 [T, K], and score [T, E] without the bias, -inf for a free slot."""
         if self.packed_signatures is not None:
             tile_idx_TK, _, score_TE = self._route_packed(x_TD, self.packed_signatures)
             return tile_idx_TK, score_TE
@@ -315,13 +311,14 @@ class SignatureRouter(Router):
         return torch.zeros_like(self.balance_bias).masked_fill(self.is_free_E, -torch.inf)
 
     def _route_packed(self, x_TD: Tensor, packed: Tensor) -> RoutingDecision:
-        """All by one operator; the scores are also those of free slots."""
+        """All by one operator."""
         self._check_width(x_TD)
         x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
         bias_E = self.balance_bias + self.exclusion_E
         arguments = (self.top_k, int(self._packed_gate), self.confidence_threshold)
         with without_autocast(x_TD):
-            return RoutingDecision(*signature_route(x_TD, packed, bias_E, self.log_mass_E, *arguments))
+            decision = RoutingDecision(*signature_route(x_TD, packed, bias_E, self.log_mass_E, *arguments))
+        return decision._replace(score=decision.score + self.exclusion_E)
 
     @property
     def _packed_gate(self) -> Gate:

@@ -15,12 +15,17 @@ namespace {
 constexpr std::size_t kTokensAtOnce = 64;   // so many rows of coarse scores are held
 constexpr std::uint8_t kZeroCodes = 0x55;   // 01 01 01 01
 constexpr std::size_t kWorthGathering = 4;  // the share of the tiles, one of so many
+constexpr double kLargest = 0x1p120;        // far from where float32 ends
 constexpr std::size_t kRowBytes = kBlockBytes / kPanelRows;
 
-// |x - x'| of row `token` of `coarse`, and what float32 may round away on the way to a score. NaN unless x is
-// finite.
-double error_bound(const QuantisedRows& coarse, std::size_t token, std::size_t num_groups,
-                   double largest_bias) {
+// The share of a sum over groups that float32 may round away, and 24 bits with it.
+double rounding(std::size_t num_groups) {
+    return 0x1p-16 + static_cast<double>(num_groups) * 0x1p-21;
+}
+
+// |x - x'| of row `token` of `coarse`, and what float32 may round away on the way to a score: infinity where
+// x is so large that a sum may leave float32, NaN unless it is finite.
+double error_bound(const QuantisedRows& coarse, std::size_t token, std::size_t num_groups) {
     constexpr double kLargestQ = 127;
     double error = 0, length = 0;
     for (std::size_t g = 0; g < num_groups; ++g) {
@@ -28,8 +33,9 @@ double error_bound(const QuantisedRows& coarse, std::size_t token, std::size_t n
         error += static_cast<double>(coarse.squared_rest[token * num_groups + g]) * scale * scale;
         length += static_cast<double>(coarse.group_columns) * kLargestQ * kLargestQ * scale * scale;
     }
-    const double rounding = 0x1p-16 + static_cast<double>(num_groups) * 0x1p-21;
-    return std::sqrt(error) + (std::sqrt(length) + largest_bias) * rounding;
+    const auto num_columns = static_cast<double>(num_groups * coarse.group_columns);
+    if (std::sqrt(length * num_columns) > kLargest) return HUGE_VAL;
+    return std::sqrt(error) + std::sqrt(length) * rounding(num_groups);
 }
 
 // Rows `tiles` of the panels, in panels of their own.
@@ -57,9 +63,10 @@ std::vector<std::int64_t> candidates(const float* coarse_score, const float* bia
     job.token_end = 1;
     kernels().signature_route(job);
     const auto last = static_cast<std::size_t>(best.back());
-    const double lowest = static_cast<double>(coarse_score[last] + bias[last]) - 2 * bound;
-    // Rounded down; NaN and minus infinity let every tile in.
-    const float floor = std::nextafter(static_cast<float>(lowest), -INFINITY);
+    const auto key = static_cast<double>(coarse_score[last] + bias[last]);
+    // Rounded down. NaN, and a key that may have left float32, let every tile in.
+    const double lowest = std::abs(key) < kLargest ? key - 2 * (bound + std::abs(key) * 0x1p-20) : -HUGE_VAL;
+    const float floor = std::nextafter(static_cast<float>(lowest), -HUGE_VALF);
     for (std::size_t tile = 0; tile < num_tiles; ++tile) {
         if (!(coarse_score[tile] + bias[tile] < floor)) found.push_back(static_cast<std::int64_t>(tile));
     }
@@ -123,11 +130,6 @@ void choose_fine(const KernelContext& context, const TileMatrices& table, const 
                  std::size_t num_tokens, const float* bias, std::size_t top_k, std::int64_t* tile_idx,
                  float* score) {
     const std::size_t num_tiles = table.num_rows, num_columns = table.num_columns;
-    double largest_bias = 0;
-    for (std::size_t tile = 0; tile < num_tiles; ++tile) {
-        if (std::isfinite(bias[tile]))
-            largest_bias = std::max(largest_bias, static_cast<double>(std::abs(bias[tile])));
-    }
     std::vector<float> coarse_score(std::min(num_tokens, kTokensAtOnce) * num_tiles);
     for (std::size_t begin = 0; begin < num_tokens; begin += kTokensAtOnce) {
         const std::size_t count = std::min(kTokensAtOnce, num_tokens - begin);
@@ -141,7 +143,7 @@ void choose_fine(const KernelContext& context, const TileMatrices& table, const 
         std::atomic<bool> is_out_of_memory{false};
         context.parallel_for(count, [&](std::size_t t) noexcept {
             try {
-                const double bound = error_bound(coarse, t, num_groups, largest_bias);
+                const double bound = error_bound(coarse, t, num_groups);
                 const std::vector<std::int64_t> tiles =
                     candidates(coarse_score.data() + t * num_tiles, bias, num_tiles, top_k, bound);
                 const std::size_t place = (begin + t) * top_k;

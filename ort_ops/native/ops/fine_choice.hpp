@@ -13,9 +13,9 @@ inline constexpr std::size_t kManyTiles = 256;
 /// tile_idx [T, top_k] and score [T, top_k]: what choose_tiles finds from the exact scores of all tiles, bit
 /// for bit, and those of the chosen ones.
 ///
-/// A signature s and the norm of its row have length 1 together, so by Cauchy and Schwarz a score of x
-/// differs from that of the quantised x' by at most r = |x - x'|. A tile whose key (score + bias) is more
-/// than 2 r below the top_k-th best is not among the top_k. Only the others are scored with 24 bits.
+/// A signature times its norm has length at most 1, so by Cauchy and Schwarz a score of x differs from that
+/// of the quantised x' by at most r = |x - x'|. A tile whose key (score + bias) is more than 2 r below the
+/// top_k-th best is not among the top_k. Only the others are scored with 24 bits.
 ///
 /// table: [E, D] with its norms as row scales; x [T, D]; bias [E]; 1 <= top_k <= E.
 void choose_fine(const KernelContext& context, const TileMatrices& table, const float* x,

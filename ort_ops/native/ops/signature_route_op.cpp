@@ -90,14 +90,14 @@ class SignatureRoute {
     void choose_among_many(const KernelContext& context, const TileMatrices& table, const TensorView& x,
                            const float* bias, std::int64_t* tile_idx, float* weight) const {
         const auto top_k = static_cast<std::size_t>(top_k_);
-        std::vector<float> chosen_score(x.size(0) * top_k);
-        choose_fine(context, table, x.as<float>(), x.size(0), bias, top_k, tile_idx, chosen_score.data());
-        // A weight by sigmoid looks at its own tile alone, as if there were no other.
-        const std::vector<std::int64_t> only(chosen_score.size(), 0);
+        choose_fine(context, table, x.as<float>(), x.size(0), bias, top_k, tile_idx, weight);
+        // A weight by sigmoid looks at its own score alone, in whose place it goes, as if there were no other
+        // tile.
+        const std::size_t count = x.size(0) * top_k;
+        const std::vector<std::int64_t> only(count, 0);
         const float in_use = 0.0f, no_mass = 0.0f;
-        weigh_tiles(context, rule_, chosen_score.size(), 1, 1, chosen_score.data(), &in_use, &no_mass,
-                    only.data(), weight);
-        for (std::size_t i = 0; i < chosen_score.size(); ++i) {
+        weigh_tiles(context, rule_, count, 1, 1, weight, &in_use, &no_mass, only.data(), weight);
+        for (std::size_t i = 0; i < count; ++i) {
             if (bias[tile_idx[i]] == -HUGE_VALF) weight[i] *= 0.0f;  // NaN stays NaN
         }
     }

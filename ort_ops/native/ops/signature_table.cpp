@@ -24,7 +24,10 @@ std::vector<float> inverse_norms(const TensorView& signatures) {
 
 SignatureTable::SignatureTable(const KernelInfo& info, std::size_t index, const TensorSpec& spec)
     : packed_(info, index, spec) {
-    if (packed_.is_constant()) constant_norms_ = inverse_norms(packed_.constant());
+    // Without columns a table of any number of rows takes no bytes: its norms wait for the check of the
+    // sizes.
+    if (packed_.is_constant() && packed_.constant().size(1) > 0)
+        constant_norms_ = inverse_norms(packed_.constant());
 }
 
 void SignatureTable::check(const TensorView& signatures, std::int64_t num_tiles,
@@ -35,8 +38,9 @@ void SignatureTable::check(const TensorView& signatures, std::int64_t num_tiles,
 
 TileMatrices SignatureTable::matrix(const TensorView& signatures, std::int64_t num_tiles,
                                     std::int64_t num_columns, std::vector<float>& run_norms) const {
-    if (!packed_.is_constant()) run_norms = inverse_norms(signatures);
-    const std::vector<float>& norms = packed_.is_constant() ? constant_norms_ : run_norms;
+    const bool is_known = !constant_norms_.empty();
+    if (!is_known) run_norms = inverse_norms(signatures);
+    const std::vector<float>& norms = is_known ? constant_norms_ : run_norms;
     return {signatures.as<std::uint8_t>(), norms.data(), static_cast<std::size_t>(num_tiles),
             static_cast<std::size_t>(num_columns)};
 }

@@ -1,6 +1,6 @@
-// ai.trix::SparseLookup, a whole layer: h = layer_norm(x), the best tiles by their signatures, and y[t] =
-// x[t]
-// + sum_k gate * magnitude_e(point(h[t])) * direction_e; see the kernels layer_norm and sparse_lookup.
+// ai.trix::SparseLookup, a whole layer: h = layer_norm(x), the best tiles by their signatures, and
+// y[t] = x[t] + sum_k gate * magnitude_e(point(h[t])) * direction_e; see the kernels layer_norm and
+// sparse_lookup.
 #include <algorithm>
 #include <array>
 #include <atomic>
@@ -135,6 +135,7 @@ class SparseLookup {
 
         std::atomic<bool> has_memory{true};
         const std::size_t end = inputs[kX].size(0);
+        // Few tokens are one unit: a layer is small, and to wake a thread takes longer than one token.
         context.parallel_for(ceil_div(end, kScoreBlock), [&](std::size_t unit) noexcept {
             const std::size_t begin = unit * kScoreBlock;
             if (!compute_unit(run, begin, std::min(kScoreBlock, end - begin))) has_memory = false;

@@ -34,8 +34,7 @@ enum Input : std::size_t { kX, kTileIdx, kWeight, kUp, kUpScale, kDown, kDownSca
 struct Assignments {
     TokenGroups groups;
     std::vector<std::int64_t> token;
-    std::vector<std::int64_t>
-        place;  // 0, 1, ...: rows of the hidden values and of the outputs, in this order
+    std::vector<std::int64_t> place;  // 0, 1, ...: rows of the hidden values and of the outputs
 };
 
 class TernaryFFN {

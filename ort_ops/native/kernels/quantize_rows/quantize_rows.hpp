@@ -3,11 +3,10 @@
 //
 //   m = max |x[t, k]| over the group    v[k] = round(x[t, k] * (L / m)), to even    x[t, k] ~ v[k] * (m / L)
 //   8 bits, one plane:      L = 127, q[0] = v, x * (L / m) in float32
-//   24 bits, three planes:  L = 127 (256^2 + 256 + 1), v = 256^2 q[0] + 256 q[1] + q[2] with q in [-128,
-//   127], x * (L / m) in
-//                           float64
-//   scale[t, g, p] = m / L times 256^2, 256 and 1 (or 1), in float32    sum[t, g, p] = sum of q[t, p, k] over
-//   the group
+//   24 bits, three planes:  L = 127 (256^2 + 256 + 1), v = 256^2 q[0] + 256 q[1] + q[2] with q in
+//                           [-128, 127], x * (L / m) in float64
+//   scale[t, g, p] = m / L times 256^2, 256 and 1 (or 1), in float32
+//   sum[t, g, p] = sum of q[t, p, k] over the group
 //
 // A group with m < 2^-100 counts as zeros (scale 0, all q 0); one with a NaN or an infinity gets scale NaN
 // and all q 0, so that it makes every result of its token NaN. With 24 bits v * (m / L) differs from x by at

@@ -161,10 +161,8 @@ void multiply_block(const TernaryMatMulJob& job, const GroupShape& shape, const 
 template <int kPanels, int kTokens, int kPlanes>
 void multiply_panels(const TernaryMatMulJob& job, const GroupShape& shape, const TokenBlock& tokens) {
     std::size_t panel = job.panel_begin;
-    for (; panel + kPanels <= job.panel_end; panel += kPanels) {
-        if (kPanels == 1 && fits_a_vector(job, panel)) break;
+    for (; kPanels > 1 && panel + kPanels <= job.panel_end; panel += kPanels)
         multiply_block<kPanels * kPanelVectors, kTokens, kPlanes>(job, shape, tokens, panel);
-    }
     for (; panel < job.panel_end; ++panel) {
         if (fits_a_vector(job, panel)) {
             multiply_block<1, kTokens, kPlanes>(job, shape, tokens, panel);
