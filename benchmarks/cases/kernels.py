@@ -58,13 +58,15 @@ def run(repeats: int, tokens: list[int], threads: list[int], no_torch: bool) -> 
     if repeats < 5:
         raise SystemExit(f"repeats ({repeats}) must be >= 5")
     torch.set_grad_enabled(False)
+    measured_limits = limits()
+    # First, beside the limit: a program that has just loaded its model gets large pages more often than one that has run long.
+    products = [measure_cold(repeats)]
     cases = [(size, num_threads) for num_threads in threads for size in SIZES]
-    products = []
     for size, num_threads in track(cases, "products"):
         products += measure_products(size, tokens, num_threads, repeats, not no_torch)
     return {
-        "limits": limits(),
-        "products": [measure_cold(repeats), *products],
+        "limits": measured_limits,
+        "products": products,
         "tiles": measure_tiles(repeats),
         "routing": measure_routing(repeats),
         "memory": measure_memory(),
