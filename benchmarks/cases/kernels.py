@@ -288,26 +288,31 @@ def share_of_limit(measured: dict[str, float] | None, row: dict[str, Any]) -> fl
 
 
 def figure(results: dict[str, Any]) -> Figure:
-    """Roofline: multiply-adds a second against multiply-adds per byte of packed weights, of each contender at 4096 x 4096."""
+    """Roofline: multiply-adds a second against multiply-adds per byte of packed weights, at 4096 x 4096 and one thread."""
     drawn = Figure(figsize=(8.0, 4.8), layout="constrained")
     axis = drawn.subplots()
     rows = [row for row in results["products"] if (row["rows"], row["columns"], row["threads"]) == (4096, 4096, 1)]
-    for name in rows[0]["seconds"]:
-        points = [
-            (4.0 * row["tokens"], 4096**2 * row["tokens"] / row["seconds"][name] / 1e9) for row in rows if row["cache"] == "hot"
-        ]
-        axis.plot(*zip(*points, strict=True), marker="o", label=name, linewidth=2.0 if name.startswith("trix") else 1.0)
+    for cache, marker in (("hot", "o"), ("cold", "x")):
+        points: dict[str, list[tuple[float, float]]] = {}
+        for row in (row for row in rows if row["cache"] == cache):
+            for name, seconds in row["seconds"].items():
+                points.setdefault(name, []).append((4.0 * row["tokens"], 4096**2 * row["tokens"] / seconds / 1e9))
+        for place, (name, of_name) in enumerate(points.items()):
+            label = name if cache == "hot" else None
+            width = 2.0 if name.startswith("trix") else 1.0
+            axis.plot(*zip(*of_name, strict=True), marker=marker, label=label, linewidth=width, color=f"C{place}")
     measured = results["limits"]
     if measured is not None and measured["int8_products_per_s"]:
-        axis.axhline(
-            measured["int8_products_per_s"] / 1e9, color="black", linewidth=0.8, linestyle="--", label="int8 products, limit"
-        )
+        ceiling, slope = measured["int8_products_per_s"] / 1e9, measured["bytes_read_per_s"] / 1e9
+        edge = ceiling / slope  # multiply-adds per byte from which on products, not memory, are the limit
+        axis.plot([3.0, edge], [3.0 * slope, ceiling], "k:", linewidth=0.8, label="memory, limit of cold weights (x)")
+        axis.plot([3.0, 1500.0], [ceiling, ceiling], "k--", linewidth=0.8, label="int8 products, limit")
     axis.set(
         xscale="log",
         yscale="log",
         xlabel="multiply-adds per byte of packed weights (4 x tokens)",
         ylabel="10^9 multiply-adds a second",
-        title="4096 x 4096, one thread, weights hot",
+        title="4096 x 4096, one thread, weights in the cache (o) and from memory (x)",
     )
     axis.legend(fontsize=7, ncols=2)
     return drawn
