@@ -98,9 +98,10 @@ void multiply_one(const TernaryMatMulJob& job, const GroupShape& shape, const To
         store_rows(job, tokens.y[0], panel * kPanelRows + v * kVectorRows, total[v]);
 }
 
-template <int kVectors, int kTokens, int kPlanes>
-void multiply_block(const TernaryMatMulJob& job, const GroupShape& shape, const TokenBlock& tokens,
-                    std::size_t panel) {
+// Of one group the sums go from the registers to y: totals beside them would not fit there.
+template <int kVectors, int kTokens, int kPlanes, bool kIsOneGroup>
+void multiply_groups(const TernaryMatMulJob& job, const GroupShape& shape, const TokenBlock& tokens,
+                     std::size_t panel) {
     constexpr int kRows = kTokens * kPlanes;
     const std::size_t stride = shape.num_blocks * kBlockBytes;
     const std::uint8_t* bytes = job.panels + panel * stride;
@@ -142,19 +143,35 @@ void multiply_block(const TernaryMatMulJob& job, const GroupShape& shape, const 
                 }
             }
         }
-        for (int v = 0; v < kVectors; ++v) {
+        for (std::size_t v = 0; v < kVectors; ++v) {
+            const std::size_t row = panel * kPanelRows + v * kVectorRows;
             for (int m = 0; m < kTokens; ++m) {
+                __m512 sum = kIsOneGroup ? _mm512_setzero_ps() : total[v][m];
                 for (std::size_t p = 0; p < kPlanes; ++p) {
-                    const __m512i sums = dot[v][m * kPlanes + static_cast<int>(p)];
-                    total[v][m] = add_scaled(total[v][m], sums, tokens.sum[m][g * kPlanes + p],
-                                             tokens.scale[m][g * kPlanes + p]);
+                    sum = add_scaled(sum, dot[v][m * kPlanes + static_cast<int>(p)],
+                                     tokens.sum[m][g * kPlanes + p], tokens.scale[m][g * kPlanes + p]);
+                }
+                if (kIsOneGroup) {
+                    store_rows(job, tokens.y[m], row, sum);
+                } else {
+                    total[v][m] = sum;
                 }
             }
         }
     }
-    for (std::size_t v = 0; v < kVectors; ++v) {
+    for (std::size_t v = 0; v < kVectors && !kIsOneGroup; ++v) {
         for (int m = 0; m < kTokens; ++m)
             store_rows(job, tokens.y[m], panel * kPanelRows + v * kVectorRows, total[v][m]);
+    }
+}
+
+template <int kVectors, int kTokens, int kPlanes>
+void multiply_block(const TernaryMatMulJob& job, const GroupShape& shape, const TokenBlock& tokens,
+                    std::size_t panel) {
+    if (shape.num_groups == 1) {
+        multiply_groups<kVectors, kTokens, kPlanes, true>(job, shape, tokens, panel);
+    } else {
+        multiply_groups<kVectors, kTokens, kPlanes, false>(job, shape, tokens, panel);
     }
 }
 
