@@ -16,7 +16,7 @@ import onnx
 from onnx import AttributeProto, FunctionProto, GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
 from ort_ops.gate_function import gate_nodes
-from ort_ops.graph_nodes import as_function, attribute_value, float_info, int_vector, node
+from ort_ops.graph_nodes import as_function, attribute_reference, attribute_value, float_info, int_vector, node
 from ort_ops.lookup_function import sparse_lookup_function
 from ort_ops.panels import BLOCK_COLUMNS, PANEL_ROWS
 from ort_ops.schema import (
@@ -187,7 +187,7 @@ def _product(inputs: Sequence[str], output: str) -> NodeProto:
     """A TernaryTileMatMul with the attributes of the function that holds it."""
     node = helper.make_node(TERNARY_TILE_MATMUL.name, inputs, [output], domain=DOMAIN)
     for attribute in TERNARY_TILE_MATMUL.attributes:
-        node.attribute.append(AttributeProto(name=attribute.name, type=AttributeProto.INT, ref_attr_name=attribute.name))
+        node.attribute.append(attribute_reference(attribute.name, AttributeProto.INT))
     return node
 
 

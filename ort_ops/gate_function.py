@@ -3,9 +3,9 @@
 Exp and sums instead of Softmax, as what that gives for a row of -inf, or with NaN, is left open.
 """
 
-from onnx import NodeProto, TensorProto, helper
+from onnx import AttributeProto, NodeProto, TensorProto, helper
 
-from ort_ops.graph_nodes import attribute_value, float_attribute_value, float_info, int_vector, node
+from ort_ops.graph_nodes import attribute_value, float_info, int_vector, node
 
 LEAST = -3.4028234663852886e38  # of the numbers: unlike -inf, it can be taken from itself
 
@@ -81,7 +81,7 @@ def _softmax() -> list[NodeProto]:
 
 def _adaptive() -> list[NodeProto]:
     return [
-        float_attribute_value("confidence_threshold", "threshold"),
+        attribute_value("confidence_threshold", "threshold", AttributeProto.FLOAT),
         node("Where", ["is_free", "lowest", "score"], ["score_in_use"]),
         node("ReduceMax", ["score_in_use", "tile_axis"], ["best_score"], keepdims=1),
         node("Sub", ["best_score", "score_in_use"], ["gap"]),

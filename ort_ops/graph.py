@@ -37,8 +37,8 @@ def unsqueeze_constants(graph: GraphProto) -> None:
         source, axes = (constants[name] for name in node.input)
         graph.initializer.append(numpy_helper.from_array(np.expand_dims(source, tuple(axes)), node.output[0]))
         graph.node.remove(node)
-    read = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
-    for tensor in [tensor for tensor in graph.initializer if tensor.name not in read]:
+    num_reads = _num_reads(graph)
+    for tensor in [tensor for tensor in graph.initializer if not num_reads[tensor.name]]:
         graph.initializer.remove(tensor)
 
 
@@ -71,11 +71,6 @@ def join_reshapes(graph: GraphProto) -> None:
             graph.node.remove(node)
 
 
-def _num_reads(graph: GraphProto) -> Counter[str]:
-    """How often nodes and outputs of the graph read a value."""
-    return Counter([name for node in graph.node for name in node.input] + [value.name for value in graph.output])
-
-
 def share_constants(graph: GraphProto) -> None:
     """Keep one of equal constants, as each layer has of its positions, so that onnxruntime computes once what it makes of them.
 
@@ -100,12 +95,12 @@ def leave_out_unread(graph: GraphProto) -> None:
 
     The empty name stays: onnxruntime 1.17 to 1.31 fail on a function with more outputs than the node that it replaces.
     """
-    read = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
+    num_reads = _num_reads(graph)
     ops = {op.name: op for op in OPS}
     for node in graph.node:
         if node.domain == DOMAIN:
             for place, (name, tensor) in enumerate(zip(node.output, ops[node.op_type].outputs, strict=False)):
-                if tensor.is_optional and name not in read:
+                if tensor.is_optional and not num_reads[name]:
                     node.output[place] = ""
 
 
@@ -118,3 +113,8 @@ def set_activations(graph: GraphProto, activations: Activations) -> None:
             kept = [attribute for attribute in node.attribute if attribute.name not in values]
             del node.attribute[:]
             node.attribute.extend([*kept, *(helper.make_attribute(*pair) for pair in values.items())])
+
+
+def _num_reads(graph: GraphProto) -> Counter[str]:
+    """How often nodes and outputs of the graph read a value."""
+    return Counter([name for node in graph.node for name in node.input] + [value.name for value in graph.output])

@@ -21,17 +21,11 @@ def int_vector(output: str, values: Sequence[int]) -> NodeProto:
     return node("Constant", [], [output], value=numpy_helper.from_array(np.array(values, dtype=np.int64), output))
 
 
-def attribute_value(attribute: str, output: str) -> NodeProto:
-    """A constant that takes its value from an integer attribute of the function."""
+def attribute_value(attribute: str, output: str, kind: AttributeProto.AttributeType = AttributeProto.INT) -> NodeProto:
+    """A constant that takes its value from an attribute of the function, an integer or (kind FLOAT) a float."""
     constant = node("Constant", [], [output])
-    constant.attribute.append(AttributeProto(name="value_int", type=AttributeProto.INT, ref_attr_name=attribute))
-    return constant
-
-
-def float_attribute_value(attribute: str, output: str) -> NodeProto:
-    """A constant that takes its value from a float attribute of the function."""
-    constant = node("Constant", [], [output])
-    constant.attribute.append(AttributeProto(name="value_float", type=AttributeProto.FLOAT, ref_attr_name=attribute))
+    name = "value_float" if kind == AttributeProto.FLOAT else "value_int"
+    constant.attribute.append(AttributeProto(name=name, type=kind, ref_attr_name=attribute))
     return constant
 
 
