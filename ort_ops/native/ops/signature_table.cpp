@@ -20,6 +20,15 @@ std::vector<float> inverse_norms(const TensorView& signatures) {
     return norms;
 }
 
+// Calls body(begin, end) for the tokens in units, on the session's threads. `body` must not throw.
+template <typename Body>
+void for_token_units(const KernelContext& context, std::size_t num_tokens, const Body& body) {
+    context.parallel_for(ceil_div(num_tokens, kTokensPerUnit), [&](std::size_t unit) noexcept {
+        const std::size_t begin = unit * kTokensPerUnit;
+        body(begin, std::min(begin + kTokensPerUnit, num_tokens));
+    });
+}
+
 }  // namespace
 
 SignatureTable::SignatureTable(const KernelInfo& info, std::size_t index, const TensorSpec& spec)
@@ -96,15 +105,15 @@ void score_block(const TileMatrices& table, const float* x, std::size_t num_toke
 void choose_tiles(const KernelContext& context, std::size_t num_tokens, std::size_t num_tiles,
                   std::size_t top_k, const float* score, const float* bias, std::int64_t* tile_idx) {
     const SignatureRouteKernel kernel = kernels().signature_route;
-    context.parallel_for(ceil_div(num_tokens, kTokensPerUnit), [&](std::size_t unit) noexcept {
+    for_token_units(context, num_tokens, [&](std::size_t begin, std::size_t end) {
         SignatureRouteJob job{};
         job.score = score;
         job.bias = bias;
         job.tile_idx = tile_idx;
         job.num_tiles = num_tiles;
         job.top_k = top_k;
-        job.token_begin = unit * kTokensPerUnit;
-        job.token_end = std::min(job.token_begin + kTokensPerUnit, num_tokens);
+        job.token_begin = begin;
+        job.token_end = end;
         kernel(job);
     });
 }
@@ -114,7 +123,7 @@ void weigh_tiles(const KernelContext& context, const GateRule& rule, std::size_t
                  const float* log_mass, const std::int64_t* tile_idx, float* weight) {
     const SignatureGateKernel kernel = kernels().signature_gate;
     const auto scale = static_cast<float>(std::sqrt(static_cast<double>(num_tiles)));
-    context.parallel_for(ceil_div(num_tokens, kTokensPerUnit), [&](std::size_t unit) noexcept {
+    for_token_units(context, num_tokens, [&](std::size_t begin, std::size_t end) {
         SignatureGateJob job{};
         job.score = score;
         job.bias = bias;
@@ -126,8 +135,8 @@ void weigh_tiles(const KernelContext& context, const GateRule& rule, std::size_t
         job.gate = rule.gate;
         job.scale = scale;
         job.confidence_threshold = rule.confidence_threshold;
-        job.token_begin = unit * kTokensPerUnit;
-        job.token_end = std::min(job.token_begin + kTokensPerUnit, num_tokens);
+        job.token_begin = begin;
+        job.token_end = end;
         kernel(job);
     });
 }
