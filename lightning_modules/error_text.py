@@ -16,6 +16,15 @@ _UNKNOWN_KEY = (
 _UNKNOWN_CLASS = re.compile(r"Expected a dot import path string: (?P<key>\w+)\s*$", re.MULTILINE)
 # A value of a plain type, for which a class would do too: it is the type that is wrong.
 _TYPE_OR_CLASS = re.compile(r"Expected a <class '\w+'>\n\s*- Expected a dot import path string: ")
+# A module that cannot be imported, or lacks the class.
+_IMPORT = re.compile(
+    r"Problem with given class_path '(?P<path>[^']+)':\s*(?P<reason>(No module named|cannot import|module) [^\n]*)"
+)
+# A class, or a function, in the place of an optimizer or a schedule.
+_CALLABLE = re.compile(
+    r"Parser key \"(?P<key>\w+)\":\s*Type [^\n]* expects a function or a callable class: (?P<reason>[^\n]*?)\.*\. Got value: "
+)
+_CLASS = re.compile(r"<class '(.+?)'>")
 _LITERAL = re.compile(r"Expected a typing\.Literal\[(?P<choices>[^\]]+)\]\. Got value: (?P<value>[^\n]*)")
 _TYPE = re.compile(r"Expected a <class '(?P<type>[\w.]+)'>\. Got value: (?P<value>[^\n]*)")
 _KEY = re.compile(r"Parser key \"(?P<key>[^\"]+)\":?")
@@ -79,6 +88,11 @@ def _shorten(message: str, known_keys: Iterable[str], known_classes: Iterable[st
             return f"unknown {kind} {key!r}" + _nearest(key, known_keys), key
     if (match := _UNKNOWN_CLASS.search(message)) and not _TYPE_OR_CLASS.search(message):
         return f"unknown class {match['key']!r}" + _nearest(match["key"], known_classes), match["key"]
+    if match := _IMPORT.search(message):
+        return one_line(f"class {match['path']} cannot be imported: {match['reason']}"), match["path"]
+    if match := _CALLABLE.search(message):
+        why = _CLASS.sub(r"\1", match["reason"])
+        return one_line(f"{match['key']}: {why}"), match["key"]
     for pattern, rule in ((_LITERAL, "must be one of"), (_TYPE, "must be of type")):
         if match := pattern.search(message):
             key = _last_key(message, match.start())

@@ -35,9 +35,10 @@ from lightning_modules.data.text import TextDataModule
 from lightning_modules.error_text import one_line, reason, shorten_parser_error
 from lightning_modules.errors import UserError
 from lightning_modules.quiet import quiet_lightning
-from lightning_modules.resume import log_folder, with_resumed_run
+from lightning_modules.resume import log_folder, resumed
 from lightning_modules.run_folder import best_checkpoint
 from lightning_modules.tasks import ClassifierTask, LanguageModelTask, RoutedTask, check_resumable, read_checkpoint
+from lightning_modules.trust import check_classes, denied_import, named_on_command_line, only_trusted_imports, take_out_trust
 from lightning_modules.whole_files import WholeFileCheckpointIO
 
 # Short names in configurations work for imported classes; these are offered as corrections too.
@@ -45,6 +46,10 @@ TASKS = (LanguageModelTask, ClassifierTask)
 DATA_MODULES = (TextDataModule, DigitsDataModule, LanguageIdDataModule)
 RESUME_HELP = (
     "--resume RUN goes on from the last checkpoint of a run folder, or from one file, as the run's own configuration says"
+)
+TRUST_HELP = (
+    "--trust MODULE lets the configuration of a resumed run name classes of a module of your own; it may be given several\n"
+    "times, and TRIX_TRUST=MODULE,MODULE does the same. What a file behind --config names is trusted as it is"
 )
 CKPT_EXAMPLE = "--ckpt_path runs/char_lm/version_0/checkpoints"
 EXAMPLES = {
@@ -77,9 +82,12 @@ def run_training_command(arguments: list[str]) -> int:
     Raises:
         UserError: whatever the user can mend: a key, a value, a file, a setting that the trainer refuses.
     """
-    with quiet_lightning():
+    trusted, rest = take_out_trust(arguments)
+    trusted += named_on_command_line(rest, map(_yaml_content, config_files(rest)))
+    with quiet_lightning(), only_trusted_imports(trusted):
         try:
-            TrixCLI(with_resumed_run(arguments), given=arguments)
+            resumed_run = resumed(rest)
+            TrixCLI(resumed_run.arguments, given=arguments, own_config=resumed_run.config)
         except SIGTERMException:
             print("trix: terminated", file=sys.stderr)
             return EXIT_TERMINATED
@@ -128,13 +136,14 @@ class TrixCLI(LightningCLI):
     configuration, which is checked before anything is written; validate, test and predict need a checkpoint.
 
     Args:
-        arguments: the command and its options. given: the same as the user gave them, for the record of the run.
+        arguments: the command and its options. given: the same as the user gave them, for the record of the run. own_config:
+            the configuration of a resumed run, where it is not the user who names it.
     """
 
     model: RoutedTask
 
-    def __init__(self, arguments: list[str], given: list[str]) -> None:
-        self._arguments = arguments
+    def __init__(self, arguments: list[str], given: list[str], own_config: Path | None = None) -> None:
+        self._arguments, self._own_config = arguments, own_config
         self._checkpoint_path: str | None = None
         self._callbacks: list[Callback] = []
         self._record = RunRecord(given)
@@ -164,7 +173,10 @@ class TrixCLI(LightningCLI):
         try:
             self.config = parser.parse_args(self._arguments)
         except (ParserError, UnicodeDecodeError) as error:
-            files = _config_files(self._arguments)
+            files = config_files(self._arguments)
+            denied = denied_import(str(error), self._own_config)
+            if denied is not None:
+                raise UserError(denied) from error
             message = str(error).replace('"<unicode string>"', _broken_file(files))
             if isinstance(error, UnicodeDecodeError) or message.startswith("Unexpected config"):
                 raise UserError(f"{_broken_file(files)} must be YAML with keys and values") from error
@@ -178,6 +190,7 @@ class TrixCLI(LightningCLI):
                 raise UserError(f"model.{name} comes from the data and cannot be set")
         if isinstance(settings.get("model.init_args.network"), list):  # the parser takes it, and the default in its place
             raise UserError(f"model.network ({settings['model.init_args.network']}) must be keys and values")
+        check_classes(settings.as_dict())
         # Nothing but tensors and plain values is ever loaded.
         settings["weights_only"] = True
         # Kept back until the classes are made: LightningCLI would let the checkpoint override the configuration in silence.
@@ -267,7 +280,7 @@ def _check_once(callbacks: Sequence[Callback]) -> None:
 
 def _epilog(command: str) -> str:
     examples = "examples:\n" + "\n".join(f"  trix {example}" for example in EXAMPLES[command])
-    return f"{RESUME_HELP}\n\n{examples}" if command == "fit" else examples
+    return f"{RESUME_HELP}\n\n{TRUST_HELP}\n\n{examples}" if command == "fit" else examples
 
 
 def _attribute(name: str) -> Callable[[Any], Any]:
@@ -278,7 +291,7 @@ def _attribute(name: str) -> Callable[[Any], Any]:
     return get
 
 
-def _config_files(arguments: list[str]) -> list[Path]:
+def config_files(arguments: list[str]) -> list[Path]:
     """The files that --config names, the last (which overrides the others) first."""
     files = []
     for place, argument in enumerate(arguments):
@@ -288,13 +301,18 @@ def _config_files(arguments: list[str]) -> list[Path]:
     return files[::-1]
 
 
+def _yaml_content(path: Path) -> Any:
+    """What a file holds; None where that cannot be read, which the parser will say."""
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, OSError, UnicodeDecodeError):
+        return None
+
+
 def _broken_file(files: list[Path]) -> str:
     """The first file that is not YAML with keys and values, which the parser reads as a nameless text."""
     for path in files:
-        try:
-            if not isinstance(yaml.safe_load(path.read_text(encoding="utf-8")), dict):
-                return str(path)
-        except (yaml.YAMLError, OSError, UnicodeDecodeError):
+        if not isinstance(_yaml_content(path), dict):
             return str(path)
     return "the configuration"
 

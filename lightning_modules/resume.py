@@ -6,12 +6,12 @@ A run is a folder RUN with a ``version_N`` for each time it was started: there a
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_modules.errors import UserError
-from lightning_modules.run_folder import CHECKPOINTS_NAME, LAST, checkpoints, versions
+from lightning_modules.run_folder import CHECKPOINTS_NAME, LAST, checkpoints, version, versions
 from lightning_modules.tasks.checkpoint import check_resumable, read_checkpoint
 from lightning_modules.tasks.routed_task import CheckpointError
 
@@ -19,17 +19,24 @@ CONFIG_NAME = "config.yaml"
 OPTION = "--resume"
 
 
-def with_resumed_run(arguments: list[str]) -> list[str]:
+class ResumedRun(NamedTuple):
+    """The arguments of a command; config: the run's own configuration among them, which the user has not named."""
+
+    arguments: list[str]
+    config: Path | None = None
+
+
+def resumed(arguments: list[str]) -> ResumedRun:
     """The arguments of a command, where ``--resume RUN`` has become ``--ckpt_path FILE``.
 
-    Without a ``--config`` there is also one: the run's own. What the command line says beside it overrides it.
+    Without a ``--config`` there is also one: the run's own. Other options override what it says.
 
     Raises:
-        UserError: another command than fit, ``--ckpt_path`` beside it, no run named; and as :func:`find_checkpoint`.
+        UserError: another command than fit, ``--ckpt_path`` as well, no run named; and as :func:`find_checkpoint`.
     """
     run, rest = _taken_out(arguments)
     if run is None:
-        return arguments
+        return ResumedRun(arguments)
     command, *rest = rest
     if command != "fit":
         raise UserError(f"{OPTION} is for `trix fit`; `trix {command}` takes --ckpt_path RUN")
@@ -37,12 +44,14 @@ def with_resumed_run(arguments: list[str]) -> list[str]:
     if "--ckpt_path" in options:
         raise UserError(f"{OPTION} and --ckpt_path both name where to go on: only one may be given")
     path, checkpoint = find_checkpoint(Path(run))
+    config = None
     if not options & {"--config", "-c"}:
         folder = log_folder(path, checkpoint)
         if folder is None:
             raise UserError(f"{path}: its run has left no {CONFIG_NAME} there: --config FILE gives the configuration")
-        rest = ["--config", str(folder / CONFIG_NAME), *rest]
-    return [command, *rest, "--ckpt_path", str(path)]
+        config = folder / CONFIG_NAME
+        rest = ["--config", str(config), *rest]
+    return ResumedRun([command, *rest, "--ckpt_path", str(path)], config)
 
 
 def find_checkpoint(run: Path) -> tuple[Path, dict[str, Any]]:
@@ -76,15 +85,16 @@ def find_checkpoint(run: Path) -> tuple[Path, dict[str, Any]]:
 def log_folder(path: Path, checkpoint: Mapping[str, Any]) -> Path | None:
     """The folder of the logs of the run that wrote the checkpoint: the one with its config.yaml; None where there is none.
 
-    It is the folder that holds the checkpoint's ``checkpoints``; of one that is kept elsewhere the folder that it names, or
-    the newest version_N beside it.
+    It is the folder that holds the checkpoint's ``checkpoints``; else the version_N next to the file whose number the
+    checkpoint holds, or the newest one there. A checkpoint's word counts for that number alone: it names no other folder.
     """
     named = checkpoint.get("callbacks", {}).get("RunRecord")
     name = named.get("folder") if isinstance(named, dict) else None
-    # A run folder may have been moved as a whole.
-    places = [path.parent / Path(name).name, Path(name)] if isinstance(name, str) and name else versions(path.parent)
+    places = versions(path.parent)
     if path.parent.name == CHECKPOINTS_NAME:
         places.insert(0, path.parent.parent)
+    elif isinstance(name, str) and version(Path(name)) is not None:
+        places.insert(0, path.parent / Path(name).name)
     return next((place for place in places if (place / CONFIG_NAME).is_file()), None)
 
 

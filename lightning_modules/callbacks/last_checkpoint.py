@@ -13,6 +13,7 @@ from lightning_modules.errors import UserError
 from lightning_modules.run_folder import CHECKPOINTS_NAME
 from lightning_modules.tasks.checkpoint import read_checkpoint
 from lightning_modules.whole_bytes import write_whole
+from lightning_modules.whole_files import CHECKPOINT_SUFFIX
 
 LAST_NAME = "last.ckpt"
 INTERRUPTED_NAME = "interrupted.ckpt"
@@ -28,9 +29,10 @@ class LastCheckpoint(Checkpoint):
     then. ``--resume`` prefers last.ckpt: what ends within a step cannot go on exactly, and may leave out a batch.
 
     A resumed run has a folder of its own. The checkpoint that it goes on from becomes its first last.ckpt, so that a run killed
-    before its next validation goes on from there. The files that a ModelCheckpoint of the earlier run kept in the folder of the
-    checkpoint are copied into it, with their scores, so that the best one stays the best of the whole run; those that are
-    missing, or were written after the checkpoint, are left behind, and the ModelCheckpoint starts anew.
+    before its next validation goes on from there. The files that a ModelCheckpoint of the earlier run kept next to that
+    checkpoint are copied into it, with their scores, so that the best one stays the best of the whole run. Where one is
+    missing, was written after the checkpoint, or would replace a file, the ModelCheckpoint starts anew. Of
+    the paths that a checkpoint holds nothing but the file names is used.
 
     ``trix`` adds it to every ``fit``, unless checkpoints are switched off. It writes none where a ModelCheckpoint has
     ``save_last``.
@@ -60,13 +62,11 @@ class LastCheckpoint(Checkpoint):
         self._take_over(Path(trainer.ckpt_path), trainer)
         # Lightning gives the callbacks their states after this.
         for callback in trainer.checkpoint_callbacks:
-            state = checkpoint["callbacks"].get(callback.state_key)
-            if not isinstance(callback, ModelCheckpoint) or state is None or state["dirpath"] == callback.dirpath:
-                continue
-            taken = _taken_over(state, Path(trainer.ckpt_path).parent, Path(callback.dirpath or ""), self._last_step, trainer)
-            del checkpoint["callbacks"][callback.state_key]
-            if taken is not None:
-                checkpoint["callbacks"][callback.state_key] = taken
+            state = checkpoint["callbacks"].pop(callback.state_key, None)
+            if isinstance(callback, ModelCheckpoint) and state is not None:
+                state = _taken_over(state, Path(trainer.ckpt_path).parent, callback, self._last_step, trainer)
+            if state is not None:
+                checkpoint["callbacks"][callback.state_key] = state
 
     @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -136,26 +136,52 @@ def _copy_whole(source: Path, target: Path) -> None:
     shutil.copystat(source, target)  # its age: the newest counts where a folder holds several
 
 
-def _taken_over(state: dict[str, Any], source: Path, target: Path, last_step: int, trainer: L.Trainer) -> dict[str, Any] | None:
-    """The state of a ModelCheckpoint whose files have been copied from `source` to `target`; None where they cannot be."""
-    names = {Path(path).name for path in (*state["best_k_models"], state["best_model_path"]) if path}
+def _taken_over(
+    state: Any, source: Path, callback: ModelCheckpoint, last_step: int, trainer: L.Trainer
+) -> dict[str, Any] | None:
+    """The state of a ModelCheckpoint, about files in its own folder; None where it has to start anew.
+
+    Of the paths in a state the names alone count, for a checkpoint may come from anywhere. The files are those next to the
+    checkpoint that the run goes on from, which lies in `source`. Where the callback has another folder they are copied there,
+    unless one is missing, was written after the checkpoint, or would replace a file.
+    """
+    paths, folder = _stored_paths(state), str(callback.dirpath or "")
+    if paths is None or not folder or "://" in folder:
+        return None
+    target, names = Path(folder), {Path(path).name for path in paths}
+    is_in_place = target.resolve() == source.resolve()
+    if is_in_place and not all((source / name).is_file() and not (source / name).is_symlink() for name in names):
+        return None
     try:
-        if any(read_checkpoint(source / name)["global_step"] > last_step for name in names):
+        if not is_in_place and any(read_checkpoint(source / name)["global_step"] > last_step for name in names):
             return None
     except UserError:
         return None
-    if trainer.is_global_zero:
-        target.mkdir(parents=True, exist_ok=True)
-        for name in names:
-            _copy_whole(source / name, target / name)
+    if not is_in_place:
+        if trainer.strategy.broadcast(any((target / name).exists() for name in names)):  # a file that is there stays
+            return None
+        if trainer.is_global_zero:
+            target.mkdir(parents=True, exist_ok=True)
+            for name in names:
+                _copy_whole(source / name, target / name)
 
     def moved(path: str) -> str:
         return str(target / Path(path).name) if path else ""
 
     return state | {
-        "dirpath": str(target),
+        "dirpath": callback.dirpath,
         "best_model_path": moved(state["best_model_path"]),
         "kth_best_model_path": moved(state["kth_best_model_path"]),
         "best_k_models": {moved(path): score for path, score in state["best_k_models"].items()},
-        "last_model_path": "",
+        "last_model_path": moved(state["last_model_path"]) if is_in_place else "",
     }
+
+
+def _stored_paths(state: Any) -> list[str] | None:
+    """The checkpoints that the state of a ModelCheckpoint names; None where it is no such state."""
+    if not isinstance(state, dict) or not isinstance(state.get("best_k_models"), dict):
+        return None
+    others = [state.get(name) for name in ("best_model_path", "kth_best_model_path", "last_model_path")]
+    paths = [path for path in (*state["best_k_models"], *others) if path != ""]
+    is_fit = all(isinstance(path, str) and Path(path).suffix == CHECKPOINT_SUFFIX for path in paths)
+    return paths if is_fit else None

@@ -16,6 +16,8 @@ from lightning.pytorch.loggers import CSVLogger
 from typing_extensions import override
 
 from lightning_modules.callbacks.log_folder import local_log_folder
+from lightning_modules.error_text import one_line
+from lightning_modules.errors import UserError
 from lightning_modules.machine import cpu_name, git_state
 from lightning_modules.whole_bytes import write_whole
 
@@ -43,6 +45,7 @@ class RunRecord(L.Callback):
         self._earlier_folder: Path | None = None
         self._folder = ""
         self._metrics: MetricsLogger | None = None
+        self._is_restoring = False
 
     def go_on_from(self, checkpoint_path: Path, earlier_folder: Path | None) -> None:
         """Say before the run starts what it resumes, and where the run that wrote the checkpoint has its logs."""
@@ -50,10 +53,11 @@ class RunRecord(L.Callback):
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._is_restoring = self._checkpoint_path is not None
         folder = local_log_folder(trainer) if stage == "fit" else None
         if folder is None:
             return
-        self._folder = str(folder)
+        self._folder = folder.name
         if not any(isinstance(logger, CSVLogger) for logger in trainer.loggers):
             self._metrics = MetricsLogger(folder)
             trainer.loggers = [*trainer.loggers, self._metrics]
@@ -69,9 +73,21 @@ class RunRecord(L.Callback):
             write_whole((json.dumps(content, indent=2) + "\n").encode(), folder / ENVIRONMENT_NAME)
 
     @override
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Raise UserError where Lightning or a callback fails at what the checkpoint says of the training's state."""
+        is_bad_state = self._is_restoring and isinstance(exception, Exception)
+        if is_bad_state and not isinstance(exception, UserError | OSError | MemoryError | torch.OutOfMemoryError):
+            reason = one_line(f"{type(exception).__name__}: {exception}")
+            raise UserError(f"{self._checkpoint_path}: the state of the training does not fit ({reason})") from exception
+
+    @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._metrics is not None and self._earlier_folder is not None:
             self._metrics.take_over(read_metrics(self._earlier_folder / METRICS_NAME), trainer.global_step)
+
+    @override
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._is_restoring = False
 
     @override
     def state_dict(self) -> dict[str, Any]:
