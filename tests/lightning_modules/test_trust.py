@@ -177,6 +177,24 @@ def test_every_other_place_takes_its_own_kind_of_class_alone(
     assert not Path("executed").exists()
 
 
+def test_a_value_of_any_type_stays_a_value(folder: Path) -> None:
+    # A logger takes any keyword. A class there, which runs a command as it is made, would need no place of its own.
+    runner = "torch.distributed.elastic.multiprocessing.subprocess_handler.SubprocessHandler"
+    arguments = {"entrypoint": "touch", "args": ["executed"], "env": {}, "stdout": None, "stderr": None, "local_rank_id": 0}
+    logger = {"class_path": "TensorBoardLogger", "init_args": {"save_dir": "runs"}}
+    logger["dict_kwargs"] = {"comment": {"class_path": runner, "init_args": arguments}}
+    assert main(["fit", "--config", write("bad.yaml", config(trainer__logger=logger))]) == 0
+    assert list(folder.rglob("executed")) == []
+
+
+def test_a_function_inside_a_callback_is_not_called(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    build = {"class_path": "torch.utils.cpp_extension.load", "init_args": {"name": "executed", "sources": ["x.cpp"]}}
+    callback = {"class_path": "lightning.pytorch.callbacks.LambdaCallback", "init_args": {"on_fit_start": build}}
+    assert main(["fit", "--config", write("bad.yaml", config(trainer__callbacks=[callback]))]) == 2
+    rule = "trainer.callbacks.on_fit_start.class_path (torch.utils.cpp_extension.load) must name a class, not a function"
+    assert rule in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["", "own parts", "../own", "own-parts", "jsonargparse", "jsonargparse.core"])
 def test_trust_needs_the_name_of_a_module(name: str) -> None:
     with pytest.raises(UserError, match="--trust"):
