@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 ValueT = TypeVar("ValueT")
-# Marks run through all numbers below 2**23, which float32 holds; neighbours in time are far apart, so averages move visibly.
+# Marks run through all whole numbers below 2**23, which float32 holds exactly; each is far from those just before it, so that
+# even a slow average moves visibly. They are floats, because torch averages no whole numbers on a GPU.
 NUM_MARKS, STRIDE = 2**23, 5_184_445
 
 
@@ -51,9 +52,9 @@ class Facts(nn.Module):
 
     An average of weights is a deep copy into which somebody writes the weights of the original from time to time. It has to
     have the original's facts, while a deep copy that serves as a backup keeps its own. The one buffer of the module,
-    ``mark``, tells the two apart: it gets another number with every change of the facts. A copy that finds in it a number
-    that it has not written itself is an average, and takes over the facts of the original as they are then.
-    :meth:`stand_alone` ends that.
+    ``mark``, tells the two apart: it gets another number with every change of the facts. A copy leaves its own as it is; when
+    it finds another number there, it is an average, and takes over the facts of the original as they are then. A copy that
+    learns, or whose facts somebody changes, is no average any more: :meth:`stand_alone`.
 
     Source of the idea: torchmetrics keeps its states out of the buffers, too.
 
@@ -66,13 +67,13 @@ class Facts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._held = _Held({})
-        self._known_mark: int | None = None  # by this module's own hand
+        self._known_mark: float | None = None  # as it was when the module was copied or last looked
         self._seen_mark: tuple[int, int] | None = None  # the tensor and its version where that was last compared
 
     def hold(self, name: str, value: object) -> None:
         """Add a fact. Numbers and tensors stand in the state_dict; what else does is the module's to say (extra state)."""
         if "mark" not in self._buffers:
-            self.register_buffer("mark", torch.zeros((), dtype=torch.int64), persistent=False)
+            self.register_buffer("mark", torch.zeros((), dtype=torch.float32), persistent=False)
         self._held.values[name] = value
 
     def held_values(self) -> dict[str, Any]:
@@ -85,12 +86,8 @@ class Facts(nn.Module):
     @torch.no_grad()
     def note_change(self) -> None:
         """Let the averages of this module know that its facts have changed."""
-        if "mark" not in self._buffers:
-            return
-        self.mark.add_(STRIDE).bitwise_and_(NUM_MARKS - 1)
-        if not torch.compiler.is_compiling() and self._known_mark is not None:
-            self._known_mark = (self._known_mark + STRIDE) % NUM_MARKS
-            self._seen_mark = _state_of(self.mark)
+        if "mark" in self._buffers and self._held.origin is None:
+            self.mark.add_(STRIDE).remainder_(NUM_MARKS)
 
     def stand_alone(self) -> None:
         """From now on the facts are this module's own, whatever is averaged into it."""
@@ -103,7 +100,7 @@ class Facts(nn.Module):
         state = _state_of(mark)
         if state is not None and state == self._seen_mark:
             return  # so that a device need not be waited for
-        number = int(mark)
+        number = float(mark)
         if self._known_mark is not None and number != self._known_mark:
             self._take_over(origin.values)
         self._known_mark, self._seen_mark = number, state
@@ -129,7 +126,7 @@ class Facts(nn.Module):
         state = dict(self.__dict__)
         if "mark" in self._buffers:
             self._follow()
-            state["_known_mark"] = None if self.mark.is_meta else int(self.mark)
+            state["_known_mark"] = None if self.mark.is_meta else float(self.mark)
             state["_seen_mark"] = None
         return state
 
@@ -138,8 +135,10 @@ class Facts(nn.Module):
             return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         values, mark = self.held_values(), self.mark
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if (mark.is_meta and not self.mark.is_meta) or self.mark.dtype != mark.dtype:
-            self.mark = moved(mark, self.mark)
+        if mark.is_meta and not self.mark.is_meta:
+            self.mark.zero_()  # what it came from had no value
+        elif self.mark.dtype != mark.dtype:
+            self.mark = mark.to(self.mark.device)  # a cast has rounded it
         if self._seen_mark is not None:
             self._seen_mark = _state_of(self.mark)
         with torch.no_grad():
@@ -182,7 +181,7 @@ class Facts(nn.Module):
             elif is_assigned or not values[name].is_meta:
                 values[name] = value.to(value.device if values[name].is_meta else values[name].device, copy=True)
                 if self.mark.is_meta:
-                    self.mark = torch.zeros((), dtype=torch.int64, device=value.device)
+                    self.mark = torch.zeros((), dtype=torch.float32, device=value.device)
         if loaded:
             self.note_change()
 

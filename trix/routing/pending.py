@@ -76,8 +76,11 @@ class Pending:
         torch.autograd.Variable._execution_engine.queue_callback(finish)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy is no part of the graphs that the original waits for.
-        return self.__dict__ | {"_graphs": WeakSet(), "_functions": WeakSet()}
+        return {"num_batches": self.num_batches, "nudge_E": self.nudge_E}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]  # a copy is no part of the graphs that the original waits for
+        self.__dict__.update(state)
 
 
 class _GraphHook:
