@@ -191,8 +191,7 @@ class Facts(nn.Module):
         shape, dtype = ((), torch.int64) if isinstance(own, int) else (tuple(own.shape), own.dtype)
         if tuple(value.shape) != shape or _kind(value.dtype) != _kind(dtype):
             raise ValueError(f"{name} {tuple(value.shape)} {value.dtype} must have shape {shape} and dtype {dtype}")
-        if value.is_floating_point() and not bool(value.isfinite().all()):
-            raise ValueError(f"{name} ({float(value[~value.isfinite()][0])}) must be finite")
+        check_finite(name, value)
         return int(value) if isinstance(own, int) else value.to(dtype)
 
     def _check_together(self, values: dict[str, Any]) -> None:
@@ -204,6 +203,13 @@ def check_counts(name: str, value: Tensor | int) -> None:
     lowest = value if isinstance(value, int) else int(value.min())
     if lowest < 0:
         raise ValueError(f"{name} ({lowest}) must be >= 0")
+
+
+def check_finite(name: str, value: Tensor) -> None:
+    """Raises ValueError for NaN and infinite floats."""
+    is_bad = ~value.isfinite()
+    if bool(is_bad.any()):
+        raise ValueError(f"{name} ({float(value[is_bad][0])}) must be finite")
 
 
 def _kind(dtype: torch.dtype) -> str:

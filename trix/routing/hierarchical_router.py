@@ -82,6 +82,8 @@ class HierarchicalRouter(SignatureRouter):
     @torch.no_grad()
     def recluster(self, emergent_ED: Tensor | None = None) -> None:
         """Cluster the signatures in force anew. Old clusters stay correct, they only cost more (exact) or recall (probes)."""
+        if self.members_CM.is_meta:
+            return  # there are no values
         signature_ED = self.signatures(emergent_ED)
         unit_ED = signature_ED * inverse_sqrt_active(signature_ED).unsqueeze(-1)
         self.members_CM.copy_(cluster_members(unit_ED, self.num_clusters))

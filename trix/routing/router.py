@@ -15,7 +15,7 @@ from trix.functional.ternary import threshold_ternary
 from trix.functional.tile_matmul import select_top_k, signature_route
 from trix.outputs import RoutingDecision
 from trix.routing.balance import balance_nudge, check_weights
-from trix.routing.facts import Fact, Facts, check_counts, moved
+from trix.routing.facts import Fact, Facts, check_counts, check_finite, moved
 from trix.routing.pending import Pending
 
 MASS_DECAY = 0.99
@@ -435,9 +435,9 @@ class SignatureRouter(Router):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _checked(self, name: str, value: Tensor) -> Tensor | int:
-        if name == "frozen_value_ED" and value.is_floating_point():
-            # A file from before frozen values were ternary.
-            value = threshold_ternary(value, SIGNATURE_THRESHOLD).to(torch.int8) if bool(value.isfinite().all()) else value
+        if name == "frozen_value_ED" and value.is_floating_point():  # a file from before they were ternary
+            check_finite(name, value)
+            value = threshold_ternary(value, SIGNATURE_THRESHOLD).to(torch.int8)
         checked = super()._checked(name, value)
         if name == "num_raised":
             check_counts(name, checked)
