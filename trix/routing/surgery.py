@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from trix.functional.signatures import signature_diversity
+from trix.routing.base_router import Router
 from trix.routing.facts import Fact, Facts, check_counts
 from trix.routing.pending import is_in_backward
-from trix.routing.router import FROZEN_FACTS, Router, SignatureRouter, check_frozen_facts
+from trix.routing.router import FROZEN_FACTS, SignatureRouter, check_frozen_facts
 
 MAX_HISTORY_BYTES, MAX_HISTORY_DEPTH = 2**24, 100
 HISTORY_KEYS = {"operation": str, "tile_idx": int, "step": int, "tag": str}
