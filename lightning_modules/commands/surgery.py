@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from trix.nn import RoutedLayer
 
 ACTIONS = ("insert", "freeze", "unfreeze", "remove")
+# Where weights stand in a checkpoint: those of the network, and, if these are an average, those that are trained.
+COPIES = ("state_dict", "current_model_state")
 
 
 def run_surgery(arguments: list[str]) -> int:
@@ -34,25 +36,30 @@ def run_surgery(arguments: list[str]) -> int:
     from lightning_modules.whole_files import save_whole
 
     try:
+        copies = copies_of(task, checkpoint)
         layer = routed_layer(task, options.layer)
         before = layer.get_signature_analysis(options.tile)
-        operate(layer, options)
+        originals = {key: copy.deepcopy(of_copy.state_dict()) for key, of_copy in copies.items()}
+        for of_copy in copies.values():
+            operate(routed_layer(of_copy, options.layer), options)
     except ValueError as error:
         raise UserError(f"{ckpt}: {error}") from error
-    edited = with_state_of(task, checkpoint)
-    changed = [name for name, value in edited["state_dict"].items() if value is not checkpoint["state_dict"][name]]
+    edited = checkpoint | {key: state_of(copies[key], originals[key], checkpoint[key]) for key in copies}
+    changed = {key: [name for name, v in edited[key].items() if v is not checkpoint[key][name]] for key in copies}
     try:
         with output_folder(output.parent):
             save_whole(edited, output)
-            check_written(output, options, layer, checkpoint, changed)
+            check_written(output, options, copies, checkpoint, changed)
     except OSError as error:
         raise UserError(f"output {output} cannot be written: {error.strerror or error}") from error
     after = layer.get_signature_analysis(options.tile)
-    num_equal = len(checkpoint["state_dict"]) - len(changed)
+    num_equal = sum(len(checkpoint[key]) - len(names) for key, names in changed.items())
     print(f"edited  layer {options.layer}, tile {options.tile}: {options.action}, tag {options.tag!r}")
     print(f"before  {_described(before)}")
     print("after   removed" if options.action == "remove" else f"after   {_described(after)}")
-    print(f"changed {', '.join(changed)}")
+    print(f"changed {', '.join(changed['state_dict'])}")
+    if len(copies) > 1:
+        print(f"also in {', '.join(list(copies)[1:])}: the trained weights, of which the others are an average")
     print(f"wrote   {output}  (read again: the edit stands, the other {num_equal} weights and buffers are equal)")
     return 0
 
@@ -92,17 +99,35 @@ def operate(layer: "RoutedLayer", options: Namespace) -> None:
     act(options.tile, tag=options.tag)
 
 
-def with_state_of(task: "RoutedTask", checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """The checkpoint with those tensors of the task that differ; all else are the checkpoint's own objects."""
-    state = copy.copy(checkpoint["state_dict"])  # not .copy(), which would leave out torch's notes on the modules' versions
-    for name, value in task.state_dict().items():
-        if not is_equal(value, state[name]):
-            state[name] = value
-    return {**checkpoint, "state_dict": state}
+def copies_of(task: "RoutedTask", checkpoint: dict[str, Any]) -> dict[str, "RoutedTask"]:
+    """By where they stand in the checkpoint: the task, and a copy of it with each further copy of the weights.
+
+    Raises:
+        ValueError: weights that do not fit the task.
+    """
+    copies = {COPIES[0]: task}
+    for key in COPIES[1:]:
+        if key in checkpoint:
+            if not isinstance(checkpoint[key], dict):
+                raise ValueError(f"{key} ({type(checkpoint[key]).__name__}) of the checkpoint must be of type dict")
+            copies[key] = copy.deepcopy(task)
+            copies[key].load_state_dict(checkpoint[key])
+    return copies
+
+
+def state_of(task: "RoutedTask", original: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
+    """The stored weights with those tensors of the task that differ from the original ones; all else are the stored objects."""
+    state = copy.copy(stored)  # not .copy(), which would leave out torch's notes on the modules' versions
+    state.update({name: value for name, value in task.state_dict().items() if not is_equal(value, original[name])})
+    return state
 
 
 def check_written(
-    output: Path, options: Namespace, layer: "RoutedLayer", checkpoint: dict[str, Any], changed: list[str]
+    output: Path,
+    options: Namespace,
+    copies: dict[str, "RoutedTask"],
+    checkpoint: dict[str, Any],
+    changed: dict[str, list[str]],
 ) -> None:
     """Read the new file: the edit must stand in it, and all else must be what the checkpoint holds.
 
@@ -110,24 +135,32 @@ def check_written(
         RuntimeError: they do not; the file is removed.
     """
     try:
-        _compare(output, options, layer, checkpoint, changed)
+        _compare(output, options, copies, checkpoint, changed)
     except BaseException:
         output.unlink()
         raise
 
 
-def _compare(output: Path, options: Namespace, layer: "RoutedLayer", checkpoint: dict[str, Any], changed: list[str]) -> None:
+def _compare(
+    output: Path,
+    options: Namespace,
+    copies: dict[str, "RoutedTask"],
+    checkpoint: dict[str, Any],
+    changed: dict[str, list[str]],
+) -> None:
     from lightning_modules.tasks import CheckpointError, load_checkpoint
 
     try:
         task, written = load_checkpoint(output)
+        found = copies_of(task, written)
     except CheckpointError as error:
         raise RuntimeError(f"all must stand in the new checkpoint; the file is removed: {error}") from error
-    found = routed_layer(task, options.layer)
-    has_edit = is_equal(found.state_dict(), layer.state_dict())
-    old, new = ({**content, "state_dict": dict(content["state_dict"])} for content in (checkpoint, written))
-    for name in changed:
-        del old["state_dict"][name], new["state_dict"][name]
+    layers = ((routed_layer(of[key], options.layer) for of in (found, copies)) for key in copies)
+    has_edit = all(is_equal(one.state_dict(), other.state_dict()) for one, other in layers)
+    old, new = (content | {key: dict(content[key]) for key in changed} for content in (checkpoint, written))
+    for key, names in changed.items():
+        for name in names:
+            del old[key][name], new[key][name]
     if not has_edit or not is_equal(old, new):
         what = "the old one's content" if has_edit else "the edit"
         raise RuntimeError(f"{what} must stand in the new checkpoint {output}, and does not; the file is removed")

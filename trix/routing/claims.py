@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from trix.routing.facts import check_counts
+
 IGNORED_LABEL = -100
 
 
@@ -23,7 +25,7 @@ class ClaimMatrix(Metric):
 
     Raises:
         ValueError: a size below 1; at update, a label outside [0, num_classes) that is not -100, or shapes that do not fit; at
-            load_state_dict, counts of another size.
+            load_state_dict, counts of another size or below 0.
     """
 
     full_state_update = False
@@ -111,5 +113,6 @@ class ClaimMatrix(Metric):
         if count_EC is not None:
             if count_EC.shape[0] != self.num_tiles or not (self.is_growing or count_EC.shape[1] == self.num_classes):
                 raise ValueError(f"counts {tuple(count_EC.shape)} must have shape {(self.num_tiles, self.num_classes)}")
+            check_counts("count_EC", count_EC)
             state_dict[prefix + "count_EC"] = count_EC.to(self.count_EC.device)
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from trix.outputs import RoutingDecision
-from trix.routing.router import Router
+from trix.routing.base_router import Router
 
 PRIME = 2**31 - 1
 
