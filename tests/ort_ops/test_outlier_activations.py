@@ -37,14 +37,15 @@ ROUNDING = 2.0**-24
 SMALLEST = 2.0**-100  # activations below it count as zeros
 
 
-def groups_of(x_TK: np.ndarray) -> np.ndarray:
+def groups_of(x_TK: np.ndarray, group_size: int = 128) -> np.ndarray:
     num_tokens, num_columns = x_TK.shape
-    num_groups = -(-num_columns // 128)
-    return np.pad(x_TK, ((0, 0), (0, 128 * num_groups - num_columns))).reshape(num_tokens, num_groups, 128)
+    size = group_size or num_columns
+    num_groups = -(-num_columns // size)
+    return np.pad(x_TK, ((0, 0), (0, size * num_groups - num_columns))).reshape(num_tokens, num_groups, size)
 
 
-def is_wide(x_TK: np.ndarray, levels: Levels) -> np.ndarray:
-    size_TGC = np.abs(groups_of(x_TK)).astype(np.float64)
+def is_wide(x_TK: np.ndarray, levels: Levels, group_size: int = 128) -> np.ndarray:
+    size_TGC = np.abs(groups_of(x_TK, group_size)).astype(np.float64)
     largest_TG1 = size_TGC.max(-1, keepdims=True)
     counts_TGC = size_TGC >= SMALLEST
     wide_TG = np.zeros(size_TGC.shape[:2], bool)
@@ -54,14 +55,14 @@ def is_wide(x_TK: np.ndarray, levels: Levels) -> np.ndarray:
     return wide_TG.any(-1)
 
 
-def error_bound(x_TK: np.ndarray, weight_NK: np.ndarray, levels: Levels) -> np.ndarray:
-    """What the documentation states, for rows of scale 1 [T, N]: float32's rounding, plus m 2^-23 for each weight of a group
-    whose largest activation is m, unless the token is wide."""
+def error_bound(x_TK: np.ndarray, weight_NK: np.ndarray, levels: Levels, group_size: int = 128) -> np.ndarray:
+    """What schema.py states, for rows of scale 1 [T, N]: float32's rounding, plus m 2^-23 for each weight of a group whose
+    largest activation is m, unless the token is wide."""
     size_TK, used_NK = np.abs(x_TK).astype(np.float64), np.abs(weight_NK).astype(np.float64)
-    largest_TG = groups_of(size_TK).max(-1)
-    num_used_NG = groups_of(used_NK).sum(-1)
+    largest_TG = groups_of(size_TK, group_size).max(-1)
+    num_used_NG = groups_of(used_NK, group_size).sum(-1)
     rounding = 2 * (3 * largest_TG.shape[1] + 2) * ROUNDING * (size_TK @ used_NK.T) + SMALLEST * num_used_NG.sum(-1)
-    return rounding + np.where(is_wide(x_TK, levels)[:, None], 0, 2.0**-23 * largest_TG @ num_used_NG.T)
+    return rounding + np.where(is_wide(x_TK, levels, group_size)[:, None], 0, 2.0**-23 * largest_TG @ num_used_NG.T)
 
 
 def plain_product(x_TK: np.ndarray, weight_NK: np.ndarray, scale_N: np.ndarray) -> np.ndarray:
@@ -139,9 +140,10 @@ def test_a_large_activation_of_weight_0_does_not_spoil_the_others(size: float) -
     num_tokens=st.integers(1, 40),
     num_rows=st.integers(3, 70),
     width=st.sampled_from([1, 5, 17, 64, 130, 300, 700]),
+    group_size=st.sampled_from([0, 128]),
 )
 def test_scores_and_products_keep_the_bound_for_every_row_of_weights(
-    seed: int, kind: str, num_tokens: int, num_rows: int, width: int
+    seed: int, kind: str, num_tokens: int, num_rows: int, width: int, group_size: int
 ) -> None:
     rng = np.random.default_rng(seed)
     x = rows(rng, kind, num_tokens, width)
@@ -154,8 +156,8 @@ def test_scores_and_products_keep_the_bound_for_every_row_of_weights(
 
     inputs, _ = tile_matmul_inputs(rng, num_tokens, 1, num_rows, width)
     inputs |= {"x": x, "packed": to_panels(weight[None])}
-    y = native_session(make_model(TERNARY_TILE_MATMUL)).run(None, inputs)[0]
-    bound = error_bound(x, weight, PRODUCTS) * inputs["row_scale"]
+    y = native_session(make_model(TERNARY_TILE_MATMUL, group_size=group_size)).run(None, inputs)[0]
+    bound = error_bound(x, weight, PRODUCTS, group_size) * inputs["row_scale"]
     assert (np.abs(y - tile_matmul_reference(inputs, weight[None])) <= bound).all()
 
 

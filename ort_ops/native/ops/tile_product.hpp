@@ -10,15 +10,18 @@
 
 namespace trix {
 
-/// Which tokens of 24 bits are multiplied once more, by what 24 bits leave of them (add_rest). In scores a
-/// tile's few active dimensions may be just the small ones, so little is tolerated; normal and uniform
-/// rows pass.
+/// Tokens of 24 bits that are wide are multiplied again, by what 24 bits leave of them (add_rest). Without
+/// that a huge activation would take the bits of the others of its group even where its own weight is 0.
+/// Others keep an error of at most 2^-23 m for each weight of a group whose largest activation is m.
+///
+/// A signature may be active in just the small dimensions, so scores tolerate few of them. Normal and uniform
+/// rows of 128 columns are wide once in 1000 times.
 inline constexpr WideRule kWideForScores = {{{0x1p-8f, 4}, {0x1p-12f, 32}, {0x1p-19f, kMaxShare}}};
-/// Squared hidden values spread twice as far, and rows of weights have many columns.
+/// Squared hidden values spread twice as far.
 inline constexpr WideRule kWideForProducts = {{{0x1p-12f, 4}, {}, {}}};
 
-/// How x meets the ternary weights: the attributes activation_bits (24: as exact as float32; 8) and
-/// group_size (of the columns that share a scale; 0: all).
+/// How x meets the ternary weights: the attributes activation_bits (24 or 8) and group_size (of the columns
+/// that share a scale; 0: all).
 class Activations {
   public:
     static constexpr const char* kBitsAttribute = "activation_bits";
