@@ -11,7 +11,7 @@ CASE := $(notdir $(basename $(wildcard benchmarks/cases/*.py)))
 CPP := find ort_ops/native -name '*.cpp' -o -name '*.hpp'
 # What a deployment needs: these run without torch.
 OPERATOR_TESTS := $(addprefix tests/ort_ops/test_,native_ops.py ternary_ffn.py route_gates.py choice_among_many.py \
-  sparse_lookup_op.py activations.py functions.py panels.py library.py self_test.py) \
+  outlier_activations.py sparse_lookup_op.py activations.py functions.py panels.py library.py self_test.py) \
   tests/parity/test_isa_parity.py
 OLDEST := build/ort_oldest
 IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))

@@ -71,7 +71,7 @@ def plain_product(x_TK: np.ndarray, weight_NK: np.ndarray, scale_N: np.ndarray) 
     total_TN = np.zeros((len(x_TK), len(weight_NK)), np.float32)
     for g in range(x_TGC.shape[1]):
         largest_T1 = np.abs(x_TGC[:, g]).max(-1, keepdims=True)
-        rest_TC = np.rint(x_TGC[:, g] * (np.float64(LEVELS) / largest_T1)).astype(np.int64)
+        rest_TC = np.rint(x_TGC[:, g] * (np.float64(LEVELS) / largest_T1.astype(np.float64))).astype(np.int64)
         digits = []
         for _ in range(2):
             digits.append((rest_TC + 128) % 256 - 128)
