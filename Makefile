@@ -11,7 +11,7 @@ CASE := $(notdir $(basename $(wildcard benchmarks/cases/*.py)))
 CPP := find ort_ops/native -name '*.cpp' -o -name '*.hpp'
 # What a deployment needs: these run without torch.
 OPERATOR_TESTS := $(addprefix tests/ort_ops/test_,native_ops.py ternary_ffn.py route_gates.py choice_among_many.py \
-  sparse_lookup_op.py activations.py functions.py panels.py library.py self_test.py) \
+  outlier_activations.py sparse_lookup_op.py activations.py functions.py panels.py library.py self_test.py) \
   tests/parity/test_isa_parity.py
 OLDEST := build/ort_oldest
 IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
@@ -67,7 +67,7 @@ test-ort-oldest: $(STAMP) ## Run the operator tests with the oldest onnxruntime 
 
 fuzz: $(STAMP) ## Feed the sanitized library mutated models and random shapes for ten minutes, or FUZZ_SECONDS=60
 	TRIX_FUZZ_SECONDS=$(or $(FUZZ_SECONDS),600) TRIX_FUZZ_SEED=$${TRIX_FUZZ_SEED:-$$(date +%s)} \
-	  $(BIN)/python -m pytest tests/ort_ops/test_native_sanitized.py
+	  $(BIN)/python -m pytest -s tests/ort_ops/test_native_sanitized.py
 
 wheel: $(STAMP) ## Build the wheel of this machine into dist/, and try it in an environment of its own
 	PYTHON=$(abspath $(BIN))/python tests/packaging/wheel.sh
