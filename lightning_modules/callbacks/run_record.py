@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from lightning_modules.callbacks.log_folder import local_log_folder
 from lightning_modules.machine import cpu_name, git_state
-from lightning_modules.whole_bytes import write_whole
+from ort_ops.whole_file import write_whole
 
 ENVIRONMENT_NAME, METRICS_NAME = "environment.json", "metrics.csv"
 PACKAGES = ("trix", "torch", "lightning", "numpy")

@@ -11,6 +11,7 @@ from lightning_modules.commands.output_file import check_output_file, output_fol
 from lightning_modules.errors import UserError
 from lightning_modules.run_folder import best_checkpoint
 from lightning_modules.signature_values import is_signs, read_signature
+from ort_ops.whole_file import whole_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +32,7 @@ def run_surgery(arguments: list[str]) -> int:
 
         return run_onnx_surgery(options, ckpt, output)
     task, checkpoint = load_task(str(ckpt), "surgery")
-    from lightning_modules.whole_files import save_whole
+    from lightning_modules.whole_files import save
 
     try:
         layer = routed_layer(task, options.layer)
@@ -42,9 +43,9 @@ def run_surgery(arguments: list[str]) -> int:
     edited = with_state_of(task, checkpoint)
     changed = [name for name, value in edited["state_dict"].items() if value is not checkpoint["state_dict"][name]]
     try:
-        with output_folder(output.parent):
-            save_whole(edited, output)
-            check_written(output, options, layer, checkpoint, changed)
+        with output_folder(output.parent), whole_file(output) as partial:
+            save(edited, partial)
+            check_written(partial, options, layer, checkpoint, changed)
     except OSError as error:
         raise UserError(f"output {output} cannot be written: {error.strerror or error}") from error
     after = layer.get_signature_analysis(options.tile)
@@ -102,27 +103,19 @@ def with_state_of(task: "RoutedTask", checkpoint: dict[str, Any]) -> dict[str, A
 
 
 def check_written(
-    output: Path, options: Namespace, layer: "RoutedLayer", checkpoint: dict[str, Any], changed: list[str]
+    partial: Path, options: Namespace, layer: "RoutedLayer", checkpoint: dict[str, Any], changed: list[str]
 ) -> None:
-    """Read the new file: the edit must stand in it, and all else must be what the checkpoint holds.
+    """Read the new file before it gets its name: the edit must stand in it, and all else must be what the checkpoint holds.
 
     Raises:
-        RuntimeError: they do not; the file is removed.
+        RuntimeError: they do not.
     """
-    try:
-        _compare(output, options, layer, checkpoint, changed)
-    except BaseException:
-        output.unlink()
-        raise
-
-
-def _compare(output: Path, options: Namespace, layer: "RoutedLayer", checkpoint: dict[str, Any], changed: list[str]) -> None:
     from lightning_modules.tasks import CheckpointError, load_checkpoint
 
     try:
-        task, written = load_checkpoint(output)
+        task, written = load_checkpoint(partial)
     except CheckpointError as error:
-        raise RuntimeError(f"all must stand in the new checkpoint; the file is removed: {error}") from error
+        raise RuntimeError(f"all must stand in the new checkpoint; no file is written: {error}") from error
     found = routed_layer(task, options.layer)
     has_edit = is_equal(found.state_dict(), layer.state_dict())
     old, new = ({**content, "state_dict": dict(content["state_dict"])} for content in (checkpoint, written))
@@ -130,7 +123,7 @@ def _compare(output: Path, options: Namespace, layer: "RoutedLayer", checkpoint:
         del old["state_dict"][name], new["state_dict"][name]
     if not has_edit or not is_equal(old, new):
         what = "the old one's content" if has_edit else "the edit"
-        raise RuntimeError(f"{what} must stand in the new checkpoint {output}, and does not; the file is removed")
+        raise RuntimeError(f"{what} must stand in the new checkpoint {options.output}, and does not; no file is written")
 
 
 def is_equal(one: Any, other: Any) -> bool:
