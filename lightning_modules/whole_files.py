@@ -1,6 +1,5 @@
-"""Files that are written whole or not at all: one that is there stays as it was until the new one is complete."""
+"""torch's files, written whole or not at all: one that is there stays as it was until the new one is complete."""
 
-import io
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
-from lightning_modules.whole_bytes import write_whole
+from ort_ops.whole_file import whole_file
 
 CHECKPOINT_SUFFIX = ".ckpt"
 
@@ -46,11 +45,25 @@ class WholeFileCheckpointIO(TorchCheckpointIO):
 
 
 def save_whole(value: object, path: Path) -> None:
-    """torch.save to `path`, by way of a file beside it that takes its place at the end.
+    """torch.save to `path`, whole or not at all.
 
     Raises:
         OSError: the file cannot be written; what was at `path` is as it was. It names `path`.
     """
-    content = io.BytesIO()  # written by torch itself, a full disk would be a RuntimeError about something else
-    torch.save(value, content)
-    write_whole(content.getbuffer(), path)
+    with whole_file(path) as partial:
+        save(value, partial)
+
+
+def save(value: object, path: Path) -> None:
+    """torch.save; a disk that is full is an OSError.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    with path.open("wb") as file:
+        try:
+            torch.save(value, file)
+        except RuntimeError as error:  # torch then fails to complete the file, which hides what went wrong first
+            if isinstance(error.__context__, OSError | KeyboardInterrupt):
+                raise error.__context__ from error
+            raise

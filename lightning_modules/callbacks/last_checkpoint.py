@@ -12,8 +12,8 @@ from typing_extensions import override
 from lightning_modules.errors import UserError
 from lightning_modules.run_folder import CHECKPOINTS_NAME
 from lightning_modules.tasks.checkpoint import read_checkpoint
-from lightning_modules.whole_bytes import write_whole
 from lightning_modules.whole_files import CHECKPOINT_SUFFIX
+from ort_ops.whole_file import remove_abandoned, whole_file
 
 LAST_NAME = "last.ckpt"
 INTERRUPTED_NAME = "interrupted.ckpt"
@@ -88,6 +88,7 @@ class LastCheckpoint(Checkpoint):
             return
         self.path = path
         if trainer.is_global_zero:
+            remove_abandoned(source.parent)  # half a checkpoint, where the earlier run was killed as it wrote one
             _copy_whole(source, path)
 
     @override
@@ -132,8 +133,8 @@ def newest_checkpoint(trainer: L.Trainer) -> Path | None:
 
 
 def _copy_whole(source: Path, target: Path) -> None:
-    write_whole(source.read_bytes(), target)
-    shutil.copystat(source, target)  # its age: the newest counts where a folder holds several
+    with whole_file(target) as partial:
+        shutil.copy2(source, partial)  # with its age: the newest counts where a folder holds several
 
 
 def _taken_over(

@@ -19,7 +19,7 @@ from lightning_modules.callbacks.log_folder import local_log_folder
 from lightning_modules.error_text import one_line
 from lightning_modules.errors import UserError
 from lightning_modules.machine import cpu_name, git_state
-from lightning_modules.whole_bytes import write_whole
+from ort_ops.whole_file import write_whole
 
 ENVIRONMENT_NAME, METRICS_NAME = "environment.json", "metrics.csv"
 PACKAGES = ("trix", "torch", "lightning", "numpy")

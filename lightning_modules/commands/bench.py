@@ -21,11 +21,11 @@ from lightning_modules.commands.output_file import check_output_file, output_fol
 from lightning_modules.commands.output_text import print_rich
 from lightning_modules.errors import UserError
 from lightning_modules.machine import cpu_name, instruction_sets, num_usable_cores
-from lightning_modules.whole_bytes import write_whole
 from ort_ops.caches import CachedReader
 from ort_ops.file_format import describe_size
 from ort_ops.library import LibraryNotFoundError
 from ort_ops.runtime import ExportedModel, ModelFileError
+from ort_ops.whole_file import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

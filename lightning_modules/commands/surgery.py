@@ -11,6 +11,7 @@ from lightning_modules.commands.output_file import check_output_file, output_fol
 from lightning_modules.errors import UserError
 from lightning_modules.run_folder import best_checkpoint
 from lightning_modules.signature_values import is_signs, read_signature
+from ort_ops.whole_file import whole_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +34,7 @@ def run_surgery(arguments: list[str]) -> int:
 
         return run_onnx_surgery(options, ckpt, output)
     task, checkpoint = load_task(str(ckpt), "surgery")
-    from lightning_modules.whole_files import save_whole
+    from lightning_modules.whole_files import save
 
     try:
         copies = copies_of(task, checkpoint)
@@ -47,9 +48,9 @@ def run_surgery(arguments: list[str]) -> int:
     edited = checkpoint | {key: state_of(copies[key], originals[key], checkpoint[key]) for key in copies}
     changed = {key: [name for name, v in edited[key].items() if v is not checkpoint[key][name]] for key in copies}
     try:
-        with output_folder(output.parent):
-            save_whole(edited, output)
-            check_written(output, options, copies, checkpoint, changed)
+        with output_folder(output.parent), whole_file(output) as partial:
+            save(edited, partial)
+            check_written(partial, options, copies, checkpoint, changed)
     except OSError as error:
         raise UserError(f"output {output} cannot be written: {error.strerror or error}") from error
     after = layer.get_signature_analysis(options.tile)
@@ -123,38 +124,24 @@ def state_of(task: "RoutedTask", original: dict[str, Any], stored: dict[str, Any
 
 
 def check_written(
-    output: Path,
+    partial: Path,
     options: Namespace,
     copies: dict[str, "RoutedTask"],
     checkpoint: dict[str, Any],
     changed: dict[str, list[str]],
 ) -> None:
-    """Read the new file: the edit must stand in it, and all else must be what the checkpoint holds.
+    """Read the new file before it gets its name: the edit must stand in it, and all else must be what the checkpoint holds.
 
     Raises:
-        RuntimeError: they do not; the file is removed.
+        RuntimeError: they do not.
     """
-    try:
-        _compare(output, options, copies, checkpoint, changed)
-    except BaseException:
-        output.unlink()
-        raise
-
-
-def _compare(
-    output: Path,
-    options: Namespace,
-    copies: dict[str, "RoutedTask"],
-    checkpoint: dict[str, Any],
-    changed: dict[str, list[str]],
-) -> None:
     from lightning_modules.tasks import CheckpointError, load_checkpoint
 
     try:
-        task, written = load_checkpoint(output)
+        task, written = load_checkpoint(partial)
         found = copies_of(task, written)
     except CheckpointError as error:
-        raise RuntimeError(f"all must stand in the new checkpoint; the file is removed: {error}") from error
+        raise RuntimeError(f"all must stand in the new checkpoint; no file is written: {error}") from error
     layers = ((routed_layer(of[key], options.layer) for of in (found, copies)) for key in copies)
     has_edit = all(is_equal(one.state_dict(), other.state_dict()) for one, other in layers)
     old, new = (content | {key: dict(content[key]) for key in changed} for content in (checkpoint, written))
@@ -163,7 +150,7 @@ def _compare(
             del old[key][name], new[key][name]
     if not has_edit or not is_equal(old, new):
         what = "the old one's content" if has_edit else "the edit"
-        raise RuntimeError(f"{what} must stand in the new checkpoint {output}, and does not; the file is removed")
+        raise RuntimeError(f"{what} must stand in the new checkpoint {options.output}, and does not; no file is written")
 
 
 def is_equal(one: Any, other: Any) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, TypedDict, TypeVar, cast
 
 import lightning as L
+import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -134,7 +135,9 @@ class RoutedTask(L.LightningModule, ABC):
     def _step(self, batch: Batch) -> tuple[StepOutput, Tensor, AuxLosses | None]:
         x, label = batch
         logits, infos, aux = self.network(x, return_routing=True)
-        loss = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), label.reshape(-1))
+        # In bfloat16 a loss of 4 would be told to the nearest 1/32.
+        exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        loss = F.cross_entropy(exact.reshape(-1, exact.shape[-1]), label.reshape(-1))
         mask_BT = self.padding_mask(x)
         routing = {layer_name(index): _detached(info, mask_BT) for index, info in enumerate(infos)}
         if mask_BT is not None:

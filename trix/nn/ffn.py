@@ -189,7 +189,7 @@ class TriXFFN(SignatureSurgery):
         decision = self._route(x.reshape(-1, x.shape[-1]), token_idx)
         usage = tile_load(decision.tile_idx, self.num_tiles, decision.weight)
         gap = routing_confidence(decision.score.float())
-        levels = torch.tensor([0.25, 0.5, 0.75], device=gap.device)
+        levels = gap.new_tensor([0.25, 0.5, 0.75])
         return {
             "usage": usage.tolist(),
             "balance": float(usage.min() / usage.max().clamp_min(torch.finfo(usage.dtype).tiny)),

@@ -204,7 +204,7 @@ class SparseLookupFFN(SignatureSurgery):
 
     def _gate_curve(self) -> Tensor:
         """The same as values at equal steps of sigmoid(score), from 0 to 1, with straight lines between them."""
-        return torch.ones(2, device=self.output_scale.device)
+        return self.output_scale.new_ones(2)
 
     def _count(self, tile_idx_TK: Tensor, labels: Tensor | None, mask: Tensor | None, shape: torch.Size) -> None:
         if not torch.compiler.is_compiling() and is_in_backward():
@@ -242,7 +242,7 @@ class SparseLookupFFN(SignatureSurgery):
             count_EC = self.claims.count_EC
             if target_class >= count_EC.shape[1]:
                 return 0.0
-            return float(count_EC[tile_idx, target_class] / count_EC[:, target_class].sum().clamp_min(1))
+            return int(count_EC[tile_idx, target_class]) / max(int(count_EC[:, target_class].sum()), 1)
 
     @torch.no_grad()
     def get_tile_purity(self, tile_idx: int) -> tuple[int, float]:
@@ -261,7 +261,7 @@ class SparseLookupFFN(SignatureSurgery):
 
     def get_routing_stats(self) -> LookupStats:
         """How the tokens of the training batches were spread over the tiles, those of all processes together."""
-        share_E = self.usage_E / self.usage_E.sum().clamp_min(1)
+        share_E = self.usage_E.float() / self.usage_E.sum().clamp_min(1)
         return {
             "num_tiles": self.num_tiles,
             "num_clusters": -(-self.num_tiles // self.tiles_per_cluster),

@@ -82,12 +82,12 @@ class ClaimMatrix(Metric):
             self.count_EC = torch.cat([self.count_EC, fresh], dim=1)
 
     def compute(self) -> Tensor:
-        """Claim rates [E, C]: rate[e, c] = share of the tokens of class c that went to tile e; 0 for a class never seen."""
-        return self.count_EC / self.count_EC.sum(dim=0, keepdim=True).clamp_min(1)
+        """Claim rates, float32 [E, C]: rate[e, c] = share of the tokens of class c that went to tile e; 0 for none seen."""
+        return self.count_EC.float() / self.count_EC.sum(dim=0, keepdim=True).clamp_min(1)
 
     def purity(self) -> Tensor:
-        """[E]: share of the most frequent class among a tile's tokens; 0 for a tile that got none."""
-        return self.count_EC.amax(dim=1) / self.count_EC.sum(dim=1).clamp_min(1)
+        """float32 [E]: share of the most frequent class among a tile's tokens; 0 for a tile that got none."""
+        return self.count_EC.amax(dim=1).float() / self.count_EC.sum(dim=1).clamp_min(1)
 
     def dominant_class(self) -> Tensor:
         """int64 [E]: the most frequent class among a tile's tokens, ties to the lowest; -1 for a tile that got none."""

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -221,7 +222,7 @@ def test_what_is_no_checkpoint_of_a_routed_model_leaves_nothing(
 
 
 @pytest.mark.parametrize("part", ["edit", "history", "optimizer", "weight", "key"])
-def test_a_file_that_is_not_as_it_should_be_is_found_and_removed(
+def test_a_file_that_is_not_as_it_should_be_never_gets_its_name(
     part: str, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def save_wrongly(checkpoint: dict[str, Any], path: Path) -> None:
@@ -237,13 +238,27 @@ def test_a_file_that_is_not_as_it_should_be_is_found_and_removed(
             next(value for value in state.values() if value.is_floating_point())[0] += 1
         else:
             state["network.head.bias"] = torch.ones(1)
-        path.parent.mkdir(exist_ok=True)
         torch.save(checkpoint, path)
 
-    monkeypatch.setattr(whole_files, "save_whole", save_wrongly)
-    with pytest.raises(RuntimeError, match=r"must stand in the new checkpoint.*; the file is removed"):
+    monkeypatch.setattr(whole_files, "save", save_wrongly)
+    with pytest.raises(RuntimeError, match=r"must stand in the new checkpoint.*; no file is written"):
         operate(checkpoints / "lm.ckpt", tmp_path / "a" / "new.ckpt", "freeze")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_surgery_leaves_nothing_that_stays(checkpoints: Path, tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys; from lightning_modules.commands import surgery\n"
+        "surgery.check_written = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "surgery.run_surgery(sys.argv[1:])"
+    )
+    where = ["--layer", "1", "--tile", "0", "--tag", "t", "--output", "new.ckpt"]
+    command = [sys.executable, "-c", code, str(checkpoints / "lm.ckpt"), "freeze", *where]
+    assert subprocess.run(command, cwd=tmp_path, check=False).returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".new.ckpt.")
+    assert main(["inspect", str(checkpoints / "lm.ckpt"), "--output", str(tmp_path / "page.html")]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
 
 
 @pytest.mark.parametrize(
