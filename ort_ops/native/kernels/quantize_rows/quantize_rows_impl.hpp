@@ -96,13 +96,13 @@ static inline std::int64_t count_below(const float* x, std::size_t count, std::i
 }
 
 static inline bool is_wide_group(const float* x, std::size_t count, float m, const WideRule& rule) {
-    std::int64_t zeros = -1;  // or what counts as one; not counted yet
+    const auto all = static_cast<std::int64_t>(count);
     for (const WideLevel& level : rule.levels) {
         const std::int64_t below = count_below(x, count, bits_of(m * level.fraction));
-        if (below == 0) return false;
-        if (zeros < 0) zeros = count_below(x, count, bits_of(kSmallest));
-        if (below == zeros) return false;
-        if ((below - zeros) * level.share > static_cast<std::int64_t>(count) - zeros) return true;
+        if (below == 0) return false;              // and so at the levels that follow
+        if (below * level.share <= all) continue;  // however many of them are zeros
+        const std::int64_t zeros = count_below(x, count, bits_of(kSmallest));
+        if ((below - zeros) * level.share > all - zeros) return true;
     }
     return false;
 }
