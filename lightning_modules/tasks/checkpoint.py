@@ -123,8 +123,8 @@ def _make_task(checkpoint: Mapping[str, Any]) -> RoutedTask:
     num_elements = sum(value.numel() for name, value in sketch.named_buffers() if name not in stored)
     if num_elements > MAX_TABLE_ELEMENTS:
         raise CheckpointError(
-            "the hyperparameters of the checkpoint do not fit: the tables of positions, layers * 2 * context_length * width of a "
-            f"head ({num_elements} elements), must be <= {MAX_TABLE_ELEMENTS}"
+            "the hyperparameters of the checkpoint do not fit: the tables of positions, layers * 2 * context_length * width of "
+            f"a head ({num_elements} elements), must be <= {MAX_TABLE_ELEMENTS}"
         )
     return kind(**settings)
 
