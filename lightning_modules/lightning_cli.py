@@ -14,7 +14,7 @@ from typing import Any, NoReturn, get_args, get_type_hints
 import lightning as L
 import torch
 import yaml  # type: ignore[import-untyped]
-from jsonargparse import DefaultHelpFormatter, capture_parser
+from jsonargparse import DefaultHelpFormatter, capture_parser, get_loader, set_loader
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -40,6 +40,7 @@ from lightning_modules.run_folder import best_checkpoint
 from lightning_modules.tasks import ClassifierTask, LanguageModelTask, RoutedTask, check_resumable, read_checkpoint
 from lightning_modules.trust import check_classes, denied_import, named_on_command_line, only_trusted_imports, take_out_trust
 from lightning_modules.whole_files import WholeFileCheckpointIO
+from lightning_modules.yaml_files import check_text, check_yaml, read_yaml
 
 # Short names in configurations work for imported classes; these are offered as corrections too.
 TASKS = (LanguageModelTask, ClassifierTask)
@@ -63,6 +64,7 @@ EXAMPLES = {
     "test": [f"test --config configs/digits.yaml {CKPT_EXAMPLE.replace('char_lm', 'digits')}/best.ckpt"],
     "predict": [f"predict --config configs/char_lm.yaml {CKPT_EXAMPLE}/best.ckpt"],
 }
+SHORT_YAML = 1000  # characters, which cannot be nested too deeply
 EXIT_TERMINATED = 128 + signal.SIGTERM
 # What a task takes from its data.
 LINKED_PARAMETERS = ("vocabulary", "num_features", "num_classes", "class_names")
@@ -83,10 +85,12 @@ def run_training_command(arguments: list[str]) -> int:
         UserError: whatever the user can mend: a key, a value, a file, a setting that the trainer refuses.
     """
     trusted, rest = take_out_trust(arguments)
-    trusted += named_on_command_line(rest, map(_yaml_content, config_files(rest)))
+    trusted += named_on_command_line(rest, map(read_yaml, config_files(rest)))
     with quiet_lightning(), only_trusted_imports(trusted):
         try:
             resumed_run = resumed(rest)
+            if resumed_run.config is not None:
+                check_yaml(resumed_run.config)
             TrixCLI(resumed_run.arguments, given=arguments, own_config=resumed_run.config)
         except SIGTERMException:
             print("trix: terminated", file=sys.stderr)
@@ -101,6 +105,19 @@ def run_training_command(arguments: list[str]) -> int:
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise UserError(one_line(f"out of memory: {error}")) from error
     return 0
+
+
+_parse_yaml = get_loader("yaml")
+
+
+def _parse_checked_yaml(text: str) -> Any:
+    """Also for the files that a configuration names in its turn, which the parser reads by itself."""
+    if "&" in text or len(text) > SHORT_YAML:
+        check_text("configuration", text)
+    return _parse_yaml(text)
+
+
+set_loader("yaml", _parse_checked_yaml, exceptions=(yaml.YAMLError,))
 
 
 class ParserError(Exception):
@@ -301,18 +318,10 @@ def config_files(arguments: list[str]) -> list[Path]:
     return files[::-1]
 
 
-def _yaml_content(path: Path) -> Any:
-    """What a file holds; None where that cannot be read, which the parser will say."""
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, OSError, UnicodeDecodeError):
-        return None
-
-
 def _broken_file(files: list[Path]) -> str:
     """The first file that is not YAML with keys and values, which the parser reads as a nameless text."""
     for path in files:
-        if not isinstance(_yaml_content(path), dict):
+        if not isinstance(read_yaml(path), dict):
             return str(path)
     return "the configuration"
 

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,11 @@ from lightning_modules.callbacks.log_folder import local_log_folder
 from lightning_modules.error_text import one_line
 from lightning_modules.errors import UserError
 from lightning_modules.machine import cpu_name, git_state
+from ort_ops.regular_files import read_regular
 from ort_ops.whole_file import write_whole
 
 ENVIRONMENT_NAME, METRICS_NAME = "environment.json", "metrics.csv"
+MAX_METRICS_BYTES = 2**28
 PACKAGES = ("trix", "torch", "lightning", "numpy")
 
 
@@ -128,16 +131,23 @@ class MetricsLogger(CSVLogger):
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The rows of a metrics.csv, each with the values that it has; none without a file, nor of a row that was cut short."""
+    """The rows of a metrics.csv, each with the values that it has; none without a file, nor of a row that was cut short.
+
+    Raises:
+        UserError: it is no CSV in UTF-8, or larger than MAX_METRICS_BYTES.
+    """
     if not path.is_file():
         return []
-    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
     rows = []
-    for row in csv.DictReader(io.StringIO(whole)):
-        try:
-            rows.append({name: _number(value) for name, value in row.items() if value} | {"step": int(row["step"])})
-        except (ValueError, TypeError, KeyError):
-            continue
+    try:
+        whole, _, _ = read_regular(path, MAX_METRICS_BYTES).decode().rpartition("\n")
+        for row in csv.DictReader(io.StringIO(whole)):
+            with suppress(ValueError, TypeError, KeyError):
+                rows.append({name: _number(value) for name, value in row.items() if value} | {"step": int(row["step"])})
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, csv.Error) as error:
+        raise UserError(f"{path} must be CSV in UTF-8: {error}") from error
     return rows
 
 

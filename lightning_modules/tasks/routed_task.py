@@ -230,12 +230,12 @@ class RoutedTask(L.LightningModule, ABC):
         """As nn.Module's, with the first difference in one line.
 
         Raises:
-            CheckpointError: a key is missing or unexpected, or a tensor has another shape.
+            CheckpointError: a key is missing or unexpected, or a value is none that its module takes.
         """
         try:
             return super().load_state_dict(state_dict, strict, assign)
-        except (RuntimeError, ValueError) as error:
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        except Exception as error:  # modules read what they kept in ways of their own
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
             reason = lines[1] if len(lines) > 1 else lines[0]
             reason = reason if len(reason) <= 300 else reason[:300] + "..."
             raise CheckpointError(f"the checkpoint's weights do not fit the network: {reason}") from error
