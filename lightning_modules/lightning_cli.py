@@ -38,6 +38,7 @@ from lightning_modules.quiet import quiet_lightning
 from lightning_modules.resume import log_folder, resumed
 from lightning_modules.run_folder import best_checkpoint
 from lightning_modules.tasks import ClassifierTask, LanguageModelTask, RoutedTask, check_resumable, read_checkpoint
+from lightning_modules.tasks.checkpoint import COPIES, load_weights
 from lightning_modules.trust import check_classes, denied_import, named_on_command_line, only_trusted_imports, take_out_trust
 from lightning_modules.whole_files import WholeFileCheckpointIO
 from lightning_modules.yaml_files import check_text, check_yaml, read_yaml
@@ -279,7 +280,9 @@ class TrixCLI(LightningCLI):
                 if self.subcommand == "fit":
                     check_resumable(checkpoint)
                     self._record.go_on_from(Path(self._checkpoint_path), log_folder(Path(self._checkpoint_path), checkpoint))
-                self.model.load_state_dict(checkpoint["state_dict"])
+                for key in reversed(COPIES):  # all are checked, the first is the one to stay
+                    if key in checkpoint:
+                        load_weights(self.model, checkpoint[key])
             except UserError as error:
                 text = str(error)
                 raise UserError(text if self._checkpoint_path in text else f"{self._checkpoint_path}: {text}") from error

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from trix.nn import RoutedLayer
 
 ACTIONS = ("insert", "freeze", "unfreeze", "remove")
-# Where weights stand in a checkpoint: those of the network, and, if these are an average, those that are trained.
-COPIES = ("state_dict", "current_model_state")
 
 
 def run_surgery(arguments: list[str]) -> int:
@@ -106,13 +104,13 @@ def copies_of(task: "RoutedTask", checkpoint: dict[str, Any]) -> dict[str, "Rout
     Raises:
         ValueError: weights that do not fit the task.
     """
+    from lightning_modules.tasks.checkpoint import COPIES, load_weights
+
     copies = {COPIES[0]: task}
     for key in COPIES[1:]:
         if key in checkpoint:
-            if not isinstance(checkpoint[key], dict):
-                raise ValueError(f"{key} ({type(checkpoint[key]).__name__}) of the checkpoint must be of type dict")
             copies[key] = copy.deepcopy(task)
-            copies[key].load_state_dict(checkpoint[key])
+            load_weights(copies[key], checkpoint[key])
     return copies
 
 

@@ -25,6 +25,8 @@ PARTS: dict[str, type] = {
     "global_step": int,
     "loops": dict,
 }
+# Where weights stand: those of the network; and where these are an average, those that are trained.
+COPIES = ("state_dict", "current_model_state")
 OPTIMIZER_PARTS: dict[str, type] = {"callbacks": dict, "optimizer_states": list, "lr_schedulers": list}
 
 TASKS: dict[str, type[LanguageModelTask] | type[ClassifierTask]] = {
@@ -60,6 +62,7 @@ def load_weights(task: RoutedTask, state_dict: Mapping[str, Any]) -> None:
         CheckpointError: as ``RoutedTask.load_state_dict`` and :func:`check_finite`; a value is of another kind of numbers than
             the task's own, or a layer is left with fewer tiles than a token goes to.
     """
+    _check_tensors(state_dict)
     _check_kinds(task, state_dict)
     check_finite(state_dict)
     task.load_state_dict(state_dict)
@@ -159,7 +162,8 @@ def _check_kinds(task: RoutedTask, state_dict: Mapping[str, Any]) -> None:
             continue
         if own[name].dtype in _FLOATS and value.dtype not in _FLOATS:
             raise CheckpointError(f"dtype of {name} ({value.dtype}) must be float16, bfloat16, float32 or float64")
-        if own[name].dtype not in _FLOATS and value.dtype != own[name].dtype:
+        was_float = name.endswith(".frozen_value_ED") and value.dtype in _FLOATS  # until frozen values were ternary
+        if own[name].dtype not in _FLOATS and value.dtype != own[name].dtype and not was_float:
             raise CheckpointError(f"dtype of {name} ({value.dtype}) must be {own[name].dtype}")
 
 
@@ -173,8 +177,8 @@ def _strings(value: Any) -> Iterator[str]:
 
 def _check_parts(checkpoint: Mapping[str, Any], path: Path) -> None:
     """Lightning takes these as they are: a wrong one would fail somewhere within it."""
-    for key, kind in (PARTS | OPTIMIZER_PARTS).items():
-        if key not in checkpoint and key in OPTIMIZER_PARTS:
+    for key, kind in (PARTS | OPTIMIZER_PARTS | dict.fromkeys(COPIES, dict)).items():
+        if key not in checkpoint and key not in PARTS:
             continue
         if key not in checkpoint:
             raise CheckpointError(f"{path}: the checkpoint lacks {key!r}")
