@@ -7,6 +7,8 @@ from typing import Any, Generic, Self, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
+from trix.routing.balance import num_processes
+
 ValueT = TypeVar("ValueT")
 # Marks run through all whole numbers below 2**23, which float32 holds exactly; each is far from those just before it, so that
 # even a slow average moves visibly. They are floats, because torch averages no whole numbers on a GPU.
@@ -69,6 +71,7 @@ class Facts(nn.Module):
         self._held = _Held({})
         self._known_mark: float | None = None  # as it was when the module was copied or last looked
         self._seen_mark: tuple[int, int] | None = None  # the tensor and its version where that was last compared
+        self._is_shared = False
 
     def hold(self, name: str, value: object) -> None:
         """Add a fact. Numbers and tensors stand in the state_dict; what else does is the module's to say (extra state)."""
@@ -92,6 +95,17 @@ class Facts(nn.Module):
     def stand_alone(self) -> None:
         """From now on the facts are this module's own, whatever is averaged into it."""
         self._held.origin = None
+
+    def share(self) -> None:
+        """Take over the tensors among the facts of the first process, once; all processes that train together call it.
+
+        DDP does so with parameters and buffers alone.
+        """
+        if not self._is_shared and num_processes() > 1:
+            for value in self.held_values().values():
+                if isinstance(value, Tensor):
+                    torch.distributed.broadcast(value, src=0)
+            self._is_shared = True
 
     def _follow(self) -> None:
         origin, mark = self._held.origin, self.mark

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trix.evolution import merge_tiles
 from trix.nn import HierarchicalTriXFFN, SparseLookupFFN, SparseLookupFFNv2, TriXFFN
-from trix.routing import SignatureSurgery
+from trix.routing import SignatureSurgery, facts
 
 WIDTH, NUM_TILES = 64, 6
 LAYERS: dict[str, Callable[[], SignatureSurgery]] = {
@@ -90,6 +90,27 @@ def test_a_layer_made_without_memory_gets_its_facts(name: str) -> None:
         assert other.get_surgery_history() == layer.get_surgery_history()
         other.freeze_signature(2)
     assert not layer.is_frozen(2)
+
+
+@every_layer
+def test_the_facts_of_the_first_process_are_those_of_all(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As DDP does with the parameters; without it, random signatures frozen before the training would differ for good."""
+    torch.manual_seed(0)
+    first, other = LAYERS[name](), LAYERS[name]()
+    first.freeze_signature(2)
+    sent = [value for value in first.router.held_values().values() if isinstance(value, Tensor)]
+    messages = iter(sent)
+    monkeypatch.setattr(facts, "num_processes", lambda: 2)
+
+    def broadcast(value: Tensor, src: int) -> None:
+        assert src == 0
+        value.copy_(next(messages))
+
+    monkeypatch.setattr(torch.distributed, "broadcast", broadcast)
+    for _ in range(2):  # the second batch sends nothing
+        other.train()(torch.randn(3, WIDTH))
+    assert next(messages, None) is None
+    assert torch.equal(other.get_tile_signatures()[2], first.get_tile_signatures()[2])
 
 
 def test_a_state_dict_is_a_copy_of_the_facts() -> None:
