@@ -38,6 +38,7 @@ from lightning_modules.quiet import quiet_lightning
 from lightning_modules.resume import log_folder, with_resumed_run
 from lightning_modules.run_folder import best_checkpoint
 from lightning_modules.tasks import ClassifierTask, LanguageModelTask, RoutedTask, check_resumable, read_checkpoint
+from lightning_modules.tasks.routed_task import check_eps
 from lightning_modules.whole_files import WholeFileCheckpointIO
 
 # Short names in configurations work for imported classes; these are offered as corrections too.
@@ -239,7 +240,8 @@ class TrixCLI(LightningCLI):
                 check(self.model)
         self.model.check_data(self.datamodule)
         if self.subcommand == "fit":
-            self.model.make_optimizer(self.trainer.max_steps)
+            optimizer, _ = self.model.make_optimizer(self.trainer.max_steps)
+            check_eps(optimizer, self.trainer.precision)
         if self._checkpoint_path is not None:
             try:
                 if Path(self._checkpoint_path).is_dir():  # of fit alone

@@ -94,11 +94,18 @@ def operate(layer: "RoutedLayer", options: Namespace) -> None:
 
 
 def with_state_of(task: "RoutedTask", checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """The checkpoint with those tensors of the task that differ; all else are the checkpoint's own objects."""
+    """The checkpoint with those tensors of the task that differ; all else are the checkpoint's own objects.
+
+    A checkpoint of a training in other floats than float32 keeps them: a tensor differs where it does in the task's floats.
+    """
+    import torch
+
     state = copy.copy(checkpoint["state_dict"])  # not .copy(), which would leave out torch's notes on the modules' versions
     for name, value in task.state_dict().items():
-        if not is_equal(value, state[name]):
-            state[name] = value
+        old = state[name]
+        is_tensor = isinstance(value, torch.Tensor) and isinstance(old, torch.Tensor)
+        if not is_equal(value, old.to(value.dtype) if is_tensor else old):
+            state[name] = value.to(old.dtype) if is_tensor else value
     return {**checkpoint, "state_dict": state}
 
 
