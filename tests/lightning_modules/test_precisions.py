@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml  # type: ignore[import-untyped]
+from lightning.pytorch.callbacks import ModelCheckpoint
 from small_runs import SENTENCE, MakeTrainer, small_network
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
@@ -53,18 +54,19 @@ def floats_of(state: dict[str, Any]) -> set[torch.dtype]:
 
 
 def assert_goes_on_as_if_nothing_had_been(make: Make, precision: str, folder: Path, make_trainer: MakeTrainer) -> None:
-    def fit(max_steps: int, **settings: Any) -> L.Trainer:
+    def fit(**settings: Any) -> L.Trainer:
         L.seed_everything(0)
         task, data = make()
-        settings_of_trainer = {"precision": precision, "max_steps": max_steps, "limit_val_batches": 1, "log_every_n_steps": 1}
+        keeper = ModelCheckpoint(folder, "a", every_n_train_steps=3)
+        settings_of_trainer = {"precision": precision, "max_steps": 4, "limit_val_batches": 1, "log_every_n_steps": 1}
+        settings_of_trainer |= {"callbacks": [keeper], "enable_checkpointing": True}
         trainer = make_trainer(**settings_of_trainer, val_check_interval=1, gradient_clip_val=1.0)
         trainer.fit(task, data, **settings)
         assert torch.get_default_dtype() == torch.float32
         return trainer
 
-    whole = fit(4)
-    fit(3).save_checkpoint(folder / "a.ckpt")
-    resumed = fit(4, ckpt_path=folder / "a.ckpt", weights_only=True)
+    whole = fit()
+    resumed = fit(ckpt_path=folder / "a.ckpt", weights_only=True)
     assert resumed.callback_metrics["val/loss"].isfinite()
     states = [trainer.lightning_module.state_dict() for trainer in (whole, resumed)]
     assert floats_of(states[0]) == {DTYPES[precision]}
@@ -108,6 +110,7 @@ def test_a_loss_is_exact_in_half_precision(precision: str, tmp_path: Path, make_
     L.seed_everything(0)
     task = LanguageModelTask(text.vocabulary, small_network())
     (found,) = make_trainer(precision=precision).validate(task, text)
+    task.eval()
     with torch.no_grad():
         losses = [
             F.cross_entropy(task.network(token_BT).double().flatten(0, 1), target_BT.flatten(), reduction="none")
