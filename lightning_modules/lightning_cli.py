@@ -39,6 +39,7 @@ from lightning_modules.resume import log_folder, resumed
 from lightning_modules.run_folder import best_checkpoint
 from lightning_modules.tasks import ClassifierTask, LanguageModelTask, RoutedTask, check_resumable, read_checkpoint
 from lightning_modules.tasks.checkpoint import COPIES, load_weights
+from lightning_modules.tasks.routed_task import check_eps
 from lightning_modules.trust import check_classes, denied_import, named_on_command_line, only_trusted_imports, take_out_trust
 from lightning_modules.whole_files import WholeFileCheckpointIO
 from lightning_modules.yaml_files import check_text, check_yaml, read_yaml
@@ -270,7 +271,8 @@ class TrixCLI(LightningCLI):
                 check(self.model)
         self.model.check_data(self.datamodule)
         if self.subcommand == "fit":
-            self.model.make_optimizer(self.trainer.max_steps)
+            optimizer, _ = self.model.make_optimizer(self.trainer.max_steps)
+            check_eps(optimizer, self.trainer.precision)
         if self._checkpoint_path is not None:
             try:
                 if Path(self._checkpoint_path).is_dir():  # of fit alone

@@ -115,9 +115,15 @@ def copies_of(task: "RoutedTask", checkpoint: dict[str, Any]) -> dict[str, "Rout
 
 
 def state_of(task: "RoutedTask", original: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
-    """The stored weights with those tensors of the task that differ from the original ones; all else are the stored objects."""
+    """The stored weights with those tensors of the task that differ from the original ones, in the floats of the training; all
+    else are the stored objects.
+    """
+    import torch
+
     state = copy.copy(stored)  # not .copy(), which would leave out torch's notes on the modules' versions
-    state.update({name: value for name, value in task.state_dict().items() if not is_equal(value, original[name])})
+    for name, value in task.state_dict().items():
+        if not is_equal(value, original[name]):
+            state[name] = value.to(stored[name].dtype) if isinstance(value, torch.Tensor) else value
     return state
 
 

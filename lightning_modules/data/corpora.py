@@ -11,6 +11,7 @@ from typing import Literal, get_args
 
 from lightning_modules.errors import DataError
 from ort_ops.regular_files import read_regular
+from ort_ops.whole_file import whole_file
 
 CorpusName = Literal["pydoc", "tinyshakespeare", "wikitext-2"]
 CORPUS_NAMES: tuple[str, ...] = get_args(CorpusName)
@@ -125,7 +126,7 @@ def fetch(file: RemoteFile) -> Path:
         return _download(file)
     path = Path(data_dir).expanduser() / file.name
     try:
-        sha256 = hashlib.sha256(read_regular(path, MAX_TEXT_BYTES)).hexdigest()
+        sha256 = _sha256(path)
     except OSError as error:
         raise DataError(f"{DATA_DIR_VARIABLE} ({data_dir}) must hold {file.name}: {error.strerror or error}") from error
     if sha256 != file.sha256:
@@ -136,15 +137,17 @@ def fetch(file: RemoteFile) -> Path:
 def _download(file: RemoteFile) -> Path:
     import pooch  # takes 0.3 s to import, which only a download needs
 
-    relative = Path(file.name)
+    path = Path(pooch.os_cache("trix")) / file.name
     try:
-        found = pooch.retrieve(
-            url=file.url,
-            known_hash=f"sha256:{file.sha256}",
-            fname=relative.name,
-            path=pooch.os_cache("trix") / relative.parent,
-            progressbar=True,
-        )
+        if path.is_file() and _sha256(path) == file.sha256:
+            return path
+        # Not pooch.retrieve: what it leaves where it is killed, nothing removes.
+        with whole_file(path) as partial:
+            pooch.get_logger().info("Downloading %s to %s.", file.url, path)
+            pooch.HTTPDownloader(progressbar=True)(file.url, str(partial), None)
+            sha256 = _sha256(partial)
+            if sha256 != file.sha256:
+                raise ValueError(f"its hash ({sha256}) must be {file.sha256}")
     except (OSError, ValueError) as error:  # requests' errors are OSErrors; another hash is a ValueError
         # Short, for a line is cut where it gets long, and the way out stands at its end.
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", width=80)
@@ -152,7 +155,11 @@ def _download(file: RemoteFile) -> Path:
             f"downloading {file.url} failed ({reason}); with the file at hand, save it as {file.name} in a folder "
             f"and set {DATA_DIR_VARIABLE} to that folder, or choose corpus pydoc, which needs no download"
         ) from error
-    return Path(found)
+    return path
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(read_regular(path, MAX_TEXT_BYTES)).hexdigest()
 
 
 def _load_pydoc() -> Corpus:

@@ -55,6 +55,19 @@ def as_config(kind: type[ConfigT], values: ConfigT | Mapping[str, Any]) -> Confi
     return kind(**{**stored, "ffn": FFNConfig(**stored.get("ffn", {}))})
 
 
+def check_eps(optimizer: Optimizer, precision: str | None) -> None:
+    """Raise UserError where the optimizer's eps is 0 in the floats of the parameters, so that it would divide by 0."""
+    if precision != "16-true":
+        return
+    smallest = torch.finfo(torch.float16).smallest_normal * torch.finfo(torch.float16).eps
+    for group in optimizer.param_groups:
+        if group.get("eps", 1.0) < smallest:
+            raise UserError(
+                f"model.optimizer.eps ({group['eps']:g}) must be >= {smallest:.1g} with trainer.precision 16-true: 0.001 is "
+                "usual there, and bf16-true needs no change"
+            )
+
+
 def default_lr_scheduler(optimizer: Optimizer, num_steps: int) -> LRScheduler:
     """Half a cosine, from the full rate to 0 after num_steps; a run resumed with more steps goes on along the longer one."""
     return LambdaLR(optimizer, lambda step: 0.5 * (1.0 + math.cos(math.pi * min(step / num_steps, 1.0))))
@@ -130,6 +143,7 @@ class RoutedTask(L.LightningModule, ABC):
         return {}
 
     def reset_metrics(self) -> None:
+        self.mean_loss.set_dtype(torch.float32)  # a cast of the network reaches it, and in bfloat16 no sum gets beyond 256
         self.mean_loss.reset()
 
     def _step(self, batch: Batch) -> tuple[StepOutput, Tensor, AuxLosses | None]:
@@ -158,6 +172,7 @@ class RoutedTask(L.LightningModule, ABC):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         # Not trainer.estimated_stepping_batches: asking for it makes the loaders, and a resumed run loses its place in them.
         optimizer, scheduler = self.make_optimizer(self.trainer.max_steps)
+        check_eps(optimizer, self.trainer.precision)
         if scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
