@@ -2,83 +2,29 @@
 
 import json
 import math
-import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import hostile
-import lightning as L
-import onnx
 import pytest
 import torch
+from hostile_runs import WHERE, assert_refused, commands_on, commands_on_model
 from limited_memory import limited_memory
-from onnx import ModelProto
-from small_runs import SENTENCE, save_checkpoint, small_network
 
 from lightning_modules.cli import main
-from lightning_modules.data.text import TextDataModule
-from lightning_modules.errors import UserError
-from lightning_modules.tasks import CheckpointError, LanguageModelTask, load_checkpoint, read_checkpoint
-from lightning_modules.yaml_files import check_yaml, read_yaml
+from lightning_modules.tasks import CheckpointError, load_checkpoint, read_checkpoint
 
 NO_CHECKPOINT = r"is not a checkpoint that can be loaded safely"
 EMBEDDING, ROUTER = "network.embedding.weight", "network.stack.blocks.1.ffn.router"
 HISTORY = "network.stack.blocks.0.ffn.surgery_log._extra_state"
-WHERE = ["--layer", "0", "--tile", "0", "--tag", "t", "--output"]
-
-
-@pytest.fixture(scope="module")
-def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What an honest run leaves: a checkpoint, the model exported from it, and its text."""
-    folder = tmp_path_factory.mktemp("honest")
-    (folder / "text.txt").write_text(SENTENCE * 30)
-    text = TextDataModule(path=folder / "text.txt", context_length=8, batch_size=4, batches_per_epoch=2)
-    L.seed_everything(0)
-    save_checkpoint(LanguageModelTask(text.vocabulary, small_network()), text, folder / "lm.ckpt")
-    assert main(["export", "--ckpt", str(folder / "lm.ckpt"), "--output", str(folder / "lm.onnx")]) == 0
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def state_of(folder: Path) -> dict[Path, tuple[int, int]]:
-    return {path: (path.lstat().st_mtime_ns, path.lstat().st_size) for path in folder.rglob("*")}
-
-
-def assert_refused(arguments: list[str], problem: str, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    before = state_of(folder)
-    capfd.readouterr()
-    with limited_memory():
-        assert main(arguments) == 2, arguments
-    err = capfd.readouterr().err
-    lines = [line for line in err.splitlines() if "[E:onnxruntime" not in line]  # its own log of what it cannot run
-    assert len(lines) == 1, (arguments, err)
-    assert re.match(f"trix: error: .*{problem}", lines[0]), (arguments, lines[0])
-    assert state_of(folder) == before
-
-
-def commands_on(ckpt: str) -> list[list[str]]:
-    return [
-        ["inspect", ckpt],
-        ["why", ckpt, "--prompt", "The "],
-        ["export", "--ckpt", ckpt, "--output", "new/model.onnx"],
-        ["surgery", ckpt, "freeze", *WHERE, "new/edited.ckpt"],
-    ]
-
-
-def commands_on_model(model: str) -> list[list[str]]:
-    return [
-        ["inspect", model],
-        ["generate", model, "--prompt", "The ", "--num-tokens", "3"],
-        ["bench", model, "--threads", "1", "--lengths", "4"],
-        ["surgery", model, "freeze", *WHERE, "new/edited.onnx"],
-    ]
 
 
 def loads(content: bytes) -> dict[str, Any]:
@@ -372,224 +318,6 @@ def test_a_signature_is_read_from_a_regular_file(
     for name, kind in (("pipe", "a pipe"), ("/dev/zero", "a device")):
         insert = ["surgery", "lm.onnx", "insert", "--signature", name, *WHERE, "new.onnx"]
         assert_refused(insert, f"it must be a regular file, not {kind}", folder, capfd)
-
-
-def bomb() -> str:
-    lines = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"]
-    return "\n".join([*lines, *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 12))])
-
-
-YAML_FILES: dict[str, tuple[bytes, str]] = {
-    "aliases of aliases": (bomb().encode(), "line 5: the number of values must be <= 50000"),
-    "100,000 brackets": (b"a: " + b"[" * 100_000, "line 1: the depth of the values must be <= 50"),
-    "100,000 dashes": (b"- " * 100_000, "line 1: the depth of the values must be <= 50"),
-    "a thousand keys within keys": ("".join(f"{' ' * i}a:\n" for i in range(1000)).encode(), "the depth of the values"),
-    "itself": (b"a: &a\n  b: *a\n", "line 2: a value of the configuration must not hold itself"),
-    "a tab": (b"a:\n\tb: 1", r"must be YAML: .* \(line 2\)"),
-    "binary": (b"\x80\x02\x00\xff", "must be YAML in UTF-8: byte 0x80 at 0 is not"),
-    "control characters": (b"a: \x00", "must be YAML: "),
-    "a call": (
-        b"a: !!python/object/apply:os.system ['ls']",
-        r"tag \(tag:yaml.org,2002:python/object/apply:os.system\) must be",
-    ),
-    "an object": (b"!!python/object:os.PathLike {}", r"tag \(tag:yaml.org,2002:python/object:os.PathLike\) must be"),
-    "thousands of digits": (b"a: " + b"1:" * 10_000 + b"1", r"length of a value without quotes \(20001\) must be <= 4096"),
-    "many values": (b"[" + b"a," * 60_000 + b"]", "the number of values must be <= 50000"),
-    "1 MiB": (b"#" * (2**20 + 1), r"its size \(1048577 bytes\) must be <= 1048576"),
-    "two documents": (b"a: 1\n---\nb: 2\n", "must be YAML: "),
-    "no such day": (b"a: 2020-13-45", "must be YAML: month must be in"),
-    "a list as a key": (b"? [1, 2]\n: 3", "must be YAML: "),
-}
-
-
-@pytest.mark.parametrize("name", YAML_FILES)
-def test_yaml(name: str, folder: Path) -> None:
-    content, problem = YAML_FILES[name]
-    Path("bad.yaml").write_bytes(content)
-    with limited_memory(2**28), pytest.raises(UserError, match=f"^bad.yaml.*{problem}") as caught:
-        read_yaml("bad.yaml")
-    assert "\n" not in str(caught.value)
-
-
-def test_yaml_of_another_kind_than_a_regular_file(folder: Path) -> None:
-    hostile.pipe(Path("pipe"))
-    hostile.sparse(Path("large"), 2**30)
-    for path, problem in (("pipe", "not a pipe"), ("/dev/zero", "not a device"), ("large", "must be <="), (".", "directory")):
-        with pytest.raises(UserError, match=f"{path} cannot be read: .*{problem}"):
-            check_yaml(path)
-
-
-def test_honest_yaml_is_read_as_it_is(folder: Path) -> None:
-    Path("a.yaml").write_text("\ufeffa: &a {b: 1e-3, c: [null, true]}\nd: *a\ne:\n  <<: *a\n  c: text\n", encoding="utf-8")
-    values = {"b": "1e-3", "c": [None, True]}  # YAML 1.1: a float has a point
-    assert read_yaml("a.yaml") == {"a": values, "d": values, "e": values | {"c": "text"}}
-
-
-def properties(change: Callable[[dict[str, Any]], object]) -> Callable[[ModelProto], None]:
-    """Metadata changed as values."""
-
-    def edit(proto: ModelProto) -> None:
-        values = {entry.key: json.loads(entry.value) for entry in proto.metadata_props}
-        change(values)
-        onnx.helper.set_model_props(proto, {key: json.dumps(value) for key, value in values.items()})
-
-    return edit
-
-
-def written(key: str, text: str) -> Callable[[ModelProto], None]:
-    """A metadata property as text."""
-
-    def edit(proto: ModelProto) -> None:
-        next(entry for entry in proto.metadata_props if entry.key == f"trix.{key}").value = text
-
-    return edit
-
-
-def reference(**values: Any) -> Callable[[ModelProto], None]:
-    return properties(lambda metadata: metadata["trix.reference"].update(values))
-
-
-def layer(**values: Any) -> Callable[[ModelProto], None]:
-    return properties(lambda metadata: metadata["trix.layers"][0].update(values))
-
-
-ENTRY = {"operation": "insert", "tile_idx": 0, "step": 0, "tag": ""}
-# What all commands refuse, and what those do that read the metadata of layers; the others do without.
-METADATA: dict[str, tuple[Callable[[ModelProto], None], str]] = {
-    "no JSON": (written("config", "{no"), "metadata config must be JSON"),
-    "lists in lists": (written("config", "[" * 200_000), "nested too deeply"),
-    "thousands of digits": (written("context_length", "9" * 10_000), "metadata context_length must be JSON: .*limit"),
-    "4 million values": (
-        written("config", "[" + "[]," * 4_000_000 + "[]]"),
-        r"number of values of the metadata \(\d+\) must be",
-    ),
-    "a context of 2**60": (written("context_length", f"{2**60}"), r"context_length \(\S+\) must be >= 1 and <= 1048576"),
-    "a context of 400 digits": (written("context_length", f"{10**400}"), r"context_length \(\S+\) must be >= 1 and <="),
-    "a context of NaN": (written("context_length", "NaN"), r"metadata context_length \(nan\) must be of type int"),
-    "a size of 400 digits": (written("float32_bytes", f"{10**400}"), r"float32_bytes \(\S+\) must be >= 1 and <="),
-    "a size below 0": (written("float32_bytes", "-1"), r"float32_bytes \(-1\) must be >= 1"),
-    "a format of 2**60": (written("format", f"{2**60}"), r"file format \(1152921504606846976\) must be 3"),
-    "a graph cut short": (lambda proto: proto.graph.node.pop(), "onnxruntime can"),
-}
-OF_GENERATION: dict[str, tuple[Callable[[ModelProto], None], str]] = {
-    "a character twice": (
-        properties(lambda m: m.update({"trix.vocabulary": "a" * len(m["trix.vocabulary"])})),
-        "vocabulary .* must be distinct characters of Unicode",
-    ),
-    "half a surrogate": (
-        properties(lambda m: m.update({"trix.vocabulary": "\ud800" + m["trix.vocabulary"][1:]})),
-        "vocabulary .* must be distinct characters of Unicode",
-    ),
-}
-OF_LAYERS: dict[str, tuple[Callable[[ModelProto], None], str]] = {
-    "a record of text": (properties(lambda m: m.update({"trix.layers": ["a", "b"]})), "metadata of a layer"),
-    "a record too many": (properties(lambda m: m["trix.layers"].append({})), "must be a list of 2 layers"),
-    "another kind of kind": (layer(kind=5), "metadata of a layer .* must hold"),
-    "a step of text": (layer(history=[ENTRY | {"step": "0"}]), "metadata of a layer .* must hold"),
-    "a tag of numbers": (layer(history=[ENTRY | {"tag": 5}]), "metadata of a layer .* must hold"),
-    "claims of text": (layer(claims=[["a"]] * 4), "metadata of a layer .* must hold"),
-    "claims of fewer tiles": (layer(claims=[[1]]), r"claims in the metadata of a layer \(1\) must be as many as tiles \(4\)"),
-    "frozen tiles beyond": (layer(frozen=[2**60]), r"frozen tiles .* must be >= 0 and < tiles \(4\)"),
-    "a width of 2**34": (
-        properties(lambda m: m["trix.config"].update(d_model=2**34)),
-        r"config.d_model \(17179869184\) must be",
-    ),
-    "a width below 1": (properties(lambda m: m["trix.config"].update(d_model=-1)), r"config.d_model \(-1\) must be"),
-}
-OF_REFERENCE: dict[str, tuple[Callable[[ModelProto], None], str]] = {
-    "a shape below 0": (
-        reference(logits={"shape": [-1], "float32_base64": "AAAAAA=="}),
-        "the reference example can't be checked",
-    ),
-    "a shape of 2**60": (
-        reference(logits={"shape": [2**60], "float32_base64": "AAAAAA=="}),
-        "must be 4 bytes for each element",
-    ),
-    "a cut array": (reference(gap={"shape": [1], "float32_base64": "AAAA"}), "must be 4 bytes for each element"),
-    "no base64": (reference(logits={"shape": [1], "float32_base64": "%%%%"}), "the reference example can't be checked"),
-    "no input": (reference(input=None), "reference"),
-    "an input of 10**400": (reference(input=[[10**400]]), "reference"),
-}
-
-
-def change_model(originals: dict[str, bytes], edit: Callable[[ModelProto], object]) -> None:
-    proto = onnx.load_model_from_string(originals["lm.onnx"])
-    edit(proto)
-    Path("bad.onnx").write_bytes(proto.SerializeToString())
-
-
-@pytest.mark.parametrize("name", METADATA)
-def test_metadata(name: str, originals: dict[str, bytes], folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    edit, problem = METADATA[name]
-    change_model(originals, edit)
-    commands = commands_on_model("bad.onnx")
-    for arguments in commands[:3] if "context" in name or "size" in name else commands:  # surgery needs neither
-        assert_refused(arguments, problem, folder, capfd)
-
-
-@pytest.mark.parametrize("name", OF_GENERATION)
-def test_vocabularies(name: str, originals: dict[str, bytes], folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    edit, problem = OF_GENERATION[name]
-    change_model(originals, edit)
-    assert_refused(commands_on_model("bad.onnx")[1], problem, folder, capfd)
-
-
-@pytest.mark.parametrize("name", OF_LAYERS)
-def test_records_of_layers(name: str, originals: dict[str, bytes], folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    edit, problem = OF_LAYERS[name]
-    change_model(originals, edit)
-    for arguments in (commands_on_model("bad.onnx")[0], commands_on_model("bad.onnx")[3]):
-        assert_refused(arguments, problem, folder, capfd)
-
-
-@pytest.mark.parametrize("name", OF_REFERENCE)
-def test_reference_examples(name: str, originals: dict[str, bytes], folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    edit, problem = OF_REFERENCE[name]
-    change_model(originals, edit)
-    assert_refused(commands_on_model("bad.onnx")[0], problem, folder, capfd)
-
-
-def test_tiles_of_the_reference_that_are_none(
-    originals: dict[str, bytes], folder: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    def edit(metadata: dict[str, Any]) -> None:
-        metadata["trix.reference"]["tile_idx"][0][0][0] = [2**40]
-
-    change_model(originals, properties(edit))
-    problem = r"tile_idx of the reference \(1099511627776\) must be >= 0 and < num_tiles \(4\)"
-    assert_refused(commands_on_model("bad.onnx")[0], problem, folder, capfd)
-
-
-@pytest.mark.parametrize("place", ["../../../../etc/passwd", "/etc/passwd", "/dev/zero", "../secret.bin"])
-def test_data_outside_the_file(
-    place: str, originals: dict[str, bytes], folder: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    def edit(proto: ModelProto) -> None:
-        tensor = max(proto.graph.initializer, key=lambda tensor: len(tensor.raw_data))
-        onnx.external_data_helper.set_external_data(tensor, place)
-        tensor.ClearField("raw_data")
-
-    change_model(originals, edit)
-    for arguments in commands_on_model("bad.onnx"):
-        assert_refused(arguments, "", folder, capfd)
-
-
-def test_shapes_of_caches(originals: dict[str, bytes], folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    def edit(proto: ModelProto) -> None:
-        for value in proto.graph.input:
-            if value.name.startswith("past_"):
-                value.type.tensor_type.shape.dim[1].dim_value = 2**60
-
-    change_model(originals, edit)
-    for arguments in commands_on_model("bad.onnx")[1:3]:
-        assert_refused(arguments, "", folder, capfd)
-
-
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
-def test_models_cut_short(share: float, originals: dict[str, bytes], folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    Path("bad.onnx").write_bytes(originals["lm.onnx"][: int(len(originals["lm.onnx"]) * share)])
-    for arguments in commands_on_model("bad.onnx"):
-        assert_refused(arguments, "bad.onnx: ", folder, capfd)
 
 
 def test_events_that_are_no_regular_file(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -28,12 +28,13 @@ import onnx
 import torch
 import yaml
 from hostile import with_pickle
-from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from lightning_modules.callbacks.run_record import read_metrics
 from lightning_modules.checkpoint_data import make_text
 from lightning_modules.commands.inspect_onnx import make_onnx_page
-from lightning_modules.commands.runs import find_runs
+from lightning_modules.commands.runs import as_json, find_runs
 from lightning_modules.data.corpora import load_file
 from lightning_modules.errors import UserError
 from lightning_modules.signature_values import read_signature
@@ -113,7 +114,7 @@ def change_value(rng: Rng, content: Any, has_tensors: bool = False, depth: int =
     if not is_container or (depth > 0 and rng.random() < 0.15):
         if isinstance(content, torch.Tensor) and content.is_floating_point() and content.numel() and rng.random() < 0.3:
             changed = content.clone()
-            changed.view(-1)[rng.integers(changed.numel())] = ODD_NUMBERS[rng.integers(15)]
+            changed.view(-1)[rng.integers(changed.numel())] = rng.choice([np.nan, np.inf, -np.inf, 1e38, -1.0, 0.0])
             return changed
         return odd_value(rng, has_tensors)
     places = list(content) if isinstance(content, dict) else range(len(content))
@@ -163,12 +164,6 @@ class Originals:
         self.checkpoint = torch.load(folder / "lm.ckpt", weights_only=True)
         self.model_bytes = (folder / "lm.onnx").read_bytes()
         self.yaml = yaml.safe_dump(copy.deepcopy(self.checkpoint["hyper_parameters"]) | {"a": [1, 2.5, None, {"b": "c"}]})
-        logger = TensorBoardLogger(folder / "logged", default_hp_metric=False)
-        for step in range(5):
-            logger.log_metrics({"val/loss": 1.0 / (step + 1)}, step=step)
-        logger.experiment.close()
-        self.events = next(Path(logger.log_dir).glob("events*")).read_bytes()
-        shutil.rmtree(folder / "logged")
 
 
 def checkpoint_input(rng: Rng, originals: Originals) -> bytes:
@@ -225,6 +220,26 @@ def metrics_input(rng: Rng, originals: Originals) -> bytes:
     return change_text(rng, rows, (",", '"', "\n", "\r", "nan", "9" * 5000, "\0", "step", "-", "x" * 1000))
 
 
+def events_input(rng: Rng, originals: Originals) -> bytes:
+    """Records with right checksums of odd events; at times with wrong bytes."""
+    content = io.BytesIO()
+    writer = RecordWriter(content)
+    for step in range(5):
+        event = Event(wall_time=1.6e9 + step, step=step)
+        event.summary.value.add(tag="val/loss", simple_value=1.0 / (step + 1))
+        if rng.random() < 0.3:
+            event.wall_time = float(rng.choice([-1e18, -1.0, 0.0, 1e12, 1e300, np.nan, np.inf]))
+        if rng.random() < 0.3:
+            event.step = int(rng.choice([-(2**63), -1, 2**40, 2**63 - 1]))
+        if rng.random() < 0.3:
+            event.summary.value.add(
+                tag=str(rng.choice(["", "a/b", "x" * 1000, "\n"])), simple_value=float(rng.choice([np.nan, np.inf]))
+            )
+        record = event.SerializeToString()
+        writer.write(change_bytes(rng, record) if rng.random() < 0.1 else record)
+    return change_bytes(rng, content.getvalue()) if rng.random() < 0.3 else content.getvalue()
+
+
 def text_input(rng: Rng, originals: Originals) -> bytes:
     return change_bytes(rng, "Où est-elle ? 🙂".encode() * 20)
 
@@ -254,7 +269,7 @@ def read_events(path: Path) -> None:
     folder.mkdir(exist_ok=True)
     shutil.copy(path, folder / "events.out.tfevents.1")
     try:
-        find_runs(folder)
+        json.dumps([as_json(run) for run in find_runs(folder)])
     finally:
         shutil.rmtree(folder)
 
@@ -275,7 +290,7 @@ READERS = {
     "yaml": Reader(lambda rng, originals: change_text(rng, originals.yaml, YAML_WORDS), read_yaml, suffix=".yaml"),
     "signature": Reader(json_input, lambda path: read_signature(str(path), 16), suffix=".json"),
     "metrics": Reader(metrics_input, read_metrics, suffix=".csv"),
-    "events": Reader(lambda rng, originals: change_bytes(rng, originals.events), read_events, suffix=".events"),
+    "events": Reader(events_input, read_events, suffix=".events"),
     "text": Reader(text_input, load_file, suffix=".txt"),
 }
 
