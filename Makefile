@@ -17,7 +17,7 @@ OLDEST := build/ort_oldest
 IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-cpus test-arm test-ort-oldest fuzz lint format bench screenshot wheel clean
+.PHONY: help setup demo test test-slow test-cpus test-arm test-ort-oldest fuzz fuzz-files lint format bench screenshot wheel clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,6 +68,10 @@ test-ort-oldest: $(STAMP) ## Run the operator tests with the oldest onnxruntime 
 fuzz: $(STAMP) ## Feed the sanitized library mutated models and random shapes for ten minutes, or FUZZ_SECONDS=60
 	TRIX_FUZZ_SECONDS=$(or $(FUZZ_SECONDS),600) TRIX_FUZZ_SEED=$${TRIX_FUZZ_SEED:-$$(date +%s)} \
 	  $(BIN)/python -m pytest -s tests/ort_ops/test_native_sanitized.py
+
+fuzz-files: $(STAMP) ## Feed every reader of files mutated ones for ten minutes, or FUZZ_SECONDS=60
+	TRIX_FUZZ_SECONDS=$(or $(FUZZ_SECONDS),600) TRIX_FUZZ_SEED=$${TRIX_FUZZ_SEED:-$$(date +%s)} \
+	  $(BIN)/python -m pytest tests/lightning_modules/test_fuzz_files.py
 
 wheel: $(STAMP) ## Build the wheel of this machine into dist/, and try it in an environment of its own
 	PYTHON=$(abspath $(BIN))/python tests/packaging/wheel.sh

@@ -47,7 +47,7 @@ def signature_from(content: object, d_model: int, name: str) -> list[float]:
     """
     if isinstance(content, str):
         if not is_signs(content):
-            raise UserError(f"{name} ({content}) must be a row of +, 0 and -")
+            raise UserError(f"{name} ({content:.80}) must be a row of +, 0 and -")
         return [SIGNS[sign] for sign in content]
     if isinstance(content, Mapping):
         return _from_dims(content, d_model, name)
@@ -67,7 +67,7 @@ def _from_dims(content: Mapping[str, Any], d_model: int, name: str) -> list[floa
             raise UserError(f"{name}: {key} must be a list of integers")
         for dim in dims:
             if not 0 <= dim < d_model:
-                raise UserError(f"{name}: {key} ({dim}) must be >= 0 and < d_model ({d_model})")
+                raise UserError(f"{name}: {key} ({dim!r:.40}) must be >= 0 and < d_model ({d_model})")
             if signature_D[dim] != 0:
                 raise UserError(f"{name}: {key} ({dim}) must not be named twice")
             signature_D[dim] = sign

@@ -95,4 +95,4 @@ def _problem(error: Exception) -> str:
     """What is wrong and where, without the excerpts from the file."""
     mark = getattr(error, "problem_mark", None)
     place = "" if mark is None else f" (line {mark.line + 1})"
-    return f"{getattr(error, 'problem', None) or error}{place}"
+    return f"{' '.join(str(getattr(error, 'problem', None) or error).split())}{place}"

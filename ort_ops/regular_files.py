@@ -35,9 +35,10 @@ def open_regular(path: Path | str, limit: int | None = None) -> BinaryIO:
 def read_regular(path: Path | str, limit: int) -> bytes:
     """The bytes of a regular file of at most ``limit``; errors as :func:`open_regular`."""
     with open_regular(path, limit) as file:
-        content = file.read(limit + 1)
-    if len(content) > limit:  # it has grown, or is one of those that the system makes up as they are read
-        raise _too_large(path, len(content), limit)
+        size = os.fstat(file.fileno()).st_size
+        content = file.read(size + 1)  # not more: the memory for it is taken beforehand
+    if len(content) > size:  # one of those that the system makes up as they are read, or it has just grown
+        raise OSError(errno.EINVAL, f"it must hold the bytes of its size ({size}), not more", str(path))
     return content
 
 
@@ -53,8 +54,4 @@ def _check(path: Path | str, status: os.stat_result, limit: int | None) -> None:
         kind = _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
         raise OSError(errno.EINVAL, f"it must be a regular file, not {kind}", str(path))
     if limit is not None and status.st_size > limit:
-        raise _too_large(path, status.st_size, limit)
-
-
-def _too_large(path: Path | str, size: int, limit: int) -> OSError:
-    return OSError(errno.EFBIG, f"its size ({size} bytes) must be <= {limit}", str(path))
+        raise OSError(errno.EFBIG, f"its size ({status.st_size} bytes) must be <= {limit}", str(path))

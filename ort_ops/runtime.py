@@ -88,7 +88,7 @@ class ExportedModel:
         size: int = self._checked_metadata(key, int)
         if not 1 <= size <= limit:
             raise ModelFileError(
-                f"{self.path}: {key} ({size:.40g}) must be >= 1" + (f" and <= {limit}" if size > limit else "")
+                f"{self.path}: {key} ({size!r:.40}) must be >= 1" + (f" and <= {limit}" if size > limit else "")
             )
         return size
 

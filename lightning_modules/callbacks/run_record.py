@@ -143,7 +143,9 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
         whole, _, _ = read_regular(path, MAX_METRICS_BYTES).decode().rpartition("\n")
         for row in csv.DictReader(io.StringIO(whole)):
             with suppress(ValueError, TypeError, KeyError):
-                rows.append({name: _number(value) for name, value in row.items() if value} | {"step": int(row["step"])})
+                rows.append(
+                    {name: _number(value) for name, value in row.items() if value and name} | {"step": int(row["step"])}
+                )
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, csv.Error) as error:

@@ -119,7 +119,7 @@ def as_json(run: Run) -> dict[str, Any]:
 
 def _read(folder: Path, root: Path) -> Run:
     events = _events(folder)
-    scalars = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+    scalars = {tag: values for tag in events.Tags()["scalars"] if (values := events.Scalars(tag))}  # steps back delete values
     try:
         start = datetime.fromtimestamp(events.FirstEventTimestamp()).astimezone()
     except (ValueError, OverflowError, OSError):  # no events, or a time that no calendar has

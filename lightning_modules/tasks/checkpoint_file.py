@@ -68,12 +68,12 @@ def _check_archive(file: BinaryIO) -> None:
     with zipfile.ZipFile(file) as archive:
         parts = archive.infolist()
         size = file.seek(0, 2)
-        if sum(part.file_size for part in parts) > size:
-            total = sum(part.file_size for part in parts)
-            raise UnsafeFileError(f"is not a checkpoint: the size of its parts ({total} bytes) must be <= the file's ({size})")
         for part in parts:
             if part.compress_type != zipfile.ZIP_STORED:
                 raise UnsafeFileError(f"is not a checkpoint: its part {part.filename[:80]!r} must not be compressed")
+        if sum(part.file_size for part in parts) > size:
+            total = sum(part.file_size for part in parts)
+            raise UnsafeFileError(f"is not a checkpoint: the size of its parts ({total} bytes) must be <= the file's ({size})")
         pickles = [part for part in parts if part.filename.endswith("/data.pkl")]
         names = {part.filename for part in parts}
         if len(pickles) != 1 or len(names) != len(parts) or not all(map(_RECORD.fullmatch, names)):
