@@ -21,21 +21,22 @@ _PLAIN_TAG = re.compile(r"!|tag:yaml\.org,2002:(str|int|float|bool|null|seq|map)
 
 
 def read_yaml(path: Path | str) -> Any:
-    """The value that the file holds; errors as :func:`check_yaml`."""
-    try:
-        return yaml.load(_checked_text(path), Loader=_LOADER)
-    except (yaml.YAMLError, ValueError, TypeError) as error:  # a date that is none; a list as a key
-        raise UserError(f"{path} must be YAML: {_problem(error)}") from error
-
-
-def check_yaml(path: Path | str) -> None:
-    """Look at a file without building its values.
+    """The value that the file holds.
 
     Raises:
         UserError: it is no regular file of UTF-8 YAML, it is larger or nested deeper than a configuration, its aliases stand
             for too many values or hold themselves, or it names a type of Python.
     """
-    _checked_text(path)
+    text = _checked_text(path)
+    try:
+        return yaml.load(text, Loader=_LOADER)
+    except Exception as error:  # no such date, a list as a key, a tag whose type the value is not of: !!int ''
+        raise UserError(f"{path} must be YAML: {_problem(error)}") from error
+
+
+def check_yaml(path: Path | str) -> None:
+    """Raise UserError where :func:`read_yaml` does: for files that another parser will read."""
+    read_yaml(path)
 
 
 def _checked_text(path: Path | str) -> str:

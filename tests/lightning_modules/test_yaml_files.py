@@ -40,6 +40,8 @@ YAML_FILES: dict[str, tuple[bytes, str]] = {
     "1 MiB": (b"#" * (2**20 + 1), r"its size \(1048577 bytes\) must be <= 1048576"),
     "two documents": (b"a: 1\n---\nb: 2\n", "must be YAML: "),
     "no such day": (b"a: 2020-13-45", "must be YAML: month must be in"),
+    "an integer without digits": (b"a: !!int ''", "must be YAML: "),
+    "a truth that is none": (b"a: !!bool x", "must be YAML: "),
     "a list as a key": (b"? [1, 2]\n: 3", "must be YAML: "),
 }
 
