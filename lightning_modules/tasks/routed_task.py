@@ -220,6 +220,8 @@ class RoutedTask(L.LightningModule, ABC):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.check_checkpoint(checkpoint)
+        if self._trainer is not None and self.trainer.precision == "64-true":
+            self.double()  # Lightning does so after it has loaded the weights, which would round them to float32
         if self._trainer is not None and self.trainer.training:
             stored, now = checkpoint[CHECKPOINT_KEY].get("max_steps"), self.trainer.max_steps
             if stored != now and self._make_lr_scheduler is not None:

@@ -207,8 +207,9 @@ class SparseLookupFFN(SignatureSurgery):
         return torch.ones_like(score_TK)
 
     def _gate_curve(self) -> Tensor:
-        """The same as values at equal steps of sigmoid(score), from 0 to 1, with straight lines between them."""
-        return self.output_scale.new_ones(2)
+        """The same as values at equal steps of sigmoid(score), from 0 to 1, with straight lines between them; in at
+        least float32."""
+        return self.output_scale.new_ones(2, dtype=torch.promote_types(self.output_scale.dtype, torch.float32))
 
     def _count(self, tile_idx_TK: Tensor, labels: Tensor | None, mask: Tensor | None, shape: torch.Size) -> None:
         if not torch.compiler.is_compiling() and is_in_backward():
