@@ -61,7 +61,7 @@ class Facts(nn.Module):
     Source of the idea: torchmetrics keeps its states out of the buffers, too.
 
     Raises:
-        ValueError: by load_state_dict, for a fact of another shape, of another kind of number, or below 0 where it counts.
+        ValueError: by load_state_dict, for a fact of another kind of number, not finite, or below 0 where it counts.
     """
 
     mark: Tensor
@@ -74,7 +74,7 @@ class Facts(nn.Module):
         self._is_shared = False
 
     def hold(self, name: str, value: object) -> None:
-        """Add a fact. Numbers and tensors stand in the state_dict; what else does is the module's to say (extra state)."""
+        """Add a fact, a tensor first. Tensors and numbers stand in the state_dict; for others see to it (extra state)."""
         if "mark" not in self._buffers:
             self.register_buffer("mark", torch.zeros((), dtype=torch.float32), persistent=False)
         self._held.values[name] = value
@@ -131,10 +131,12 @@ class Facts(nn.Module):
 
     def _stay_on_device(self) -> None:
         """FSDP moves parameters and buffers by its own hand, not by :meth:`torch.nn.Module.to`."""
-        device = self.mark.device
-        for name, value in self._held.values.items():
-            if isinstance(value, Tensor) and value.device != device and device.type != "meta":
-                self._held.values[name] = value.to(device)
+        device, values = self.mark.device, self._held.values
+        if next(iter(values.values())).device == device or device.type == "meta":
+            return  # they move together
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                values[name] = value.to(device)
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
@@ -185,6 +187,10 @@ class Facts(nn.Module):
         missing_keys.extend(prefix + name for name in names if strict and prefix + name not in state_dict)
         # Taken out, for what is neither parameter nor buffer is unexpected to torch.
         found = {name: state_dict.pop(prefix + name) for name in names if prefix + name in state_dict}
+        for name, value in list(found.items()):
+            shape = () if isinstance(values[name], int) else tuple(values[name].shape)
+            if tuple(value.shape) != shape:  # as torch says it of a weight
+                error_msgs.append(f"size mismatch for {prefix}{name}: shape {tuple(found.pop(name).shape)} must be {shape}")
         loaded = {name: self._checked(name, value) for name, value in found.items() if not value.is_meta}
         self._check_together(values | loaded)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
@@ -202,9 +208,9 @@ class Facts(nn.Module):
     def _checked(self, name: str, value: Tensor) -> Tensor | int:
         """What a state_dict holds of one fact, in the form in which the module holds it."""
         own = self._held.values[name]
-        shape, dtype = ((), torch.int64) if isinstance(own, int) else (tuple(own.shape), own.dtype)
-        if tuple(value.shape) != shape or _kind(value.dtype) != _kind(dtype):
-            raise ValueError(f"{name} {tuple(value.shape)} {value.dtype} must have shape {shape} and dtype {dtype}")
+        dtype = torch.int64 if isinstance(own, int) else own.dtype
+        if _kind(value.dtype) != _kind(dtype):
+            raise ValueError(f"{name} ({value.dtype}) must have dtype {dtype}")
         check_finite(name, value)
         return int(value) if isinstance(own, int) else value.to(dtype)
 
