@@ -150,8 +150,9 @@ def change_bytes(rng: Rng, content: bytes) -> bytes:
 def change_text(rng: Rng, text: str, words: tuple[str, ...]) -> bytes:
     for _ in range(int(rng.integers(1, 6))):
         place = int(rng.integers(len(text) + 1))
-        times = 10 ** int(rng.integers(0, 6)) if rng.random() < 0.1 else 1
-        text = text[:place] + words[rng.integers(len(words))] * times + text[place + int(rng.integers(0, 3)) :]
+        word = words[rng.integers(len(words))]
+        times = min(10 ** int(rng.integers(0, 6)), 2**20 // len(word)) if rng.random() < 0.1 else 1
+        text = text[:place] + word * times + text[place + int(rng.integers(0, 3)) :]
     content = text.encode()
     return change_bytes(rng, content) if rng.random() < 0.3 else content
 
