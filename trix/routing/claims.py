@@ -80,7 +80,7 @@ class ClaimMatrix(Metric):
             self.count_EC = torch.cat([self.count_EC, fresh], dim=1)
 
     def compute(self) -> Tensor:
-        """Claim rates, float32 [E, C]: rate[e, c] = share of the tokens of class c that went to tile e; 0 for a class never seen."""
+        """Claim rates, float32 [E, C]: rate[e, c] = share of the tokens of class c that went to tile e; 0 for one never seen."""
         return self.count_EC.float() / self.count_EC.sum(dim=0, keepdim=True).clamp_min(1)
 
     def purity(self) -> Tensor:
