@@ -17,14 +17,14 @@ class WholeFileCheckpointIO(TorchCheckpointIO):
     """Lightning's, with two differences.
 
     A file is made in the folder where it is to stay: made in the system's temporary folder, as Lightning does, and moved from
-    there to another disk, it can be cut short. And what is removed is a regular .ckpt file, in a folder into which this object
-    has written before: callbacks keep the paths of what they want removed in checkpoints, and Lightning would remove a folder
-    with all that is in it.
+    there to another disk, it can be cut short. And nothing is removed but regular .ckpt files that this object has written or
+    adopted: callbacks keep the paths of what they want removed in checkpoints, and Lightning would remove a folder with all
+    that is in it.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._folders: set[Path] = set()
+        self._own: set[Path] = set()
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Path | str, storage_options: Any | None = None) -> None:
@@ -32,16 +32,20 @@ class WholeFileCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         save_whole(checkpoint, Path(path))
-        self._folders.add(Path(path).parent.resolve())
+        self.adopt(Path(path))
+
+    def adopt(self, path: Path) -> None:
+        """Take a file that somebody else has written for one of this run's own."""
+        self._own.add(path.parent.resolve() / path.name)
 
     @override
     def remove_checkpoint(self, path: Path | str) -> None:
         path = Path(path)
-        is_own = path.suffix == CHECKPOINT_SUFFIX and path.parent.resolve() in self._folders
+        is_own = path.suffix == CHECKPOINT_SUFFIX and path.parent.resolve() / path.name in self._own
         if is_own and path.is_file() and not path.is_symlink():
             path.unlink()
         elif path.exists() or path.is_symlink():
-            rank_zero_warn(f"{path} is left as it is: only checkpoints (*{CHECKPOINT_SUFFIX}) of this run's folder are removed")
+            rank_zero_warn(f"{path} is left as it is: only checkpoints (*{CHECKPOINT_SUFFIX}) of this run are removed")
 
 
 def save_whole(value: object, path: Path) -> None:

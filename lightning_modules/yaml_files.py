@@ -73,7 +73,8 @@ def check_text(path: Path | str, text: str) -> None:
                     f"{place}: tag ({event.tag[:80]}) must be one of YAML's own: str, int, float, bool, null, seq, map"
                 )
             num_values += 1
-            if isinstance(event, yaml.ScalarEvent) and not event.style and len(event.value) > MAX_PLAIN:
+            may_be_number = isinstance(event, yaml.ScalarEvent) and (event.tag is not None or not event.style)
+            if may_be_number and len(event.value) > MAX_PLAIN:
                 raise UserError(f"{place}: length of a value without quotes ({len(event.value)}) must be <= {MAX_PLAIN}")
             is_open = isinstance(event, yaml.CollectionStartEvent)
             if event.anchor is not None:

@@ -1,4 +1,4 @@
-"""What an exported file says about itself, beside the graph: JSON values in the ONNX metadata, under one prefix.
+"""What an exported file says about itself besides the graph: JSON values in the ONNX metadata, under one prefix.
 
 Keys: format, task, config, float32_bytes, activations (their bits and group_size in ternary products), reference (an example
 with torch's answer; with activations of 8 bits, or after surgery on the file, with the file's own, by onnxruntime),

@@ -66,8 +66,8 @@ TERNARY_TILE_MATMUL = OpSchema(
         "y[t, n] = row_scale[e, n] * sum_k x[t, k] * w[e, n, k] with e = tile_idx[t], 0 <= e < E. x is quantised in G groups "
         "of group_size columns (128, or 0: all) with m = max |x| of the group, which counts as zeros below 2^-100. "
         "activation_bits 24: to within m * 2^-23, and sums are float32. The error is at most |row_scale| * 2^-23 * (sum_k m "
-        "|w| + (3 G + 2) sum_k |x w|). Tokens with a group in which more than 1/4 of the nonzero |x| are below m / 2^12 are as "
-        "exact as in float32, without sum_k m |w|: what 24 bits leave of them is quantised and multiplied in its turn. 8: to "
+        "|w| + (3 G + 2) sum_k |x w|). Where more than 1/4 of a group's nonzero |x| are below m / 2^12, the remainder after 24 "
+        "bits is quantised and multiplied too. Such tokens are as exact as in float32, without the term sum_k m |w|. 8: to "
         "round(x * (127 / m)) * m / 127."
     ),
 )

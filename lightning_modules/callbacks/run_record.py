@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from typing_extensions import override
 
+from lightning_modules.callbacks.last_checkpoint import withdraw_copies
 from lightning_modules.callbacks.log_folder import local_log_folder
 from lightning_modules.error_text import one_line
 from lightning_modules.errors import UserError
@@ -24,7 +25,7 @@ from ort_ops.regular_files import read_regular
 from ort_ops.whole_file import write_whole
 
 ENVIRONMENT_NAME, METRICS_NAME = "environment.json", "metrics.csv"
-MAX_METRICS_BYTES = 2**28
+MAX_METRICS_BYTES, MAX_METRICS_ROWS = 2**27, 500_000
 PACKAGES = ("trix", "torch", "lightning", "numpy")
 
 
@@ -48,7 +49,7 @@ class RunRecord(L.Callback):
         self._earlier_folder: Path | None = None
         self._folder = ""
         self._metrics: MetricsLogger | None = None
-        self._is_restoring = False
+        self._is_restoring, self._first_step = False, 0
 
     def go_on_from(self, checkpoint_path: Path, earlier_folder: Path | None) -> None:
         """Say before the run starts what it resumes, and where the run that wrote the checkpoint has its logs."""
@@ -80,17 +81,20 @@ class RunRecord(L.Callback):
         """Raise UserError where Lightning or a callback fails at what the checkpoint says of the training's state."""
         is_bad_state = self._is_restoring and isinstance(exception, Exception)
         if is_bad_state and not isinstance(exception, UserError | OSError | MemoryError | torch.OutOfMemoryError):
+            withdraw_copies(trainer)
             reason = one_line(f"{type(exception).__name__}: {exception}")
             raise UserError(f"{self._checkpoint_path}: the state of the training does not fit ({reason})") from exception
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._first_step = trainer.global_step
         if self._metrics is not None and self._earlier_folder is not None:
             self._metrics.take_over(read_metrics(self._earlier_folder / METRICS_NAME), trainer.global_step)
 
     @override
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._is_restoring = False
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        # Not before the first step: optimizers and schedules read their state as they are used.
+        self._is_restoring &= trainer.global_step == self._first_step
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -141,6 +145,8 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     rows = []
     try:
         whole, _, _ = read_regular(path, MAX_METRICS_BYTES).decode().rpartition("\n")
+        if (num_rows := whole.count("\n")) > MAX_METRICS_ROWS:
+            raise UserError(f"number of rows in {path} ({num_rows}) must be <= {MAX_METRICS_ROWS}")
         for row in csv.DictReader(io.StringIO(whole)):
             with suppress(ValueError, TypeError, KeyError):
                 rows.append(

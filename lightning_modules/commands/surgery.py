@@ -166,7 +166,7 @@ def is_equal(one: Any, other: Any) -> bool:
     if isinstance(one, torch.Tensor):
         return one.dtype == other.dtype and one.shape == other.shape and torch.equal(_bytes(one), _bytes(other))
     if isinstance(one, dict):
-        return list(one) == list(other) and all(is_equal(value, other[key]) for key, value in one.items())
+        return is_equal(list(one), list(other)) and is_equal(list(one.values()), list(other.values()))
     if isinstance(one, list | tuple):
         return len(one) == len(other) and all(map(is_equal, one, other))
     return bool(one == other) or (one != one and other != other)

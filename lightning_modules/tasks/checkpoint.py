@@ -86,7 +86,7 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
     """The content of a checkpoint file that ``trix fit`` wrote, loaded with weights_only=True on the CPU.
 
     Raises:
-        CheckpointError: the file is missing, no regular file, unreadable, no checkpoint, or not one of this project.
+        CheckpointError: the file is missing, not a regular file, unreadable, not a checkpoint, or not one of this project.
     """
     path = Path(path)
     checkpoint = load_plain(path)

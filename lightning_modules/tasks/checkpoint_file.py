@@ -31,6 +31,8 @@ _ALLOWED = re.compile(
 _RECORD = re.compile(r"[^/]+/(data\.pkl|data/\d+|\.data/serialization_id|version|byteorder|\.\w+)")
 _END, _END64 = struct.Struct("<4s4H2LH"), struct.Struct("<4sQ2H2L4Q")
 _LOCATOR_BYTES = 20
+# Steps that put values into one that is there.
+_GROW = frozenset({"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"})
 
 
 class UnsafeFileError(ValueError):
@@ -106,6 +108,17 @@ def _check_directory(file: BinaryIO) -> None:
 
 
 def _check_pickle(content: bytes) -> None:
+    """Follow the steps that build the values, without building any: what is named twice counts twice.
+
+    Ten steps name a tuple of a thousand tuples, and to hash it as a key takes as long as it is large.
+    """
+    stack: list[list[int] | None] = []  # the number of values in each value; None is a mark
+    memo: dict[object, list[int]] = {}
+
+    def popped() -> int:
+        cell = stack.pop()
+        return 0 if cell is None else cell[0]
+
     for step, (operation, argument, _) in enumerate(pickletools.genops(content)):
         if step >= MAX_PICKLE_STEPS:
             raise UnsafeFileError(f"is not a checkpoint: the steps that build its values must be <= {MAX_PICKLE_STEPS}")
@@ -114,6 +127,33 @@ def _check_pickle(content: bytes) -> None:
                 "is not a checkpoint that can be loaded safely: it must hold tensors and plain values only, not "
                 f"{str(argument)[:80].replace(' ', '.')}"
             )
+        if operation.name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            top = stack[-1]
+            memo[len(memo) if operation.name == "MEMOIZE" else argument] = [1] if top is None else top
+        elif operation.name in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(memo[argument])
+        elif operation.name == "MARK":
+            stack.append(None)
+        else:
+            taken, made = operation.stack_before, operation.stack_after
+            size = 0
+            if pickletools.markobject in taken:
+                while stack[-1] is not None:
+                    size += popped()
+                stack.pop()
+                taken = taken[: taken.index(pickletools.markobject)]
+            cells = [stack.pop() for _ in taken]
+            size += sum(cell[0] for cell in cells if cell is not None)
+            if operation.name in _GROW:  # the container itself goes on, as others may name it
+                grown = cells[-1]
+                if grown is None:
+                    raise ValueError("no archive of torch.save")
+                grown[0] = size
+                stack.append(grown)
+            else:
+                stack += [[1 + size] for _ in made]
+            if size > MAX_VALUES:
+                raise UnsafeFileError(f"is not a checkpoint: the number of its values must be <= {MAX_VALUES}")
 
 
 def _check_values(content: Any, size: int) -> None:

@@ -159,7 +159,10 @@ CHECKPOINTS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     ),
     "bool": (weight(EMBEDDING, lambda w: w > 0), r"dtype of .* \(torch.bool\) must be float16, "),
     "complex": (weight(EMBEDDING, lambda w: w + 1j), r"dtype of .* \(torch.complex64\) must be float16, "),
-    "float flags": (weight(f"{ROUTER}.is_free_E", lambda w: w + 0.5), r"dtype of .* \(torch.float32\) must be torch.bool"),
+    "float flags": (
+        weight(f"{ROUTER}.is_free_E", lambda w: w + 0.5),
+        r"is_free_E \(torch.float32\) must have dtype torch.bool",
+    ),
     "no tensor": (weight(EMBEDDING, lambda _: 5), r"network.embedding.weight \(int\) of the checkpoint must be a plain tensor"),
     "sparse": (weight(EMBEDDING, lambda w: w.to_sparse()), NO_CHECKPOINT),
     "2**34 elements of one": (
@@ -170,8 +173,14 @@ CHECKPOINTS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         lambda c: c["state_dict"].update({f"more.{i}": c["state_dict"][EMBEDDING].detach().view(-1) for i in range(200)}),
         r"the size of its tensors \(\d+ bytes\) must be <= twice the file's \(\d+\)",
     ),
-    "no tile in use": (weight(f"{ROUTER}.is_free_E", torch.ones_like), r"top_k \(1\) must be >= 1 and <= tiles in use \(0\)"),
-    "more tiles a token": (weight(f"{ROUTER}.num_raised", lambda w: w + 2**40), r"top_k \(\d+\) must be >= 1 and <= tiles"),
+    "no tile in use": (
+        weight(f"{ROUTER}.is_free_E", torch.ones_like),
+        r"tiles in use .* \(0\) must be >= top_k by num_raised \(1\)",
+    ),
+    "more tiles a token": (
+        weight(f"{ROUTER}.num_raised", lambda w: w + 2**40),
+        r"tiles in use .* must be >= top_k by num_raised \(\d+\)",
+    ),
     "a history that is no JSON": (weight(HISTORY, bytes_of(b"{no")), "do not fit the network: "),
     "a history in lists": (weight(HISTORY, bytes_of(b"[" * 200_000)), "do not fit the network: "),
     "a history of floats": (weight(HISTORY, lambda w: w.float()), r"_extra_state \(torch.float32 \(\d+,\)\) .* must be bytes"),

@@ -52,7 +52,7 @@ class Router(Facts):
         if not 1 <= top_k <= num_tiles:
             raise ValueError(f"top_k ({top_k}) must be >= 1 and <= num_tiles ({num_tiles})")
         if max_k is not None and (top_k != 1 or not 1 <= max_k <= num_tiles):
-            raise ValueError(f"max_k ({max_k}) must be >= 1 and <= num_tiles ({num_tiles}), and top_k ({top_k}) 1 beside it")
+            raise ValueError(f"max_k ({max_k}) must be >= 1 and <= num_tiles ({num_tiles}), and top_k ({top_k}) must then be 1")
         if not confidence_threshold >= 0:
             raise ValueError(f"confidence_threshold ({confidence_threshold}) must be >= 0")
         check_weights(balance_rate=balance_rate)

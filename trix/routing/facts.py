@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from typing import Any, Generic, Self, TypeVar, overload
+from typing import Any, Generic, Self, TypeVar, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -40,10 +40,20 @@ class _Held:
         self.values, self.origin = values, origin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Held":
-        return _Held(copy.deepcopy(self.values, memo), origin=self)
+        copied = memo[id(self)] = _Held({}, origin=self)
+        copied.values = copy.deepcopy(self.values, memo)
+        # Where an average is copied together with its original, the copies are such a pair, too, whichever comes first.
+        key = (_Held, id(self))
+        if self.origin is not None and id(self.origin) in memo:
+            copied.origin = memo[id(self.origin)]
+        elif self.origin is not None:
+            memo.setdefault(cast(int, (_Held, id(self.origin))), []).append(copied)
+        for follower in memo.pop(cast(int, key), []):
+            follower.origin = copied
+        return copied
 
-    def __reduce__(self) -> tuple[type["_Held"], tuple[dict[str, Any]]]:
-        return _Held, (self.values,)
+    def __reduce__(self) -> tuple[type["_Held"], tuple[dict[str, Any], "_Held | None"]]:
+        return _Held, (self.values, self.origin)
 
 
 class Facts(nn.Module):
@@ -130,7 +140,7 @@ class Facts(nn.Module):
                 )
 
     def _stay_on_device(self) -> None:
-        """FSDP moves parameters and buffers by its own hand, not by :meth:`torch.nn.Module.to`."""
+        """FSDP moves parameters and buffers itself, without calling :meth:`torch.nn.Module.to`."""
         device, values = self.mark.device, self._held.values
         if next(iter(values.values())).device == device or device.type == "meta":
             return  # they move together
@@ -237,7 +247,7 @@ def _kind(dtype: torch.dtype) -> str:
 
 
 def _state_of(mark: Tensor) -> tuple[int, int] | None:
-    """What differs after every write that autograd is told of; None where it is told of none."""
+    """A value that changes with every write that autograd sees; None where autograd sees none."""
     return None if mark.is_inference() else (id(mark), mark._version)
 
 

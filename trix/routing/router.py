@@ -31,9 +31,9 @@ class SignatureRouter(Router):
     signature is a stored value that replaces either, so no optimizer can move it.
 
     Tiles that were merged or split (:mod:`trix.evolution`) leave two marks, so that the gates of all tokens stay as they were:
-    weight[t, k] = exp(score[t, e]) / sum_f mass_f exp(score[t, f]) * sqrt(E), e = tile_idx[t, k], where mass is 1 for a tile as
-    it was made, to which it returns by 1 % of its logarithm with every training batch; and a free slot (``is_free_E``) has
-    score -inf: it is never chosen and counts for nothing.
+    weight[t, k] = exp(score[t, e]) / sum_f mass_f exp(score[t, f]) * sqrt(E), e = tile_idx[t, k], where mass is 1 for a new
+    tile; after a merger or a split, the log-mass decays by 1 % per training batch. A free slot (``is_free_E``) has score -inf
+    and is never chosen.
 
     Shape:
         x_TD: float; returns a RoutingDecision. Scores are computed in at least float32, whatever autocast says.

@@ -1,9 +1,7 @@
 """Surgery: reading, writing, freezing and removing the signatures of a routed layer, and the record of every such operation."""
 
 import copy
-import itertools
 import json
-import re
 from typing import Any
 
 import torch
@@ -86,20 +84,28 @@ def _history_from(state: object, num_tiles: int | None) -> list[dict[str, Any]]:
     if len(state) > MAX_HISTORY_BYTES:
         raise ValueError(f"surgery history ({len(state)} bytes) must have at most {MAX_HISTORY_BYTES} bytes")
     text = state.cpu().numpy().tobytes()
-    # Before the parser, which goes as deep as the text says.
-    brackets = re.findall(rb"[\[{\]}]", re.sub(rb'"(?:[^"\\]|\\.)*"', b"", text, flags=re.DOTALL))
-    depth = max(itertools.accumulate(1 if bracket in b"[{" else -1 for bracket in brackets), default=0)
-    if depth > MAX_HISTORY_DEPTH:
-        raise ValueError(f"depth of the surgery history ({depth}) must be <= {MAX_HISTORY_DEPTH}")
     try:
         entries = json.loads(text.decode())
     except ValueError as error:
         raise ValueError(f"surgery history ({len(text)} bytes) must be JSON in UTF-8: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"depth of the surgery history must be <= {MAX_HISTORY_DEPTH}") from error
+    _check_depth(entries)
     if not isinstance(entries, list):
         raise ValueError(f"surgery history ({type(entries).__name__}) must be a list")
     for index, entry in enumerate(entries):
         _check_entry(f"surgery history[{index}]", entry, num_tiles)
     return entries
+
+
+def _check_depth(value: object) -> None:
+    waiting = [(value, 1)]
+    while waiting:
+        item, depth = waiting.pop()
+        inner = item.values() if isinstance(item, dict) else item if isinstance(item, list) else ()
+        if inner and depth > MAX_HISTORY_DEPTH:
+            raise ValueError(f"depth of the surgery history must be <= {MAX_HISTORY_DEPTH}")
+        waiting += [(one, depth + 1) for one in inner]
 
 
 def _check_entry(name: str, entry: object, num_tiles: int | None) -> None:
@@ -118,7 +124,7 @@ def _check_entry(name: str, entry: object, num_tiles: int | None) -> None:
 class SignatureSurgery(Facts):
     """What all layers routed by signatures share; a layer derives from it and sets ``router``.
 
-    A frozen signature is a value stored beside the learned one and used in its place, so neither gradient, momentum, weight
+    A frozen signature is a value stored next to the learned one and used in its place, so neither gradient, momentum, weight
     decay nor a regulariser can move it. Every operation is checked first: an error leaves the layer as it was.
 
     A training forward changes nothing that a forward reads: the router moves after the backward pass, so that activation
@@ -242,7 +248,7 @@ class SignatureSurgery(Facts):
 
     def _after_backward(self) -> None:
         for facts in (self, self.router, self.surgery_log):
-            facts.stand_alone()  # what learns is nobody's average
+            facts.stand_alone()  # a module that learns is no longer an average
         self.router.settle()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
