@@ -67,7 +67,7 @@ test-ort-oldest: $(STAMP) ## Run the operator tests with the oldest onnxruntime 
 
 fuzz: $(STAMP) ## Feed the sanitized library mutated models and random shapes for ten minutes, or FUZZ_SECONDS=60
 	TRIX_FUZZ_SECONDS=$(or $(FUZZ_SECONDS),600) TRIX_FUZZ_SEED=$${TRIX_FUZZ_SEED:-$$(date +%s)} \
-	  $(BIN)/python -m pytest -s tests/ort_ops/test_native_sanitized.py
+	  $(BIN)/python -m pytest tests/ort_ops/test_native_sanitized.py
 
 fuzz-files: $(STAMP) ## Feed every reader of files mutated ones for ten minutes, or FUZZ_SECONDS=60
 	TRIX_FUZZ_SECONDS=$(or $(FUZZ_SECONDS),600) TRIX_FUZZ_SEED=$${TRIX_FUZZ_SEED:-$$(date +%s)} \

@@ -7,9 +7,11 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from shown import SHOWN
 from small_runs import SENTENCE, save_checkpoint, small_network
 
 from lightning_modules.cli import main
@@ -24,7 +26,7 @@ READERS = ("checkpoint", "model", "yaml", "signature", "metrics", "events", "tex
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc, which says what memory a case takes")
 @pytest.mark.timeout(SECONDS + 600)
-def test_readers_take_or_refuse_what_they_are_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_readers_take_or_refuse_what_they_are_given(tmp_path: Path, record_property: Callable[[str, str], None]) -> None:
     (tmp_path / "text.txt").write_text(SENTENCE * 30)
     text = TextDataModule(path=tmp_path / "text.txt", context_length=8, batch_size=4, batches_per_epoch=2)
     save_checkpoint(LanguageModelTask(text.vocabulary, small_network()), text, tmp_path / "lm.ckpt")
@@ -34,8 +36,7 @@ def test_readers_take_or_refuse_what_they_are_given(tmp_path: Path, capsys: pyte
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS + 300)
     output = result.stdout[-3000:] + result.stderr[-3000:]
     assert result.returncode == 0, output
-    with capsys.disabled():
-        print("", *result.stdout.splitlines()[-1 - len(READERS) :], sep="\n")
+    record_property(SHOWN, "\n".join(result.stdout.splitlines()[-1 - len(READERS) :]))
     found = dict(re.findall(r"^(\w+): tried (\d+), ", result.stdout, re.MULTILINE))
     assert set(found) == set(READERS)
     assert all(int(number) > 0 for number in found.values()), output

@@ -7,10 +7,12 @@ minutes and a seed of their own, TRIX_FUZZ_SEED.
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from native_builds import build, run
+from shown import SHOWN
 
 from ort_ops.schema import OPS
 
@@ -39,7 +41,9 @@ def test_cpp_tests_pass_sanitized(sanitized_build: Path) -> None:
 
 
 @pytest.mark.timeout(SECONDS + 600)
-def test_mutated_models_and_random_shapes_are_clean(sanitized_build: Path, cxx_compiler: str) -> None:
+def test_mutated_models_and_random_shapes_are_clean(
+    sanitized_build: Path, cxx_compiler: str, record_property: Callable[[str, str], None]
+) -> None:
     output = run(
         sys.executable,
         Path(__file__).parents[1] / "support" / "fuzz_worker.py",
@@ -52,7 +56,7 @@ def test_mutated_models_and_random_shapes_are_clean(sanitized_build: Path, cxx_c
     )
     names = [*(op.name for op in OPS), "in all"]
     summary = [line for line in output.splitlines() if line.startswith(tuple(f"{name}: " for name in names))]
-    print("", *summary, sep="\n")  # `make fuzz` shows it
+    record_property(SHOWN, "\n".join(summary))
     assert [line.partition(":")[0] for line in summary] == names, output[-1000:]
     for line in summary:
         found = re.search(r": (\d+) mutated models, (\d+) refused; (\d+) valid models, all ran; (\d+) .*, (\d+) refused", line)
