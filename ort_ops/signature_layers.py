@@ -117,6 +117,7 @@ def read_model(path: Path) -> tuple[ModelProto, dict[str, Any], list[SignatureLa
     except Exception as error:  # protobuf's exceptions are private to it
         raise ModelFileError(f"{path}: not an ONNX file, or a damaged one") from error
     try:
+        _check_names(proto)
         metadata = from_properties({entry.key: entry.value for entry in proto.metadata_props})
         layers = signature_layers(proto, _d_model(metadata))
         records = layer_records(metadata, len(layers))
@@ -125,6 +126,16 @@ def read_model(path: Path) -> tuple[ModelProto, dict[str, Any], list[SignatureLa
         return proto, metadata, layers, records
     except Exception as error:  # numpy's for constants that are none depend on their bytes
         raise ModelFileError(f"{path}: {' '.join(str(error).split())}") from error
+
+
+def _check_names(proto: ModelProto) -> None:
+    """protobuf gives bytes for a text that is not UTF-8."""
+    names = [function.name for function in proto.functions] + [tensor.name for tensor in proto.graph.initializer]
+    for node in proto.graph.node:
+        names += [node.name, node.op_type, node.domain, *node.input, *node.output]
+    odd = next((name for name in names if not isinstance(name, str)), None)
+    if odd is not None:
+        raise ValueError(f"name in the graph ({odd!r:.40}) must be UTF-8")
 
 
 def _check_record(record: LayerRecord, num_tiles: int) -> None:

@@ -168,6 +168,15 @@ def test_data_outside_the_file(
         assert_refused(arguments, "", folder, capfd)
 
 
+def test_names_that_are_no_text(originals: dict[str, bytes], folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    proto = onnx.load_model_from_string(originals["lm.onnx"])
+    name = proto.functions[0].name.encode()
+    Path("bad.onnx").write_bytes(originals["lm.onnx"].replace(name, b"\xff" + name[1:]))
+    commands = commands_on_model("bad.onnx")
+    for arguments in (commands[0], commands[3]):
+        assert_refused(arguments, r"bad.onnx: name in the graph \(b'.xff", folder, capfd)
+
+
 def test_shapes_of_caches(originals: dict[str, bytes], folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     def edit(proto: ModelProto) -> None:
         for value in proto.graph.input:
