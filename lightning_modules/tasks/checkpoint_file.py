@@ -26,7 +26,7 @@ MAX_VALUES, MAX_DEPTH = 1_000_000, 64
 # What tensors and plain values are made with; it excludes all that makes something of a size which is only named.
 _ALLOWED = re.compile(
     r"torch\._utils _rebuild_(tensor|tensor_v2|parameter)|torch (?!Untyped)\w+Storage|torch (Size|device|u?int\d+|bool|float\d+"
-    r"|bfloat16)|collections (OrderedDict|Counter)|(builtins|__builtin__) (set|complex)"
+    r"|bfloat16)|collections (OrderedDict|Counter)|(builtins|__builtin__) (set|complex)|_codecs encode"
 )
 _RECORD = re.compile(r"[^/]+/(data\.pkl|data/\d+|\.data/serialization_id|version|byteorder|\.\w+)")
 _END, _END64 = struct.Struct("<4s4H2LH"), struct.Struct("<4sQ2H2L4Q")
