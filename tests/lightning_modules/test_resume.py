@@ -252,7 +252,7 @@ def test_a_resume_that_cannot_be_gives_one_line_and_leaves_nothing(folder: Path,
     for arguments, message in {
         "fit --resume missing": "--resume missing: there is no such run folder or checkpoint",
         "fit --resume empty": r"--resume empty: the folder holds no checkpoint \(\*.ckpt\)",
-        "fit --resume broken": "--resume broken: no checkpoint can be gone on from: broken/last.ckpt is not a checkpoint that ",
+        "fit --resume broken": "--resume broken: no checkpoint can be resumed from: broken/last.ckpt is not a checkpoint that ",
         "fit --resume text.txt": r"text.txt is not a checkpoint that can be loaded safely \(or it is cut short\)",
         "fit --resume bare": "bare/last.ckpt: its run has left no config.yaml there: --config FILE gives the configuration",
         "fit --resume": "--resume needs a run folder or a checkpoint: --resume RUN",
