@@ -11,13 +11,13 @@ CASE := $(notdir $(basename $(wildcard benchmarks/cases/*.py)))
 CPP := find ort_ops/native -name '*.cpp' -o -name '*.hpp'
 # What a deployment needs: these run without torch.
 OPERATOR_TESTS := $(addprefix tests/ort_ops/test_,native_ops.py ternary_ffn.py route_gates.py choice_among_many.py \
-  sparse_lookup_op.py activations.py functions.py panels.py library.py self_test.py) \
+  outlier_activations.py sparse_lookup_op.py activations.py functions.py panels.py library.py self_test.py) \
   tests/parity/test_isa_parity.py
 OLDEST := build/ort_oldest
 IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-cpus test-arm test-ort-oldest fuzz lint format bench screenshot wheel clean
+.PHONY: help setup demo test test-slow test-cpus test-arm test-ort-oldest fuzz fuzz-files lint format bench screenshot wheel clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,7 +46,7 @@ demo: $(STAMP) ## Train a character model, export it to ONNX, let it write
 	$(BIN)/trix generate runs/char_lm/model.onnx --prompt "The "
 
 test: $(STAMP) ## Run the tests, without the full-length ones
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 8 --dist loadfile --durations 20
 
 test-slow: $(STAMP) ## Run the full-length tests
 	$(BIN)/python -m pytest -m slow
@@ -68,6 +68,10 @@ test-ort-oldest: $(STAMP) ## Run the operator tests with the oldest onnxruntime 
 fuzz: $(STAMP) ## Feed the sanitized library mutated models and random shapes for ten minutes, or FUZZ_SECONDS=60
 	TRIX_FUZZ_SECONDS=$(or $(FUZZ_SECONDS),600) TRIX_FUZZ_SEED=$${TRIX_FUZZ_SEED:-$$(date +%s)} \
 	  $(BIN)/python -m pytest tests/ort_ops/test_native_sanitized.py
+
+fuzz-files: $(STAMP) ## Feed every reader of files mutated ones for ten minutes, or FUZZ_SECONDS=60
+	TRIX_FUZZ_SECONDS=$(or $(FUZZ_SECONDS),600) TRIX_FUZZ_SEED=$${TRIX_FUZZ_SEED:-$$(date +%s)} \
+	  $(BIN)/python -m pytest tests/lightning_modules/test_fuzz_files.py
 
 wheel: $(STAMP) ## Build the wheel of this machine into dist/, and try it in an environment of its own
 	PYTHON=$(abspath $(BIN))/python tests/packaging/wheel.sh

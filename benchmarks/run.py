@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_modules.machine import cpu_name, git_state, instruction_sets
-from lightning_modules.whole_bytes import write_whole
+from ort_ops.whole_file import write_whole
 
 HERE = Path(__file__).resolve().parent
 PACKAGES = ("torch", "lightning", "onnx", "onnxruntime", "numpy")

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from lightning_modules.whole_bytes import write_whole
+from ort_ops.whole_file import write_whole
 
 HERE = Path(__file__).resolve().parent
 EVENT_FILES = "events.out.tfevents.*"

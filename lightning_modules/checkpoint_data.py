@@ -61,6 +61,9 @@ def make_labelled_data(
     data: DigitsDataModule | LanguageIdDataModule
     if task.vocabulary is None:
         data = _make_data(DigitsDataModule, checkpoint, ckpt)
+        width = task.hparams["num_features"]
+        if data.num_features != width:
+            raise DataError(f"number of features of the data ({data.num_features}) must equal the task's ({width})")
     else:
         data = _make_data(LanguageIdDataModule, checkpoint, ckpt)
         if data.vocabulary != task.vocabulary:
@@ -100,5 +103,7 @@ def _make_data(kind: Callable[..., DataT], checkpoint: dict[str, Any], path: Pat
         raise UserError(f"{path}: data module ({name}) must be {wanted}, from which held-out data is taken")
     try:
         return kind(**settings)
-    except TypeError as error:
+    except UserError:
+        raise
+    except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: the data settings of the checkpoint do not fit: {error}") from error

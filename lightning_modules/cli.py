@@ -32,6 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"trix: error: {one_line(error)}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except MemoryError:
+        print("trix: error: out of memory", file=sys.stderr)
+        return EXIT_USER_ERROR
     except KeyboardInterrupt:
         return _interrupted()
     except SystemExit as stop:

@@ -14,19 +14,20 @@ from typing import Any, NoReturn, get_args, get_type_hints
 import lightning as L
 import torch
 import yaml  # type: ignore[import-untyped]
-from jsonargparse import DefaultHelpFormatter, capture_parser
+from jsonargparse import DefaultHelpFormatter, capture_parser, get_loader, set_loader
+from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_modules.callbacks.last_checkpoint import LastCheckpoint
-from lightning_modules.callbacks.log_folder import relative_path
+from lightning_modules.callbacks.log_folder import local_log_folder, relative_path
 from lightning_modules.callbacks.prediction_writer import PredictionWriter
 from lightning_modules.callbacks.random_state import RandomState
 from lightning_modules.callbacks.report_page import ReportPage
 from lightning_modules.callbacks.run_notebook import RunNotebook
-from lightning_modules.callbacks.run_record import RunRecord
+from lightning_modules.callbacks.run_record import ENVIRONMENT_NAME, METRICS_NAME, RunRecord
 from lightning_modules.callbacks.run_report import RunReport, StepProgressBar
 from lightning_modules.callbacks.stability import StabilityMonitor
 from lightning_modules.data.digits import DigitsDataModule
@@ -35,11 +36,14 @@ from lightning_modules.data.text import TextDataModule
 from lightning_modules.error_text import one_line, reason, shorten_parser_error
 from lightning_modules.errors import UserError
 from lightning_modules.quiet import quiet_lightning
-from lightning_modules.resume import log_folder, resumed
+from lightning_modules.resume import CONFIG_NAME, log_folder, resumed
 from lightning_modules.run_folder import best_checkpoint
 from lightning_modules.tasks import ClassifierTask, LanguageModelTask, RoutedTask, check_resumable, read_checkpoint
+from lightning_modules.tasks.checkpoint import COPIES, load_weights
+from lightning_modules.tasks.routed_task import check_eps
 from lightning_modules.trust import check_classes, denied_import, named_on_command_line, only_trusted_imports, take_out_trust
 from lightning_modules.whole_files import WholeFileCheckpointIO
+from lightning_modules.yaml_files import check_text, check_yaml, read_yaml
 
 # Short names in configurations work for imported classes; these are offered as corrections too.
 TASKS = (LanguageModelTask, ClassifierTask)
@@ -63,6 +67,8 @@ EXAMPLES = {
     "test": [f"test --config configs/digits.yaml {CKPT_EXAMPLE.replace('char_lm', 'digits')}/best.ckpt"],
     "predict": [f"predict --config configs/char_lm.yaml {CKPT_EXAMPLE}/best.ckpt"],
 }
+GIVE_CONFIG = "to have it so, give --config FILE"
+SHORT_YAML = 1000  # characters, which cannot be nested too deeply
 EXIT_TERMINATED = 128 + signal.SIGTERM
 # What a task takes from its data.
 LINKED_PARAMETERS = ("vocabulary", "num_features", "num_classes", "class_names")
@@ -83,10 +89,12 @@ def run_training_command(arguments: list[str]) -> int:
         UserError: whatever the user can mend: a key, a value, a file, a setting that the trainer refuses.
     """
     trusted, rest = take_out_trust(arguments)
-    trusted += named_on_command_line(rest, map(_yaml_content, config_files(rest)))
+    trusted += named_on_command_line(rest, map(read_yaml, config_files(rest)))
     with quiet_lightning(), only_trusted_imports(trusted):
         try:
             resumed_run = resumed(rest)
+            if resumed_run.config is not None:
+                check_yaml(resumed_run.config)
             TrixCLI(resumed_run.arguments, given=arguments, own_config=resumed_run.config)
         except SIGTERMException:
             print("trix: terminated", file=sys.stderr)
@@ -103,12 +111,25 @@ def run_training_command(arguments: list[str]) -> int:
     return 0
 
 
+_parse_yaml = get_loader("yaml")
+
+
+def _parse_checked_yaml(text: str) -> Any:
+    """Also checks the files that a configuration refers to, which the parser reads itself."""
+    if "&" in text or len(text) > SHORT_YAML:
+        check_text("configuration", text)
+    return _parse_yaml(text)
+
+
+set_loader("yaml", _parse_checked_yaml, exceptions=(yaml.YAMLError,))
+
+
 class ParserError(Exception):
     """What jsonargparse says, at its length."""
 
 
 class RunConfigSaver(SaveConfigCallback):
-    """Save the configuration beside the logs; a run without logs leaves none."""
+    """Save the configuration next to the logs; a run without logs leaves none."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if trainer.loggers:
@@ -183,7 +204,7 @@ class TrixCLI(LightningCLI):
             options = [argument.split("=")[0] for argument in self._arguments if argument.startswith("--")]
             raise UserError(shorten_parser_error(message, _known_keys(), _class_names(), files, options)) from error
         except RecursionError as error:
-            raise UserError("a value of the configuration must not hold itself") from error
+            raise UserError("a value of the configuration must not hold itself, or be nested too deeply") from error
         settings = self.config[self.config["subcommand"]]
         for name in LINKED_PARAMETERS:
             if settings.get(f"model.init_args.{name}") is not None:
@@ -240,9 +261,31 @@ class TrixCLI(LightningCLI):
             callbacks.append(PredictionWriter())
         _check_once(callbacks)
         self._callbacks = callbacks
-        if config["plugins"] is None:
-            settings["plugins"] = [WholeFileCheckpointIO()]
+        settings["plugins"] = self._with_checkpoint_io(config["plugins"])
         return super().instantiate_trainer(**settings, callbacks=callbacks)
+
+    def _with_checkpoint_io(self, plugins: Any) -> list[Any]:
+        plugins = [] if plugins is None else plugins if isinstance(plugins, list) else [plugins]
+        writers = [plugin for plugin in plugins if isinstance(plugin, CheckpointIO)]
+        if writers and self._own_config is not None:
+            kind = type(writers[0]).__name__
+            raise UserError(f"{self._own_config}: trainer.plugins ({kind}) must hold no CheckpointIO: {GIVE_CONFIG}")
+        return plugins if writers else [*plugins, WholeFileCheckpointIO()]
+
+    def _check_places(self) -> None:
+        """Raise UserError where a run folder's own configuration sends the run to files that are there."""
+        if self._own_config is None:
+            return
+        for callback in self._callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath and not callback._enable_version_counter:
+                rule = "enable_version_counter (False) must be True with a dirpath"
+                raise UserError(f"{self._own_config}: ModelCheckpoint's {rule}, or it replaces files: {GIVE_CONFIG}")
+        folder = local_log_folder(self.trainer)
+        if folder is None or folder.resolve() == self._own_config.parent.resolve():
+            return
+        for name in (CONFIG_NAME, ENVIRONMENT_NAME, METRICS_NAME):
+            if (folder / name).exists():
+                raise UserError(f"{self._own_config}: log folder ({folder}) must be new, it holds {name}: {GIVE_CONFIG}")
 
     def after_instantiate_classes(self) -> None:
         # All that can be checked is checked here, before the logger makes its folder.
@@ -250,9 +293,11 @@ class TrixCLI(LightningCLI):
             check = getattr(callback, "check_network", None)
             if check is not None:
                 check(self.model)
+        self._check_places()
         self.model.check_data(self.datamodule)
         if self.subcommand == "fit":
-            self.model.make_optimizer(self.trainer.max_steps)
+            optimizer, _ = self.model.make_optimizer(self.trainer.max_steps)
+            check_eps(optimizer, self.trainer.precision)
         if self._checkpoint_path is not None:
             try:
                 if Path(self._checkpoint_path).is_dir():  # of fit alone
@@ -262,7 +307,9 @@ class TrixCLI(LightningCLI):
                 if self.subcommand == "fit":
                     check_resumable(checkpoint)
                     self._record.go_on_from(Path(self._checkpoint_path), log_folder(Path(self._checkpoint_path), checkpoint))
-                self.model.load_state_dict(checkpoint["state_dict"])
+                for key in reversed(COPIES):  # all are checked, the first is the one to stay
+                    if key in checkpoint:
+                        load_weights(self.model, checkpoint[key])
             except UserError as error:
                 text = str(error)
                 raise UserError(text if self._checkpoint_path in text else f"{self._checkpoint_path}: {text}") from error
@@ -301,18 +348,10 @@ def config_files(arguments: list[str]) -> list[Path]:
     return files[::-1]
 
 
-def _yaml_content(path: Path) -> Any:
-    """What a file holds; None where that cannot be read, which the parser will say."""
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, OSError, UnicodeDecodeError):
-        return None
-
-
 def _broken_file(files: list[Path]) -> str:
     """The first file that is not YAML with keys and values, which the parser reads as a nameless text."""
     for path in files:
-        if not isinstance(_yaml_content(path), dict):
+        if not isinstance(read_yaml(path), dict):
             return str(path)
     return "the configuration"
 

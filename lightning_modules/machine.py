@@ -1,4 +1,4 @@
-"""What a measurement depends on beside its settings: the processor, and the state of the source tree. Loads no torch."""
+"""What a measurement depends on besides its settings: the processor, and the state of the source tree. Loads no torch."""
 
 import os
 import platform

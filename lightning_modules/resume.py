@@ -1,7 +1,7 @@
 """``trix fit --resume RUN``: which checkpoint of a run to go on from, and with which configuration.
 
 A run is a folder RUN with a ``version_N`` for each time it was started: there are its logs, its ``config.yaml`` and, in
-``checkpoints``, what it wrote. Where ModelCheckpoint has a ``dirpath`` the checkpoints may be beside the logs.
+``checkpoints``, what it wrote. Where ModelCheckpoint has a ``dirpath`` the checkpoints may be next to the logs.
 """
 
 from collections.abc import Mapping
@@ -79,7 +79,7 @@ def find_checkpoint(run: Path) -> tuple[Path, dict[str, Any]]:
         if problems:
             rank_zero_warn(f"{'; '.join(problems)}; going on from {path} (step {checkpoint['global_step']})")
         return path, checkpoint
-    raise UserError(f"{OPTION} {run}: no checkpoint can be gone on from: {'; '.join(problems)}")
+    raise UserError(f"{OPTION} {run}: no checkpoint can be resumed from: {'; '.join(problems)}")
 
 
 def log_folder(path: Path, checkpoint: Mapping[str, Any]) -> Path | None:

@@ -50,4 +50,5 @@ def version(folder: Path) -> int | None:
 
 
 def _age(path: Path) -> tuple[int, str]:
-    return path.stat().st_mtime_ns, path.name
+    status = path.stat() if path.exists() else path.lstat()  # a link that leads nowhere
+    return status.st_mtime_ns, path.name

@@ -1,12 +1,14 @@
 """Signatures as people write them: signs, numbers, or the dimensions of each sign. Loads no torch."""
 
 import json
+import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from lightning_modules.errors import UserError
+from ort_ops.regular_files import read_regular
 
+MAX_FILE_BYTES = 2**22
 SIGNS = {"+": 1, "0": 0, "-": -1}
 
 
@@ -23,11 +25,11 @@ def read_signature(text: str, d_model: int) -> list[float]:
     if is_signs(text):
         return signature_from(text, d_model, "--signature")
     try:
-        content = json.loads(Path(text).read_text(encoding="utf-8"))
+        content = json.loads(read_regular(text, MAX_FILE_BYTES).decode())
     except OSError as error:
         why = error.strerror or error
         raise UserError(f"--signature ({text}) must be a row of +, 0 and -, or a file that can be read: {why}") from error
-    except ValueError as error:  # of JSON or of UTF-8
+    except (ValueError, RecursionError) as error:  # of JSON or of UTF-8
         raise UserError(f"{text} must hold JSON: {error}") from error
     return signature_from(content, d_model, text)
 
@@ -45,12 +47,15 @@ def signature_from(content: object, d_model: int, name: str) -> list[float]:
     """
     if isinstance(content, str):
         if not is_signs(content):
-            raise UserError(f"{name} ({content}) must be a row of +, 0 and -")
+            raise UserError(f"{name} ({content:.80}) must be a row of +, 0 and -")
         return [SIGNS[sign] for sign in content]
     if isinstance(content, Mapping):
         return _from_dims(content, d_model, name)
     if not isinstance(content, list) or not all(type(value) in (int, float) for value in content):
         raise UserError(f"{name} must hold a list of numbers, or positive_dims and negative_dims")
+    large = next((value for value in content if abs(value) > sys.maxsize), 0)
+    if large:  # a tensor would not hold it
+        raise UserError(f"{name} must hold the numbers -1, 0 and 1, not {large!r:.20}")
     return content
 
 
@@ -62,7 +67,7 @@ def _from_dims(content: Mapping[str, Any], d_model: int, name: str) -> list[floa
             raise UserError(f"{name}: {key} must be a list of integers")
         for dim in dims:
             if not 0 <= dim < d_model:
-                raise UserError(f"{name}: {key} ({dim}) must be >= 0 and < d_model ({d_model})")
+                raise UserError(f"{name}: {key} ({dim!r:.40}) must be >= 0 and < d_model ({d_model})")
             if signature_D[dim] != 0:
                 raise UserError(f"{name}: {key} ({dim}) must not be named twice")
             signature_D[dim] = sign

@@ -70,9 +70,10 @@ def named_on_command_line(arguments: Sequence[str], configs: Iterable[Any]) -> l
 
 @contextmanager
 def only_trusted_imports(modules: Sequence[str]) -> Iterator[None]:
-    """Let the configuration parser import from the project's own packages and from these; anything else is refused unread.
+    """Let the parser import from the project's own packages and from these; all else is refused before it is imported.
 
-    The working folder is searched, after all else, where there is a module of the user's to be found.
+    The working folder is searched, after all else, where there is a module of the user's to be found. The parser's settings
+    belong to the process: after the block it still refuses what is not the project's own.
     """
     here = str(Path.cwd())
     added = [] if not modules or here in sys.path else [here]

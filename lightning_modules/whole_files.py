@@ -1,6 +1,5 @@
-"""Files that are written whole or not at all: one that is there stays as it was until the new one is complete."""
+"""torch's files, written whole or not at all: one that is there stays as it was until the new one is complete."""
 
-import io
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
-from lightning_modules.whole_bytes import write_whole
+from ort_ops.whole_file import whole_file
 
 CHECKPOINT_SUFFIX = ".ckpt"
 
@@ -18,14 +17,14 @@ class WholeFileCheckpointIO(TorchCheckpointIO):
     """Lightning's, with two differences.
 
     A file is made in the folder where it is to stay: made in the system's temporary folder, as Lightning does, and moved from
-    there to another disk, it can be cut short. And what is removed is a regular .ckpt file, in a folder into which this object
-    has written before: callbacks keep the paths of what they want removed in checkpoints, and Lightning would remove a folder
-    with all that is in it.
+    there to another disk, it can be cut short. And nothing is removed but regular .ckpt files that this object has written or
+    adopted: callbacks keep the paths of what they want removed in checkpoints, and Lightning would remove a folder with all
+    that is in it.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._folders: set[Path] = set()
+        self._own: set[Path] = set()
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Path | str, storage_options: Any | None = None) -> None:
@@ -33,24 +32,42 @@ class WholeFileCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         save_whole(checkpoint, Path(path))
-        self._folders.add(Path(path).parent.resolve())
+        self.adopt(Path(path))
+
+    def adopt(self, path: Path) -> None:
+        """Take a file that somebody else has written for one of this run's own."""
+        self._own.add(path.parent.resolve() / path.name)
 
     @override
     def remove_checkpoint(self, path: Path | str) -> None:
         path = Path(path)
-        is_own = path.suffix == CHECKPOINT_SUFFIX and path.parent.resolve() in self._folders
+        is_own = path.suffix == CHECKPOINT_SUFFIX and path.parent.resolve() / path.name in self._own
         if is_own and path.is_file() and not path.is_symlink():
             path.unlink()
         elif path.exists() or path.is_symlink():
-            rank_zero_warn(f"{path} is left as it is: only checkpoints (*{CHECKPOINT_SUFFIX}) of this run's folder are removed")
+            rank_zero_warn(f"{path} is left as it is: only checkpoints (*{CHECKPOINT_SUFFIX}) of this run are removed")
 
 
 def save_whole(value: object, path: Path) -> None:
-    """torch.save to `path`, by way of a file beside it that takes its place at the end.
+    """torch.save to `path`, whole or not at all.
 
     Raises:
         OSError: the file cannot be written; what was at `path` is as it was. It names `path`.
     """
-    content = io.BytesIO()  # written by torch itself, a full disk would be a RuntimeError about something else
-    torch.save(value, content)
-    write_whole(content.getbuffer(), path)
+    with whole_file(path) as partial:
+        save(value, partial)
+
+
+def save(value: object, path: Path) -> None:
+    """torch.save; a disk that is full is an OSError.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    with path.open("wb") as file:
+        try:
+            torch.save(value, file)
+        except RuntimeError as error:  # torch then fails to complete the file, which hides what went wrong first
+            if isinstance(error.__context__, OSError | KeyboardInterrupt):
+                raise error.__context__ from error
+            raise

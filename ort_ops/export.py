@@ -8,10 +8,9 @@ model also takes and returns the keys and values of the tokens before (:mod:`ort
 import copy
 import logging
 import math
-import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +37,7 @@ from ort_ops.graph_nodes import ONNX_OPSET
 from ort_ops.panels import to_panels
 from ort_ops.parity import Drift, Parity, drift
 from ort_ops.verification import CHECK_BATCH, ExportError, open_session, run_stepwise, run_torch, run_whole
+from ort_ops.whole_file import whole_file
 from trix.functional.packing import CODES_PER_BYTE, unpack_ternary
 from trix.nn import Classifier, KeyValueCache, LanguageModel, RoutedLayer, SparseLookupFFN, pack_model, routed_layers
 from trix.outputs import AuxLosses, RoutingInfo
@@ -226,14 +226,8 @@ def _export(
     proto = _to_onnx(pack_model(copy.deepcopy(model)), interface)
     if fallback:
         proto.functions.extend(fallback_functions())
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    try:
-        report = _write_verified(model, proto, held_out, metadata, activations, temporary)
-        temporary.replace(output)
-    finally:
-        with suppress(FileNotFoundError):
-            temporary.unlink()
-    return report
+    with whole_file(output) as partial:
+        return _write_verified(model, proto, held_out, metadata, activations, partial)
 
 
 def check_finite(model: nn.Module) -> None:

@@ -11,7 +11,9 @@ from ort_ops.schema import DOMAIN, OPS
 
 @dataclass(frozen=True)
 class Activations:
-    """What the file's ternary products read: activations of 24 bits, as exact as float32, or of 8, in groups of columns.
+    """What the file's ternary products read: activations of 24 bits, nearly as exact as float32, or of 8, in groups of columns.
+
+    How far 24 bits are from float32 stands with TernaryTileMatMul in schema.py.
 
     Args:
         bits: 24 or 8; routing reads 24 either way. group_size: of 8 bits: columns that share a scale, 128, or 0 for all.

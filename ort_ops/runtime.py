@@ -9,18 +9,24 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from ort_ops.caches import CachedReader, empty_caches, past_names, present_names
-from ort_ops.file_format import BY_ONNXRUNTIME, decode_array, from_properties
+from ort_ops.caches import CachedReader, empty_caches, past_names, present_names, run_session
+from ort_ops.file_format import (
+    BY_ONNXRUNTIME,
+    MAX_AXIS,
+    MAX_FILE_BYTES,
+    decode_array,
+    from_properties,
+)
+from ort_ops.file_format import (
+    ModelFileError as ModelFileError,
+)
 from ort_ops.library import LibraryNotFoundError, session_options
 from ort_ops.parity import Parity, compare
+from ort_ops.regular_files import check_regular
 from ort_ops.schema import DOMAIN
 
 OWN = "its own answers when it was written"
 MAX_THREADS = 1024  # beyond what any machine has, a session takes minutes to start, or cannot
-
-
-class ModelFileError(ValueError):
-    """The file is missing, damaged, not an exported TriX model, or needs what this installation lacks."""
 
 
 class PromptError(ValueError):
@@ -44,8 +50,14 @@ class ExportedModel:
 
     def __init__(self, path: Path | str, use_library: bool = True, num_threads: int | None = None) -> None:
         self.path, self.uses_library = Path(path), use_library
-        if not self.path.is_file():
-            raise ModelFileError(f"{path}: {'a folder, not a file' if self.path.is_dir() else 'no such file'}")
+        try:
+            check_regular(self.path, MAX_FILE_BYTES)
+        except FileNotFoundError as error:
+            raise ModelFileError(f"{path}: no such file") from error
+        except IsADirectoryError as error:
+            raise ModelFileError(f"{path}: a folder, not a file") from error
+        except OSError as error:
+            raise ModelFileError(f"{path}: {error.strerror or error}") from error
         options = session_options() if use_library else ort.SessionOptions()
         if num_threads is not None:
             if not 1 <= num_threads <= MAX_THREADS:
@@ -62,7 +74,9 @@ class ExportedModel:
         except ValueError as error:
             raise ModelFileError(f"{path}: {error}") from error
         self.file_bytes = self.path.stat().st_size
-        self.float32_bytes: int = self._checked_metadata("float32_bytes", int)
+        self.float32_bytes: int = self._checked_size("float32_bytes", 2**63 - 1)
+        if "context_length" in self.metadata:
+            self._checked_size("context_length", MAX_AXIS)
 
     def _checked_metadata(self, key: str, kind: type) -> Any:
         value = self.metadata.get(key)
@@ -70,11 +84,28 @@ class ExportedModel:
             raise ModelFileError(f"{self.path}: metadata {key} ({value!r:.40}) must be of type {kind.__name__}")
         return value
 
+    def _checked_size(self, key: str, limit: int) -> int:
+        size: int = self._checked_metadata(key, int)
+        if not 1 <= size <= limit:
+            raise ModelFileError(
+                f"{self.path}: {key} ({size!r:.40}) must be >= 1" + (f" and <= {limit}" if size > limit else "")
+            )
+        return size
+
     def run(self, inputs: NDArray[Any]) -> tuple[NDArray[np.float32], NDArray[np.int64] | None]:
-        """Logits, and tile_idx [B, T, L, K] where the model has routed layers, of whole sequences: with nothing before them."""
+        """Logits, and tile_idx [B, T, L, K] where the model has routed layers, of whole sequences: with nothing before them.
+
+        Raises:
+            ModelFileError: the graph is damaged so that it cannot be run.
+        """
         names = [value.name for value in self.session.get_outputs() if value.name in ("logits", "tile_idx")]
         first = self.session.get_inputs()[0].name
-        logits, *tile_idx = self.session.run(names, {first: inputs, **empty_caches(self.session, len(inputs))})
+        if names[:1] != ["logits"]:
+            raise ModelFileError(f"{self.path}: outputs ({names}) must begin with 'logits'")
+        try:
+            logits, *tile_idx = run_session(self.session, names, {first: inputs, **empty_caches(self.session, len(inputs))})
+        except ModelFileError as error:
+            raise ModelFileError(f"{self.path}: {error}") from error
         return logits, tile_idx[0] if tile_idx else None
 
     def check_parity(self) -> Parity:
@@ -84,12 +115,11 @@ class ExportedModel:
         Raises:
             ModelFileError: the example is damaged.
         """
+        reference = self._checked_metadata("reference", dict)
         try:
-            return self._compare_with(self._checked_metadata("reference", dict))
-        except ModelFileError:
-            raise
+            return self._compare_with(reference)
         except Exception as error:  # a damaged example fails in as many places as it is used, onnxruntime among them
-            cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            cause = f"{type(error).__name__}: {' '.join(str(error).removeprefix(f'{self.path}: ').split())}"
             raise ModelFileError(f"{self.path}: the reference example can't be checked: {cause}") from error
 
     def _compare_with(self, reference: dict[str, Any]) -> Parity:
@@ -126,13 +156,13 @@ class LanguageModelSession(ExportedModel):
         if self.metadata.get("task") != "language_model":
             raise ModelFileError(f"{path}: task ({self.metadata.get('task')}) must be language_model")
         self.vocabulary: str = self._checked_metadata("vocabulary", str)
-        self.context_length: int = self._checked_metadata("context_length", int)
+        self.context_length = self._checked_size("context_length", MAX_AXIS)
         self._check_language_model()
         self._token_of = {character: token for token, character in enumerate(self.vocabulary)}
 
     def _check_language_model(self) -> None:
-        if self.context_length < 1:
-            raise ModelFileError(f"{self.path}: context_length ({self.context_length}) must be >= 1")
+        if len(set(self.vocabulary)) != len(self.vocabulary) or any("\ud800" <= sign <= "\udfff" for sign in self.vocabulary):
+            raise ModelFileError(f"{self.path}: vocabulary ({self.vocabulary!r:.80}) must be distinct characters of Unicode")
         inputs = [value.name for value in self.session.get_inputs()]
         shape_of = {value.name: value.shape for value in self.session.get_outputs()}
         num_layers = (len(inputs) - 1) // 2
@@ -143,6 +173,10 @@ class LanguageModelSession(ExportedModel):
         if shape_of["logits"][-1:] != [len(self.vocabulary)]:
             rule = f"vocabulary ({len(self.vocabulary)} characters) must be as long as the last axis of logits"
             raise ModelFileError(f"{self.path}: {rule} {shape_of['logits']}")
+        try:
+            empty_caches(self.session, 1)
+        except ModelFileError as error:
+            raise ModelFileError(f"{self.path}: {error}") from error
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text.
@@ -172,7 +206,7 @@ class LanguageModelSession(ExportedModel):
 
         Raises:
             PromptError, and ValueError for num_tokens < 0, temperature < 0 or top_p outside (0, 1]; at the call, before the
-            first character. ModelFileError, while drawing, if the weights are so damaged that a logit is NaN.
+            first character. ModelFileError, while drawing, if the file is so damaged that it cannot be run or a logit is NaN.
         """
         if num_tokens < 0:
             raise ValueError(f"num_tokens ({num_tokens}) must be >= 0")
@@ -190,7 +224,10 @@ class LanguageModelSession(ExportedModel):
         for _ in range(num_tokens):
             if reader.num_tokens + len(unread) > self.context_length:
                 reader, unread = CachedReader(self.session), tokens[-max(self.context_length // 2, 1) :]
-            logits = reader.read(np.asarray([unread], dtype=np.int64), ["logits"])[0][0, -1]
+            try:
+                logits = reader.read(np.asarray([unread], dtype=np.int64), ["logits"])[0][0, -1]
+            except ModelFileError as error:
+                raise ModelFileError(f"{self.path}: {error}") from error
             if np.isnan(logits).any():
                 raise ModelFileError(f"{self.path}: logits must be numbers, {np.isnan(logits).sum()} of {logits.size} are NaN")
             tokens.append(draw(logits, temperature, top_p, random))

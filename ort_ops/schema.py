@@ -63,9 +63,12 @@ TERNARY_TILE_MATMUL = OpSchema(
     outputs=(TensorSchema("y", "float32", ("T", "N")),),
     attributes=(IntAttribute("activation_bits", 24), IntAttribute("group_size", 128)),
     doc=(
-        "y[t, n] = row_scale[e, n] * sum_k x[t, k] * w[e, n, k] with e = tile_idx[t], 0 <= e < E. activation_bits 24: as exact "
-        "as a float32 product. 8: x is quantised, in groups of group_size columns (128, or 0: all), to "
-        "round(x * (127 / m)) * m / 127 with m = max |x| of the group."
+        "y[t, n] = row_scale[e, n] * sum_k x[t, k] * w[e, n, k] with e = tile_idx[t], 0 <= e < E. x is quantised in G groups "
+        "of group_size columns (128, or 0: all) with m = max |x| of the group, which counts as zeros below 2^-100. "
+        "activation_bits 24: to within m * 2^-23, and sums are float32. The error is at most |row_scale| * 2^-23 * (sum_k m "
+        "|w| + (3 G + 2) sum_k |x w|). Where more than 1/4 of a group's nonzero |x| are below m / 2^12, the remainder after 24 "
+        "bits is quantised and multiplied too. Such tokens are as exact as in float32, without the term sum_k m |w|. 8: to "
+        "round(x * (127 / m)) * m / 127."
     ),
 )
 
@@ -103,13 +106,15 @@ SIGNATURE_ROUTE = OpSchema(
     ),
     attributes=(IntAttribute("top_k", 1), IntAttribute("gate", 1), FloatAttribute("confidence_threshold", 0.3)),
     doc=(
-        "score[t, e] = sum_d x[t, d] * s[e, d] / sqrt(max(nnz(s_e), 1)); tile_idx holds the top_k tiles by "
-        "score + bias, best first, ties to the lowest index. score is without the bias. A tile is free where its bias is "
-        "-inf. weight, with e = tile_idx[t, k] and f the tiles that are not free, by gate: 0 sigmoid, sigmoid(score[t, e]); "
-        "1 softmax, exp(score[t, e]) / sum_f exp(log_mass[f] + score[t, f]) * sqrt(E); 2 adaptive, the softmax among the "
-        "scores of the first n chosen tiles and 0 for the rest, where n is the number of tiles f whose score is at most "
-        "confidence_threshold below the largest, but at least 1 and at most top_k. Free tiles have weight 0; where all are "
-        "free, gates 1 and 2 give NaN. NaN scores make weights NaN, under gate 0 those of their own tiles."
+        "score[t, e] = sum_d x[t, d] * s[e, d] / sqrt(max(nnz(s_e), 1)); tile_idx holds the top_k tiles by score + bias, best "
+        "first, ties to the lowest index. score is without the bias. Scores are products as those of TernaryTileMatMul with 24 "
+        "bits, but as exact as in float32 for more tokens: those with a group in which more than 1/4 of the nonzero |x| are "
+        "below m / 2^8, more than 1/32 below m / 2^12, or any below m / 2^19. A tile is free where its bias is -inf. weight, "
+        "with e = tile_idx[t, k] and f the tiles that are not free, by gate: 0 sigmoid, sigmoid(score[t, e]); 1 softmax, "
+        "exp(score[t, e]) / sum_f exp(log_mass[f] + score[t, f]) * sqrt(E); 2 adaptive, the softmax among the scores of the "
+        "first n chosen tiles and 0 for the rest, where n is the number of tiles f whose score is at most confidence_threshold "
+        "below the largest, but at least 1 and at most top_k. Free tiles have weight 0; where all are free, gates 1 and 2 give "
+        "NaN. NaN scores make weights NaN, under gate 0 those of their own tiles."
     ),
 )
 

@@ -13,12 +13,12 @@ import numpy as np
 import onnx
 import onnx.inliner
 from numpy.typing import NDArray
-from onnx import GraphProto, ModelProto, NodeProto, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
-from ort_ops.file_format import LayerRecord, from_properties, layer_records
+from ort_ops.file_format import MAX_AXIS, MAX_FILE_BYTES, LayerRecord, ModelFileError, from_properties, layer_records
 from ort_ops.lookup_function import sparse_lookup_function
 from ort_ops.panels import RESERVED_VALUE, from_panels, to_panels
-from ort_ops.runtime import ModelFileError
+from ort_ops.regular_files import read_regular
 from ort_ops.schema import DOMAIN, SIGNATURE_ROUTE, SPARSE_LOOKUP
 
 # Of the operators that route by signatures: where each input stands.
@@ -47,7 +47,18 @@ class SignatureLayer:
         self.top_k = next((attribute.i for attribute in node.attribute if attribute.name == "top_k"), 1)
         self.bias_E = self._constant(node, place["bias"])
         self.log_mass_E = self._constant(node, place["log_mass"]) if "log_mass" in place else np.zeros_like(self.bias_E)
-        self.signature_ED = from_panels(self._constant(node, place["signatures"]), len(self.bias_E), d_model)
+        is_vector = all(values.ndim == 1 and values.dtype == np.float32 for values in (self.bias_E, self.log_mass_E))
+        if not is_vector or self.bias_E.shape != self.log_mass_E.shape:
+            shapes = f"{self.bias_E.dtype} {self.bias_E.shape} and {self.log_mass_E.dtype} {self.log_mass_E.shape}"
+            raise ValueError(f"bias and log_mass ({shapes}) must be float32, one value a tile")
+        if np.isnan(self.bias_E).any() or np.isposinf(self.bias_E).any() or not np.isfinite(self.log_mass_E).all():
+            raise ValueError("bias and log_mass must be finite, but for a bias of -inf in a free slot")
+        if not 1 <= self.top_k <= len(self.bias_E):
+            raise ValueError(f"top_k ({self.top_k}) must be >= 1 and <= tiles ({len(self.bias_E)})")
+        panels = self._constant(node, place["signatures"])
+        if panels.ndim != 3 or panels.dtype != np.uint8:
+            raise ValueError(f"packed signatures ({panels.dtype}, {panels.ndim} axes) must be uint8 of 3 axes")
+        self.signature_ED = from_panels(panels, len(self.bias_E), d_model)
         if (self.signature_ED == RESERVED_VALUE).any():
             raise ValueError("packed codes must be 0, 1 or 2, there is a 3")
 
@@ -74,6 +85,8 @@ class SignatureLayer:
         found = next((tensor for tensor in self._graph.initializer if tensor.name == node.input[place]), None)
         if found is None:
             raise ValueError(f"input {place} of node {node.name} ({node.op_type}) must be a constant of the graph")
+        if found.data_location != TensorProto.DEFAULT:
+            raise ValueError(f"constant {found.name} must be stored in the file, not in another one")
         return numpy_helper.to_array(found)
 
     def _set_constant(self, node: NodeProto, place: int, value: NDArray[Any]) -> None:
@@ -98,17 +111,40 @@ def read_model(path: Path) -> tuple[ModelProto, dict[str, Any], list[SignatureLa
         ModelFileError: it cannot be read, or is no file of `trix export`.
     """
     try:
-        proto = onnx.load(str(path), load_external_data=False)
+        proto = onnx.load_model_from_string(read_regular(path, MAX_FILE_BYTES))
     except OSError as error:
         raise ModelFileError(f"{path}: {error.strerror or error}") from error
     except Exception as error:  # protobuf's exceptions are private to it
         raise ModelFileError(f"{path}: not an ONNX file, or a damaged one") from error
     try:
+        _check_names(proto)
         metadata = from_properties({entry.key: entry.value for entry in proto.metadata_props})
         layers = signature_layers(proto, _d_model(metadata))
-        return proto, metadata, layers, layer_records(metadata, len(layers))
-    except (ValueError, TypeError, IndexError) as error:
-        raise ModelFileError(f"{path}: {error}") from error
+        records = layer_records(metadata, len(layers))
+        for layer, record in zip(layers, records, strict=True):
+            _check_record(record, len(layer.bias_E))
+        return proto, metadata, layers, records
+    except Exception as error:  # numpy's for constants that are none depend on their bytes
+        raise ModelFileError(f"{path}: {' '.join(str(error).split())}") from error
+
+
+def _check_names(proto: ModelProto) -> None:
+    """protobuf gives bytes for a text that is not UTF-8."""
+    names = [function.name for function in proto.functions] + [tensor.name for tensor in proto.graph.initializer]
+    for node in proto.graph.node:
+        names += [node.name, node.op_type, node.domain, *node.input, *node.output]
+    odd = next((name for name in names if not isinstance(name, str)), None)
+    if odd is not None:
+        raise ValueError(f"name in the graph ({odd!r:.40}) must be UTF-8")
+
+
+def _check_record(record: LayerRecord, num_tiles: int) -> None:
+    if not all(0 <= tile < num_tiles for tile in record.frozen):
+        raise ValueError(
+            f"frozen tiles in the metadata of a layer ({record.frozen!r:.40}) must be >= 0 and < tiles ({num_tiles})"
+        )
+    if record.claims is not None and len(record.claims) != num_tiles:
+        raise ValueError(f"claims in the metadata of a layer ({len(record.claims)}) must be as many as tiles ({num_tiles})")
 
 
 def signature_layers(proto: ModelProto, d_model: int) -> list[SignatureLayer]:
@@ -138,8 +174,8 @@ def with_open_lookups(proto: ModelProto) -> ModelProto:
 def _d_model(metadata: dict[str, Any]) -> int:
     config = metadata.get("config")
     d_model = config.get("d_model") if isinstance(config, dict) else None
-    if type(d_model) is not int or d_model < 1:
-        raise ValueError(f"metadata config.d_model ({d_model!r:.40}) must be an integer >= 1")
+    if type(d_model) is not int or not 1 <= d_model <= MAX_AXIS:
+        raise ValueError(f"metadata config.d_model ({d_model!r:.40}) must be an integer >= 1 and <= {MAX_AXIS}")
     return d_model
 
 

@@ -6,9 +6,7 @@ before it gets its name. Legend: D model width, E tiles, K tiles per token, T to
 """
 
 import copy
-import os
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +18,13 @@ from numpy.typing import NDArray
 from onnx import ModelProto, ValueInfoProto
 
 from ort_ops.caches import empty_caches
-from ort_ops.file_format import BY_ONNXRUNTIME, LayerRecord, encode_array, to_properties
+from ort_ops.file_format import BY_ONNXRUNTIME, LayerRecord, ModelFileError, encode_array, to_properties
 from ort_ops.library import LibraryNotFoundError, session_options
 from ort_ops.parity import SCORE_ROUNDING, selection_gap
-from ort_ops.runtime import ModelFileError, open_model
+from ort_ops.runtime import open_model
 from ort_ops.schema import DOMAIN, SIGNATURE_ROUTE
 from ort_ops.signature_layers import SignatureLayer, read_model, show_scores, with_open_lookups
+from ort_ops.whole_file import whole_file
 
 
 class VerificationError(RuntimeError):
@@ -248,10 +247,9 @@ def _check_routing(was: _Run, now: _Run, layers: Sequence[SignatureLayer], edit:
 def _write_verified(
     proto: ModelProto, old: ModelProto, output: Path, layer: SignatureLayer, record: LayerRecord, edit: Edit
 ) -> None:
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(proto.SerializeToString())
-        written, _, layers, records = read_model(temporary)
+    with whole_file(output) as partial:
+        partial.write_bytes(proto.SerializeToString())
+        written, _, layers, records = read_model(partial)
         found = layers[edit.layer]
         has_edit = np.array_equal(found.signature_ED, layer.signature_ED) and np.array_equal(found.bias_E, layer.bias_E)
         _require(has_edit and records[edit.layer] == record, "the edit must stand in the new file")
@@ -261,11 +259,7 @@ def _write_verified(
             all(new_constants.get(name) == old_constants[name] for name in kept), "the other constants must be as they were"
         )
         _require(_without_edit(written, layer.places) == _without_edit(old, layer.places), "the rest must be as it was")
-        _check_answer(temporary)
-        temporary.replace(output)
-    finally:
-        with suppress(FileNotFoundError):
-            temporary.unlink()
+        _check_answer(partial)
 
 
 def _check_answer(path: Path) -> None:

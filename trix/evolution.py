@@ -47,7 +47,7 @@ def merge_tiles(ffn: TriXFFN, keep_idx: int, drop_idx: int, tag: str = "") -> No
     router.balance_bias[keep_idx] = torch.maximum(router.balance_bias[keep_idx], router.balance_bias[drop_idx])
     _draw(ffn, router, drop_idx)
     router.occupy(drop_idx, float(router.balance_bias[keep_idx]))
-    router.is_free_E[drop_idx] = True
+    router.free(drop_idx)
     _finish(ffn, "merge", keep_idx, tag, dropped=drop_idx)
 
 
@@ -81,6 +81,7 @@ def split_tile(ffn: TriXFFN, source_idx: int, target_idx: int, tag: str = "") ->
     router.balance_bias[target_idx] = router.balance_bias[source_idx]
     router.log_mass_E[source_idx] -= math.log(2.0)
     router.log_mass_E[target_idx] = router.log_mass_E[source_idx]
+    router.note_surgery()
     _finish(ffn, "split", source_idx, tag, target=target_idx)
 
 

@@ -21,7 +21,7 @@ from lightning_modules.callbacks.log_folder import local_log_folder
 from lightning_modules.error_text import did_you_mean
 from lightning_modules.errors import UserError
 from lightning_modules.routed_layers import layer_name, routed_layers
-from lightning_modules.whole_bytes import write_whole
+from ort_ops.whole_file import write_whole
 from trix.routing import ClaimMatrix
 
 CLAIMS_NAME = "claims.csv"

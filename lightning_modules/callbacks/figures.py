@@ -21,7 +21,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_modules.whole_bytes import write_whole
+from ort_ops.whole_file import write_whole
 from trix.functional.signatures import pairwise_cosine
 from trix.introspection.plots import (
     draw_claims,

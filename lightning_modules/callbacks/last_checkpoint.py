@@ -7,13 +7,14 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from torch import Tensor
 from typing_extensions import override
 
 from lightning_modules.errors import UserError
 from lightning_modules.run_folder import CHECKPOINTS_NAME
 from lightning_modules.tasks.checkpoint import read_checkpoint
-from lightning_modules.whole_bytes import write_whole
-from lightning_modules.whole_files import CHECKPOINT_SUFFIX
+from lightning_modules.whole_files import CHECKPOINT_SUFFIX, WholeFileCheckpointIO
+from ort_ops.whole_file import remove_abandoned, whole_file
 
 LAST_NAME = "last.ckpt"
 INTERRUPTED_NAME = "interrupted.ckpt"
@@ -47,6 +48,7 @@ class LastCheckpoint(Checkpoint):
         self._folder = Path()
         self._last_step = 0
         self._is_writing = True
+        self._copies: list[Path] = []
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -64,7 +66,7 @@ class LastCheckpoint(Checkpoint):
         for callback in trainer.checkpoint_callbacks:
             state = checkpoint["callbacks"].pop(callback.state_key, None)
             if isinstance(callback, ModelCheckpoint) and state is not None:
-                state = _taken_over(state, Path(trainer.ckpt_path).parent, callback, self._last_step, trainer)
+                state = self._taken_over(state, Path(trainer.ckpt_path).parent, callback, trainer)
             if state is not None:
                 checkpoint["callbacks"][callback.state_key] = state
 
@@ -88,7 +90,58 @@ class LastCheckpoint(Checkpoint):
             return
         self.path = path
         if trainer.is_global_zero:
-            _copy_whole(source, path)
+            remove_abandoned(source.parent)  # half a checkpoint, where the earlier run was killed as it wrote one
+            self._copy(source, path, trainer)
+
+    def _taken_over(self, state: Any, source: Path, callback: ModelCheckpoint, trainer: L.Trainer) -> dict[str, Any] | None:
+        """The state of a ModelCheckpoint, about files in its own folder; None where it has to start anew.
+
+        Of the paths in a state the names alone count, for a checkpoint may come from anywhere. The files are those next to the
+        checkpoint that the run goes on from, which lies in `source`. Where the callback has another folder they are copied
+        there, unless one is missing, was written after the checkpoint, or would replace a file.
+        """
+        paths, folder = _stored_paths(state), str(callback.dirpath or "")
+        if paths is None or not folder or "://" in folder:
+            return None
+        target, names = Path(folder), {Path(path).name for path in paths}
+        is_in_place = target.resolve() == source.resolve()
+        if is_in_place and not all((source / name).is_file() and not (source / name).is_symlink() for name in names):
+            return None
+        try:
+            if not is_in_place and any(read_checkpoint(source / name)["global_step"] > self._last_step for name in names):
+                return None
+        except UserError:
+            return None
+        if not is_in_place:
+            if trainer.strategy.broadcast(any((target / name).exists() for name in names)):  # a file that is there stays
+                return None
+            if trainer.is_global_zero:
+                target.mkdir(parents=True, exist_ok=True)
+                for name in names:
+                    self._copy(source / name, target / name, trainer)
+
+        def moved(path: str) -> str:
+            return str(target / Path(path).name) if path else ""
+
+        return state | {
+            "dirpath": callback.dirpath,
+            "best_model_path": moved(state["best_model_path"]),
+            "kth_best_model_path": moved(state["kth_best_model_path"]),
+            "best_k_models": {moved(path): score for path, score in state["best_k_models"].items()},
+            "last_model_path": moved(state["last_model_path"]) if is_in_place else "",
+        }
+
+    def _copy(self, source: Path, target: Path, trainer: L.Trainer) -> None:
+        with whole_file(target) as partial:
+            shutil.copy2(source, partial)  # with its age: the newest counts where a folder holds several
+        self._copies.append(target)
+        if isinstance(trainer.strategy.checkpoint_io, WholeFileCheckpointIO):
+            trainer.strategy.checkpoint_io.adopt(target)
+
+    def withdraw(self) -> None:
+        """Remove what this start has copied: the checkpoint cannot be resumed from."""
+        for path in self._copies:
+            path.unlink(missing_ok=True)
 
     @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -104,6 +157,13 @@ class LastCheckpoint(Checkpoint):
         self._last_step = trainer.global_step
         self.path = self._folder / LAST_NAME
         trainer.save_checkpoint(self.path, weights_only=False)
+
+
+def withdraw_copies(trainer: L.Trainer) -> None:
+    """See :meth:`LastCheckpoint.withdraw`."""
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, LastCheckpoint):
+            callback.withdraw()
 
 
 def written_checkpoint(trainer: L.Trainer) -> tuple[Path, ModelCheckpoint | None] | None:
@@ -131,52 +191,6 @@ def newest_checkpoint(trainer: L.Trainer) -> Path | None:
     return None if trainer.ckpt_path is None else Path(trainer.ckpt_path)
 
 
-def _copy_whole(source: Path, target: Path) -> None:
-    write_whole(source.read_bytes(), target)
-    shutil.copystat(source, target)  # its age: the newest counts where a folder holds several
-
-
-def _taken_over(
-    state: Any, source: Path, callback: ModelCheckpoint, last_step: int, trainer: L.Trainer
-) -> dict[str, Any] | None:
-    """The state of a ModelCheckpoint, about files in its own folder; None where it has to start anew.
-
-    Of the paths in a state the names alone count, for a checkpoint may come from anywhere. The files are those next to the
-    checkpoint that the run goes on from, which lies in `source`. Where the callback has another folder they are copied there,
-    unless one is missing, was written after the checkpoint, or would replace a file.
-    """
-    paths, folder = _stored_paths(state), str(callback.dirpath or "")
-    if paths is None or not folder or "://" in folder:
-        return None
-    target, names = Path(folder), {Path(path).name for path in paths}
-    is_in_place = target.resolve() == source.resolve()
-    if is_in_place and not all((source / name).is_file() and not (source / name).is_symlink() for name in names):
-        return None
-    try:
-        if not is_in_place and any(read_checkpoint(source / name)["global_step"] > last_step for name in names):
-            return None
-    except UserError:
-        return None
-    if not is_in_place:
-        if trainer.strategy.broadcast(any((target / name).exists() for name in names)):  # a file that is there stays
-            return None
-        if trainer.is_global_zero:
-            target.mkdir(parents=True, exist_ok=True)
-            for name in names:
-                _copy_whole(source / name, target / name)
-
-    def moved(path: str) -> str:
-        return str(target / Path(path).name) if path else ""
-
-    return state | {
-        "dirpath": callback.dirpath,
-        "best_model_path": moved(state["best_model_path"]),
-        "kth_best_model_path": moved(state["kth_best_model_path"]),
-        "best_k_models": {moved(path): score for path, score in state["best_k_models"].items()},
-        "last_model_path": moved(state["last_model_path"]) if is_in_place else "",
-    }
-
-
 def _stored_paths(state: Any) -> list[str] | None:
     """The checkpoints that the state of a ModelCheckpoint names; None where it is no such state."""
     if not isinstance(state, dict) or not isinstance(state.get("best_k_models"), dict):
@@ -184,4 +198,10 @@ def _stored_paths(state: Any) -> list[str] | None:
     others = [state.get(name) for name in ("best_model_path", "kth_best_model_path", "last_model_path")]
     paths = [path for path in (*state["best_k_models"], *others) if path != ""]
     is_fit = all(isinstance(path, str) and Path(path).suffix == CHECKPOINT_SUFFIX for path in paths)
+    scores = [*state["best_k_models"].values(), state.get("best_model_score"), state.get("kth_value")]
+    is_fit &= all(score is None or isinstance(score, float | int) or _is_scalar(score) for score in scores)
     return paths if is_fit else None
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.numel() == 1

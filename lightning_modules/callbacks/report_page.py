@@ -13,7 +13,7 @@ from lightning_modules.checkpoint_page import make_page
 from lightning_modules.error_text import one_line
 from lightning_modules.routed_layers import routed_layers
 from lightning_modules.tasks.checkpoint import load_checkpoint
-from lightning_modules.whole_bytes import write_whole
+from ort_ops.whole_file import write_whole
 
 PAGE_NAME = "report.html"
 

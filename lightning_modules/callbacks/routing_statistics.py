@@ -23,7 +23,7 @@ class RoutingStatistics(Metric):
         super().__init__()
         self.num_tiles = num_tiles
         self.add_state("count_E", torch.zeros(num_tiles, dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("gap_sum", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("gap_sum", torch.zeros((), dtype=torch.float32), dist_reduce_fx="sum")
         self.add_state("num_tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, tile_idx: Tensor, weight: Tensor, scores: Tensor) -> None:
@@ -43,7 +43,7 @@ class RoutingStatistics(Metric):
         max_over_mean_load: 1 is even, E is collapse. entropy_nats: of usage. relative_entropy: entropy / log E (1 with one
         tile). confidence: mean gap between the best two scores (0 with one tile). mean_k: assignments per token.
         """
-        usage_E = self.count_E / self.count_E.sum().clamp_min(1)
+        usage_E = self.count_E.float() / self.count_E.sum().clamp_min(1)
         entropy = torch.special.entr(usage_E).sum()
         highest = usage_E.amax().clamp_min(torch.finfo(usage_E.dtype).tiny)
         one_tile = self.num_tiles == 1
@@ -55,5 +55,5 @@ class RoutingStatistics(Metric):
             "entropy_nats": entropy,
             "relative_entropy": torch.ones_like(entropy) if one_tile else entropy / math.log(self.num_tiles),
             "confidence": self.gap_sum / self.num_tokens.clamp_min(1),
-            "mean_k": self.count_E.sum() / self.num_tokens.clamp_min(1),
+            "mean_k": self.count_E.sum().float() / self.num_tokens.clamp_min(1),
         }

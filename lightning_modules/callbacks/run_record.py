@@ -6,6 +6,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,16 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from typing_extensions import override
 
+from lightning_modules.callbacks.last_checkpoint import withdraw_copies
 from lightning_modules.callbacks.log_folder import local_log_folder
 from lightning_modules.error_text import one_line
 from lightning_modules.errors import UserError
 from lightning_modules.machine import cpu_name, git_state
-from lightning_modules.whole_bytes import write_whole
+from ort_ops.regular_files import read_regular
+from ort_ops.whole_file import write_whole
 
 ENVIRONMENT_NAME, METRICS_NAME = "environment.json", "metrics.csv"
+MAX_METRICS_BYTES, MAX_METRICS_ROWS = 2**27, 500_000
 PACKAGES = ("trix", "torch", "lightning", "numpy")
 
 
@@ -45,7 +49,7 @@ class RunRecord(L.Callback):
         self._earlier_folder: Path | None = None
         self._folder = ""
         self._metrics: MetricsLogger | None = None
-        self._is_restoring = False
+        self._is_restoring, self._first_step = False, 0
 
     def go_on_from(self, checkpoint_path: Path, earlier_folder: Path | None) -> None:
         """Say before the run starts what it resumes, and where the run that wrote the checkpoint has its logs."""
@@ -77,17 +81,20 @@ class RunRecord(L.Callback):
         """Raise UserError where Lightning or a callback fails at what the checkpoint says of the training's state."""
         is_bad_state = self._is_restoring and isinstance(exception, Exception)
         if is_bad_state and not isinstance(exception, UserError | OSError | MemoryError | torch.OutOfMemoryError):
+            withdraw_copies(trainer)
             reason = one_line(f"{type(exception).__name__}: {exception}")
             raise UserError(f"{self._checkpoint_path}: the state of the training does not fit ({reason})") from exception
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._first_step = trainer.global_step
         if self._metrics is not None and self._earlier_folder is not None:
             self._metrics.take_over(read_metrics(self._earlier_folder / METRICS_NAME), trainer.global_step)
 
     @override
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._is_restoring = False
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        # Not before the first step: optimizers and schedules read their state as they are used.
+        self._is_restoring &= trainer.global_step == self._first_step
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -128,16 +135,27 @@ class MetricsLogger(CSVLogger):
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The rows of a metrics.csv, each with the values that it has; none without a file, nor of a row that was cut short."""
+    """The rows of a metrics.csv, each with the values that it has; none without a file, nor of a row that was cut short.
+
+    Raises:
+        UserError: it is no CSV in UTF-8, or larger than MAX_METRICS_BYTES.
+    """
     if not path.is_file():
         return []
-    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
     rows = []
-    for row in csv.DictReader(io.StringIO(whole)):
-        try:
-            rows.append({name: _number(value) for name, value in row.items() if value} | {"step": int(row["step"])})
-        except (ValueError, TypeError, KeyError):
-            continue
+    try:
+        whole, _, _ = read_regular(path, MAX_METRICS_BYTES).decode().rpartition("\n")
+        if (num_rows := whole.count("\n")) > MAX_METRICS_ROWS:
+            raise UserError(f"number of rows in {path} ({num_rows}) must be <= {MAX_METRICS_ROWS}")
+        for row in csv.DictReader(io.StringIO(whole)):
+            with suppress(ValueError, TypeError, KeyError):
+                rows.append(
+                    {name: _number(value) for name, value in row.items() if value and name} | {"step": int(row["step"])}
+                )
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, csv.Error) as error:
+        raise UserError(f"{path} must be CSV in UTF-8: {error}") from error
     return rows
 
 

@@ -21,11 +21,11 @@ from lightning_modules.commands.output_file import check_output_file, output_fol
 from lightning_modules.commands.output_text import print_rich
 from lightning_modules.errors import UserError
 from lightning_modules.machine import cpu_name, instruction_sets, num_usable_cores
-from lightning_modules.whole_bytes import write_whole
 from ort_ops.caches import CachedReader
-from ort_ops.file_format import describe_size
+from ort_ops.file_format import ModelFileError, describe_size
 from ort_ops.library import LibraryNotFoundError
-from ort_ops.runtime import ExportedModel, ModelFileError
+from ort_ops.runtime import ExportedModel
+from ort_ops.whole_file import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,7 +35,7 @@ RUNNER = Path(__file__).resolve().parents[2] / "benchmarks" / "run.py"
 LENGTHS = (1, 8, 64, 256)
 MIN_ROUNDS, DEFAULT_ROUNDS = 5, 7
 MIN_SAMPLE_SECONDS = 0.02
-MAX_GENERATED = 64
+MAX_BEFORE, MAX_GENERATED = 4096, 64
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,8 @@ def _bench_model(arguments: list[str]) -> int:
         some = next(iter(sessions.values()))
         timings = measure(sessions, cases_of(some, options.lengths), options.rounds)
     except ValueError as error:
-        raise UserError(str(error)) from error
+        text = str(error)
+        raise UserError(text if str(model) in text else f"{model}: {text}") from error
     size = describe_size(some.file_bytes, some.float32_bytes)
     record = {"model": str(model), "size": size, "rounds": options.rounds, "machine": machine()}
     record["results"] = [asdict(timing) for timing in timings]
@@ -157,19 +158,24 @@ def open_sessions(model: Path, threads: Sequence[int] | None) -> dict[tuple[str,
 
 def cases_of(model: ExportedModel, lengths: Sequence[int]) -> list[Case]:
     """The example of the file at each length, up to what the model looks back on; features as they are. Of a language model
-    also the second half of its context, or MAX_GENERATED tokens of it, token by token.
+    also the second half of its context, or MAX_GENERATED tokens of it, token by token; after MAX_BEFORE tokens where half of
+    the context is more.
     """
     reference = model.metadata.get("reference")
     if not isinstance(reference, dict) or not isinstance(reference.get("input"), list):
         raise ModelFileError(f"{model.path}: metadata reference must hold an input")
     limit = model.metadata.get("context_length")
+    try:
+        example = np.asarray(reference["input"], dtype=np.int64 if type(limit) is int else np.float32)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ModelFileError(f"{model.path}: the input of metadata reference must be numbers: {error}") from error
     if type(limit) is not int:
-        return [Case(np.asarray(reference["input"], dtype=np.float32))]
-    token_T = np.asarray(reference["input"], dtype=np.int64).ravel()
+        return [Case(example)]
+    token_T = example.ravel()
     whole = [Case(np.resize(token_T, (1, length))) for length in sorted({min(length, limit) for length in lengths})]
     if model.metadata.get("task") != "language_model":
         return whole
-    half = limit // 2
+    half = min(limit // 2, MAX_BEFORE)
     return [*whole, Case(np.resize(token_T, (1, min(limit, half + MAX_GENERATED))), half)]
 
 

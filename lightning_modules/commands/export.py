@@ -101,7 +101,7 @@ def make_parser() -> CommandParser:
         type=int,
         choices=(24, 8),
         default=24,
-        help="of what the ternary products read: 24 is as exact as float32; 8 is faster, and what it changes is told "
+        help="of what the ternary products read: 24 is nearly as exact as float32; 8 is faster, and what it changes is told "
         "(default: %(default)s)",
     )
     parser.add_argument(

@@ -11,7 +11,7 @@ from lightning_modules.commands.arguments import CHECKPOINT_HELP, FILE, CommandP
 from lightning_modules.commands.output_file import check_output_file, output_folder
 from lightning_modules.errors import UserError
 from lightning_modules.run_folder import best_checkpoint
-from lightning_modules.whole_bytes import write_whole
+from ort_ops.whole_file import write_whole
 
 DEFAULT_TOKENS = 4096
 

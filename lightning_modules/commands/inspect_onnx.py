@@ -60,8 +60,14 @@ def _usages(tile_idx: Any, layers: Sequence[SignatureLayer]) -> list[NDArray[np.
     if not layers:
         return []
     idx = np.asarray(tile_idx, dtype=np.int64).reshape(-1, len(layers), layers[0].top_k)
-    counts = [np.bincount(idx[:, place].ravel(), minlength=len(layer.signature_ED)) for place, layer in enumerate(layers)]
-    return [count_E / max(count_E.sum(), 1) for count_E in counts]
+    return [_usage(idx[:, place].ravel(), len(layer.signature_ED)) for place, layer in enumerate(layers)]
+
+
+def _usage(tile_idx: NDArray[np.int64], num_tiles: int) -> NDArray[np.float64]:
+    low, high = tile_idx.min(initial=0), tile_idx.max(initial=0)
+    if low < 0 or high >= num_tiles:
+        raise ValueError(f"tile_idx of the reference ({low if low < 0 else high}) must be >= 0 and < num_tiles ({num_tiles})")
+    return np.bincount(tile_idx, minlength=num_tiles) / max(len(tile_idx), 1)
 
 
 def _layer_section(index: int, layer: SignatureLayer, record: LayerRecord, usage_E: NDArray[np.float64]) -> str:

@@ -6,16 +6,21 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning_modules.commands.arguments import CommandParser
 from lightning_modules.commands.output_text import print_rich
 from lightning_modules.error_text import did_you_mean
 from lightning_modules.errors import UserError
 from lightning_modules.run_folder import version
+from ort_ops.regular_files import check_regular
+
+if TYPE_CHECKING:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 EVENT_FILES = "events.out.tfevents.*"
 LOSS = "val/loss"
+MAX_EVENT_BYTES = 2**31  # of one of TensorBoard's files
 SHOWN_STAGES = ("val/", "test/")
 
 
@@ -64,7 +69,7 @@ def find_runs(root: Path) -> list[Run]:
     """The runs below a folder, in the order in which they began.
 
     Raises:
-        UserError: there is no such folder, or no run below it.
+        UserError: there is no such folder, no run below it, or files of a run that TensorBoard cannot read.
     """
     if not root.is_dir():
         raise UserError(f"folder {root} must {'be a folder, not a file' if root.exists() else 'exist'}")
@@ -73,7 +78,7 @@ def find_runs(root: Path) -> list[Run]:
         raise UserError(f"folder {root} must hold a run: there are no TensorBoard files ({EVENT_FILES}) below it")
     runs = sorted((_read(folder, root) for folder in folders), key=_by_start)
     for path in sorted(root.rglob("*.ckpt")):
-        owner = _owner(path, runs)
+        owner = _owner(path, runs) if path.exists() else None  # not for a link that leads nowhere
         if owner is not None:
             owner.checkpoints.append(path)
     return runs
@@ -113,15 +118,11 @@ def as_json(run: Run) -> dict[str, Any]:
 
 
 def _read(folder: Path, root: Path) -> Run:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    # Scalars are all kept, of everything else one value: 0 would mean all.
-    kept = {"scalars": 0, "images": 1, "histograms": 1, "compressedHistograms": 1, "audio": 1, "tensors": 1}
-    events = EventAccumulator(str(folder), size_guidance=kept).Reload()
-    scalars = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+    events = _events(folder)
+    scalars = {tag: values for tag in events.Tags()["scalars"] if (values := events.Scalars(tag))}  # steps back delete values
     try:
         start = datetime.fromtimestamp(events.FirstEventTimestamp()).astimezone()
-    except ValueError:  # what tensorboard says of a file without events
+    except (ValueError, OverflowError, OSError):  # no events, or a time that no calendar has
         start = None
     top, place = root.resolve(), folder.resolve()
     number = version(place)
@@ -135,6 +136,22 @@ def _read(folder: Path, root: Path) -> Run:
         metrics={tag: _metric([event.value for event in values]) for tag, values in sorted(scalars.items())},
         checkpoints=[],
     )
+
+
+def _events(folder: Path) -> "EventAccumulator":
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    # Scalars are all kept, of everything else one value: 0 would mean all.
+    kept = {"scalars": 0, "images": 1, "histograms": 1, "compressedHistograms": 1, "audio": 1, "tensors": 1}
+    try:
+        for path in folder.glob("*tfevents*"):  # all that tensorboard opens
+            check_regular(path, MAX_EVENT_BYTES)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    try:
+        return EventAccumulator(str(folder), size_guidance=kept).Reload()
+    except Exception as error:  # tensorboard reads a file of events cut short, but not one of other bytes
+        raise UserError(f"{folder}: tensorboard cannot read its {EVENT_FILES}: {type(error).__name__}: {error}") from error
 
 
 def _metric(values: Sequence[float]) -> Metric:

@@ -11,6 +11,7 @@ from lightning_modules.commands.output_file import check_output_file, output_fol
 from lightning_modules.errors import UserError
 from lightning_modules.run_folder import best_checkpoint
 from lightning_modules.signature_values import is_signs, read_signature
+from ort_ops.whole_file import whole_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,28 +32,33 @@ def run_surgery(arguments: list[str]) -> int:
 
         return run_onnx_surgery(options, ckpt, output)
     task, checkpoint = load_task(str(ckpt), "surgery")
-    from lightning_modules.whole_files import save_whole
+    from lightning_modules.whole_files import save
 
     try:
+        copies = copies_of(task, checkpoint)
         layer = routed_layer(task, options.layer)
         before = layer.get_signature_analysis(options.tile)
-        operate(layer, options)
+        originals = {key: copy.deepcopy(of_copy.state_dict()) for key, of_copy in copies.items()}
+        for of_copy in copies.values():
+            operate(routed_layer(of_copy, options.layer), options)
     except ValueError as error:
         raise UserError(f"{ckpt}: {error}") from error
-    edited = with_state_of(task, checkpoint)
-    changed = [name for name, value in edited["state_dict"].items() if value is not checkpoint["state_dict"][name]]
+    edited = checkpoint | {key: state_of(copies[key], originals[key], checkpoint[key]) for key in copies}
+    changed = {key: [name for name, v in edited[key].items() if v is not checkpoint[key][name]] for key in copies}
     try:
-        with output_folder(output.parent):
-            save_whole(edited, output)
-            check_written(output, options, layer, checkpoint, changed)
+        with output_folder(output.parent), whole_file(output) as partial:
+            save(edited, partial)
+            check_written(partial, options, copies, checkpoint, changed)
     except OSError as error:
         raise UserError(f"output {output} cannot be written: {error.strerror or error}") from error
     after = layer.get_signature_analysis(options.tile)
-    num_equal = len(checkpoint["state_dict"]) - len(changed)
+    num_equal = sum(len(checkpoint[key]) - len(names) for key, names in changed.items())
     print(f"edited  layer {options.layer}, tile {options.tile}: {options.action}, tag {options.tag!r}")
     print(f"before  {_described(before)}")
     print("after   removed" if options.action == "remove" else f"after   {_described(after)}")
-    print(f"changed {', '.join(changed)}")
+    print(f"changed {', '.join(changed['state_dict'])}")
+    if len(copies) > 1:
+        print(f"also in {', '.join(list(copies)[1:])}: the trained weights, of which the others are an average")
     print(f"wrote   {output}  (read again: the edit stands, the other {num_equal} weights and buffers are equal)")
     return 0
 
@@ -92,45 +98,63 @@ def operate(layer: "RoutedLayer", options: Namespace) -> None:
     act(options.tile, tag=options.tag)
 
 
-def with_state_of(task: "RoutedTask", checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """The checkpoint with those tensors of the task that differ; all else are the checkpoint's own objects."""
-    state = copy.copy(checkpoint["state_dict"])  # not .copy(), which would leave out torch's notes on the modules' versions
+def copies_of(task: "RoutedTask", checkpoint: dict[str, Any]) -> dict[str, "RoutedTask"]:
+    """By where they stand in the checkpoint: the task, and a copy of it with each further copy of the weights.
+
+    Raises:
+        ValueError: weights that do not fit the task.
+    """
+    from lightning_modules.tasks.checkpoint import COPIES, load_weights
+
+    copies = {COPIES[0]: task}
+    for key in COPIES[1:]:
+        if key in checkpoint:
+            copies[key] = copy.deepcopy(task)
+            load_weights(copies[key], checkpoint[key])
+    return copies
+
+
+def state_of(task: "RoutedTask", original: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
+    """The stored weights with those tensors of the task that differ from the original ones, in the floats of the training; all
+    else are the stored objects.
+    """
+    import torch
+
+    state = copy.copy(stored)  # not .copy(), which would leave out torch's notes on the modules' versions
     for name, value in task.state_dict().items():
-        if not is_equal(value, state[name]):
-            state[name] = value
-    return {**checkpoint, "state_dict": state}
+        if not is_equal(value, original[name]):
+            state[name] = value.to(stored[name].dtype) if isinstance(value, torch.Tensor) else value
+    return state
 
 
 def check_written(
-    output: Path, options: Namespace, layer: "RoutedLayer", checkpoint: dict[str, Any], changed: list[str]
+    partial: Path,
+    options: Namespace,
+    copies: dict[str, "RoutedTask"],
+    checkpoint: dict[str, Any],
+    changed: dict[str, list[str]],
 ) -> None:
-    """Read the new file: the edit must stand in it, and all else must be what the checkpoint holds.
+    """Read the new file before it gets its name: the edit must stand in it, and all else must be what the checkpoint holds.
 
     Raises:
-        RuntimeError: they do not; the file is removed.
+        RuntimeError: they do not.
     """
-    try:
-        _compare(output, options, layer, checkpoint, changed)
-    except BaseException:
-        output.unlink()
-        raise
-
-
-def _compare(output: Path, options: Namespace, layer: "RoutedLayer", checkpoint: dict[str, Any], changed: list[str]) -> None:
     from lightning_modules.tasks import CheckpointError, load_checkpoint
 
     try:
-        task, written = load_checkpoint(output)
+        task, written = load_checkpoint(partial)
+        found = copies_of(task, written)
     except CheckpointError as error:
-        raise RuntimeError(f"all must stand in the new checkpoint; the file is removed: {error}") from error
-    found = routed_layer(task, options.layer)
-    has_edit = is_equal(found.state_dict(), layer.state_dict())
-    old, new = ({**content, "state_dict": dict(content["state_dict"])} for content in (checkpoint, written))
-    for name in changed:
-        del old["state_dict"][name], new["state_dict"][name]
+        raise RuntimeError(f"all must stand in the new checkpoint; no file is written: {error}") from error
+    layers = ((routed_layer(of[key], options.layer) for of in (found, copies)) for key in copies)
+    has_edit = all(is_equal(one.state_dict(), other.state_dict()) for one, other in layers)
+    old, new = (content | {key: dict(content[key]) for key in changed} for content in (checkpoint, written))
+    for key, names in changed.items():
+        for name in names:
+            del old[key][name], new[key][name]
     if not has_edit or not is_equal(old, new):
         what = "the old one's content" if has_edit else "the edit"
-        raise RuntimeError(f"{what} must stand in the new checkpoint {output}, and does not; the file is removed")
+        raise RuntimeError(f"{what} must stand in the new checkpoint {options.output}, and does not; no file is written")
 
 
 def is_equal(one: Any, other: Any) -> bool:
@@ -142,7 +166,7 @@ def is_equal(one: Any, other: Any) -> bool:
     if isinstance(one, torch.Tensor):
         return one.dtype == other.dtype and one.shape == other.shape and torch.equal(_bytes(one), _bytes(other))
     if isinstance(one, dict):
-        return list(one) == list(other) and all(is_equal(value, other[key]) for key, value in one.items())
+        return is_equal(list(one), list(other)) and is_equal(list(one.values()), list(other.values()))
     if isinstance(one, list | tuple):
         return len(one) == len(other) and all(map(is_equal, one, other))
     return bool(one == other) or (one != one and other != other)

@@ -33,13 +33,15 @@ def run_why(arguments: list[str]) -> int:
     _check_options(options)
     options.ckpt = str(best_checkpoint(Path(options.ckpt)))
     task, checkpoint = load_task(options.ckpt, "why")
-    inputs, tokens, subject = _example(task, checkpoint, options)
-    positions = _positions(options, len(tokens))
     from trix.introspection import TriXIntrospector
 
     try:
+        inputs, tokens, subject = _example(task, checkpoint, options)
+        positions = _positions(options, len(tokens))
         introspector = TriXIntrospector(task.network)
         explanations = introspector.why(inputs, options.layer, options.num_dims)
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(f"{options.ckpt}: {error}") from error
     num_layers = len(introspector.layers)

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from lightning_modules.errors import DataError
+from ort_ops.regular_files import read_regular
+from ort_ops.whole_file import whole_file
 
 CorpusName = Literal["pydoc", "tinyshakespeare", "wikitext-2"]
 CORPUS_NAMES: tuple[str, ...] = get_args(CorpusName)
@@ -19,6 +21,8 @@ DATA_DIR_VARIABLE = "TRIX_DATA_DIR"
 # Python 3.11 to 3.13 have 79 topics of 373,000 to 415,000 characters without repetitions; far below that something is broken.
 MIN_PYDOC_TOPICS = 60
 MIN_PYDOC_CHARACTERS = 300_000
+# Of a text file: a token takes 8 bytes.
+MAX_TEXT_BYTES = 2**31
 PARAGRAPH_SEPARATOR = "\n\n"
 
 
@@ -86,25 +90,25 @@ def load_corpus(name: str) -> Corpus:
         train_bytes, validation_bytes = fetch(WIKITEXT_TEST).read_bytes(), fetch(WIKITEXT_VALID).read_bytes()
         sha256 = hashlib.sha256(train_bytes + validation_bytes).hexdigest()
         return Corpus("wikitext-2", train_bytes.decode(), validation_bytes.decode(), sha256)
-    raise DataError(f"corpus ({name!r}) must be one of {', '.join(CORPUS_NAMES)}")
+    raise DataError(f"corpus ({name!r:.40}) must be one of {', '.join(CORPUS_NAMES)}")
 
 
 def load_file(path: Path | str) -> Corpus:
     """Load any UTF-8 text file; a byte order mark is dropped, line ends stay as they are.
 
     Raises:
-        DataError: the file is missing, a directory, unreadable, not UTF-8 or empty.
+        DataError: the file is missing, no regular file, unreadable, above MAX_TEXT_BYTES, not UTF-8 or empty.
     """
     try:
         path = Path(path).expanduser()
-        content = path.read_bytes()
+        content = read_regular(path, MAX_TEXT_BYTES)
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise DataError(f"text file {path} must be UTF-8: byte {byte:#04x} at {error.start} is not") from error
     except OSError as error:
         raise DataError(f"text file {path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, RuntimeError) as error:  # no file can have that name: a NUL in it, a home of nobody
+    except RuntimeError as error:  # no file can have that name: a home of nobody
         raise DataError(f"text file {str(path)!r} cannot be read: {error}") from error
     if not text:
         raise DataError(f"text file {path} is empty")
@@ -122,7 +126,7 @@ def fetch(file: RemoteFile) -> Path:
         return _download(file)
     path = Path(data_dir).expanduser() / file.name
     try:
-        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        sha256 = _sha256(path)
     except OSError as error:
         raise DataError(f"{DATA_DIR_VARIABLE} ({data_dir}) must hold {file.name}: {error.strerror or error}") from error
     if sha256 != file.sha256:
@@ -133,15 +137,17 @@ def fetch(file: RemoteFile) -> Path:
 def _download(file: RemoteFile) -> Path:
     import pooch  # takes 0.3 s to import, which only a download needs
 
-    relative = Path(file.name)
+    path = Path(pooch.os_cache("trix")) / file.name
     try:
-        found = pooch.retrieve(
-            url=file.url,
-            known_hash=f"sha256:{file.sha256}",
-            fname=relative.name,
-            path=pooch.os_cache("trix") / relative.parent,
-            progressbar=True,
-        )
+        if path.is_file() and _sha256(path) == file.sha256:
+            return path
+        # Not pooch.retrieve: what it leaves where it is killed, nothing removes.
+        with whole_file(path) as partial:
+            pooch.get_logger().info("Downloading %s to %s.", file.url, path)
+            pooch.HTTPDownloader(progressbar=True)(file.url, str(partial), None)
+            sha256 = _sha256(partial)
+            if sha256 != file.sha256:
+                raise ValueError(f"its hash ({sha256}) must be {file.sha256}")
     except (OSError, ValueError) as error:  # requests' errors are OSErrors; another hash is a ValueError
         # Short, for a line is cut where it gets long, and the way out stands at its end.
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", width=80)
@@ -149,7 +155,11 @@ def _download(file: RemoteFile) -> Path:
             f"downloading {file.url} failed ({reason}); with the file at hand, save it as {file.name} in a folder "
             f"and set {DATA_DIR_VARIABLE} to that folder, or choose corpus pydoc, which needs no download"
         ) from error
-    return Path(found)
+    return path
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(read_regular(path, MAX_TEXT_BYTES)).hexdigest()
 
 
 def _load_pydoc() -> Corpus:

@@ -67,10 +67,13 @@ class TextDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         if corpus not in CORPUS_NAMES:
-            raise DataError(f"corpus ({corpus!r}) must be one of {', '.join(CORPUS_NAMES)}")
+            raise DataError(f"corpus ({corpus!r:.40}) must be one of {', '.join(CORPUS_NAMES)}")
         check_at_least(1, context_length=context_length, batch_size=batch_size, batches_per_epoch=batches_per_epoch)
         check_at_least(0, seed=seed)
         check_fraction(validation_fraction=validation_fraction)
+        for name, value in (("path", path), ("sha256", sha256)):
+            if value is not None and not isinstance(value, str | Path):
+                raise DataError(f"{name} ({value!r:.40}) must be a str")
         # Plain values only, so that checkpoints load with weights_only=True; `path` may be a Path.
         self.save_hyperparameters(
             {
@@ -90,7 +93,7 @@ class TextDataModule(L.LightningDataModule):
         self.batches_per_epoch = batches_per_epoch
 
         text = load_corpus(corpus) if path is None else load_file(path)
-        if sha256 is not None and sha256.lower() != text.sha256:
+        if sha256 is not None and str(sha256).lower() != text.sha256:
             raise DataError(f"sha256 of {text.source} ({text.sha256}) must be {sha256}")
         self.text_sha256 = text.sha256
         train_text, validation_text = _split(text, validation_fraction, context_length)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, TypedDict, TypeVar, cast
 
 import lightning as L
+import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -52,6 +53,19 @@ def as_config(kind: type[ConfigT], values: ConfigT | Mapping[str, Any]) -> Confi
         return values
     stored = cast(Mapping[str, Any], values)
     return kind(**{**stored, "ffn": FFNConfig(**stored.get("ffn", {}))})
+
+
+def check_eps(optimizer: Optimizer, precision: str | None) -> None:
+    """Raise UserError where the optimizer's eps is 0 in the floats of the parameters, so that it would divide by 0."""
+    if precision != "16-true":
+        return
+    smallest = torch.finfo(torch.float16).smallest_normal * torch.finfo(torch.float16).eps
+    for group in optimizer.param_groups:
+        if group.get("eps", 1.0) < smallest:
+            raise UserError(
+                f"model.optimizer.eps ({group['eps']:g}) must be >= {smallest:.1g} with trainer.precision 16-true: 0.001 is "
+                "usual there, and bf16-true needs no change"
+            )
 
 
 def default_lr_scheduler(optimizer: Optimizer, num_steps: int) -> LRScheduler:
@@ -129,12 +143,15 @@ class RoutedTask(L.LightningModule, ABC):
         return {}
 
     def reset_metrics(self) -> None:
+        self.mean_loss.set_dtype(torch.float32)  # a cast of the network reaches it, and in bfloat16 no sum gets beyond 256
         self.mean_loss.reset()
 
     def _step(self, batch: Batch) -> tuple[StepOutput, Tensor, AuxLosses | None]:
         x, label = batch
         logits, infos, aux = self.network(x, return_routing=True)
-        loss = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), label.reshape(-1))
+        # In bfloat16 a loss of 4 would be told to the nearest 1/32.
+        exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        loss = F.cross_entropy(exact.reshape(-1, exact.shape[-1]), label.reshape(-1))
         mask_BT = self.padding_mask(x)
         routing = {layer_name(index): _detached(info, mask_BT) for index, info in enumerate(infos)}
         if mask_BT is not None:
@@ -155,6 +172,7 @@ class RoutedTask(L.LightningModule, ABC):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         # Not trainer.estimated_stepping_batches: asking for it makes the loaders, and a resumed run loses its place in them.
         optimizer, scheduler = self.make_optimizer(self.trainer.max_steps)
+        check_eps(optimizer, self.trainer.precision)
         if scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -202,6 +220,8 @@ class RoutedTask(L.LightningModule, ABC):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.check_checkpoint(checkpoint)
+        if self._trainer is not None and self.trainer.precision == "64-true":
+            self.double()  # Lightning does so after it has loaded the weights, which would round them to float32
         if self._trainer is not None and self.trainer.training:
             stored, now = checkpoint[CHECKPOINT_KEY].get("max_steps"), self.trainer.max_steps
             if stored != now and self._make_lr_scheduler is not None:
@@ -227,12 +247,12 @@ class RoutedTask(L.LightningModule, ABC):
         """As nn.Module's, with the first difference in one line.
 
         Raises:
-            CheckpointError: a key is missing or unexpected, or a tensor has another shape.
+            CheckpointError: a key is missing or unexpected, or a value is none that its module takes.
         """
         try:
             return super().load_state_dict(state_dict, strict, assign)
-        except (RuntimeError, ValueError) as error:
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        except Exception as error:  # modules read what they kept in ways of their own
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
             reason = lines[1] if len(lines) > 1 else lines[0]
             reason = reason if len(reason) <= 300 else reason[:300] + "..."
             raise CheckpointError(f"the checkpoint's weights do not fit the network: {reason}") from error

@@ -29,6 +29,7 @@ def test_import_contracts_of_pyproject_hold() -> None:
         ("ort_ops.library", {"torch", "trix", "onnx", "onnxscript", "lightning"}),
         ("ort_ops.runtime", {"torch", "trix", "onnx", "onnxscript", "lightning"}),
         ("ort_ops.surgery", {"torch", "trix", "onnxscript", "lightning"}),
+        ("ort_ops.whole_file", {"torch", "trix", "onnx", "onnxscript", "onnxruntime", "numpy", "lightning"}),
         ("ort_ops.schema", {"torch", "trix", "onnx", "onnxscript", "onnxruntime", "numpy"}),
         ("lightning_modules.cli", {"torch", "lightning", "onnx", "onnxruntime"}),
     ],

@@ -5,6 +5,7 @@ from typing import Any
 
 import lightning as L
 import pytest
+from hostile_runs import originals
 from lightning.pytorch.loggers import TensorBoardLogger
 from small_runs import SENTENCE, MakeTrainer, small_network
 
@@ -12,6 +13,8 @@ from lightning_modules.data.digits import DigitsDataModule
 from lightning_modules.data.text import TextDataModule
 from lightning_modules.tasks import ClassifierTask, LanguageModelTask
 from trix.nn import ClassifierConfig, FFNConfig
+
+__all__ = ["originals"]
 
 
 @pytest.fixture

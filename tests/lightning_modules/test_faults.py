@@ -359,3 +359,4 @@ def test_a_download_that_is_killed_is_made_again(server: Any, folder: Path) -> N
     assert not Path("cache/trix/april.txt").exists()
     server.mode = "whole"
     assert corpora.fetch(file).read_bytes() == CONTENT
+    assert [path.name for path in Path("cache").rglob("*") if path.is_file()] == ["april.txt"]

@@ -88,7 +88,7 @@ def test_each_process_gets_its_own_random_numbers_back(folder: Path, capfd: pyte
     changes = ["--model.network.dropout=0.3", "--trainer.callbacks+=uneven_draws.UnevenDraws", "--report.num_tokens=0"]
     run_two("fit", "--config", "small.yaml", *changes, "--trainer.callbacks+=Evolution")  # which acts at step 100
     checkpoint = "lightning_logs/version_0/checkpoints/step=8.ckpt"
-    run_two("fit", "--resume", checkpoint)
+    run_two("fit", "--resume", checkpoint, "--trust=uneven_draws")
     expected, resumed = weights(0), weights(1)
     assert [name for name, value in expected.items() if not torch.equal(value, resumed[name])] == []
     counts = [tokens_counted(version) for version in (0, 1)]

@@ -109,6 +109,28 @@ def test_files_of_a_given_folder_are_neither_replaced_nor_removed(run: Path) -> 
     assert contents("precious").items() >= before.items()
 
 
+@pytest.mark.parametrize("name", ["config.yaml", "environment.json", "metrics.csv"])
+def test_a_run_folder_does_not_send_logs_to_a_folder_that_is_there(
+    run: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "precious" / name).write_text("kept")
+    config = RUN / "version_0/config.yaml"
+    text = config.read_text().replace("name: small", "name: precious").replace("version: null", "version: ''")
+    config.write_text(text.replace("save_dir: runs", "save_dir: ."))
+    before = contents("precious")
+    assert main(["fit", "--resume", str(RUN), "--trainer.max_steps", "4"]) == 2
+    assert f"must be new, it holds {name}" in capsys.readouterr().err
+    assert contents("precious") == before
+
+
+def test_a_run_folder_chooses_no_writer_of_checkpoints(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = RUN / "version_0/config.yaml"
+    plugin = "plugins:\n  - class_path: lightning.pytorch.plugins.io.TorchCheckpointIO"
+    config.write_text(config.read_text().replace("plugins: null", plugin))
+    assert main(["fit", "--resume", str(RUN), "--trainer.max_steps", "4"]) == 2
+    assert "trainer.plugins (TorchCheckpointIO) must hold no CheckpointIO" in capsys.readouterr().err
+
+
 def test_a_lone_checkpoint_names_no_folder(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("evil").mkdir()
     Path("evil/config.yaml").write_text("model: os.system\n")
@@ -132,6 +154,10 @@ WRONG_STATES: dict[str, Change] = {
     "loader": lambda checkpoint: checkpoint["loops"]["fit_loop"]["state_dict"].update(combined_loader=[{"epoch": "one"}]),
     "optimizer": lambda checkpoint: checkpoint.update(optimizer_states=[{"state": {0: 3}, "param_groups": []}]),
     "schedule": lambda checkpoint: checkpoint.update(lr_schedulers=[3]),
+    "moments": lambda checkpoint: checkpoint["optimizer_states"][0]["state"][0].update(exp_avg=torch.ones(3, 3)),
+    "learning rate": lambda checkpoint: checkpoint["optimizer_states"][0]["param_groups"][0].update(lr="x"),
+    "schedule's step": lambda checkpoint: checkpoint["lr_schedulers"][0].update(step=3),
+    "scores": lambda checkpoint: model_checkpoint(checkpoint).update(kth_value="x"),
 }
 
 
@@ -149,7 +175,10 @@ def test_a_state_that_does_not_fit_is_told_in_one_line(
     if code == 2:
         assert error[-1].startswith(f"trix: error: {LAST}: ")
     else:
-        assert edit in (WRONG_STATES["no paths"], WRONG_STATES["paths are numbers"])
+        assert edit in (WRONG_STATES["no paths"], WRONG_STATES["paths are numbers"], WRONG_STATES["scores"])
+        return
+    # Nothing is left that the next start would go on from.
+    assert not list(RUN.glob("version_1/checkpoints/*.ckpt"))
 
 
 def test_the_writer_removes_regular_checkpoints_of_its_own_folder_alone(tmp_path: Path) -> None:
@@ -158,6 +187,7 @@ def test_the_writer_removes_regular_checkpoints_of_its_own_folder_alone(tmp_path
     foreign.mkdir()
     for name in ("a", "b"):
         io.save_checkpoint({"x": torch.ones(1)}, own / f"{name}.ckpt")
+    (own / "earlier.ckpt").write_text("kept")
     (foreign / "b.ckpt").write_text("kept")
     (own / "notes.txt").write_text("kept")
     (own / "folder.ckpt").mkdir()
@@ -165,6 +195,7 @@ def test_the_writer_removes_regular_checkpoints_of_its_own_folder_alone(tmp_path
     (own / "link.ckpt").symlink_to(own / "b.ckpt")
     (own / "way").symlink_to(foreign)
     for path in (
+        "own/earlier.ckpt",
         "own/notes.txt",
         "own/folder.ckpt",
         "own/link.ckpt",
@@ -176,5 +207,8 @@ def test_the_writer_removes_regular_checkpoints_of_its_own_folder_alone(tmp_path
             io.remove_checkpoint(tmp_path / path)
         assert (tmp_path / path).exists()
     io.remove_checkpoint(own / "missing.ckpt")
+    io.adopt(own / "earlier.ckpt")
+    io.remove_checkpoint(own / "earlier.ckpt")
+    assert not (own / "earlier.ckpt").exists()
     io.remove_checkpoint(own / "a.ckpt")
     assert not (own / "a.ckpt").exists()

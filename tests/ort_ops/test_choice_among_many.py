@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packed_models import make_model, native_session, route_inputs
+from packed_models import make_model, native_session, random_ternary, route_inputs, score_reference
 
 from ort_ops.panels import to_panels
 from ort_ops.schema import SIGNATURE_ROUTE
@@ -35,7 +35,7 @@ def assert_same(inputs: dict[str, np.ndarray], top_k: int, num_threads: int = 1)
     width=st.sampled_from([1, 5, 16, 130, 700]),
     top_k=st.sampled_from([1, 2, 7]),
     size=st.sampled_from([1e-37, 1e-31, 1e-20, 1.0, 1e18, 1e36]),
-    kind=st.sampled_from(["plain", "outliers", "heavy", "sparse", "clustered"]),
+    kind=st.sampled_from(["plain", "outliers", "heavy", "sparse", "clustered", "massive", "denormals"]),
     bias=st.sampled_from([0.0, 1.0, 1e6]),
 )
 def test_the_choice_is_that_of_the_exact_scores(
@@ -52,10 +52,27 @@ def test_the_choice_is_that_of_the_exact_scores(
         x *= rng.random(x.shape) < 0.05
     elif kind == "clustered":
         x = x[:1].repeat(num_tokens, axis=0) + np.float32(1e-5) * x
+    elif kind == "massive":  # half of the columns, in some tokens
+        x[::2, ::2] *= np.float32(1e6)
     with np.errstate(over="ignore"):
+        if kind == "denormals":
+            x = x * np.where(rng.random(x.shape) < 0.3, 1e-40 / size, 1.0)
         inputs["x"] = (x * np.float64(size)).astype(np.float32)
     inputs["bias"] *= np.float32(bias)
     assert_same(inputs, top_k)
+
+
+def test_a_wide_token_chooses_by_what_24_bits_leave_of_it() -> None:
+    """Its huge activation meets no signature, and the 24 bits that remain of the others would choose another tile."""
+    rng = np.random.default_rng(3)
+    signatures = random_ternary(rng, 300, 120)
+    signatures[:, 0] = 0
+    inputs, _ = route_inputs(rng, 40, 300, 120)
+    inputs |= {"signatures": to_panels(signatures), "bias": np.zeros(300, np.float32)}
+    inputs["x"][:, 0] = 1e8
+    assert_same(inputs, 3)
+    best = score_reference(inputs, signatures).argmax(-1)
+    np.testing.assert_array_equal(both_ways(inputs, 1)[1][0][:, 0], best)
 
 
 @pytest.mark.parametrize("size", [1e30, 1e36, 3e38])

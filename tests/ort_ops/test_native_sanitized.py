@@ -7,10 +7,12 @@ minutes and a seed of their own, TRIX_FUZZ_SEED.
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from native_builds import build, run
+from shown import SHOWN
 
 from ort_ops.schema import OPS
 
@@ -39,7 +41,9 @@ def test_cpp_tests_pass_sanitized(sanitized_build: Path) -> None:
 
 
 @pytest.mark.timeout(SECONDS + 600)
-def test_mutated_models_and_random_shapes_are_clean(sanitized_build: Path, cxx_compiler: str) -> None:
+def test_mutated_models_and_random_shapes_are_clean(
+    sanitized_build: Path, cxx_compiler: str, record_property: Callable[[str, str], None]
+) -> None:
     output = run(
         sys.executable,
         Path(__file__).parents[1] / "support" / "fuzz_worker.py",
@@ -50,10 +54,15 @@ def test_mutated_models_and_random_shapes_are_clean(sanitized_build: Path, cxx_c
         LD_PRELOAD=runtime_libraries(cxx_compiler),
         ASAN_OPTIONS="detect_leaks=0:allocator_may_return_null=1",
     )
-    for op in OPS:
-        found = re.search(rf"{op.name}: mutated (\d+), loaded (\d+), results (\d+)", output)
-        assert found is not None, output[-1000:]
-        num_mutated, num_loaded, num_results = map(int, found.groups())
-        # Most mutations leave no valid model; some do, and every valid case ran, or the kernels went untested.
-        assert num_loaded > 0.05 * num_mutated > 0, output[-1000:]
-        assert num_results > num_mutated, output[-1000:]
+    names = [*(op.name for op in OPS), "in all"]
+    summary = [line for line in output.splitlines() if line.startswith(tuple(f"{name}: " for name in names))]
+    record_property(SHOWN, "\n".join(summary))
+    assert [line.partition(":")[0] for line in summary] == names, output[-1000:]
+    for line in summary:
+        found = re.search(r": (\d+) mutated models, (\d+) refused; (\d+) valid models, all ran; (\d+) .*, (\d+) refused", line)
+        assert found is not None, line
+        num_mutated, num_refused, num_valid, num_inputs, num_inputs_refused = map(int, found.groups())
+        # Most mutations leave no valid model; some do, and about every other case was valid, or the kernels went untested.
+        assert num_mutated - num_refused > 0.05 * num_mutated > 0, line
+        assert num_valid > num_mutated / 4, line
+        assert num_inputs > num_inputs_refused, line

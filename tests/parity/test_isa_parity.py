@@ -86,6 +86,13 @@ def assert_same_bits(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -
             assert array[is_number].tobytes() == other[name][is_number].tobytes(), name
 
 
+def with_outliers(rng: np.random.Generator, x: np.ndarray) -> np.ndarray:
+    """Some rows with a few huge values, and some with values of all sizes: wide tokens next to ordinary ones."""
+    exponent = rng.uniform(-12, 12, x.shape) * rng.choice([0, 0.3, 1], (len(x), 1))
+    exponent = np.where(rng.random((len(x), 1)) < 0.5, np.where(rng.random(x.shape) < 0.05, 6, 0), exponent)
+    return (x * 10.0**exponent).astype(np.float32)
+
+
 def with_specials(rng: np.random.Generator, x: np.ndarray) -> np.ndarray:
     specials = np.array([np.inf, -np.inf, np.nan, -0.0, 1e-42, 3e38], np.float32)
     return np.where(rng.random(x.shape) < 0.02, rng.choice(specials, x.shape), x).astype(np.float32)
@@ -102,6 +109,7 @@ sizes = settings(max_examples=120, deadline=None, suppress_health_check=[HealthC
     num_rows=st.integers(0, 100),
     num_columns=st.one_of(st.integers(0, 70), st.integers(200, 2100)),
     is_special=st.booleans(),
+    has_outliers=st.booleans(),
     attributes=st.sampled_from(ATTRIBUTES),
 )
 def test_tile_matmul_has_the_same_bits_on_every_instruction_set(
@@ -113,10 +121,13 @@ def test_tile_matmul_has_the_same_bits_on_every_instruction_set(
     num_rows: int,
     num_columns: int,
     is_special: bool,
+    has_outliers: bool,
     attributes: dict[str, int],
 ) -> None:
     rng = np.random.default_rng(seed)
     inputs, _ = tile_matmul_inputs(rng, num_tokens, num_tiles, num_rows, num_columns)
+    if has_outliers:
+        inputs["x"] = with_outliers(rng, inputs["x"])
     if is_special:
         inputs["x"] = with_specials(rng, inputs["x"])
     case = tmp_path / "case.npz"
@@ -134,6 +145,7 @@ def test_tile_matmul_has_the_same_bits_on_every_instruction_set(
     gate=st.integers(0, 2),
     without_score=st.integers(0, 1),
     is_special=st.booleans(),
+    has_outliers=st.booleans(),
 )
 def test_route_has_the_same_bits_on_every_instruction_set(
     workers: list[IsaWorker],
@@ -146,9 +158,12 @@ def test_route_has_the_same_bits_on_every_instruction_set(
     gate: int,
     without_score: int,
     is_special: bool,
+    has_outliers: bool,
 ) -> None:
     rng = np.random.default_rng(seed)
     inputs, _ = route_inputs(rng, num_tokens, num_tiles, num_columns)
+    if has_outliers:
+        inputs["x"] = with_outliers(rng, inputs["x"])
     if is_special:
         inputs["x"] = with_specials(rng, inputs["x"])
     case = tmp_path / "case.npz"
@@ -171,6 +186,7 @@ def test_route_has_the_same_bits_on_every_instruction_set(
     route_on_norm=st.integers(0, 1),
     epsilon=st.sampled_from([0.0, 1e-5, 0.5]),
     is_special=st.booleans(),
+    has_outliers=st.booleans(),
 )
 def test_lookup_has_the_same_bits_on_every_instruction_set(
     workers: list[IsaWorker],
@@ -186,9 +202,12 @@ def test_lookup_has_the_same_bits_on_every_instruction_set(
     route_on_norm: int,
     epsilon: float,
     is_special: bool,
+    has_outliers: bool,
 ) -> None:
     rng = np.random.default_rng(seed)
     inputs, _, _ = lookup_inputs(rng, num_tokens, top_k, num_tiles, width, num_hidden, grid_size, has_hinges)
+    if has_outliers:
+        inputs["routing_x"] = with_outliers(rng, inputs["routing_x"])
     if is_special:
         for name in ("x", "routing_x", "norm_weight", "bias", "splines"):
             inputs[name] = with_specials(rng, inputs[name])

@@ -3,13 +3,14 @@
 MOMENT: "step", as the step begins; or "checkpoint", half-way through the writing of the first checkpoint from that step on.
 """
 
+import io
 import os
 import signal
 import sys
-from pathlib import Path
 from typing import Any
 
-from lightning_modules import whole_files
+import torch
+
 from lightning_modules.cli import main
 from lightning_modules.tasks import RoutedTask
 
@@ -30,18 +31,19 @@ def die_at_step(last_step: int) -> None:
 
 
 def die_in_checkpoint(first_step: int) -> None:
-    save_whole = whole_files.save_whole
+    save = torch.save
 
-    class HalfWritten(type(Path())):  # type: ignore[misc]
-        def write_bytes(self, content: Any) -> int:
-            Path(self).write_bytes(content[: len(content) // 2])
-            die()
-            return 0
+    def save_or_die(value: Any, file: Any) -> None:
+        if value["global_step"] < first_step:
+            save(value, file)
+            return
+        content = io.BytesIO()
+        save(value, content)
+        file.write(content.getvalue()[: len(content.getvalue()) // 2])
+        file.flush()
+        die()
 
-    def save_or_die(value: Any, path: Path) -> None:
-        save_whole(value, HalfWritten(path) if value["global_step"] >= first_step else path)
-
-    whole_files.save_whole = save_or_die
+    torch.save = save_or_die
 
 
 if __name__ == "__main__":

@@ -16,8 +16,9 @@ from trix.nn.routed_layer import RoutedLayer, routed_layers
 from trix.nn.tiles import TernaryTiles
 from trix.outputs import RoutingDecision
 from trix.routing.balance import tile_load
+from trix.routing.base_router import Router
 from trix.routing.hash_router import HashRouter
-from trix.routing.router import LearnedRouter, Router, SignatureRouter
+from trix.routing.router import LearnedRouter, SignatureRouter
 
 
 @dataclass(frozen=True)

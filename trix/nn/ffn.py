@@ -69,7 +69,7 @@ class TriXFFN(SignatureSurgery):
         diversity_weight: float = 0.0,
         target_diversity: float = 0.5,
     ) -> None:
-        super().__init__()
+        super().__init__(num_tiles)
         d_ff = num_tiles * max(d_model // max(top_k, 1), 1) if d_ff is None else d_ff
         if num_tiles < 1 or d_ff < 1 or d_ff % num_tiles:
             raise ValueError(f"d_ff ({d_ff}) must be divisible by num_tiles ({num_tiles}), both >= 1")
@@ -119,14 +119,17 @@ class TriXFFN(SignatureSurgery):
         x_TD = x.reshape(-1, x.shape[-1])
         if routing_x is not None and routing_x.shape != x.shape:
             raise ValueError(f"routing_x {tuple(routing_x.shape)} must have the shape of x {tuple(x.shape)}")
+        if self.training:
+            self._begin_forward()
         decision = self._route(x_TD if routing_x is None else routing_x.reshape(x_TD.shape), token_idx)
         if mask is not None:
             decision = _without_padding(decision, mask, x)
         if self.training:
-            self.surgery_log.count_step()
-            self.router.update_balance(decision.tile_idx, decision.weight)
+            self._count_batch(decision.tile_idx, decision.weight)
         y_TD = self.tiles(x_TD, decision.tile_idx, decision.weight, skip_unused=self.router.is_adaptive or mask is not None)
         y = y_TD.to(x.dtype).reshape(x.shape)
+        if self.training:
+            self._end_forward(y)
         if not return_routing:
             return y
         info: RoutingInfo = {
@@ -186,7 +189,7 @@ class TriXFFN(SignatureSurgery):
         decision = self._route(x.reshape(-1, x.shape[-1]), token_idx)
         usage = tile_load(decision.tile_idx, self.num_tiles, decision.weight)
         gap = routing_confidence(decision.score.float())
-        levels = torch.tensor([0.25, 0.5, 0.75], device=gap.device)
+        levels = gap.new_tensor([0.25, 0.5, 0.75])
         return {
             "usage": usage.tolist(),
             "balance": float(usage.min() / usage.max().clamp_min(torch.finfo(usage.dtype).tiny)),

@@ -57,7 +57,8 @@ class HierarchicalTriXFFN(TriXFFN):
 
     def recluster(self) -> None:
         """Cluster the present signatures anew. The exact choice never depends on it; its cost does, and recall with probes."""
-        self.router.recluster(self._emergent_signatures())
+        if not self.router.members_CM.is_meta:  # on the meta device there are no signatures to compare
+            self.router.recluster(self._emergent_signatures())
 
     def insert_signature(self, tile_idx: int, signature: Tensor, freeze: bool = True, tag: str = "") -> None:
         """As in every layer; then clusters anew, for probes would look for the new signature where the old one was."""

@@ -1,6 +1,6 @@
 """SparseLookupFFN: a feed-forward layer without matrix products inside the tiles. Each token looks up directions."""
 
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from trix.nn.magnitudes import GridSplines, HingeSplines
 from trix.outputs import AuxLosses, LookupInfo
 from trix.routing.balance import balance_loss, check_weights, summed_over_processes
 from trix.routing.claims import ClaimMatrix
+from trix.routing.facts import Fact, check_counts
+from trix.routing.pending import is_in_backward
 from trix.routing.router import SignatureRouter
 from trix.routing.surgery import SignatureSurgery
 
@@ -65,7 +67,8 @@ class SparseLookupFFN(SignatureSurgery):
     """
 
     router: SignatureRouter
-    usage_E: Tensor
+    usage_E = Fact[Tensor]()
+    claims = Fact[ClaimMatrix]()
 
     def __init__(
         self,
@@ -81,7 +84,7 @@ class SparseLookupFFN(SignatureSurgery):
         num_classes: int | None = None,
         top_k: int = 1,
     ) -> None:
-        super().__init__()
+        super().__init__(num_tiles)
         compress_hidden = max(d_model // 4, 1) if compress_hidden is None else compress_hidden
         if compress_hidden < 1 or tiles_per_cluster < 1:
             raise ValueError(f"compress_hidden ({compress_hidden}) and tiles_per_cluster ({tiles_per_cluster}) must be >= 1")
@@ -95,8 +98,21 @@ class SparseLookupFFN(SignatureSurgery):
         self.direction_ED = nn.Parameter(torch.randn(num_tiles, d_model) / d_model**0.5)
         self.output_scale = nn.Parameter(torch.ones(()))
         self.dropout = nn.Dropout(dropout)
-        self.claims = ClaimMatrix(num_tiles, num_classes, is_persistent=True)
-        self.register_buffer("usage_E", torch.zeros(num_tiles, dtype=torch.int64))
+        self.hold("usage_E", torch.zeros(num_tiles, dtype=torch.int64))
+        self._set_claims(ClaimMatrix(num_tiles, num_classes, is_persistent=True))
+
+    def _set_claims(self, claims: ClaimMatrix) -> None:
+        self._modules["claims"] = claims
+        self.hold("claims", claims)
+
+    def _take_over(self, values: dict[str, Any]) -> None:
+        super()._take_over(values)
+        self._set_claims(self._held.values["claims"].to(self.mark.device))
+
+    def _checked(self, name: str, value: Tensor) -> Tensor | int:
+        checked = super()._checked(name, value)
+        check_counts(name, checked)
+        return checked
 
     def _make_router(self, balance_rate: float, top_k: int) -> SignatureRouter:
         return SignatureRouter(self.d_model, self.num_tiles, top_k, balance_rate, "emergent")
@@ -113,6 +129,8 @@ class SparseLookupFFN(SignatureSurgery):
             raise ValueError(f"mask {tuple(mask.shape)} {mask.dtype} must have shape {tuple(x.shape[:-1])} torch.bool")
         if routing_x is not None and routing_x.shape != x.shape:
             raise ValueError(f"routing_x {tuple(routing_x.shape)} must have the shape of x {tuple(x.shape)}")
+        if self.training:
+            self._begin_forward()
         x_TD = x.reshape(-1, self.d_model)
         routing_TD = None if routing_x is None else routing_x.reshape(x_TD.shape)
         packed = self.router.packed_signatures
@@ -133,7 +151,10 @@ class SparseLookupFFN(SignatureSurgery):
             "compressed": point_T2.reshape(*x.shape[:-1], 2),
             "scores": score_TE.reshape(*x.shape[:-1], self.num_tiles),
         }
-        return y_TD.reshape(x.shape), info, self._aux_losses(score_TE, tile_idx_TK, mask)
+        y = y_TD.reshape(x.shape)
+        if self.training:
+            self._end_forward(y)
+        return y, info, self._aux_losses(score_TE, tile_idx_TK, mask)
 
     def _add_directions(self, x_TD: Tensor, point_T2: Tensor, tile_idx_TK: Tensor, gate_TK: Tensor) -> Tensor:
         mask_TD, factor = None, 1.0
@@ -177,24 +198,32 @@ class SparseLookupFFN(SignatureSurgery):
             return None
         return straight_through(self.direction_ED.detach().sign(), self.direction_ED)
 
+    @property
+    def _counts_together(self) -> bool:
+        return True  # the usage
+
     def _gate(self, score_TK: Tensor) -> Tensor:
         """The factor on the chosen tiles' output, by their scores."""
         return torch.ones_like(score_TK)
 
     def _gate_curve(self) -> Tensor:
-        """The same as values at equal steps of sigmoid(score), from 0 to 1, with straight lines between them."""
-        return torch.ones(2, device=self.output_scale.device)
+        """The same as values at equal steps of sigmoid(score), from 0 to 1, with straight lines between them; in at
+        least float32."""
+        return self.output_scale.new_ones(2, dtype=torch.promote_types(self.output_scale.dtype, torch.float32))
 
     def _count(self, tile_idx_TK: Tensor, labels: Tensor | None, mask: Tensor | None, shape: torch.Size) -> None:
+        if not torch.compiler.is_compiling() and is_in_backward():
+            return  # counted before
         if self.training:
             with torch.no_grad():
                 is_real_TK = torch.ones_like(tile_idx_TK) if mask is None else _like_choice(mask, tile_idx_TK).to(torch.int64)
                 count_E = torch.zeros_like(self.usage_E).scatter_add_(0, tile_idx_TK.flatten(), is_real_TK.flatten())
-                self.usage_E += summed_over_processes(count_E)
-            self.router.update_balance(tile_idx_TK, None if mask is None else _like_choice(mask, tile_idx_TK))
-            self.surgery_log.count_step()
+                self.usage_E.add_(summed_over_processes(count_E))
+            self._count_batch(tile_idx_TK, None if mask is None else _like_choice(mask, tile_idx_TK))
+            self.note_change()
         if labels is not None:
             self.claims.update(tile_idx_TK.reshape(*shape, self.router.top_k), labels, mask)
+            self.note_change()
 
     def _aux_losses(self, score_TE: Tensor, tile_idx_TK: Tensor, mask: Tensor | None) -> AuxLosses:
         zero = score_TE.new_zeros(())
@@ -218,7 +247,7 @@ class SparseLookupFFN(SignatureSurgery):
             count_EC = self.claims.count_EC
             if target_class >= count_EC.shape[1]:
                 return 0.0
-            return float(count_EC[tile_idx, target_class] / count_EC[:, target_class].sum().clamp_min(1))
+            return int(count_EC[tile_idx, target_class]) / max(int(count_EC[:, target_class].sum()), 1)
 
     @torch.no_grad()
     def get_tile_purity(self, tile_idx: int) -> tuple[int, float]:
@@ -233,10 +262,11 @@ class SparseLookupFFN(SignatureSurgery):
 
     def reset_claim_tracking(self) -> None:
         self.claims.reset()
+        self.note_change()
 
     def get_routing_stats(self) -> LookupStats:
         """How the tokens of the training batches were spread over the tiles, those of all processes together."""
-        share_E = self.usage_E / self.usage_E.sum().clamp_min(1)
+        share_E = self.usage_E.float() / self.usage_E.sum().clamp_min(1)
         return {
             "num_tiles": self.num_tiles,
             "num_clusters": -(-self.num_tiles // self.tiles_per_cluster),
@@ -250,6 +280,7 @@ class SparseLookupFFN(SignatureSurgery):
         """Forget usage and claims; the surgery history and its step counter stay."""
         self.usage_E.zero_()
         self.reset_claim_tracking()
+        self.note_change()
 
     def pack(self) -> None:
         """Hold the signatures as 2-bit codes; in evaluation mode compute by ``trix::sparse_lookup``. Inference only afterwards.

@@ -101,7 +101,8 @@ class SparseLookupFFNv2(SparseLookupFFN):
     def _gate_curve(self) -> Tensor:
         if self.calibration is not None:
             return self.calibration.knots()
-        return torch.tensor([0.0, 1.0], device=self.output_scale.device)  # the sigmoid itself
+        dtype = torch.promote_types(self.output_scale.dtype, torch.float32)
+        return self.output_scale.new_tensor([0.0, 1.0], dtype=dtype)  # the sigmoid itself
 
     def _aux_losses(self, score_TE: Tensor, tile_idx_TK: Tensor, mask: Tensor | None) -> AuxLosses:
         aux = super()._aux_losses(score_TE, tile_idx_TK, mask)

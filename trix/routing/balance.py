@@ -22,7 +22,7 @@ def tile_load(tile_idx: Tensor, num_tiles: int, weight: Tensor | None = None) ->
 def _tile_count(tile_idx: Tensor, num_tiles: int, weight: Tensor | None) -> Tensor:
     flat_idx = tile_idx.reshape(-1)
     is_used = torch.ones_like(flat_idx, dtype=torch.float32) if weight is None else (weight.reshape(-1) != 0).float()
-    return torch.zeros(num_tiles, device=tile_idx.device).scatter_add_(0, flat_idx, is_used)
+    return is_used.new_zeros(num_tiles).scatter_add_(0, flat_idx, is_used)
 
 
 def summed_over_processes(count: Tensor) -> Tensor:

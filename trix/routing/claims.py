@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from trix.routing.facts import check_counts
+
 IGNORED_LABEL = -100
 
 
@@ -23,7 +25,7 @@ class ClaimMatrix(Metric):
 
     Raises:
         ValueError: a size below 1; at update, a label outside [0, num_classes) that is not -100, or shapes that do not fit; at
-            load_state_dict, counts of another size.
+            load_state_dict, counts of another size or below 0.
     """
 
     full_state_update = False
@@ -80,12 +82,12 @@ class ClaimMatrix(Metric):
             self.count_EC = torch.cat([self.count_EC, fresh], dim=1)
 
     def compute(self) -> Tensor:
-        """Claim rates [E, C]: rate[e, c] = share of the tokens of class c that went to tile e; 0 for a class never seen."""
-        return self.count_EC / self.count_EC.sum(dim=0, keepdim=True).clamp_min(1)
+        """Claim rates, float32 [E, C]: rate[e, c] = share of the tokens of class c that went to tile e; 0 for none seen."""
+        return self.count_EC.float() / self.count_EC.sum(dim=0, keepdim=True).clamp_min(1)
 
     def purity(self) -> Tensor:
-        """[E]: share of the most frequent class among a tile's tokens; 0 for a tile that got none."""
-        return self.count_EC.amax(dim=1) / self.count_EC.sum(dim=1).clamp_min(1)
+        """float32 [E]: share of the most frequent class among a tile's tokens; 0 for a tile that got none."""
+        return self.count_EC.amax(dim=1).float() / self.count_EC.sum(dim=1).clamp_min(1)
 
     def dominant_class(self) -> Tensor:
         """int64 [E]: the most frequent class among a tile's tokens, ties to the lowest; -1 for a tile that got none."""
@@ -111,5 +113,6 @@ class ClaimMatrix(Metric):
         if count_EC is not None:
             if count_EC.shape[0] != self.num_tiles or not (self.is_growing or count_EC.shape[1] == self.num_classes):
                 raise ValueError(f"counts {tuple(count_EC.shape)} must have shape {(self.num_tiles, self.num_classes)}")
+            check_counts("count_EC", count_EC)
             state_dict[prefix + "count_EC"] = count_EC.to(self.count_EC.device)
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from trix.outputs import RoutingDecision
-from trix.routing.router import Router
+from trix.routing.base_router import Router
 
 PRIME = 2**31 - 1
 
@@ -24,7 +24,7 @@ class HashRouter(Router):
 
     def __init__(self, d_model: int, num_tiles: int, seed: int = 0) -> None:
         super().__init__(d_model, num_tiles, top_k=1, balance_rate=0.0)
-        factors = torch.randint(1, PRIME, (2,), generator=torch.Generator().manual_seed(seed)).tolist()
+        factors = torch.randint(1, PRIME, (2,), generator=torch.Generator().manual_seed(seed), device="cpu").tolist()
         self.factor, self.offset = int(factors[0]), int(factors[1])
 
     def forward(self, x_TD: Tensor, token_T: Tensor | None) -> RoutingDecision:

@@ -1,7 +1,8 @@
 """Routing among many tiles: clusters of signatures first, then the tiles of those that matter."""
 
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from trix.functional.signatures import inverse_sqrt_active
 from trix.functional.two_level_search import two_level_search
 from trix.outputs import RoutingDecision
 from trix.routing.clusters import cluster_members, members_of
+from trix.routing.facts import Fact
 from trix.routing.router import SignatureRouter
 
 
@@ -34,10 +36,11 @@ class HierarchicalRouter(SignatureRouter):
 
     Raises:
         ValueError: tiles_per_cluster outside [1, num_tiles]; num_probes outside [1, number of clusters], or so few that they
-            may hold fewer than top_k tiles; and as SignatureRouter.
+            may hold fewer than top_k tiles; by load_state_dict, clusters that do not hold each tile once; and as
+            SignatureRouter.
     """
 
-    members_CM: Tensor
+    members_CM = Fact[Tensor]()
 
     def __init__(
         self,
@@ -63,24 +66,28 @@ class HierarchicalRouter(SignatureRouter):
                 raise ValueError(f"num_probes ({num_probes}) clusters of {smallest} tiles must hold top_k ({top_k}) tiles")
         self.num_probes = num_probes
         self.num_in_reach = num_tiles if num_probes is None else num_probes * smallest
-        self.register_buffer("members_CM", members_of(torch.arange(num_tiles) % self.num_clusters, self.num_clusters))
+        self.hold("members_CM", self._first_members())
+
+    def _first_members(self) -> Tensor:
+        return members_of(torch.arange(self.num_tiles) % self.num_clusters, self.num_clusters)
 
     @property
     def num_best(self) -> int:
         # One more than is chosen, so that the confidence can be told.
         return min(self.top_k + 1, self.num_in_reach)
 
-    @property
-    def k_limit(self) -> int:
-        """How many tiles there are to choose from, at least, among those that the probes reach."""
-        return min(super().k_limit, self.num_in_reach)
+    def _k_limit(self, is_free_E: Tensor) -> int:
+        return min(super()._k_limit(is_free_E), self.num_in_reach)  # among those that the probes reach
 
     @torch.no_grad()
     def recluster(self, emergent_ED: Tensor | None = None) -> None:
         """Cluster the signatures in force anew. Old clusters stay correct, they only cost more (exact) or recall (probes)."""
+        if self.members_CM.is_meta:
+            return  # there are no values
         signature_ED = self.signatures(emergent_ED)
         unit_ED = signature_ED * inverse_sqrt_active(signature_ED).unsqueeze(-1)
         self.members_CM.copy_(cluster_members(unit_ED, self.num_clusters))
+        self.note_change()
 
     def select(self, x_TD: Tensor, emergent_ED: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The choice without the gate: tile_idx int64 [T, K], and score [T, E], -inf for tiles beyond the best top_k + 1."""
@@ -126,6 +133,21 @@ class HierarchicalRouter(SignatureRouter):
         """How many scores the search computes, as a share of all; 0 for no tokens."""
         _, num_scored = self._search(x_TD, self.signatures(emergent_ED))
         return int(num_scored) / max(x_TD.shape[0] * self.num_tiles, 1)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        was_meta = self.members_CM.is_meta
+        super()._apply(fn, recurse)
+        if was_meta and not self.members_CM.is_meta:  # zeros are no clusters
+            self.members_CM.copy_(self._first_members())
+        return self
+
+    def _checked(self, name: str, value: Tensor) -> Tensor | int:
+        checked = super()._checked(name, value)
+        if name == "members_CM":
+            tile_idx = value[value != -1].sort().values
+            if not torch.equal(tile_idx, torch.arange(self.num_tiles, dtype=value.dtype, device=value.device)):
+                raise ValueError(f"members_CM ({tile_idx.tolist()}) must hold each of the {self.num_tiles} tiles once")
+        return checked
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, num_clusters={self.num_clusters}, num_probes={self.num_probes}"

@@ -1,94 +1,24 @@
 """Routers: which tiles a token goes to, and how much each one counts."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from trix.functional.autocast import without_autocast
-from trix.functional.gates import Gate, adaptive_weight, softmax_weight
+from trix.functional.gates import Gate, softmax_weight
 from trix.functional.packing import check_packed, pack_ternary, packed_width, unpack_ternary
 from trix.functional.signatures import signature_diversity_loss, signature_scores
 from trix.functional.ternary import threshold_ternary
 from trix.functional.tile_matmul import select_top_k, signature_route
 from trix.outputs import RoutingDecision
-from trix.routing.balance import balance_nudge, check_weights
+from trix.routing.balance import balance_nudge
+from trix.routing.base_router import Router
+from trix.routing.facts import Fact, Facts, check_counts, check_finite
 
 MASS_DECAY = 0.99
 SIGNATURE_THRESHOLD = 0.3  # |raw| above it counts as +1 or -1
-
-
-class Router(nn.Module):
-    """What every router shares: exact top-k selection, the gate, and the balance bias.
-
-    tile_idx = top_k of score + balance_bias (ties to the lowest index);
-    weight[t, k] = softmax(score_t)[tile_idx[t, k]] * sqrt(E).
-
-    sqrt(E) keeps the weight near 1 at initialisation, where the softmax over E tiles is nearly flat. Routing itself
-    changes nothing; training calls :meth:`update_balance`.
-
-    With ``max_k``, k is chosen token by token: 1 where the gap between the best two scores exceeds ``confidence_threshold``,
-    else 2, up to max_k (see :func:`~trix.functional.gates.adaptive_k`). A decision then always names max_k tiles; the unused
-    ones have weight 0, and the weights of the used ones are a softmax among themselves: they sum to 1. So a token that is sure
-    of its tile sends no gradient through the gate.
-
-    Raises:
-        ValueError: top_k or max_k outside [1, num_tiles], both given, confidence_threshold < 0, or balance_rate < 0.
-    """
-
-    balance_bias: Tensor
-
-    def __init__(
-        self,
-        d_model: int,
-        num_tiles: int,
-        top_k: int = 1,
-        balance_rate: float = 0.01,
-        max_k: int | None = None,
-        confidence_threshold: float = 0.3,
-    ) -> None:
-        super().__init__()
-        if d_model < 1 or num_tiles < 1:
-            raise ValueError(f"d_model ({d_model}) and num_tiles ({num_tiles}) must be >= 1")
-        if not 1 <= top_k <= num_tiles:
-            raise ValueError(f"top_k ({top_k}) must be >= 1 and <= num_tiles ({num_tiles})")
-        if max_k is not None and (top_k != 1 or not 1 <= max_k <= num_tiles):
-            raise ValueError(f"max_k ({max_k}) must be >= 1 and <= num_tiles ({num_tiles}), and top_k ({top_k}) 1 beside it")
-        if not confidence_threshold >= 0:
-            raise ValueError(f"confidence_threshold ({confidence_threshold}) must be >= 0")
-        check_weights(balance_rate=balance_rate)
-        self.d_model, self.num_tiles, self.balance_rate = d_model, num_tiles, balance_rate
-        self.is_adaptive, self.confidence_threshold = max_k is not None, confidence_threshold
-        self.top_k = top_k if max_k is None else max_k
-        self.register_buffer("balance_bias", torch.zeros(num_tiles))
-
-    def _decide(self, score_TE: Tensor, tile_idx_TK: Tensor | None = None) -> RoutingDecision:
-        if tile_idx_TK is None:
-            tile_idx_TK = select_top_k(score_TE.detach() + self.balance_bias, self.top_k)
-        if self.is_adaptive:
-            return RoutingDecision(tile_idx_TK, adaptive_weight(score_TE, tile_idx_TK, self.confidence_threshold), score_TE)
-        return RoutingDecision(tile_idx_TK, self._gate(score_TE, tile_idx_TK), score_TE)
-
-    def _gate(self, score_TE: Tensor, tile_idx_TK: Tensor) -> Tensor:
-        return score_TE.softmax(dim=-1).gather(-1, tile_idx_TK) * math.sqrt(self.num_tiles)
-
-    @torch.no_grad()
-    def update_balance(self, tile_idx_TK: Tensor, weight_TK: Tensor | None = None) -> None:
-        """Nudge ``balance_bias`` by ``balance_rate`` toward equal load; the layer calls it once per training batch.
-
-        Assignments of weight 0 are not counted. With several processes the load is that of all of them.
-        """
-        if self.balance_rate > 0:
-            self.balance_bias += balance_nudge(tile_idx_TK, self.num_tiles, self.balance_rate, weight_TK)
-
-    def _check_width(self, x_TD: Tensor) -> None:
-        if x_TD.shape[-1] != self.d_model:
-            raise ValueError(f"last dimension of x ({x_TD.shape[-1]}) must equal d_model ({self.d_model})")
-
-    def extra_repr(self) -> str:
-        k = f"max_k={self.top_k}" if self.is_adaptive else f"top_k={self.top_k}"
-        return f"d_model={self.d_model}, num_tiles={self.num_tiles}, {k}"
 
 
 class SignatureRouter(Router):
@@ -101,25 +31,29 @@ class SignatureRouter(Router):
     signature is a stored value that replaces either, so no optimizer can move it.
 
     Tiles that were merged or split (:mod:`trix.evolution`) leave two marks, so that the gates of all tokens stay as they were:
-    weight[t, k] = exp(score[t, e]) / sum_f mass_f exp(score[t, f]) * sqrt(E), e = tile_idx[t, k], where mass is 1 for a tile as
-    it was made, to which it returns by 1 % of its logarithm with every training batch; and a free slot (``is_free_E``) has
-    score -inf: it is never chosen and counts for nothing.
+    weight[t, k] = exp(score[t, e]) / sum_f mass_f exp(score[t, f]) * sqrt(E), e = tile_idx[t, k], where mass is 1 for a new
+    tile; after a merger or a split, the log-mass decays by 1 % per training batch. A free slot (``is_free_E``) has score -inf
+    and is never chosen.
 
     Shape:
         x_TD: float; returns a RoutingDecision. Scores are computed in at least float32, whatever autocast says.
 
+    Which signatures are frozen and to what, which slots are free, the masses and the number of times that k was raised are
+    facts (:class:`~trix.routing.facts.Facts`): no averaging, cast or sharding of weights moves them.
+
     Raises:
-        ValueError: top_k > num_tiles; x or the emergent signatures of a wrong size; emergent ones missing or not wanted.
+        ValueError: top_k > num_tiles; x or the emergent signatures of a wrong size; emergent ones missing or not wanted; by
+            load_state_dict, frozen values outside {-1, 0, +1}, masses that are not finite, or fewer tiles in use than top_k.
 
     Ties go to the lowest tile index, so results agree across devices and instruction sets.
     """
 
     raw_signatures: nn.Parameter | None
-    is_frozen_E: Tensor
-    frozen_value_ED: Tensor
-    is_free_E: Tensor
-    log_mass_E: Tensor
-    num_raised: Tensor
+    is_frozen_E = Fact[Tensor]()
+    frozen_value_ED = Fact[Tensor]()
+    is_free_E = Fact[Tensor]()
+    log_mass_E = Fact[Tensor]()
+    num_raised = Fact[int]()
     packed_signatures: Tensor | None
 
     def __init__(
@@ -138,18 +72,22 @@ class SignatureRouter(Router):
         self.source = source
         explicit = nn.Parameter(self.draw()) if source == "explicit" else None
         self.register_parameter("raw_signatures", explicit)
-        self.register_buffer("is_frozen_E", torch.zeros(num_tiles, dtype=torch.bool))
-        self.register_buffer("frozen_value_ED", torch.zeros(num_tiles, d_model))
         self.register_buffer("packed_signatures", None)
-        self.register_buffer("is_free_E", torch.zeros(num_tiles, dtype=torch.bool))
-        self.register_buffer("log_mass_E", torch.zeros(num_tiles))
-        self.register_buffer("num_raised", torch.zeros((), dtype=torch.int64))
-        self._first_top_k = self.top_k
+        self.hold("is_frozen_E", torch.zeros(num_tiles, dtype=torch.bool))
+        self.hold("frozen_value_ED", torch.zeros(num_tiles, d_model, dtype=torch.int8))
+        self.hold("is_free_E", torch.zeros(num_tiles, dtype=torch.bool))
+        self.hold("log_mass_E", torch.zeros(num_tiles, dtype=torch.float32))
+        self.hold("num_raised", 0)
+
+    @property
+    def top_k(self) -> int:
+        """Tiles per token; with adaptive k, at most."""
+        return self._first_top_k + self.num_raised
 
     def signatures(self, emergent_ED: Tensor | None = None) -> Tensor:
         """The ternary signatures in force, [E, D] in {-1, 0, +1}; ``emergent_ED`` is what the tiles' weights say."""
         if self.packed_signatures is not None:
-            return unpack_ternary(self.packed_signatures, self.d_model).to(self.frozen_value_ED.dtype)
+            return unpack_ternary(self.packed_signatures, self.d_model).to(self.balance_bias.dtype)
         return threshold_ternary(self.raw(emergent_ED), SIGNATURE_THRESHOLD)
 
     def raw(self, emergent_ED: Tensor | None = None) -> Tensor:
@@ -159,11 +97,11 @@ class SignatureRouter(Router):
             raise ValueError(
                 f"emergent signatures given: {emergent_ED is not None}; a router of source {self.source!r} {needs}"
             )
-        raw_ED = self.raw_signatures if emergent_ED is None else emergent_ED.to(self.frozen_value_ED.dtype)
+        raw_ED = self.raw_signatures if emergent_ED is None else emergent_ED
         assert raw_ED is not None
-        if raw_ED.shape != self.frozen_value_ED.shape:
-            raise ValueError(f"signatures {tuple(raw_ED.shape)} must have shape {tuple(self.frozen_value_ED.shape)}")
-        return torch.where(self.is_frozen_E.unsqueeze(-1), self.frozen_value_ED, raw_ED)
+        if raw_ED.shape != (self.num_tiles, self.d_model):
+            raise ValueError(f"signatures {tuple(raw_ED.shape)} must have shape {(self.num_tiles, self.d_model)}")
+        return torch.where(self.is_frozen_E.unsqueeze(-1), self.frozen_value_ED.to(raw_ED.dtype), raw_ED)
 
     def draw(self) -> Tensor:
         """Fresh initial values of explicit signatures, [E, D]: about half of the positions are active."""
@@ -200,18 +138,20 @@ class SignatureRouter(Router):
 
     @torch.no_grad()
     def freeze(self, tile_idx: int, emergent_ED: Tensor | None = None) -> None:
-        """Hold the signature of one tile at its present value, whatever the optimizer does. Idempotent."""
+        """Hold the signature of one tile at its present ternary value, whatever the optimizer does. Idempotent."""
         self._check_change(tile_idx)
-        self.frozen_value_ED[tile_idx] = self.raw(emergent_ED)[tile_idx]
+        self.frozen_value_ED[tile_idx] = self.signatures(emergent_ED)[tile_idx].to(torch.int8)
         self.is_frozen_E[tile_idx] = True
+        self.note_surgery()
 
     @torch.no_grad()
     def unfreeze(self, tile_idx: int) -> None:
         """Let one signature learn again: an explicit one goes on from the frozen value, an emergent one is read again."""
         self._check_change(tile_idx)
         if self.raw_signatures is not None and bool(self.is_frozen_E[tile_idx]):
-            self.raw_signatures[tile_idx] = self.frozen_value_ED[tile_idx]
+            self.raw_signatures[tile_idx] = self.frozen_value_ED[tile_idx].to(self.raw_signatures.dtype)
         self.is_frozen_E[tile_idx] = False
+        self.note_surgery()
 
     def is_frozen(self, tile_idx: int) -> bool:
         self.check_tile(tile_idx)
@@ -223,6 +163,7 @@ class SignatureRouter(Router):
         self.is_free_E[tile_idx] = False
         self.log_mass_E[tile_idx] = 0.0
         self.balance_bias[tile_idx] = balance_bias
+        self.note_surgery()
 
     @torch.no_grad()
     def remove(self, tile_idx: int) -> None:
@@ -234,13 +175,27 @@ class SignatureRouter(Router):
             raise ValueError(f"the signature of tile_idx ({tile_idx}) must not be frozen: unfreeze it first")
         if self.k_limit - 1 < self.top_k:
             raise ValueError(f"tiles in use and in reach after it ({self.k_limit - 1}) must be >= top_k ({self.top_k})")
+        self.free(tile_idx)
+
+    @torch.no_grad()
+    def free(self, tile_idx: int) -> None:
+        """Let a slot not be chosen any more, without a check."""
         self.log_mass_E[tile_idx] = 0.0
         self.is_free_E[tile_idx] = True
+        self.note_surgery()
+
+    def note_surgery(self) -> None:
+        """Say that somebody has changed the facts: they are this router's own, and its averages follow."""
+        self.stand_alone()
+        self.note_change()
 
     @property
     def k_limit(self) -> int:
-        """How many tiles there are to choose from."""
-        return self.num_tiles - int(self.is_free_E.sum())
+        """How many tiles there are to choose from, at least."""
+        return self._k_limit(self.is_free_E)
+
+    def _k_limit(self, is_free_E: Tensor) -> int:
+        return self.num_tiles - int(is_free_E.sum())
 
     @torch.no_grad()
     def raise_k(self) -> None:
@@ -251,8 +206,8 @@ class SignatureRouter(Router):
         """
         if self.top_k >= self.k_limit:
             raise ValueError(f"top_k ({self.top_k + 1}) must be <= the number of tiles in use and in reach ({self.k_limit})")
-        self.top_k += 1
         self.num_raised += 1
+        self.note_surgery()
 
     def check_tile(self, tile_idx: int) -> None:
         """Raises ValueError unless the tile exists."""
@@ -274,18 +229,19 @@ class SignatureRouter(Router):
         self.packed_signatures = None
 
     @torch.no_grad()
-    def update_balance(self, tile_idx_TK: Tensor, weight_TK: Tensor | None = None) -> None:
-        """As in :class:`Router`, but a frozen tile keeps its standing: it gets the mean nudge, whatever tokens it claims.
-
-        Free slots have no part in it. The masses that mergers and splits left behind go a little way back to 1.
-        """
-        self.log_mass_E.mul_(MASS_DECAY)
+    def _nudge(self, tile_idx_TK: Tensor, weight_TK: Tensor | None) -> Tensor | None:
+        # A frozen tile keeps its standing: it gets the mean nudge, whatever tokens it claims. Free slots have no part in it.
         if self.balance_rate == 0:
-            return
+            return None
         in_use_E = ~self.is_free_E
         nudge_E = balance_nudge(tile_idx_TK, self.num_tiles, self.balance_rate, weight_TK, in_use_E)
         mean_nudge = nudge_E.sum() / in_use_E.sum().clamp_min(1)
-        self.balance_bias += torch.where(self.is_frozen_E, mean_nudge, nudge_E) * in_use_E
+        return torch.where(self.is_frozen_E, mean_nudge, nudge_E) * in_use_E
+
+    @torch.no_grad()
+    def _after(self, num_batches: int, nudge_E: Tensor | None) -> dict[str, Tensor]:
+        # The masses that mergers and splits left behind go a little way back to 1.
+        return super()._after(num_batches, nudge_E) | {"log_mass_E": self.log_mass_E * MASS_DECAY**num_batches}
 
     def forward(self, x_TD: Tensor, emergent_ED: Tensor | None = None) -> RoutingDecision:
         if self.packed_signatures is not None:
@@ -327,7 +283,7 @@ class SignatureRouter(Router):
     def _gate(self, score_TE: Tensor, tile_idx_TK: Tensor) -> Tensor:
         return softmax_weight(score_TE, tile_idx_TK, self.log_mass_E)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         packed = state_dict.get(prefix + "packed_signatures")
         # A buffer that is None is not loaded: take the mode of the state that comes.
         self.packed_signatures = None
@@ -337,12 +293,45 @@ class SignatureRouter(Router):
                 raise ValueError(f"packed signatures {tuple(packed.shape)} must have shape {shape}")
             check_packed(packed, self.d_model)
             self.packed_signatures = torch.empty_like(packed, device=self.balance_bias.device)
+        check_frozen_facts(self, state_dict, prefix, FROZEN_FACTS, args[-1])
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if not self.num_raised.is_meta:
-            self.top_k = self._first_top_k + int(self.num_raised)
+
+    def _checked(self, name: str, value: Tensor) -> Tensor | int:
+        if name == "frozen_value_ED" and value.is_floating_point():  # a file from before they were ternary
+            check_finite(name, value)
+            value = threshold_ternary(value, SIGNATURE_THRESHOLD).to(torch.int8)
+        checked = super()._checked(name, value)
+        if name == "num_raised":
+            check_counts(name, checked)
+        elif name == "frozen_value_ED" and not -1 <= int(value.min()) <= int(value.max()) <= 1:
+            raise ValueError(f"frozen_value_ED ({int(value[(value < -1) | (value > 1)][0])}) must be -1, 0 or 1")
+        return checked
+
+    def _check_together(self, values: dict[str, Any]) -> None:
+        if values["is_free_E"].is_meta:
+            return
+        limit, top_k = self._k_limit(values["is_free_E"]), self._first_top_k + values["num_raised"]
+        if limit < top_k:
+            raise ValueError(f"tiles in use and in reach by is_free_E ({limit}) must be >= top_k by num_raised ({top_k})")
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, source={self.source}, frozen={int(self.is_frozen_E.sum())}"
+
+
+FROZEN_FACTS = ("is_frozen_E", "frozen_value_ED")
+
+
+def check_frozen_facts(
+    module: Facts, state_dict: dict[str, Any], prefix: str, names: tuple[str, ...], error_msgs: list[str]
+) -> None:
+    """Report a state_dict that has something of the module, but not these entries: it would thaw what is frozen, unnoticed."""
+    own = {*module._modules, *module._parameters, *module._buffers, *module.held_values()}
+    has_any = any(key.startswith(prefix) and key[len(prefix) :].split(".")[0] in own for key in state_dict)
+    missing = [prefix + name for name in names if prefix + name not in state_dict]
+    if has_any and missing:
+        error_msgs.append(
+            f"weights of a routed layer must come with its frozen signatures and its history: {', '.join(missing)} missing"
+        )
 
 
 class LearnedRouter(Router):

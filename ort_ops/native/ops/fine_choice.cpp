@@ -108,6 +108,11 @@ void choose_among(const TileMatrices& table, const std::vector<std::int64_t>& ti
     product.num_rows = count;
     product.panel_end = num_panels;
     kernels().ternary_matmul(product);
+    if (fine.is_wide[static_cast<std::size_t>(token)] != 0) {
+        std::vector<std::uint8_t> scratch(rest_bytes(table.num_columns, fine.group_columns, count));
+        add_rest({product.panels, norm.data(), count, table.num_columns}, fine,
+                 static_cast<std::size_t>(token), scratch.data(), exact.data());
+    }
 
     SignatureRouteJob choice{};
     choice.score = exact.data();

@@ -15,7 +15,8 @@ inline constexpr std::size_t kManyTiles = 256;
 ///
 /// A signature times its norm has length at most 1, so by Cauchy and Schwarz a score of x differs from that
 /// of the quantised x' by at most r = |x - x'|. A tile whose key (score + bias) is more than 2 r below the
-/// top_k-th best is not among the top_k. Only the others are scored with 24 bits.
+/// top_k-th best is not among the top_k. Only the others are scored with 24 bits, and those of wide tokens
+/// with their rest, which brings them nearer to the score of x: the bound holds all the more.
 ///
 /// table: [E, D] with its norms as row scales; x [T, D]; bias [E]; 1 <= top_k <= E.
 void choose_fine(const KernelContext& context, const TileMatrices& table, const float* x,

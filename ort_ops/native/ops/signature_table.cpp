@@ -62,9 +62,10 @@ void score_tiles(const KernelContext& context, const TileMatrices& table, const 
     multiply_tiles(context, rows, table, all_tokens, all_tokens.order.data(), all_tokens.order.data(), score);
 }
 
-std::size_t score_block_bytes(std::size_t num_columns) {
+std::size_t score_block_bytes(std::size_t num_tiles, std::size_t num_columns) {
     const std::size_t stride = ceil_div(num_columns, kBlockColumns) * kBlockColumns;
-    return kScoreBlock * kPlanes * (stride + ceil_div(stride, kGroupColumns) * 2 * sizeof(float));
+    return kScoreBlock * kPlanes * (stride + ceil_div(stride, kGroupColumns) * 2 * sizeof(float)) +
+           rest_bytes(num_columns, kGroupColumns, num_tiles);
 }
 
 void score_block(const TileMatrices& table, const float* x, std::size_t num_tokens, std::uint8_t* scratch,
@@ -72,12 +73,16 @@ void score_block(const TileMatrices& table, const float* x, std::size_t num_toke
     static constexpr std::int64_t kPlaces[kScoreBlock] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11,
                                                           12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23};
     const std::size_t stride = ceil_div(table.num_columns, kBlockColumns) * kBlockColumns;
-    const std::size_t num_scales = num_tokens * ceil_div(stride, kGroupColumns) * kPlanes;
+    const std::size_t row_scales = ceil_div(stride, kGroupColumns) * kPlanes;
+    const std::size_t num_scales = num_tokens * row_scales;
     QuantizeRowsJob quantise{};
     quantise.x = x;
     quantise.scale = reinterpret_cast<float*>(scratch);
     quantise.sum = reinterpret_cast<std::int32_t*>(quantise.scale + num_scales);
     quantise.q = reinterpret_cast<std::int8_t*>(quantise.sum + num_scales);
+    std::uint8_t is_wide[kScoreBlock];
+    quantise.is_wide = is_wide;
+    quantise.wide_rule = kWideForScores;
     quantise.num_columns = table.num_columns;
     quantise.group_columns = kGroupColumns;
     quantise.num_planes = kPlanes;
@@ -100,6 +105,14 @@ void score_block(const TileMatrices& table, const float* x, std::size_t num_toke
     multiply.num_rows = table.num_rows;
     multiply.panel_end = ceil_div(table.num_rows, kPanelRows);
     kernels().ternary_matmul(multiply);
+
+    // q ends on a multiple of 4 bytes, so floats may follow it.
+    auto* rest = reinterpret_cast<std::uint8_t*>(quantise.q) + num_tokens * kPlanes * stride;
+    for (std::size_t t = 0; t < num_tokens; ++t) {
+        if (is_wide[t] == 0) continue;
+        add_rest(table, x + t * table.num_columns, quantise.q + t * kPlanes * stride,
+                 quantise.scale + t * row_scales, kGroupColumns, rest, score + t * table.num_rows);
+    }
 }
 
 void choose_tiles(const KernelContext& context, std::size_t num_tokens, std::size_t num_tiles,

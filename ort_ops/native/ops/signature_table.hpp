@@ -34,7 +34,7 @@ void score_tiles(const KernelContext& context, const TileMatrices& table, const 
 
 /// Tokens that score_block takes at most, and the bytes it needs for them.
 inline constexpr std::size_t kScoreBlock = 24;
-std::size_t score_block_bytes(std::size_t num_columns);
+std::size_t score_block_bytes(std::size_t num_tiles, std::size_t num_columns);
 
 /// score [num_tokens, tiles] of x [num_tokens, columns] on the calling thread, which shares nothing out and
 /// allocates nothing: for one token both take longer than the product. `scratch` is aligned to 8 bytes.

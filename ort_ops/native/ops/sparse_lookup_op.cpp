@@ -169,7 +169,7 @@ class SparseLookup {
         const std::size_t num_h = num_tokens * job.width, num_scores = num_tokens * job.num_tiles;
         const std::size_t num_floats = num_h + num_scores + num_tokens * whole_strips(job.num_hidden);
         const std::size_t float_bytes = ceil_div(num_floats, 2) * 2 * sizeof(float);
-        std::uint8_t* scratch = thread_scratch(float_bytes + score_block_bytes(job.width));
+        std::uint8_t* scratch = thread_scratch(float_bytes + score_block_bytes(job.num_tiles, job.width));
         if (scratch == nullptr) return false;
         float* h = reinterpret_cast<float*>(scratch);
         float* score = h + num_h;

@@ -4,13 +4,24 @@
 
 #include <cstdint>
 
+#include "kernels/quantize_rows/quantize_rows.hpp"
 #include "kernels/work_plan.hpp"
 #include "ops/ort_calls.hpp"
 
 namespace trix {
 
-/// How x meets the ternary weights: the attributes activation_bits (24: as exact as float32; 8) and
-/// group_size (of the columns that share a scale; 0: all).
+/// Tokens of 24 bits that are wide are multiplied again, by what 24 bits leave of them (add_rest). Without
+/// that a huge activation would take the bits of the others of its group even where its own weight is 0.
+/// Others keep an error of at most 2^-23 m for each weight of a group whose largest activation is m.
+///
+/// A signature may be active in just the small dimensions, so scores tolerate few of them. Normal and uniform
+/// rows of 128 columns are wide once in 1000 times.
+inline constexpr WideRule kWideForScores = {{{0x1p-8f, 4}, {0x1p-12f, 32}, {0x1p-19f, kMaxShare}}};
+/// Squared hidden values spread twice as far.
+inline constexpr WideRule kWideForProducts = {{{0x1p-12f, 4}, {}, {}}};
+
+/// How x meets the ternary weights: the attributes activation_bits (24 or 8) and group_size (of the columns
+/// that share a scale; 0: all).
 class Activations {
   public:
     static constexpr const char* kBitsAttribute = "activation_bits";
@@ -18,8 +29,8 @@ class Activations {
     static constexpr std::int64_t kBitsDefault = 24;
     static constexpr std::int64_t kGroupDefault = 128;
 
-    /// The defaults.
-    Activations() : bits_(kBitsDefault), group_size_(kGroupDefault) {}
+    /// The defaults, with the rule for scores.
+    Activations() : bits_(kBitsDefault), group_size_(kGroupDefault), wide_rule_(kWideForScores) {}
 
     explicit Activations(const KernelInfo& info);
 
@@ -31,9 +42,12 @@ class Activations {
     /// Columns that share a scale, a multiple of 16: 128, or num_columns rounded up.
     std::size_t group_columns(std::size_t num_columns) const;
 
+    const WideRule& wide_rule() const { return wide_rule_; }
+
   private:
     std::int64_t bits_;
     std::int64_t group_size_;
+    WideRule wide_rule_{};
 };
 
 /// Rejects more columns than the kernels can sum.
@@ -52,7 +66,9 @@ struct QuantisedRows {
     std::vector<std::int8_t> q;
     std::vector<float> scale;
     std::vector<std::int32_t> sum;
-    std::vector<float> squared_rest;  // empty unless asked for
+    std::vector<float> squared_rest;    // empty unless asked for
+    std::vector<std::uint8_t> is_wide;  // of 24 bits
+    const float* x;                     // what was quantised
     std::size_t group_columns;
     std::size_t num_planes;
 };
@@ -64,6 +80,18 @@ QuantisedRows quantise(const KernelContext& context, const Activations& activati
 /// The same of relu(x)^2, which takes the place of x.
 QuantisedRows quantise_activated(const KernelContext& context, const Activations& activations, float* x,
                                  std::size_t num_rows, std::size_t num_columns);
+
+/// Bytes that add_rest needs.
+std::size_t rest_bytes(std::size_t num_columns, std::size_t group_columns, std::size_t num_rows);
+
+/// y [num_rows] += the tile times what the three planes q and scale leave of the row x, quantised in its turn
+/// until float32 would round the rest away, on the calling thread. `scratch` is aligned to 4 bytes.
+void add_rest(const TileMatrices& tile, const float* x, const std::int8_t* q, const float* scale,
+              std::size_t group_columns, std::uint8_t* scratch, float* y) noexcept;
+
+/// The same for row `token` of x.
+void add_rest(const TileMatrices& tile, const QuantisedRows& x, std::size_t token, std::uint8_t* scratch,
+              float* y) noexcept;
 
 /// y[y_idx[i], :] = tile e times row token_idx[i] of x, for the places i of tile e in the groups.
 void multiply_tiles(const KernelContext& context, const QuantisedRows& x, const TileMatrices& tiles,

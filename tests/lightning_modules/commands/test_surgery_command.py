@@ -2,6 +2,7 @@
 
 import copy
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from small_runs import MakeTrainer
 from torch import Tensor
 
@@ -220,7 +222,7 @@ def test_what_is_no_checkpoint_of_a_routed_model_leaves_nothing(
 
 
 @pytest.mark.parametrize("part", ["edit", "history", "optimizer", "weight", "key"])
-def test_a_file_that_is_not_as_it_should_be_is_found_and_removed(
+def test_a_file_that_is_not_as_it_should_be_never_gets_its_name(
     part: str, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def save_wrongly(checkpoint: dict[str, Any], path: Path) -> None:
@@ -236,13 +238,27 @@ def test_a_file_that_is_not_as_it_should_be_is_found_and_removed(
             next(value for value in state.values() if value.is_floating_point())[0] += 1
         else:
             state["network.head.bias"] = torch.ones(1)
-        path.parent.mkdir(exist_ok=True)
         torch.save(checkpoint, path)
 
-    monkeypatch.setattr(whole_files, "save_whole", save_wrongly)
-    with pytest.raises(RuntimeError, match=r"must stand in the new checkpoint.*; the file is removed"):
+    monkeypatch.setattr(whole_files, "save", save_wrongly)
+    with pytest.raises(RuntimeError, match=r"must stand in the new checkpoint.*; no file is written"):
         operate(checkpoints / "lm.ckpt", tmp_path / "a" / "new.ckpt", "freeze")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_surgery_leaves_nothing_that_stays(checkpoints: Path, tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys; from lightning_modules.commands import surgery\n"
+        "surgery.check_written = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "surgery.run_surgery(sys.argv[1:])"
+    )
+    where = ["--layer", "1", "--tile", "0", "--tag", "t", "--output", "new.ckpt"]
+    command = [sys.executable, "-c", code, str(checkpoints / "lm.ckpt"), "freeze", *where]
+    assert subprocess.run(command, cwd=tmp_path, check=False).returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".new.ckpt.")
+    assert main(["inspect", str(checkpoints / "lm.ckpt"), "--output", str(tmp_path / "page.html")]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
 
 
 @pytest.mark.parametrize(
@@ -280,3 +296,50 @@ def test_mistakes_and_help_are_told_without_torch(tmp_path: Path) -> None:
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "trix: error: missing.onnx: No such file" in result.stderr
+
+
+def test_both_copies_of_averaged_weights_are_edited(
+    checkpoints: Path, tmp_path: Path, make_trainer: MakeTrainer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = TextDataModule(path=checkpoints / "text.txt", context_length=8, batch_size=4, batches_per_epoch=2)
+    averaged, output = tmp_path / "averaged.ckpt", tmp_path / "new.ckpt"
+    trainer = make_trainer(max_steps=3, callbacks=[EMAWeightAveraging(decay=0.9)])
+    trainer.fit(load_checkpoint(checkpoints / "lm.ckpt")[0], text)
+    trainer.save_checkpoint(averaged)
+    assert operate(averaged, output, "insert", "--signature", SIGNS) == 0
+    out, err = capsys.readouterr()
+    assert "also in current_model_state: the trained weights, of which the others are an average" in out
+    assert err == ""
+    names = (f"{ROUTER}.is_frozen_E", f"{ROUTER}.frozen_value_ED", f"{ROUTER}.balance_bias", HISTORY)
+    copies = ("state_dict", "current_model_state")
+    assert differences(averaged, output) == {f"/{key}/{name}" for key in copies for name in names}
+    written = torch.load(output, weights_only=True)
+    for key in copies:
+        task, _ = load_checkpoint(output)
+        task.load_state_dict(written[key])
+        assert torch.equal(routed_layers(task.network)[1].get_tile_signatures()[3], SIGNATURE)
+    resumed = load_checkpoint(checkpoints / "lm.ckpt")[0]
+    trainer = make_trainer(max_steps=6, callbacks=[EMAWeightAveraging(decay=0.9)])
+    trainer.fit(resumed, text, ckpt_path=output, weights_only=True)
+    assert torch.equal(routed_layers(resumed.network)[1].get_tile_signatures()[3], SIGNATURE)
+
+    written["current_model_state"] = 3
+    torch.save(written, averaged)
+    assert operate(averaged, tmp_path / "other.ckpt", "freeze", tile=0) == 2
+    assert "current_model_state (int) of the checkpoint must be of type dict" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_before_frozen_values_were_ternary_is_edited_in_one_layer_alone(
+    checkpoints: Path, tmp_path: Path
+) -> None:
+    old, frozen, output = tmp_path / "old.ckpt", tmp_path / "frozen.ckpt", tmp_path / "new.ckpt"
+    assert operate(checkpoints / "lm.ckpt", frozen, "insert", "--signature", SIGNS) == 0
+    content = torch.load(frozen, weights_only=True)
+    for name, value in content["state_dict"].items():
+        if name.endswith("frozen_value_ED"):
+            content["state_dict"][name] = 0.7 * value.float()
+    torch.save(content, old)
+    assert operate(old, output, "unfreeze") == 0
+    names = (f"{ROUTER}.is_frozen_E", f"{ROUTER}.raw_signatures", HISTORY)
+    assert differences(old, output) == {f"/state_dict/{name}" for name in names}
+    assert torch.equal(layer_of(output).get_tile_signatures()[3], SIGNATURE)

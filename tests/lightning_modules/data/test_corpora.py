@@ -76,10 +76,10 @@ def test_unreachable_server_is_one_line(server: str) -> None:
 
 
 def test_a_failed_download_of_a_long_address_keeps_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(**_: object) -> None:
+    def refuse(*_: object) -> None:
         raise ConnectionError("Max retries exceeded with url " + "and so on " * 60)
 
-    monkeypatch.setattr("pooch.retrieve", refuse)
+    monkeypatch.setattr("pooch.HTTPDownloader.__call__", refuse)
     for file in (corpora.TINYSHAKESPEARE, corpora.WIKITEXT_TEST, corpora.WIKITEXT_VALID):
         with pytest.raises(DataError) as caught:
             corpora._download(file)

@@ -128,9 +128,9 @@ def test_compiles_exports_and_trains(routing: str) -> None:
 
 
 def test_errors_state_the_rule_and_both_values() -> None:
-    with pytest.raises(ValueError, match=r"max_k \(5\) must be >= 1 and <= num_tiles \(4\), and top_k \(1\) 1 beside it"):
+    with pytest.raises(ValueError, match=r"max_k \(5\) must be >= 1 and <= num_tiles \(4\), and top_k \(1\) must then be 1"):
         SignatureRouter(8, 4, max_k=5)
-    with pytest.raises(ValueError, match=r"top_k \(2\) 1 beside it"):
+    with pytest.raises(ValueError, match=r"top_k \(2\) must then be 1"):
         LearnedRouter(8, 4, top_k=2, max_k=2)
     with pytest.raises(ValueError, match=r"confidence_threshold \(-0.1\) must be >= 0"):
         SignatureRouter(8, 4, max_k=2, confidence_threshold=-0.1)

@@ -175,10 +175,12 @@ def test_frozen_means_bit_exact_under_all_that_moves_an_unfrozen_control(name: s
     assert not torch.equal(layer.get_raw_signatures()[1], concept())
 
 
-def test_freezing_a_learned_signature_keeps_its_raw_value_to_the_bit() -> None:
+def test_freezing_a_learned_signature_keeps_its_ternary_form_to_the_bit() -> None:
     layer = SparseLookupFFNv2(WIDTH, NUM_TILES)
-    before = layer.get_raw_signatures()
+    signature_ED = layer.get_tile_signatures()
     layer.freeze_signature(0)
+    before = layer.get_raw_signatures()
+    assert torch.equal(before[0], signature_ED[0])
     train(layer, torch.optim.AdamW(layer.parameters(), lr=0.02, weight_decay=0.1), 20)
     assert torch.equal(layer.get_raw_signatures()[0], before[0])
     assert not torch.equal(layer.get_raw_signatures()[1], before[1])

@@ -12,6 +12,10 @@
 // and all q 0, so that it makes every result of its token NaN. With 24 bits v * (m / L) differs from x by at
 // most m * 2^-23.
 //
+// is_wide [T], if given and with three planes: 1 where a group of the row is wide, else 0. A group is wide
+// if, for any level of the rule, |x| < m level.fraction holds for more than 1 / level.share of its |x| >=
+// 2^-100. A group of zeros, or one that is not finite, is not.
+//
 // squared_rest [T, num_groups], if given and with one plane: the sum of (x[t, k] * (L / m) - v[k])^2 over the
 // group, in any order of summation; 0 for a group of zeros, NaN for one that is not finite.
 //
@@ -24,12 +28,28 @@
 
 namespace trix {
 
+struct WideLevel {
+    float fraction;
+    std::int64_t share;  // at most kMaxShare
+};
+
+/// So large a share that one x below the fraction is enough.
+inline constexpr std::int64_t kMaxShare = std::int64_t{1} << 32;
+
+/// Which groups keep too few bits of their small x: see is_wide. Fractions fall; the empty rule calls none
+/// wide.
+struct WideRule {
+    WideLevel levels[3];
+};
+
 struct QuantizeRowsJob {
     const float* x;
     std::int8_t* q;
     float* scale;
     std::int32_t* sum;
-    float* squared_rest;      // or null
+    float* squared_rest;    // or null
+    std::uint8_t* is_wide;  // or null
+    WideRule wide_rule;
     std::size_t num_columns;  // K
     std::size_t group_columns;
     std::size_t num_planes;  // 1 or 3

@@ -81,9 +81,36 @@ static inline float sum_squared_rest(const float* x, std::size_t count, float fa
     return sum;
 }
 
+static inline std::int32_t bits_of(float value) {
+    std::int32_t bits;
+    __builtin_memcpy(&bits, &value, sizeof(bits));
+    return bits;
+}
+
+// How many |x| have bits below `limit`. Magnitudes compare like their bits, whatever the CPU makes of
+// denormal numbers.
+static inline std::int64_t count_below(const float* x, std::size_t count, std::int32_t limit) {
+    std::int32_t below = 0;
+    for (std::size_t k = 0; k < count; ++k) below += (bits_of(x[k]) & 0x7fffffff) < limit;
+    return below;
+}
+
+static inline bool is_wide_group(const float* x, std::size_t count, float m, const WideRule& rule) {
+    const auto all = static_cast<std::int64_t>(count);
+    for (const WideLevel& level : rule.levels) {
+        const std::int64_t below = count_below(x, count, bits_of(m * level.fraction));
+        if (below == 0) return false;              // and so at the levels that follow
+        if (below * level.share <= all) continue;  // however many of them are zeros
+        const std::int64_t zeros = count_below(x, count, bits_of(kSmallest));
+        if ((below - zeros) * level.share > all - zeros) return true;
+    }
+    return false;
+}
+
 template <typename Loops>
 static inline void quantize_group(const float* x, std::size_t count, std::size_t num_planes, std::int8_t* q,
-                                  std::size_t stride, float* scale, std::int32_t* sum, float* squared_rest) {
+                                  std::size_t stride, float* scale, std::int32_t* sum, float* squared_rest,
+                                  std::uint8_t* is_wide, const WideRule& wide_rule) {
     const float levels = num_planes == 1 ? kLevels8 : kLevels24;
     const float m = Loops::largest_magnitude(x, count);
     const bool is_finite = m <= 3.40282347e+38f;
@@ -102,6 +129,7 @@ static inline void quantize_group(const float* x, std::size_t count, std::size_t
         if (squared_rest != nullptr) *squared_rest = sum_squared_rest(x, count, levels / m, q);
         return;
     }
+    if (is_wide != nullptr && is_wide_group(x, count, m, wide_rule)) *is_wide = 1;
     scale[2] = m / levels;
     scale[1] = scale[2] * 256.0f;
     scale[0] = scale[2] * 65536.0f;
@@ -118,13 +146,16 @@ static inline void quantize_rows(const QuantizeRowsJob& job) {
         for (std::size_t p = 0; p < job.num_planes; ++p) {
             for (std::size_t k = job.num_columns; k < stride; ++k) q[p * stride + k] = 0;
         }
+        std::uint8_t* is_wide = job.is_wide == nullptr ? nullptr : job.is_wide + row;
+        if (is_wide != nullptr) *is_wide = 0;
         for (std::size_t g = 0; g < num_groups; ++g) {
             const std::size_t begin = g * job.group_columns, left = job.num_columns - begin;
             const std::size_t place = (row * num_groups + g) * job.num_planes;
             quantize_group<Loops>(
                 x + begin, left < job.group_columns ? left : job.group_columns, job.num_planes, q + begin,
                 stride, job.scale + place, job.sum + place,
-                job.squared_rest == nullptr ? nullptr : job.squared_rest + row * num_groups + g);
+                job.squared_rest == nullptr ? nullptr : job.squared_rest + row * num_groups + g, is_wide,
+                job.wide_rule);
         }
     }
 }

@@ -1,0 +1,134 @@
+"""Files that are written whole or not at all. Loads nothing but the standard library.
+
+What is written goes to a temporary file in the folder of the target, `.NAME.PID.TOKEN.partial`, which takes the target's name
+once it is complete and on the disk. Its writer holds a lock on it. A killed writer leaves the file without one, and the next
+file that is written to the folder removes it. On a disk without locks such files stay.
+"""
+
+import os
+import re
+import secrets
+import stat
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+if sys.platform == "win32":
+    import ctypes
+else:
+    import fcntl
+
+_PARTIAL = re.compile(r"\..+\.(?P<pid>\d+)\.[0-9a-f]{8}\.partial", re.DOTALL)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield the path of a new, empty file, which replaces `path` at the end of the block; its folder is made.
+
+    A block that raises leaves `path` as it was, so whatever it writes can be verified there. A link at `path` is replaced, not
+    followed.
+
+    Raises:
+        OSError: the file cannot be written; it names `path`. Errors of the block about other files pass through.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(path.parent)
+        descriptor = _create(partial)
+        try:
+            yield partial
+            _sync(partial)
+            partial.replace(path)
+        finally:
+            with suppress(OSError):
+                partial.unlink()
+            if descriptor is not None:
+                os.close(descriptor)
+    except OSError as error:
+        named = [Path(os.fsdecode(name)) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+        is_about_target = not named or any(name in (partial, *path.parents) for name in named)  # a full disk names nothing
+        if error.errno is None or not is_about_target:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    with suppress(OSError):  # the file is there; that its name outlasts a power failure not every file system can promise
+        _sync(path.parent)
+
+
+def write_whole(content: bytes, path: Path) -> None:
+    """Write bytes to `path`, whole or not at all; the folder is made.
+
+    Raises:
+        OSError: the file cannot be written; what was at `path` is as it was.
+    """
+    with whole_file(path) as partial:
+        partial.write_bytes(content)
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove the temporary files in the folder whose writers have died; what cannot be removed stays."""
+    found: list[Path] = []
+    with suppress(OSError), os.scandir(folder) as entries:
+        found += [Path(entry.path) for entry in entries if _PARTIAL.fullmatch(entry.name)]
+    for partial in found:
+        with suppress(OSError):
+            if stat.S_ISREG(partial.lstat().st_mode):
+                _remove_if_abandoned(partial)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+if sys.platform == "win32":
+    # A file that is open cannot be renamed here, so none is held: whether a writer lives is told by its process number.
+
+    def _create(partial: Path) -> int | None:
+        os.close(os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL))
+        return None
+
+    def _remove_if_abandoned(partial: Path) -> None:
+        match = _PARTIAL.fullmatch(partial.name)
+        if match is not None and not _is_running(int(match["pid"])):
+            partial.unlink()
+
+    def _is_running(pid: int) -> bool:
+        QUERY_LIMITED_INFORMATION, ACCESS_DENIED = 0x1000, 5
+        kernel = ctypes.WinDLL("kernel32", use_last_error=True)
+        handle = kernel.OpenProcess(QUERY_LIMITED_INFORMATION, False, pid)
+        if handle:
+            kernel.CloseHandle(handle)
+            return True
+        return ctypes.get_last_error() == ACCESS_DENIED
+
+else:
+
+    def _create(partial: Path) -> int | None:
+        """The descriptor that holds the lock until it is closed."""
+        while True:
+            descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)  # EXCL follows no link
+            with suppress(OSError):  # a disk without locks
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if _is_at(partial, descriptor):
+                return descriptor
+            os.close(descriptor)  # another process found it before it was locked, and has removed it
+
+    def _remove_if_abandoned(partial: Path) -> None:
+        descriptor = os.open(partial, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)  # NFS locks only what is open for writing
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises where its writer lives
+            if _is_at(partial, descriptor):
+                partial.unlink()
+        finally:
+            os.close(descriptor)
+
+    def _is_at(path: Path, descriptor: int) -> bool:
+        try:
+            return os.path.samestat(path.lstat(), os.fstat(descriptor))
+        except FileNotFoundError:
+            return False
