@@ -51,6 +51,7 @@ def _add_options(parser: argparse.ArgumentParser, actions: Iterable[argparse.Act
             added.complete = FILE  # type: ignore[attr-defined]
     if parser.prog.endswith("fit"):
         parser.add_argument("--resume", help="go on from a run folder").complete = FILE  # type: ignore[attr-defined]
+        parser.add_argument("--trust", help="let the configuration of a resumed run name classes of this module")
 
 
 def make_parser() -> CommandParser:

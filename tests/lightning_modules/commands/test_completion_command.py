@@ -39,4 +39,5 @@ def test_commands_options_choices_and_files_are_completed(script: Path) -> None:
     assert completed(script, "inspect", "tr") == {"trix.bash"}
     assert completed(script, "fit", "--trainer.max_s") == {"--trainer.max_steps"}
     assert completed(script, "fit", "--resu") == {"--resume"}
+    assert completed(script, "fit", "--tru") == {"--trust"}
     assert completed(script, "validate", "--ckpt_path", "tr") == {"trix.bash"}
