@@ -6,53 +6,10 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
+from lightning_modules.commands.table import COMMANDS, help_text
 from lightning_modules.error_text import did_you_mean, one_line
 from lightning_modules.errors import UserError
 
-HELP = """\
-usage: trix COMMAND [OPTIONS]
-
-Sparse networks you can read: train them, read them, export them, run them.
-
-training (trix COMMAND --help lists every option)
-  fit         train a model, as one or several YAML files say
-  validate    measure a checkpoint on the validation data
-  test        measure a checkpoint on the test data (the validation data, where a data set has no other)
-  predict     write the predictions of a checkpoint to a file
-reading (CKPT: a checkpoint, or a run folder, which means its newest best.ckpt)
-  inspect     write one HTML page: what each tile of a checkpoint, or of an exported model, responds to
-  why         print why each token went to its tile: winner, runner-up and what decided
-  runs        list the runs below a folder: when, how long, losses, checkpoints
-editing
-  surgery     insert, freeze, unfreeze a signature or remove a tile of a checkpoint or exported model, into a new file
-deployment
-  export      write a checkpoint as one ONNX file with packed ternary weights
-  generate    continue a text with an exported model (needs no torch)
-  bench       measure how fast an exported model runs here, or run a benchmark of the source tree
-  doctor      check the installation: versions, kernels, what is missing
-  completion  print a script that completes all this in bash, zsh or tcsh
-
-options
-  -h, --help  show this help
-  --version   show the version
-
-examples
-  trix fit --config configs/char_lm.yaml
-  trix fit --config configs/char_lm.yaml --trainer.max_steps 100 --print_config
-  trix fit --resume runs/char_lm
-  trix validate --config configs/char_lm.yaml --ckpt_path runs/char_lm/version_0/checkpoints/best.ckpt
-  trix inspect runs/char_lm
-  trix why runs/char_lm --prompt "The "
-  trix runs --sort val/loss
-  trix surgery runs/char_lm freeze --layer 1 --tile 3 --tag keep --output frozen.ckpt
-  trix export --ckpt runs/char_lm --output runs/char_lm/model.onnx
-  trix generate runs/char_lm/model.onnx --prompt "The "
-  trix bench runs/char_lm/model.onnx
-  trix completion bash > ~/.local/share/bash-completion/completions/trix
-  trix doctor
-"""
-TRAINING_COMMANDS = ("fit", "validate", "test", "predict")
-OTHER_COMMANDS = ("inspect", "why", "runs", "surgery", "export", "generate", "bench", "doctor", "completion")
 EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
 TRACEBACK_VARIABLE = "TRIX_TRACEBACK"
 
@@ -122,62 +79,20 @@ def version() -> str:
 def _dispatch(arguments: list[str]) -> int:
     command = arguments[0] if arguments else "--help"
     if command in ("-h", "--help"):
-        print(HELP, end="")
+        print(help_text(), end="")
         return 0
     if command == "--version":
         print(f"trix {version()}")
         return 0
     # Before torch is loaded: threads that spin while they wait slow each other down many times over on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if command in TRAINING_COMMANDS:
-        from lightning_modules.lightning_cli import run_training_command
-
-        return run_training_command(arguments)
-    if command in OTHER_COMMANDS:
-        return _run_light(command, arguments[1:])
+    found = next((row for row in COMMANDS if row.name == command), None)
+    if found is not None:
+        return found.run(arguments[1:])
     if command.startswith("-"):
         raise UserError(f"the command must come first, got {command}; see `trix --help`")
-    hint = did_you_mean(command, (*TRAINING_COMMANDS, *OTHER_COMMANDS)) or "; see `trix --help`"
+    hint = did_you_mean(command, [row.name for row in COMMANDS]) or "; see `trix --help`"
     raise UserError(f"unknown command {command!r}{hint}")
-
-
-def _run_light(command: str, arguments: list[str]) -> int:
-    """Each command is imported when it is asked for, and imports what is heavy when it has read its options."""
-    if command == "inspect":
-        from lightning_modules.commands.inspect import run_inspect
-
-        return run_inspect(arguments)
-    if command == "why":
-        from lightning_modules.commands.why import run_why
-
-        return run_why(arguments)
-    if command == "runs":
-        from lightning_modules.commands.runs import run_runs
-
-        return run_runs(arguments)
-    if command == "surgery":
-        from lightning_modules.commands.surgery import run_surgery
-
-        return run_surgery(arguments)
-    if command == "doctor":
-        from lightning_modules.commands.doctor import run_doctor
-
-        return run_doctor(arguments)
-    if command == "bench":
-        from lightning_modules.commands.bench import run_bench
-
-        return run_bench(arguments)
-    if command == "completion":
-        from lightning_modules.commands.completion import run_completion
-
-        return run_completion(arguments)
-    if command == "export":
-        from lightning_modules.commands.export import run_export
-
-        return run_export(arguments)
-    from lightning_modules.commands.generate import run_generate
-
-    return run_generate(arguments)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable
 
 from lightning_modules.commands.arguments import FILE, CommandParser
+from lightning_modules.commands.table import COMMANDS
 from lightning_modules.errors import UserError
 
 SHELLS = ("bash", "zsh", "tcsh")
@@ -25,19 +26,15 @@ def run_completion(arguments: list[str]) -> int:
 
 def whole_parser() -> argparse.ArgumentParser:
     """All commands in one parser: the light ones as they are, those of the training by their options."""
-    from lightning_modules.cli import OTHER_COMMANDS, TRAINING_COMMANDS
-    from lightning_modules.lightning_cli import training_actions
-
     parser = argparse.ArgumentParser(prog="trix")
     parser.add_argument("--version", action="store_true", help="show the version")
     commands = parser.add_subparsers(dest="command")
-    for name in TRAINING_COMMANDS:
-        # shtab offers no command without a help text.
-        _add_options(commands.add_parser(name, help=f"see trix {name} --help"), training_actions(name))
-    for name in OTHER_COMMANDS:
-        light: CommandParser = importlib.import_module(f"lightning_modules.commands.{name}").make_parser()
-        description = (light.description or "").splitlines()[0]
-        commands.add_parser(name, parents=[light], add_help=False, help=description)
+    for command in COMMANDS:
+        module = importlib.import_module(command.module)
+        if command.is_training:
+            _add_options(commands.add_parser(command.name, help=command.summary), module.training_actions(command.name))
+        else:
+            commands.add_parser(command.name, parents=[module.make_parser()], add_help=False, help=command.summary)
     return parser
 
 
@@ -54,6 +51,7 @@ def _add_options(parser: argparse.ArgumentParser, actions: Iterable[argparse.Act
             added.complete = FILE  # type: ignore[attr-defined]
     if parser.prog.endswith("fit"):
         parser.add_argument("--resume", help="go on from a run folder").complete = FILE  # type: ignore[attr-defined]
+        parser.add_argument("--trust", help="let the configuration of a resumed run name classes of this module")
 
 
 def make_parser() -> CommandParser:

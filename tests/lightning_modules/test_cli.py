@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_modules.cli import OTHER_COMMANDS, TRAINING_COMMANDS, main
+from lightning_modules.cli import main
+from lightning_modules.commands.table import COMMANDS
 
 SMALL = """\
 model:
@@ -58,8 +59,8 @@ def test_top_help_and_version_are_light() -> None:
         "print([name for name in ('torch', 'lightning', 'numpy', 'onnxruntime') if name in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    for command in (*TRAINING_COMMANDS, *OTHER_COMMANDS):
-        assert f"\n  {command} " in result.stdout
+    for command in COMMANDS:
+        assert f"\n  {command.name} " in result.stdout
     assert result.stdout.splitlines()[-1] == "[]"
     assert result.stderr == "trix: error: unknown command 'fitt'; did you mean fit?\n"
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_modules.cli import OTHER_COMMANDS, TRAINING_COMMANDS
+from lightning_modules.commands.table import COMMANDS
 
 COMPLETE = """\
 source "$1"; shift
@@ -33,10 +33,11 @@ def completed(script: Path, *words: str) -> set[str]:
 
 def test_commands_options_choices_and_files_are_completed(script: Path) -> None:
     subprocess.run(["bash", "-n", str(script)], check=True)
-    assert completed(script, "") == {*TRAINING_COMMANDS, *OTHER_COMMANDS}
+    assert completed(script, "") == {command.name for command in COMMANDS}
     assert completed(script, "surgery", "--si") == {"--signature"}
     assert completed(script, "surgery", "trix.bash", "") == {"insert", "freeze", "unfreeze", "remove"}
     assert completed(script, "inspect", "tr") == {"trix.bash"}
     assert completed(script, "fit", "--trainer.max_s") == {"--trainer.max_steps"}
     assert completed(script, "fit", "--resu") == {"--resume"}
+    assert completed(script, "fit", "--tru") == {"--trust"}
     assert completed(script, "validate", "--ckpt_path", "tr") == {"trix.bash"}
