@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_modules.commands.arguments import take_out
 from lightning_modules.errors import UserError
 from lightning_modules.run_folder import CHECKPOINTS_NAME, LAST, checkpoints, version, versions
 from lightning_modules.tasks.checkpoint import check_resumable, read_checkpoint
@@ -34,9 +35,10 @@ def resumed(arguments: list[str]) -> ResumedRun:
     Raises:
         UserError: another command than fit, ``--ckpt_path`` as well, no run named; and as :func:`find_checkpoint`.
     """
-    run, rest = _taken_out(arguments)
-    if run is None:
+    runs, rest = take_out(OPTION, arguments, f"a run folder or a checkpoint: {OPTION} RUN")
+    if not runs:
         return ResumedRun(arguments)
+    run = runs[-1]
     command, *rest = rest
     if command != "fit":
         raise UserError(f"{OPTION} is for `trix fit`; `trix {command}` takes --ckpt_path RUN")
@@ -96,20 +98,6 @@ def log_folder(path: Path, checkpoint: Mapping[str, Any]) -> Path | None:
     elif isinstance(name, str) and version(Path(name)) is not None:
         places.insert(0, path.parent / Path(name).name)
     return next((place for place in places if (place / CONFIG_NAME).is_file()), None)
-
-
-def _taken_out(arguments: list[str]) -> tuple[str | None, list[str]]:
-    """What --resume names, the last time it is there, and the arguments without it."""
-    run, rest, remaining = None, [], iter(arguments)
-    for argument in remaining:
-        option, has_value, value = argument.partition("=")
-        if option != OPTION:
-            rest.append(argument)
-            continue
-        run = value if has_value else next(remaining, "")
-        if not run or run.startswith("--"):
-            raise UserError(f"{OPTION} needs a run folder or a checkpoint: {OPTION} RUN")
-    return run, rest
 
 
 def _resumable(path: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from jsonargparse import set_parsing_settings
 
+from lightning_modules.commands.arguments import take_out
 from lightning_modules.errors import UserError
 
 OPTION, VARIABLE = "--trust", "TRIX_TRUST"
@@ -34,16 +35,8 @@ def take_out_trust(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     Raises:
         UserError: no name, or one that no module can have.
     """
-    names, rest, remaining = os.environ.get(VARIABLE, "").split(","), [], iter(arguments)
-    for argument in remaining:
-        option, has_value, value = argument.partition("=")
-        if option != OPTION:
-            rest.append(argument)
-            continue
-        value = value if has_value else next(remaining, "")
-        if not value or value.startswith("-"):
-            raise UserError(f"{OPTION} needs the name of a module: {OPTION} own_task")
-        names += value.split(",")
+    given, rest = take_out(OPTION, arguments, f"the name of a module: {OPTION} own_task")
+    names = ",".join([os.environ.get(VARIABLE, ""), *given]).split(",")
     names = [name.strip() for name in names if name.strip()]
     for name in names:
         if not _MODULE.fullmatch(name) or name.split(".")[0] == "jsonargparse":  # which holds the rules themselves

@@ -114,7 +114,7 @@ def from_properties(properties: Mapping[str, str]) -> dict[str, Any]:
 
 def _check_size(texts: Mapping[str, str]) -> None:
     num_bytes = sum(map(len, texts.values()))
-    num_values = sum(text.count(mark) for text in texts.values() for mark in "[{,:")  # at most so many
+    num_values = sum(text.count(mark) for text in texts.values() for mark in "[{,:")  # an upper bound
     for name, number, limit in (("size", num_bytes, MAX_METADATA_BYTES), ("number of values", num_values, MAX_METADATA_VALUES)):
         if number > limit:
             raise ValueError(f"{name} of the metadata ({number}) must be <= {limit}")

@@ -1,6 +1,7 @@
 """The argument parser of the light commands: strict, with errors in one line."""
 
 import argparse
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from lightning_modules.error_text import did_you_mean
@@ -33,3 +34,26 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see `{self.prog} --help`")
+
+
+def take_out(option: str, arguments: Sequence[str], needs: str) -> tuple[list[str], list[str]]:
+    """The values of an option that is no parser's, in order, and the arguments without it.
+
+    Args:
+        needs: what the error says that the option needs.
+
+    Raises:
+        UserError: the option without a value.
+    """
+    values: list[str] = []
+    rest: list[str] = []
+    remaining = iter(arguments)
+    for argument in remaining:
+        name, has_value, value = argument.partition("=")
+        if name != option:
+            rest.append(argument)
+            continue
+        values.append(value if has_value else next(remaining, ""))
+        if not values[-1] or values[-1].startswith("--"):
+            raise UserError(f"{option} needs {needs}")
+    return values, rest
