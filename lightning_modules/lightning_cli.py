@@ -39,8 +39,9 @@ from lightning_modules.quiet import quiet_lightning
 from lightning_modules.resume import CONFIG_NAME, log_folder, resumed
 from lightning_modules.run_folder import best_checkpoint
 from lightning_modules.tasks import ClassifierTask, LanguageModelTask, RoutedTask, check_resumable, read_checkpoint
-from lightning_modules.tasks.checkpoint import COPIES, load_weights
+from lightning_modules.tasks.checkpoint import load_weights
 from lightning_modules.tasks.routed_task import check_eps
+from lightning_modules.tasks.upgrade import COPIES
 from lightning_modules.trust import check_classes, denied_import, named_on_command_line, only_trusted_imports, take_out_trust
 from lightning_modules.whole_files import WholeFileCheckpointIO
 from lightning_modules.yaml_files import check_text, check_yaml, read_yaml

@@ -2,7 +2,7 @@
 
 The packed model's custom operators become the operators of :mod:`ort_ops.schema`. With ``fallback`` the file also holds their
 definition in standard ONNX (:mod:`ort_ops.functions`), so that it runs where the native library is not installed. A language
-model also takes and returns the keys and values of the tokens before (:mod:`ort_ops.caches`).
+model also takes and returns the keys and values of the tokens before (:mod:`ort_ops.state`).
 """
 
 import copy
@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from ort_ops import schema
-from ort_ops.caches import past_names, present_names
 from ort_ops.file_format import BY_ONNXRUNTIME, LayerRecord, describe_size, to_properties
 from ort_ops.functions import fallback_functions, register_schemas
 from ort_ops.graph import (
@@ -36,15 +35,16 @@ from ort_ops.graph import (
 from ort_ops.graph_nodes import ONNX_OPSET
 from ort_ops.panels import to_panels
 from ort_ops.parity import Drift, Parity, drift
+from ort_ops.state import past_name, present_name
 from ort_ops.verification import CHECK_BATCH, ExportError, open_session, run_stepwise, run_torch, run_whole
 from ort_ops.whole_file import whole_file
 from trix.functional.packing import CODES_PER_BYTE, unpack_ternary
-from trix.nn import Classifier, KeyValueCache, LanguageModel, RoutedLayer, SparseLookupFFN, pack_model, routed_layers
+from trix.nn import Classifier, LanguageModel, RoutedLayer, SparseLookupFFN, pack_model, routed_layers
 from trix.outputs import AuxLosses, RoutingInfo
 from trix.routing import SignatureRouter
 
 ONNX_IR_VERSION = 9  # the newest that onnxruntime 1.17 reads
-MIN_CACHED_CONTEXT = 4  # torch.export takes sizes of 0 and 1 for constants: 2 tokens come after 2
+MIN_STATEFUL_CONTEXT = 4  # torch.export takes sizes of 0 and 1 for constants: 2 tokens come after 2
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def export_language_model(
 ) -> ExportReport:
     """Export a language model: ``token`` int64 [B, T] -> ``logits`` [B, T, V] and ``tile_idx`` int64 [B, T, L, K].
 
-    The file also takes and returns keys and values of P tokens before, P + T <= context_length: see :mod:`ort_ops.caches`.
+    The file also takes and returns keys and values of P tokens before, P + T <= context_length: see :mod:`ort_ops.state`.
 
     Args:
         model: trained; not changed. vocabulary: the character of each token, in order. held_out_tokens: int64 [N], N >= 2, cut
@@ -103,14 +103,14 @@ def export_language_model(
         raise ExportError(
             f"held_out_tokens ({held_out_tokens.dtype}, {held_out_tokens.dim()} axes) must be int64 with one axis"
         )
-    if model.config.context_length < MIN_CACHED_CONTEXT:
-        raise ExportError(f"context_length ({model.config.context_length}) must be >= {MIN_CACHED_CONTEXT} to be exported")
+    if model.config.context_length < MIN_STATEFUL_CONTEXT:
+        raise ExportError(f"context_length ({model.config.context_length}) must be >= {MIN_STATEFUL_CONTEXT} to be exported")
     length = min(model.config.context_length, held_out_tokens.shape[0])
     if length < 2:
         raise ExportError(f"held-out text ({held_out_tokens.shape[0]} tokens) must have at least 2 tokens")
     window_BT = held_out_tokens[: held_out_tokens.shape[0] // length * length].reshape(-1, length)
     metadata = {"task": "language_model", "vocabulary": vocabulary, "context_length": model.config.context_length}
-    interface = _cached_interface(model, window_BT)
+    interface = _stateful_interface(model, window_BT)
     return _export(model, interface, window_BT, metadata, Path(output), fallback, activations or Activations())
 
 
@@ -165,17 +165,16 @@ class _WithTiles(nn.Module):
         return _answer(*self.model(inputs, return_routing=True))
 
 
-class _WithCaches(nn.Module):
-    """A language model that takes (key, value) of each layer, and returns those of the next call after its answer."""
+class _WithState(nn.Module):
+    """A language model that takes the state of each layer, and returns those for the next call after its answer."""
 
     def __init__(self, model: LanguageModel) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, token_BT: Tensor, past: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, ...]:
-        caches = [KeyValueCache(*key_and_value) for key_and_value in past]
-        answer = _answer(*self.model(token_BT, return_routing=True, caches=caches))
-        return (*answer, *(part for cache in caches for part in (cache.key_BHPW, cache.value_BHPW)))
+    def forward(self, token_BT: Tensor, past: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        answer, present = self.model(token_BT, state=past)
+        return (*_answer(*answer), *(part for state in present for part in state))
 
 
 def _answer(logits: Tensor, infos: list[RoutingInfo], _: AuxLosses | None) -> tuple[Tensor, ...]:
@@ -188,18 +187,22 @@ def _interface(held_out: Tensor, is_text: bool) -> _Interface:
     return _Interface(_WithTiles, (_two(held_out),), (axes,), [name], ["logits", "tile_idx"])
 
 
-def _cached_interface(model: LanguageModel, token_BT: Tensor) -> _Interface:
-    batch, time, past = (torch.export.Dim(name) for name in ("batch", "time", "past"))
-    config = model.config
-    past_LKBHPW = torch.zeros(config.num_layers, 2, 2, config.n_heads, 2, config.d_model // config.n_heads)
+def _stateful_interface(model: LanguageModel, token_BT: Tensor) -> _Interface:
+    axes: dict[str, Any] = {name: torch.export.Dim(name) for name in ("batch", "past")}
+    specs = model.state_specs()
+    names = [past_name(spec.name, layer) for layer, of_layer in enumerate(specs) for spec in of_layer]
     has_tiles = bool(routed_layers(model))
+    past, dynamic = [], []
+    for of_layer in specs:
+        # Two texts after two tokens: sizes of 0 and 1 would be taken for constants.
+        past.append(tuple(torch.zeros([size if isinstance(size, int) else 2 for size in spec.shape]) for spec in of_layer))
+        dynamic.append(tuple({i: axes[s] for i, s in enumerate(spec.shape) if isinstance(s, str)} for spec in of_layer))
     return _Interface(
-        _WithCaches,
-        # Copies, each of its own: the tracer takes inputs that are one tensor for one input.
-        (_two(token_BT)[:, :2], [(key.clone(), value.clone()) for key, value in past_LKBHPW]),
-        ({0: batch, 1: time}, [({0: batch, 2: past}, {0: batch, 2: past}) for _ in range(config.num_layers)]),
-        ["token", *past_names(config.num_layers)],
-        ["logits", *(["tile_idx"] if has_tiles else []), *present_names(config.num_layers)],
+        _WithState,
+        (_two(token_BT)[:, :2], past),
+        ({0: axes["batch"], 1: torch.export.Dim("time")}, dynamic),
+        ["token", *names],
+        ["logits", *(["tile_idx"] if has_tiles else []), *map(present_name, names)],
     )
 
 

@@ -9,7 +9,6 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from ort_ops.caches import CachedReader, empty_caches, past_names, present_names, run_session
 from ort_ops.file_format import (
     BY_ONNXRUNTIME,
     MAX_AXIS,
@@ -24,6 +23,7 @@ from ort_ops.library import LibraryNotFoundError, session_options
 from ort_ops.parity import Parity, compare
 from ort_ops.regular_files import check_regular
 from ort_ops.schema import DOMAIN
+from ort_ops.state import StatefulReader, empty_state, past_names, present_name, run_session
 
 OWN = "its own answers when it was written"
 MAX_THREADS = 1024  # beyond what any machine has, a session takes minutes to start, or cannot
@@ -103,7 +103,7 @@ class ExportedModel:
         if names[:1] != ["logits"]:
             raise ModelFileError(f"{self.path}: outputs ({names}) must begin with 'logits'")
         try:
-            logits, *tile_idx = run_session(self.session, names, {first: inputs, **empty_caches(self.session, len(inputs))})
+            logits, *tile_idx = run_session(self.session, names, {first: inputs, **empty_state(self.session, len(inputs))})
         except ModelFileError as error:
             raise ModelFileError(f"{self.path}: {error}") from error
         return logits, tile_idx[0] if tile_idx else None
@@ -165,16 +165,16 @@ class LanguageModelSession(ExportedModel):
             raise ModelFileError(f"{self.path}: vocabulary ({self.vocabulary!r:.80}) must be distinct characters of Unicode")
         inputs = [value.name for value in self.session.get_inputs()]
         shape_of = {value.name: value.shape for value in self.session.get_outputs()}
-        num_layers = (len(inputs) - 1) // 2
-        expected = {"logits", *present_names(num_layers)}
-        if inputs != ["token", *past_names(num_layers)] or not expected <= shape_of.keys():
+        past = past_names(self.session)
+        expected = {"logits", *map(present_name, past)}
+        if inputs != ["token", *past] or not past or not expected <= shape_of.keys():
             rule = "must be ['token', 'past_key_0', ...] and outputs hold 'logits' and a present_ for each past_"
             raise ModelFileError(f"{self.path}: inputs ({inputs}) {rule}, got ({[*shape_of]})")
         if shape_of["logits"][-1:] != [len(self.vocabulary)]:
             rule = f"vocabulary ({len(self.vocabulary)} characters) must be as long as the last axis of logits"
             raise ModelFileError(f"{self.path}: {rule} {shape_of['logits']}")
         try:
-            empty_caches(self.session, 1)
+            empty_state(self.session, 1)
         except ModelFileError as error:
             raise ModelFileError(f"{self.path}: {error}") from error
 
@@ -220,10 +220,10 @@ class LanguageModelSession(ExportedModel):
 
     def _generate(self, tokens: list[int], num_tokens: int, temperature: float, top_p: float, seed: int) -> Iterator[str]:
         random = np.random.default_rng(seed)
-        reader, unread = CachedReader(self.session), tokens[-self.context_length :]
+        reader, unread = StatefulReader(self.session), tokens[-self.context_length :]
         for _ in range(num_tokens):
             if reader.num_tokens + len(unread) > self.context_length:
-                reader, unread = CachedReader(self.session), tokens[-max(self.context_length // 2, 1) :]
+                reader, unread = StatefulReader(self.session), tokens[-max(self.context_length // 2, 1) :]
             try:
                 logits = reader.read(np.asarray([unread], dtype=np.int64), ["logits"])[0][0, -1]
             except ModelFileError as error:

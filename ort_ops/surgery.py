@@ -17,13 +17,13 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import ModelProto, ValueInfoProto
 
-from ort_ops.caches import empty_caches
 from ort_ops.file_format import BY_ONNXRUNTIME, LayerRecord, ModelFileError, encode_array, to_properties
 from ort_ops.library import LibraryNotFoundError, session_options
 from ort_ops.parity import SCORE_ROUNDING, selection_gap
 from ort_ops.runtime import open_model
 from ort_ops.schema import DOMAIN, SIGNATURE_ROUTE
 from ort_ops.signature_layers import SignatureLayer, read_model, show_scores, with_open_lookups
+from ort_ops.state import empty_state
 from ort_ops.whole_file import whole_file
 
 
@@ -198,7 +198,7 @@ class _Run:
             session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
             source = session.get_inputs()[0]
             self.example = self.example.astype(np.int64 if source.type == "tensor(int64)" else np.float32)
-            inputs = {source.name: self.example, **empty_caches(session, len(self.example))}
+            inputs = {source.name: self.example, **empty_state(session, len(self.example))}
             names = [value.name for value in session.get_outputs()]
             return dict(zip(names, session.run(names, inputs), strict=True))
         except Exception as error:  # onnxruntime's exceptions share no base class of their own

@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ort_ops.caches import CachedReader, empty_caches
 from ort_ops.file_format import encode_array
 from ort_ops.library import LibraryNotFoundError, session_options
 from ort_ops.parity import Parity, compare, selection_gap
+from ort_ops.state import StatefulReader, empty_state
 from trix.nn import Classifier, LanguageModel, routed_layers
 
 MAX_RELATIVE_DIFFERENCE = 1e-4
@@ -95,7 +95,7 @@ def run_whole(session: ort.InferenceSession, held_out: Tensor) -> Answer:
     """Each sequence at once, with nothing before it."""
     name, outputs = session.get_inputs()[0].name, _output_names(session)
     parts = [
-        session.run(outputs, {name: part.numpy(), **empty_caches(session, len(part))})
+        session.run(outputs, {name: part.numpy(), **empty_state(session, len(part))})
         for part in torch.split(held_out, CHECK_BATCH)
     ]
     return _joined(parts, axis=0)
@@ -103,7 +103,7 @@ def run_whole(session: ort.InferenceSession, held_out: Tensor) -> Answer:
 
 def run_stepwise(session: ort.InferenceSession, token_BT: Tensor) -> Answer:
     """The first half of each text at once, then token by token."""
-    reader, outputs = CachedReader(session, len(token_BT)), _output_names(session)
+    reader, outputs = StatefulReader(session, len(token_BT)), _output_names(session)
     half, length = token_BT.shape[1] // 2, token_BT.shape[1]
     parts = [token_BT[:, :half], *(token_BT[:, place : place + 1] for place in range(half, length))]
     return _joined([reader.read(part.contiguous().numpy(), outputs) for part in parts], axis=1)

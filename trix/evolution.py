@@ -137,8 +137,9 @@ def redundant_pairs(ffn: TriXFFN, min_cosine: float = 0.95) -> list[tuple[int, i
 
 
 def tile_parameters(ffn: TriXFFN) -> list[nn.Parameter]:
-    """The parameters of which a tile owns a row, [E, ...]: explicit signatures, up and down weights."""
-    return [parameter for parameter in ffn.parameters() if parameter.dim() > 1 and parameter.shape[0] == ffn.num_tiles]
+    """The parameters of which a tile owns a row, [E, ...]: explicit signatures, and the weights of the tiles."""
+    raw = getattr(ffn.router, "raw_signatures", None)
+    return [*([] if raw is None else [raw]), *ffn.tiles.tile_parameters()]
 
 
 @torch.no_grad()
@@ -190,10 +191,11 @@ def _redrawn_within_cells(raw_D: Tensor) -> Tensor:
 
 
 def _draw(ffn: TriXFFN, router: SignatureRouter, tile_idx: int) -> None:
-    fresh = [(ffn.tiles.up.weight, ffn.tiles.up.draw), (ffn.tiles.down.weight, ffn.tiles.down.draw)]
-    for parameter, draw in [(router.raw_signatures, router.draw), *fresh]:
-        if parameter is not None:
-            parameter[tile_idx] = draw()[tile_idx].to(parameter)
+    if router.raw_signatures is not None:
+        router.raw_signatures[tile_idx] = router.draw()[tile_idx].to(router.raw_signatures)
+    is_drawn_E = torch.zeros_like(router.is_free_E)
+    is_drawn_E[tile_idx] = True
+    ffn.tiles.redraw(is_drawn_E)
 
 
 def _finish(ffn: TriXFFN, operation: str, tile_idx: int, tag: str, **details: int) -> None:
@@ -206,7 +208,7 @@ def _router(ffn: TriXFFN) -> SignatureRouter:
     router = ffn.router
     if not isinstance(router, SignatureRouter):
         raise ValueError(f"the router ({type(router).__name__}) must be a SignatureRouter: routing 'explicit' or 'emergent'")
-    if router.packed_signatures is not None or ffn.tiles.up.is_packed:
+    if router.packed_signatures is not None or any(weight.is_packed for weight in ffn.tiles.ternary_weights()):
         raise ValueError("the layer is packed: unpack it before changing its tiles")
     return router
 

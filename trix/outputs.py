@@ -1,4 +1,4 @@
-"""The vocabulary between layers: what a router decides, what a routed layer reports, what it adds to the loss.
+"""The vocabulary between layers: what is known of tokens, what a router decides, what a layer reports and adds to the loss.
 
 Shape suffixes in the whole package: B batch, T tokens, D model width, E tiles, K chosen tiles, H hidden width of a tile,
 C classes, N output rows, P packed bytes of a row.
@@ -7,6 +7,58 @@ C classes, N output rows, P packed bytes of a row.
 from typing import NamedTuple, TypedDict
 
 from torch import Tensor
+
+
+class TokenContext(NamedTuple):
+    """What is known of the tokens besides their stream x_BTD. Each may be None.
+
+    token_BT: int64, their ids. mask_BT: bool, False for padding. embedding_BTD: float, their embeddings; what a router reads
+    instead of its layer's own input. phase_BT: float, what the block's mixer says of each token. is_causal: no token may look
+    at later ones.
+    """
+
+    token_BT: Tensor | None = None
+    mask_BT: Tensor | None = None
+    embedding_BTD: Tensor | None = None
+    phase_BT: Tensor | None = None
+    is_causal: bool = True
+
+    def rows(self) -> "RowContext":
+        """The same for tokens in a row, as routers see them."""
+        return RowContext(*(None if value is None else value.reshape(-1) for value in (self.token_BT, self.phase_BT)))
+
+
+class RowContext(NamedTuple):
+    """What a router may read of T tokens besides their stream x_TD; each is None where it is not known.
+
+    token_T: int64, their ids. phase_T: float, what the block's mixer says of each token.
+    """
+
+    token_T: Tensor | None = None
+    phase_T: Tensor | None = None
+
+
+class StateSpec(NamedTuple):
+    """One tensor of what a mixer keeps of the tokens that it has read.
+
+    shape: sizes; "batch" stands for the number of texts, "past" for the number of tokens read. "batch" comes first.
+    """
+
+    name: str
+    shape: tuple[int | str, ...]
+
+
+State = tuple[Tensor, ...]  # one tensor for each StateSpec, in the same order
+
+
+class Directions(NamedTuple):
+    """What decides about a token x: the tile e of the highest <x, direction_e> + bias_e.
+
+    direction_ED: float [E, D]. bias_E: float [E], -inf for a tile that cannot be chosen.
+    """
+
+    direction_ED: Tensor
+    bias_E: Tensor
 
 
 class RoutingDecision(NamedTuple):
@@ -60,3 +112,11 @@ class AuxLosses(TypedDict):
     sparsity: Tensor
     diversity: Tensor
     total_aux: Tensor
+
+
+class LayerOutput(NamedTuple):
+    """What a sublayer makes of the stream: x_BTD float; routing and aux are None where it has no tiles."""
+
+    x_BTD: Tensor
+    routing: RoutingInfo | None = None
+    aux: AuxLosses | None = None

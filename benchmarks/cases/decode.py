@@ -29,12 +29,12 @@ import torch
 from onnx import helper, numpy_helper
 from rich.progress import track
 
-from ort_ops.caches import empty_caches
 from ort_ops.export import export_language_model
 from ort_ops.graph import Activations, set_activations
 from ort_ops.library import session_options
 from ort_ops.panels import from_panels
 from ort_ops.schema import DOMAIN
+from ort_ops.state import empty_state
 from trix.nn import FFNConfig, LanguageModel, LanguageModelConfig
 from trix.nn.ternary_weight import TernaryWeight
 
@@ -104,7 +104,7 @@ def make_step(way: str, folder: Path, config: LanguageModelConfig, past: int, nu
     options = session_options() if way.startswith("trix") else ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = num_threads, 4
     session = ort.InferenceSession(str(folder / FILES[way]), options, providers=["CPUExecutionProvider"])
-    caches = empty_caches(session, 1)
+    caches = empty_state(session, 1)
     outputs = [output.name for output in session.get_outputs() if output.name.startswith("present")]
     for place in range(past):  # the float graph takes one token at a time
         values = session.run(outputs, {"token": token[:, place : place + 1], **caches})
@@ -120,15 +120,12 @@ def torch_step(path: Path, config: LanguageModelConfig, token: torch.Tensor, num
         if isinstance(module, TernaryWeight):  # its ternary form, once and for all
             module.ternary = partial(torch.Tensor.detach, module.ternary().detach().contiguous())  # type: ignore[method-assign]
     with torch.no_grad():
-        before = model.empty_caches(1)
-        model(token[:, :-1], caches=before)
+        _, before = model(token[:, :-1], state=model.empty_state(1))
 
     def step() -> list[np.ndarray]:
-        caches = model.empty_caches(1)
-        for cache, kept in zip(caches, before, strict=True):
-            cache.key_BHPW, cache.value_BHPW = kept.key_BHPW, kept.value_BHPW
         with torch.no_grad():
-            return [model(token[:, -1:], caches=caches).numpy()]
+            (logits, _, _), _ = model(token[:, -1:], state=before)
+            return [logits.numpy()]
 
     return step
 

@@ -20,7 +20,7 @@ from lightning_modules.callbacks.figures import has_tensorboard, tensorboard_log
 from lightning_modules.routed_layers import routed_layers
 from trix.evolution import ALL_TILES
 from trix.nn import RoutedLayer
-from trix.routing import ClaimMatrix, SignatureRouter
+from trix.routing import ClaimMatrix
 
 MAX_TEXT = 80  # characters of a hyperparameter; longer ones (a vocabulary, many classes) are left out
 MAX_HISTORY = 200  # entries of the surgery history that are shown
@@ -236,8 +236,7 @@ def tile_rows(name: str, layer: RoutedLayer, count_EC: Tensor | None, class_name
     if count_EC is not None:
         claims.count_EC = count_EC
     purity_E, usage_E = claims.purity(), claims.count_EC.sum(dim=1) / claims.count_EC.sum().clamp_min(1)
-    router = layer.router
-    is_frozen = router.is_frozen_E.tolist() if isinstance(router, SignatureRouter) else [False] * layer.num_tiles
+    is_frozen = layer.frozen_tiles().tolist()
     tags = {entry["tile_idx"]: str(entry["tag"]) for entry in layer.get_surgery_history()}
     rows = []
     for tile, class_idx in enumerate(claims.dominant_class().tolist()):

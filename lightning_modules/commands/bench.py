@@ -21,10 +21,10 @@ from lightning_modules.commands.output_file import check_output_file, output_fol
 from lightning_modules.commands.output_text import print_rich
 from lightning_modules.errors import UserError
 from lightning_modules.machine import cpu_name, instruction_sets, num_usable_cores
-from ort_ops.caches import CachedReader
 from ort_ops.file_format import ModelFileError, describe_size
 from ort_ops.library import LibraryNotFoundError
 from ort_ops.runtime import ExportedModel
+from ort_ops.state import StatefulReader
 from ort_ops.whole_file import write_whole
 
 if TYPE_CHECKING:
@@ -209,8 +209,8 @@ def _seconds(model: ExportedModel, case: Case, repeats: int) -> float:
     return seconds / repeats
 
 
-def _reader(model: ExportedModel, case: Case) -> CachedReader:
-    reader = CachedReader(model.session)
+def _reader(model: ExportedModel, case: Case) -> StatefulReader:
+    reader = StatefulReader(model.session)
     reader.read(case.inputs[:, : case.num_before], ["logits"])
     return reader
 

@@ -104,7 +104,8 @@ def copies_of(task: "RoutedTask", checkpoint: dict[str, Any]) -> dict[str, "Rout
     Raises:
         ValueError: weights that do not fit the task.
     """
-    from lightning_modules.tasks.checkpoint import COPIES, load_weights
+    from lightning_modules.tasks.checkpoint import load_weights
+    from lightning_modules.tasks.upgrade import COPIES
 
     copies = {COPIES[0]: task}
     for key in COPIES[1:]:

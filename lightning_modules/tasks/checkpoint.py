@@ -14,6 +14,7 @@ from lightning_modules.tasks.checkpoint_file import load_plain, walk
 from lightning_modules.tasks.classifier import ClassifierTask
 from lightning_modules.tasks.language_model import LanguageModelTask
 from lightning_modules.tasks.routed_task import CHECKPOINT_KEY, CHECKPOINT_VERSION, CheckpointError, RoutedTask
+from lightning_modules.tasks.upgrade import COPIES, upgrade
 from trix.routing import SignatureRouter
 
 # What every checkpoint holds; and what those lack that were saved without the state of the training.
@@ -25,8 +26,6 @@ PARTS: dict[str, type] = {
     "global_step": int,
     "loops": dict,
 }
-# Where weights stand: those of the network; and where these are an average, those that are trained.
-COPIES = ("state_dict", "current_model_state")
 OPTIMIZER_PARTS: dict[str, type] = {"callbacks": dict, "optimizer_states": list, "lr_schedulers": list}
 
 TASKS: dict[str, type[LanguageModelTask] | type[ClassifierTask]] = {
@@ -98,6 +97,7 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
     if entry.get("task") not in list(TASKS):  # a list, for what is not hashable
         raise CheckpointError(f"{path}: task ({entry.get('task')!r}) must be one of {', '.join(TASKS)}")
     _check_parts(checkpoint, path)
+    upgrade(checkpoint, entry)
     return checkpoint
 
 

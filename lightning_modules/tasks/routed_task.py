@@ -17,6 +17,7 @@ from torchmetrics import MeanMetric
 
 from lightning_modules.errors import UserError
 from lightning_modules.routed_layers import layer_name
+from lightning_modules.tasks.upgrade import upgrade
 from trix.nn import ClassifierConfig, FFNConfig, LanguageModelConfig
 from trix.outputs import AuxLosses, RoutingInfo
 
@@ -26,7 +27,7 @@ Batch = tuple[Tensor, Tensor]
 ConfigT = TypeVar("ConfigT", LanguageModelConfig, ClassifierConfig)
 
 CHECKPOINT_KEY = "trix"
-CHECKPOINT_VERSION = 1
+CHECKPOINT_VERSION = 2  # 1: before blocks were two sublayers, with other names of weights
 _OVERFLOW = "cannot be converted to type"  # what torch says of a number that its floats do not reach
 
 
@@ -52,7 +53,8 @@ def as_config(kind: type[ConfigT], values: ConfigT | Mapping[str, Any]) -> Confi
     if isinstance(values, kind):
         return values
     stored = cast(Mapping[str, Any], values)
-    return kind(**{**stored, "ffn": FFNConfig(**stored.get("ffn", {}))})
+    ffn, places = stored.get("ffn", {}), stored.get("attention_at", ())
+    return kind(**{**stored, "ffn": FFNConfig(**ffn), "attention_at": tuple(places)})
 
 
 def check_eps(optimizer: Optimizer, precision: str | None) -> None:
@@ -220,6 +222,7 @@ class RoutedTask(L.LightningModule, ABC):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.check_checkpoint(checkpoint)
+        upgrade(checkpoint, checkpoint[CHECKPOINT_KEY])
         if self._trainer is not None and self.trainer.precision == "64-true":
             self.double()  # Lightning does so after it has loaded the weights, which would round them to float32
         if self._trainer is not None and self.trainer.training:

@@ -17,8 +17,8 @@ from lightning_modules.cli import main
 from lightning_modules.tasks import CheckpointError, load_checkpoint, read_checkpoint
 
 NO_CHECKPOINT = r"is not a checkpoint that can be loaded safely"
-EMBEDDING, ROUTER = "network.embedding.weight", "network.stack.blocks.1.ffn.router"
-HISTORY = "network.stack.blocks.0.ffn.surgery_log._extra_state"
+EMBEDDING, ROUTER = "network.embedding.weight", "network.stack.blocks.1.feed_forward.inner.router"
+HISTORY = "network.stack.blocks.0.feed_forward.inner.surgery_log._extra_state"
 
 
 @pytest.fixture

@@ -200,7 +200,7 @@ def test_every_callback_and_command_takes_it(precision: str, folder: Path, capfd
     old, new = (torch.load(path, weights_only=True)["state_dict"] for path in (last, "new.ckpt"))
     changed = {name for name, value in old.items() if isinstance(value, Tensor) and not torch.equal(value, new[name])}
     assert changed
-    assert all(".blocks.0.ffn." in name for name in changed)
+    assert all(".blocks.0.feed_forward.inner." in name for name in changed)
     assert floats_of(old) == floats_of(new) == {DTYPES[precision]}
     arguments = ["fit", "--resume", "new.ckpt", "--config", "small.yaml", f"--trainer.precision={precision}"]
     assert main([*arguments, "--trainer.max_steps=3", "--trainer.limit_val_batches=0"]) == 0

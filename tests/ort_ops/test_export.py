@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from ort_ops import file_format, schema
-from ort_ops.caches import empty_caches
 from ort_ops.export import ExportError, export_classifier, export_language_model
 from ort_ops.graph import Activations
 from ort_ops.library import session_options
 from ort_ops.runtime import ExportedModel
 from ort_ops.signature_layers import read_model
+from ort_ops.state import empty_state
 from ort_ops.surgery import Edit, operate_on_file
 from trix.evolution import merge_tiles, raise_k, split_tile
 from trix.nn import Classifier, ClassifierConfig, FFNConfig, LanguageModel, LanguageModelConfig, RotaryAttention
@@ -82,7 +82,7 @@ def test_layers_whose_tiles_were_merged_and_split_export_as_they_are(tmp_path: P
     assert report.parity.num_unexplained == 0
     session = ort.InferenceSession(tmp_path / "model.onnx", session_options())
     token = held_out.reshape(-1, exported_models.CONTEXT)
-    tile_idx = session.run(["tile_idx"], {"token": token.numpy(), **empty_caches(session, len(token))})[0]
+    tile_idx = session.run(["tile_idx"], {"token": token.numpy(), **empty_state(session, len(token))})[0]
     assert tile_idx.shape[-1] == 2
     assert not (tile_idx[:, :, 0] == 1).any()
 
@@ -91,7 +91,7 @@ def test_logits_and_tiles_match_torch_at_other_batch_sizes_and_lengths(exported:
     session = ort.InferenceSession(exported.path, session_options())
     for shape in [(1, 1), (3, 7), (5, exported_models.CONTEXT)]:
         token = torch.randint(0, len(exported_models.VOCABULARY), shape)
-        logits, tile_idx = session.run(["logits", "tile_idx"], {"token": token.numpy(), **empty_caches(session, len(token))})
+        logits, tile_idx = session.run(["logits", "tile_idx"], {"token": token.numpy(), **empty_state(session, len(token))})
         expected, infos, _ = exported.model(token, return_routing=True)
         np.testing.assert_allclose(logits, expected.detach().numpy(), rtol=1e-4, atol=1e-4)
         assert np.array_equal(tile_idx, torch.stack([info["tile_idx"] for info in infos], dim=2).numpy())
@@ -160,7 +160,7 @@ def test_a_sparse_lookup_layer_is_one_node(kind: str, tmp_path: Path) -> None:
     assert (ours.count("SignatureRoute"), ours.count("SparseLookup")) == (0, 2)
     token = exported.held_out.reshape(-1, exported_models.CONTEXT).numpy()
     sessions = [ort.InferenceSession(exported.path, options) for options in (session_options(), ort.SessionOptions())]
-    native, portable = (session.run(None, {"token": token, **empty_caches(session, len(token))}) for session in sessions)
+    native, portable = (session.run(None, {"token": token, **empty_state(session, len(token))}) for session in sessions)
     np.testing.assert_allclose(portable[0], native[0], rtol=0, atol=1e-5 * np.abs(native[0]).max())
     np.testing.assert_array_equal(portable[1], native[1])
 

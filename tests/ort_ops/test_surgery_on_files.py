@@ -182,6 +182,8 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
         model.stack.blocks[1].ffn.tiles.up.weight[0, 0, 0] = float("nan")
         model.stack.blocks[1].ffn.tiles.up.weight[0, 0, 1] = float("inf")
     tokens = torch.zeros(CONTEXT, dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"weight stack.blocks.1.ffn.tiles.up.weight must be finite: .* 1 are NaN, 1 infinite"):
+    with pytest.raises(
+        ValueError, match=r"weight stack.blocks.1.feed_forward.inner.tiles.up.weight must be finite: .* 1 are NaN, 1 infinite"
+    ):
         exported_models.export_language_model(model, VOCABULARY, tokens, tmp_path / "m.onnx")
     assert list(tmp_path.iterdir()) == []

@@ -8,17 +8,14 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from trix.functional.signatures import inverse_sqrt_active, pairwise_cosine, redundant_pairs, signature_diversity
+from trix.functional.signatures import pairwise_cosine, redundant_pairs, signature_diversity
 from trix.introspection import plots
 from trix.introspection.capture import Capture, capture_routing
 from trix.nn.ffn import TriXFFN
 from trix.nn.routed_layer import RoutedLayer, routed_layers
-from trix.nn.tiles import TernaryTiles
-from trix.outputs import RoutingDecision
+from trix.nn.ternary_weight import TernaryWeight
+from trix.outputs import Directions, RoutingDecision
 from trix.routing.balance import tile_load
-from trix.routing.base_router import Router
-from trix.routing.hash_router import HashRouter
-from trix.routing.router import LearnedRouter, SignatureRouter
 
 
 @dataclass(frozen=True)
@@ -78,13 +75,12 @@ class TriXIntrospector:
         return pairwise_cosine(self.tile_signatures(layer).float())
 
     def weight_density_map(self, layer: int = 0) -> Tensor:
-        """density[e, d] = share of tile e's up rows whose weight for input d is not 0: float [E, D]."""
-        return self._tiles(layer).up.codes_and_scale()[0].ne(0).float().mean(dim=1)
+        """density[e, d] = share of tile e's first rows whose weight for input d is not 0: float [E, D]."""
+        return self._ternary_weights(layer)[0].codes_and_scale()[0].ne(0).float().mean(dim=1)
 
     def sparse_ratio(self, layer: int = 0) -> float:
         """Share of zeros among all ternary weights of the layer's tiles, in [0, 1]."""
-        tiles = self._tiles(layer)
-        codes = [weight.codes_and_scale()[0].flatten() for weight in (tiles.up, tiles.down)]
+        codes = [weight.codes_and_scale()[0].flatten() for weight in self._ternary_weights(layer)]
         return float(torch.cat(codes).eq(0).float().mean())
 
     def consensus_features(self, layer: int = 0) -> Tensor:
@@ -97,10 +93,7 @@ class TriXIntrospector:
 
     def free_slots(self, layer: int = 0) -> Tensor:
         """Which slots no token can go to, as a merger of two tiles left them: bool [E]; none where signatures do not route."""
-        router = self._layer(layer).router
-        if isinstance(router, SignatureRouter):
-            return router.is_free_E.clone()
-        return torch.zeros_like(self.tile_signatures(layer)[:, 0], dtype=torch.bool)
+        return self._layer(layer).free_slots()
 
     def routing_distribution(self, inputs: Any, layer: int = 0) -> Tensor:
         """Share of the assignments that each tile gets: float [E], sums to 1; those of weight 0 are not counted."""
@@ -113,7 +106,8 @@ class TriXIntrospector:
 
     @torch.no_grad()
     def routing_stability(self, inputs: Any, noise_level: float = 0.1, layer: int = 0, seed: int = 0) -> float:
-        """Share of tokens that keep their best tile when the router's input gets Gaussian noise, in [0, 1]; 1 under a hash.
+        """Share of tokens that keep their best tile when the router's input gets Gaussian noise, in [0, 1]; 1 where no
+        directions decide, as under a hash.
 
         Padding is left out; NaN where there is nothing else.
 
@@ -126,12 +120,13 @@ class TriXIntrospector:
         if noise_level < 0:
             raise ValueError(f"noise_level ({noise_level}) must be >= 0")
         x_TD, decision = self._captured(inputs, layer)
-        if isinstance(self._layer(layer).router, HashRouter):
+        directions = self._directions(layer)
+        if directions is None:
             return 1.0
         is_counted_T = decision.weight[:, 0] != 0
         x_TD, tile_idx_T = x_TD[is_counted_T], decision.tile_idx[is_counted_T, 0]
         noise = torch.randn(x_TD.shape, generator=torch.Generator().manual_seed(seed)).to(x_TD)
-        noisy_TE = (x_TD + noise_level * x_TD.std() * noise) @ self._directions(layer).T + self._bias(layer)
+        noisy_TE = (x_TD + noise_level * x_TD.std() * noise) @ directions.direction_ED.T + directions.bias_E
         return float((noisy_TE.argmax(dim=-1) == tile_idx_T).float().mean())
 
     def decision(self, inputs: Any, layer: int = 0) -> RoutingDecision:
@@ -153,12 +148,16 @@ class TriXIntrospector:
         contribution[d] = x[d] * (s_win[d] / sqrt(nnz_win) - s_runner_up[d] / sqrt(nnz_runner_up))
 
         Raises:
-            ValueError: num_dims < 1, or a layer that is routed by a hash.
+            ValueError: num_dims < 1, or a layer in which no directions decide, as under a hash.
         """
         if num_dims < 1:
             raise ValueError(f"num_dims ({num_dims}) must be >= 1")
         x_TD, decision = self._captured(inputs, layer)
-        direction_ED, bias_E = self._directions(layer), self._bias(layer)
+        directions = self._directions(layer)
+        if directions is None:
+            kind = type(self._layer(layer).router).__name__
+            raise ValueError(f"layer ({layer}) is routed by a {kind}, which has no directions to explain a choice by")
+        direction_ED, bias_E = directions
         num_tiles = direction_ED.shape[0]
         order = torch.sort(decision.score + bias_E, dim=-1, descending=True, stable=True)
         is_chosen_TK = decision.weight != 0
@@ -201,29 +200,16 @@ class TriXIntrospector:
             raise ValueError(f"layer ({layer}) must be >= 0 and < number of routed layers ({len(self.layers)})")
         return self.layers[layer]
 
-    def _tiles(self, layer: int) -> TernaryTiles:
+    def _ternary_weights(self, layer: int) -> list[TernaryWeight]:
         routed = self._layer(layer)
-        if not isinstance(routed, TriXFFN):
+        weights = routed.tiles.ternary_weights() if isinstance(routed, TriXFFN) else []
+        if not weights:
             raise ValueError(f"layer ({layer}) is a {type(routed).__name__}, whose tiles have no ternary weight matrices")
-        return routed.tiles
+        return weights
 
-    def _directions(self, layer: int) -> Tensor:
-        """What a score is the inner product with, float [E, D]: s_e / sqrt(nnz(s_e)), or the learned gate's rows."""
-        router = self._layer(layer).router
-        if isinstance(router, HashRouter):
-            raise ValueError(f"layer ({layer}) is routed by a hash of the token's id, which has no directions")
-        if isinstance(router, LearnedRouter):
-            return router.gate_ED.detach()
-        signatures = self.tile_signatures(layer)
-        return signatures * inverse_sqrt_active(signatures).unsqueeze(-1)
-
-    def _bias(self, layer: int) -> Tensor:
-        """What is added to the scores before the choice, [E]: -inf for a free slot."""
-        router = self._layer(layer).router
-        assert isinstance(router, Router)
-        if isinstance(router, SignatureRouter):
-            return router.balance_bias.masked_fill(router.is_free_E, -torch.inf)
-        return router.balance_bias
+    def _directions(self, layer: int) -> Directions | None:
+        routed = self._layer(layer)
+        return routed.router.explain(routed._emergent_signatures())
 
     def _captured(self, inputs: Any, layer: int) -> tuple[Tensor, RoutingDecision]:
         self._layer(layer)

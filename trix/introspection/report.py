@@ -17,8 +17,6 @@ from trix.introspection.tile_card import HOW_TO_READ, LayerReading, count_claims
 from trix.nn.ffn import TriXFFN
 from trix.nn.routed_layer import RoutedLayer
 from trix.outputs import RoutingDecision
-from trix.routing.hash_router import HashRouter
-from trix.routing.router import LearnedRouter, SignatureRouter
 
 StepT = TypeVar("StepT")
 
@@ -33,7 +31,6 @@ INTRODUCTION = (
     "tiles whose signatures agree with it most. So the routing can be read: this page shows what each tile responds to and "
     "what lands on it."
 )
-UNHEEDED = "the signatures shown are read from the tiles' weights and decide nothing."
 SUMMARY_COLUMNS = (
     ("layer", "routed layers, counted from 0 in the order of computation"),
     ("tiles", "how many the layer has, free slots among them"),
@@ -101,13 +98,14 @@ def _summary(introspector: TriXIntrospector, capture: Capture) -> str:
     for index, layer in enumerate(introspector.layers):
         usage_E = introspector.routing_distribution(capture, index)
         evenness = introspector.routing_entropy(capture, index) / math.log(max(layer.num_tiles, 2))
-        zeros = f"{introspector.sparse_ratio(index):.0%}" if isinstance(layer, TriXFFN) else "-"
+        has_matrices = isinstance(layer, TriXFFN) and layer.tiles.ternary_weights()
+        zeros = f"{introspector.sparse_ratio(index):.0%}" if has_matrices else "-"
         rows.append(
             (
                 f"{index}",
                 f"{layer.num_tiles}",
                 f"{int(((usage_E == 0) & ~introspector.free_slots(index)).sum())}",
-                f"{_num_frozen(layer)}",
+                f"{int(layer.frozen_tiles().sum())}",
                 f"{introspector.signature_diversity(index):.2f}",
                 f"{evenness:.2f}",
                 f"{float(usage_E.max() * layer.num_tiles):.1f}",
@@ -193,18 +191,6 @@ def _layer_figures(reading: LayerReading, sample: Sample) -> str:
 
 def _routing_line(layer: RoutedLayer, decision: RoutingDecision) -> str:
     router = layer.router
-    if isinstance(router, LearnedRouter):
-        rule = "A learned float gate chooses the tiles; " + UNHEEDED
-    elif isinstance(router, HashRouter):
-        rule = "A hash of the token's id chooses the tile; " + UNHEEDED
-    elif router.source == "explicit":
-        rule = "Signatures choose the tiles; they are learned beside the tiles' weights (explicit routing)."
-    else:
-        rule = "Signatures choose the tiles; they are read from the tiles' own weights (emergent routing)."
     top_k = decision.tile_idx.shape[1]
     per_token = "1 tile" if top_k == 1 else f"up to {top_k} tiles" if router.is_adaptive else f"{top_k} tiles"
-    return f"{layer.num_tiles} tiles, {layer.d_model} dimensions, {per_token} per token. {rule}"
-
-
-def _num_frozen(layer: RoutedLayer) -> int:
-    return int(layer.router.is_frozen_E.sum()) if isinstance(layer.router, SignatureRouter) else 0
+    return f"{layer.num_tiles} tiles, {layer.d_model} dimensions, {per_token} per token. {router.describe()}"

@@ -10,7 +10,6 @@ from trix.introspection.sample import Sample
 from trix.nn.routed_layer import RoutedLayer
 from trix.outputs import RoutingDecision
 from trix.routing.claims import ClaimMatrix
-from trix.routing.router import SignatureRouter
 
 NEAREST_TILES = 3
 CLASSES_PER_TILE = 6
@@ -65,8 +64,7 @@ def is_counted(decision: RoutingDecision) -> Tensor:
 def tile_card(reading: LayerReading, tile: int, sample: Sample) -> str:
     """The card, as HTML."""
     layer, usage = reading.layer, float(reading.usage_E[tile])
-    router = layer.router
-    states = (("frozen", router.is_frozen_E), ("free", router.is_free_E)) if isinstance(router, SignatureRouter) else ()
+    states = (("frozen", layer.frozen_tiles()), ("free", layer.free_slots()))
     badges = "".join(f' <span class="badge">{name}</span>' for name, is_so_E in states if is_so_E[tile])
     bar = f'<div class="bar"><div style="width:{min(usage, 1):.1%}"></div></div>'
     signature_D = reading.signature_ED[tile]

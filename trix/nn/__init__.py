@@ -1,20 +1,23 @@
 """Layers and small models made of ternary tiles."""
 
-from trix.nn.attention import KeyValueCache, RotaryAttention
-from trix.nn.block import TriXBlock, TriXStack
+from trix.nn.attention import RotaryAttention
+from trix.nn.block import StackConfig, TriXBlock, TriXStack
 from trix.nn.classifier import PADDING_TOKEN, Classifier, ClassifierConfig
 from trix.nn.controls import GatedFFN, HashFFN
-from trix.nn.ffn import DenseFFN, FFNConfig, TriXFFN
+from trix.nn.dense import DenseFFN
+from trix.nn.feed_forward import FFNConfig
+from trix.nn.ffn import TriXFFN
 from trix.nn.hierarchical import HierarchicalTriXFFN
 from trix.nn.language_model import LanguageModel, LanguageModelConfig
 from trix.nn.linear import TriXLinear
 from trix.nn.magnitudes import GridSplines, HingeSplines
+from trix.nn.mixer import Mixer
 from trix.nn.packing import pack_model, unpack_model
 from trix.nn.routed_layer import RoutedLayer, routed_layers
 from trix.nn.sparse_lookup import SparseLookupBlock, SparseLookupFFN
 from trix.nn.sparse_lookup_v2 import SparseLookupBlockV2, SparseLookupFFNv2
 from trix.nn.ternary_weight import TernaryWeight
-from trix.nn.tiles import TernaryTiles
+from trix.nn.tiles import TernaryTiles, Tiles
 
 __all__ = [
     "PADDING_TOKEN",
@@ -27,17 +30,19 @@ __all__ = [
     "HashFFN",
     "HierarchicalTriXFFN",
     "HingeSplines",
-    "KeyValueCache",
     "LanguageModel",
     "LanguageModelConfig",
+    "Mixer",
     "RotaryAttention",
     "RoutedLayer",
     "SparseLookupBlock",
     "SparseLookupBlockV2",
     "SparseLookupFFN",
     "SparseLookupFFNv2",
+    "StackConfig",
     "TernaryTiles",
     "TernaryWeight",
+    "Tiles",
     "TriXBlock",
     "TriXFFN",
     "TriXLinear",

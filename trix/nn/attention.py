@@ -5,33 +5,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trix.nn.linear import TriXLinear
+from trix.nn.mixer import Mixer
+from trix.outputs import State, StateSpec, TokenContext
 
 ROTARY_BASE = 10000.0
 
 
-class KeyValueCache:
-    """What one attention layer keeps of the P tokens it has read; a forward pass that is given it reads it and adds its own.
-
-    Attributes:
-        key_BHPW, value_BHPW: float, H heads of width W; keys are rotated to their positions, 0 to P - 1.
-    """
-
-    def __init__(self, key_BHPW: Tensor, value_BHPW: Tensor) -> None:
-        self.key_BHPW, self.value_BHPW = key_BHPW, value_BHPW
-
-    @property
-    def num_tokens(self) -> int:
-        """P."""
-        return self.key_BHPW.shape[2]
-
-    def extend(self, key_BHTW: Tensor, value_BHTW: Tensor) -> tuple[Tensor, Tensor]:
-        """Add T tokens; returns all keys and all values, [B, H, P + T, W], in the dtype of those added."""
-        self.key_BHPW = torch.cat([self.key_BHPW.to(key_BHTW.dtype), key_BHTW], dim=2)
-        self.value_BHPW = torch.cat([self.value_BHPW.to(value_BHTW.dtype), value_BHTW], dim=2)
-        return self.key_BHPW, self.value_BHPW
-
-
-class RotaryAttention(nn.Module):
+class RotaryAttention(Mixer):
     """Multi-head scaled dot-product attention; positions enter by rotating queries and keys.
 
     Source: Su et al., 2021, RoFormer (arXiv:2104.09864), with the halves of a head, not neighbouring pairs, rotated together.
@@ -41,11 +21,12 @@ class RotaryAttention(nn.Module):
             :class:`~trix.nn.linear.TriXLinear` instead of float.
 
     Shape:
-        x_BTD: float, T <= context_length -> [B, T, D]. mask_BT: bool, False for padding, which no token looks at. cache: of the
-        P tokens before x, P + T <= context_length, which are looked at too; then x's are added to it.
+        x_BTD: float, T <= context_length -> [B, T, D]. context: no token looks at padding, nor, where it is causal, at later
+        tokens. state: keys, rotated to their positions, and values of the P tokens before x, both [B, H, P, W] with H heads
+        of width W, P + T <= context_length; x's tokens look at these too. Returns them with x's own added. No phase.
 
     Raises:
-        ValueError: d_model does not divide into heads of even width, P + T > context_length, or a cache that comes with a
+        ValueError: d_model does not divide into heads of even width, P + T > context_length, or a state that comes with a
             mask, without is_causal, or for another batch.
     """
 
@@ -66,18 +47,17 @@ class RotaryAttention(nn.Module):
         self.register_buffer("cos", torch.cat([cos, cos], dim=-1), persistent=False)
         self.register_buffer("sin", torch.cat([-sin, sin], dim=-1), persistent=False)
 
-    def empty_cache(self, batch_size: int) -> KeyValueCache:
-        """Of no token, on the device of the weights."""
-        empty_BHPW = self.cos.new_empty(batch_size, self.n_heads, 0, self.cos.shape[1])
-        return KeyValueCache(empty_BHPW, empty_BHPW)
+    def state_specs(self) -> tuple[StateSpec, ...]:
+        shape = ("batch", self.n_heads, "past", self.cos.shape[1])
+        return StateSpec("key", shape), StateSpec("value", shape)
 
     def forward(
-        self, x_BTD: Tensor, is_causal: bool = True, mask_BT: Tensor | None = None, cache: KeyValueCache | None = None
-    ) -> Tensor:
+        self, x_BTD: Tensor, context: TokenContext = TokenContext(), state: State | None = None
+    ) -> tuple[Tensor, State, None]:
         B, T, D = x_BTD.shape
-        P = 0 if cache is None else self._checked_length(cache, x_BTD, is_causal and mask_BT is None)
+        P = 0 if state is None else _checked_length(state, x_BTD, context)
         if P + T > self.context_length:
-            after = f" after {P} in the cache" if P else ""
+            after = f" after {P} before" if P else ""
             raise ValueError(f"sequence length ({T}{after}) must be <= context_length ({self.context_length})")
         # Queries and keys are rotated as one, and nothing is sliced: each operator counts where one token is generated.
         H = self.n_heads
@@ -85,25 +65,29 @@ class RotaryAttention(nn.Module):
         q_and_k, v = torch.split(heads, [2 * H, H], dim=1)
         q, k = torch.split(self._rotate(q_and_k, P), H, dim=1)
         dropout = self.dropout if self.training else 0.0
-        if cache is not None:
-            y = _attend(q, *cache.extend(k, v), dropout)
+        if state is not None:
+            k, v = (torch.cat([past.to(new.dtype), new], dim=2) for past, new in zip(state, (k, v), strict=True))
+            y, state = _attend(q, k, v, dropout), (k, v)
         else:
-            mask_B1TT = None if mask_BT is None else _attention_mask(mask_BT, is_causal)
-            y = F.scaled_dot_product_attention(q, k, v, mask_B1TT, dropout, is_causal and mask_B1TT is None)
-        return self.out(y.transpose(1, 2).reshape(B, T, D))
-
-    def _checked_length(self, cache: KeyValueCache, x_BTD: Tensor, is_plainly_causal: bool) -> int:
-        if not is_plainly_causal:
-            raise ValueError("with a cache, is_causal must be True and mask_BT None")
-        if cache.key_BHPW.shape[0] != x_BTD.shape[0]:
-            raise ValueError(f"batch of the cache ({cache.key_BHPW.shape[0]}) must be that of x ({x_BTD.shape[0]})")
-        return cache.num_tokens
+            mask_B1TT = None if context.mask_BT is None else _attention_mask(context.mask_BT, context.is_causal)
+            y = F.scaled_dot_product_attention(q, k, v, mask_B1TT, dropout, context.is_causal and mask_B1TT is None)
+            state = ()
+        return self.out(y.transpose(1, 2).reshape(B, T, D)), state, None
 
     def _rotate(self, x_BHTW: Tensor, start: int) -> Tensor:
         stop = start + x_BHTW.shape[-2]
         cos, sin = self.cos[start:stop].to(x_BHTW.dtype), self.sin[start:stop].to(x_BHTW.dtype)
         first, second = x_BHTW.chunk(2, dim=-1)
         return x_BHTW * cos + torch.cat([second, first], dim=-1) * sin
+
+
+def _checked_length(state: State, x_BTD: Tensor, context: TokenContext) -> int:
+    """P, the number of tokens before."""
+    if not context.is_causal or context.mask_BT is not None:
+        raise ValueError("with a state, is_causal must be True and mask_BT None")
+    if state[0].shape[0] != x_BTD.shape[0]:
+        raise ValueError(f"batch of the state ({state[0].shape[0]}) must be that of x ({x_BTD.shape[0]})")
+    return state[0].shape[2]
 
 
 def _attend(q_BHTW: Tensor, k_BHSW: Tensor, v_BHSW: Tensor, dropout: float) -> Tensor:

@@ -1,28 +1,43 @@
-"""TriXBlock and TriXStack: transformer blocks whose feed-forward layer is made of ternary tiles."""
+"""TriXBlock and TriXStack: blocks of two sublayers, a mixer and a feed-forward layer, on a residual stream."""
 
-from collections.abc import Sequence
-from typing import Literal, overload
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar, overload
 
 from torch import Tensor, nn
 
-from trix.nn.attention import KeyValueCache, RotaryAttention
-from trix.nn.ffn import FFNConfig, TriXFFN
+from trix.nn.feed_forward import FFNConfig
+from trix.nn.mixer import Mixer
+from trix.nn.mixers import MIXERS
+from trix.nn.residual import FeedForwardResidual, MixerResidual
+from trix.nn.routed_layer import RoutedLayer
 from trix.nn.sparse_lookup import SparseLookupFFN
-from trix.outputs import AuxLosses, RoutingInfo
+from trix.outputs import AuxLosses, LayerOutput, RoutingInfo, State, TokenContext
+
+ValueT = TypeVar("ValueT")
+OF_TOKENS = frozenset({"token"})  # what routers may read, besides what a mixer gives
 
 
 class TriXBlock(nn.Module):
-    """x + attention(norm(x)), then x + ffn(norm(x)), norm = RMSNorm; a sparse lookup has norm and residual of its own.
+    """x + mixer(norm(x)), then x + ffn(norm(x)), norm = RMSNorm; a sparse lookup has norm and residual of its own.
+
+    Args:
+        d_model: width. n_heads: attention heads. context_length: the longest sequence. dropout: after each sublayer.
+        ffn: the feed-forward layer; or its settings one by one, as ``num_tiles=8``.
+        ternary_attention: the mixer's projections are ternary.
+        mixer: ``attention``, or the import path of a :class:`~trix.nn.mixer.Mixer`. mixer_args: what it is made with besides.
 
     Shape:
-        x_BTD: float [B, T, D] -> [B, T, D]; with ``return_routing`` also the layer's RoutingInfo and AuxLosses, which are None
-        where ``ffn.kind`` is a control without tiles. token_BT: int64, the ids of the tokens, for routing by ``hash``. mask_BT:
-        bool, False for padding: no token looks at it, the tiles do not count it, nor, but in a sparse lookup, compute it.
-        embedding_BTD: the embeddings of the tokens, for routing on them; by default x_BTD, as in the first block. cache: of the
-        tokens before, as RotaryAttention.
+        x_BTD: float [B, T, D] -> [B, T, D]. With ``return_routing`` a LayerOutput (x, RoutingInfo, AuxLosses), the latter two
+        None where ``ffn.kind`` is a control without tiles. With a state, that of the mixer for the tokens before:
+        (LayerOutput, state). context: what else is known of the tokens: ids, for routing by ``hash``; a mask, where no token
+        looks at padding, the tiles do not count it, nor, but in a sparse lookup, compute it; the embeddings, for routing on
+        them, by default x_BTD, as in the first block.
 
     Raises:
-        ValueError: as RotaryAttention and TriXFFN.
+        ValueError: ffn and settings of it at once, a router that reads what the mixer does not give, is_causal False with a
+            mixer that is causal only, and as the mixer and the feed-forward layer.
     """
 
     def __init__(
@@ -33,89 +48,99 @@ class TriXBlock(nn.Module):
         context_length: int = 1024,
         ternary_attention: bool = False,
         dropout: float = 0.0,
+        *,
+        mixer: str = "attention",
+        mixer_args: Mapping[str, Any] | None = None,
+        **ffn_settings: Any,
     ) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(d_model)
-        self.attention = RotaryAttention(d_model, n_heads, context_length, ternary_attention, dropout)
-        ffn = ffn or FFNConfig()
-        self.ffn = ffn.build(d_model, dropout)
-        reads_embedding = isinstance(self.ffn, TriXFFN | SparseLookupFFN) and ffn.route_on == "embedding"
-        self.routing_norm = nn.RMSNorm(d_model, elementwise_affine=False) if reads_embedding else None
-        has_own_norm = self.ffn is None or isinstance(self.ffn, SparseLookupFFN)
-        self.ffn_norm = None if has_own_norm else nn.RMSNorm(d_model)
-        self.dropout = nn.Dropout(dropout)
+        if ffn is not None and ffn_settings:
+            raise ValueError(f"settings of ffn ({', '.join(ffn_settings)}) must stand in ffn, which is given")
+        ffn = FFNConfig(**ffn_settings) if ffn is None else ffn
+        made = MIXERS.make(
+            mixer,
+            d_model,
+            arguments=mixer_args or {},
+            n_heads=n_heads,
+            context_length=context_length,
+            ternary=ternary_attention,
+            dropout=dropout,
+        )
+        self.mixer = MixerResidual(nn.RMSNorm(d_model), made, dropout)
+        layer = ffn.build(d_model, dropout)
+        self.feed_forward: FeedForwardResidual | SparseLookupFFN | None
+        if layer is None or isinstance(layer, SparseLookupFFN):
+            self.feed_forward = layer
+        else:
+            self.feed_forward = FeedForwardResidual(nn.RMSNorm(d_model), layer, dropout)
+            # Optimizers know parameters by their place: as in checkpoints of version 1, the norm comes after its layer.
+            self.feed_forward.register_module("norm", self.feed_forward._modules.pop("norm"))
+        self.routing_norm: nn.RMSNorm | None = None
+        if isinstance(layer, RoutedLayer):
+            _check_reads(layer, made)
+            if ffn.route_on == "embedding":
+                self.routing_norm = nn.RMSNorm(d_model, elementwise_affine=False)
+
+    @property
+    def ffn(self) -> nn.Module | None:
+        """The feed-forward layer itself, without norm and residual."""
+        return self.feed_forward.inner if isinstance(self.feed_forward, FeedForwardResidual) else self.feed_forward
 
     @overload
     def forward(
-        self,
-        x_BTD: Tensor,
-        is_causal: bool = ...,
-        return_routing: Literal[False] = ...,
-        token_BT: Tensor | None = ...,
-        mask_BT: Tensor | None = ...,
-        embedding_BTD: Tensor | None = ...,
-        cache: KeyValueCache | None = ...,
+        self, x_BTD: Tensor, is_causal: bool = ..., return_routing: Literal[False] = ..., context: TokenContext = ...
     ) -> Tensor: ...
     @overload
     def forward(
-        self,
-        x_BTD: Tensor,
-        is_causal: bool = ...,
-        *,
-        return_routing: Literal[True],
-        token_BT: Tensor | None = ...,
-        mask_BT: Tensor | None = ...,
-        embedding_BTD: Tensor | None = ...,
-        cache: KeyValueCache | None = ...,
-    ) -> tuple[Tensor, RoutingInfo | None, AuxLosses | None]: ...
+        self, x_BTD: Tensor, is_causal: bool = ..., *, return_routing: Literal[True], context: TokenContext = ...
+    ) -> LayerOutput: ...
+    @overload
+    def forward(
+        self, x_BTD: Tensor, is_causal: bool = ..., return_routing: bool = ..., context: TokenContext = ..., *, state: State
+    ) -> tuple[LayerOutput, State]: ...
     def forward(
         self,
         x_BTD: Tensor,
         is_causal: bool = True,
         return_routing: bool = False,
-        token_BT: Tensor | None = None,
-        mask_BT: Tensor | None = None,
-        embedding_BTD: Tensor | None = None,
-        cache: KeyValueCache | None = None,
-    ) -> Tensor | tuple[Tensor, RoutingInfo | None, AuxLosses | None]:
-        if embedding_BTD is None:
-            embedding_BTD = x_BTD
-        x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), is_causal, mask_BT, cache))
-        info: RoutingInfo | None = None
-        aux: AuxLosses | None = None
-        routing_x = None if self.routing_norm is None else self.routing_norm(embedding_BTD)
-        if isinstance(self.ffn, SparseLookupFFN):
-            x_BTD, lookup, aux = self.ffn(x_BTD, mask=mask_BT, routing_x=routing_x)
-            choice_shape = (*x_BTD.shape[:-1], self.ffn.router.top_k)
-            info = {
-                "tile_idx": lookup["tile_idx"].reshape(choice_shape),
-                "weight": lookup["weight"].reshape(choice_shape),
-                "scores": lookup["scores"],
-            }
-        elif self.ffn is not None and self.ffn_norm is not None:
-            if isinstance(self.ffn, TriXFFN):
-                y_BTD, info, aux = self.ffn(
-                    self.ffn_norm(x_BTD),
-                    return_routing=True,
-                    token_idx=token_BT,
-                    mask=mask_BT,
-                    routing_x=routing_x,
-                )
-            else:
-                y_BTD = self.ffn(self.ffn_norm(x_BTD))
-            x_BTD = x_BTD + self.dropout(y_BTD)
-        return (x_BTD, info, aux) if return_routing else x_BTD
+        context: TokenContext = TokenContext(),
+        state: State | None = None,
+    ) -> Tensor | LayerOutput | tuple[LayerOutput, State]:
+        if self.mixer.inner.is_causal_only and not is_causal:
+            raise ValueError(f"is_causal ({is_causal}) must be True with mixer {type(self.mixer.inner).__name__}")
+        embedding_BTD = x_BTD if context.embedding_BTD is None else context.embedding_BTD
+        routing_BTD = None if self.routing_norm is None else self.routing_norm(embedding_BTD)
+        context = context._replace(is_causal=is_causal, embedding_BTD=routing_BTD)
+        x_BTD, new_state, phase_BT = self.mixer(x_BTD, context, state)
+        output = LayerOutput(x_BTD)
+        if self.feed_forward is not None:
+            output = self.feed_forward.layer_output(x_BTD, context._replace(phase_BT=phase_BT))
+        if state is not None:
+            return output, new_state
+        return output if return_routing else output.x_BTD
+
+
+def _check_reads(layer: RoutedLayer, mixer: Mixer) -> None:
+    missing = sorted(layer.router.reads - OF_TOKENS - mixer.gives)
+    if missing:
+        kind, giver = type(layer.router).__name__, type(mixer).__name__
+        raise ValueError(f"what router {kind} reads ({', '.join(missing)}) must be given by the mixer, which {giver} does not")
 
 
 class TriXStack(nn.Module):
     """num_layers TriXBlocks, one after the other.
 
+    Args:
+        n_layers: another name for num_layers. attention_at: the places of blocks, counted from 0, that mix by attention
+            whatever ``mixer`` says. block: all others of :class:`TriXBlock`.
+
     Shape:
-        x_BTD: float -> [B, T, D]; with ``return_routing`` also the RoutingInfo of each routed layer, in order, and the summed
-        AuxLosses (None without routed layers). token_BT, mask_BT: as TriXBlock. caches: one per block, of the tokens before.
+        x_BTD: float -> [B, T, D]. With ``return_routing`` also the RoutingInfo of each routed layer, in order, and the summed
+        AuxLosses (None without routed layers). With a state, one for each block, of the tokens before: (the same three, the
+        new states). context: as TriXBlock, of the embeddings x_BTD.
 
     Raises:
-        ValueError: num_layers < 1, another number of caches than of blocks, and as TriXBlock.
+        ValueError: num_layers < 1, attention_at names no block, another number of states than of blocks, and as TriXBlock.
     """
 
     def __init__(
@@ -124,59 +149,78 @@ class TriXStack(nn.Module):
         d_model: int = 512,
         n_heads: int = 8,
         ffn: FFNConfig | None = None,
-        context_length: int = 1024,
-        ternary_attention: bool = False,
-        dropout: float = 0.0,
+        *,
+        n_layers: int | None = None,
+        attention_at: Sequence[int] = (),
+        mixer: str = "attention",
+        mixer_args: Mapping[str, Any] | None = None,
+        **block: Any,
     ) -> None:
         super().__init__()
+        num_layers = num_layers if n_layers is None else n_layers
         if num_layers < 1:
             raise ValueError(f"num_layers ({num_layers}) must be >= 1")
+        if not set(attention_at) <= set(range(num_layers)):
+            raise ValueError(f"attention_at ({list(attention_at)}) must be >= 0 and < num_layers ({num_layers})")
+        of_mixer: dict[str, Any] = {"mixer": mixer, "mixer_args": mixer_args}
         self.blocks = nn.ModuleList(
-            TriXBlock(d_model, n_heads, ffn, context_length, ternary_attention, dropout) for _ in range(num_layers)
+            TriXBlock(d_model, n_heads, ffn, **({} if index in attention_at else of_mixer), **block)
+            for index in range(num_layers)
         )
+
+    @property
+    def mixers(self) -> list[Mixer]:
+        return [block.mixer.inner for block in self.blocks if isinstance(block, TriXBlock)]
+
+    def empty_state(self, batch_size: int) -> tuple[State, ...]:
+        """Of no token, for each block."""
+        return tuple(mixer.empty_state(batch_size) for mixer in self.mixers)
 
     @overload
     def forward(
-        self,
-        x_BTD: Tensor,
-        is_causal: bool = ...,
-        return_routing: Literal[False] = ...,
-        token_BT: Tensor | None = ...,
-        mask_BT: Tensor | None = ...,
-        caches: Sequence[KeyValueCache] | None = ...,
+        self, x_BTD: Tensor, is_causal: bool = ..., return_routing: Literal[False] = ..., context: TokenContext = ...
     ) -> Tensor: ...
+    @overload
+    def forward(
+        self, x_BTD: Tensor, is_causal: bool = ..., *, return_routing: Literal[True], context: TokenContext = ...
+    ) -> tuple[Tensor, list[RoutingInfo], AuxLosses | None]: ...
     @overload
     def forward(
         self,
         x_BTD: Tensor,
         is_causal: bool = ...,
+        return_routing: bool = ...,
+        context: TokenContext = ...,
         *,
-        return_routing: Literal[True],
-        token_BT: Tensor | None = ...,
-        mask_BT: Tensor | None = ...,
-        caches: Sequence[KeyValueCache] | None = ...,
-    ) -> tuple[Tensor, list[RoutingInfo], AuxLosses | None]: ...
+        state: Sequence[State],
+    ) -> tuple[tuple[Tensor, list[RoutingInfo], AuxLosses | None], tuple[State, ...]]: ...
     def forward(
         self,
         x_BTD: Tensor,
         is_causal: bool = True,
         return_routing: bool = False,
-        token_BT: Tensor | None = None,
-        mask_BT: Tensor | None = None,
-        caches: Sequence[KeyValueCache] | None = None,
-    ) -> Tensor | tuple[Tensor, list[RoutingInfo], AuxLosses | None]:
+        context: TokenContext = TokenContext(),
+        state: Sequence[State] | None = None,
+    ) -> Any:
         infos: list[RoutingInfo] = []
         total: AuxLosses | None = None
-        embedding_BTD = x_BTD
-        cache_of = [None] * len(self.blocks) if caches is None else caches
-        if len(cache_of) != len(self.blocks):
-            raise ValueError(f"caches ({len(cache_of)}) must be as many as blocks ({len(self.blocks)})")
-        for block, cache in zip(self.blocks, cache_of, strict=True):
-            x_BTD, info, aux = block(x_BTD, is_causal, True, token_BT, mask_BT, embedding_BTD, cache)
-            if info is not None:
-                infos.append(info)
-            if aux is not None:
-                total = aux if total is None else _add(total, aux)
+        context = context._replace(embedding_BTD=x_BTD)
+        if state is not None and len(state) != len(self.blocks):
+            raise ValueError(f"states ({len(state)}) must be as many as blocks ({len(self.blocks)})")
+        new_state: list[State] = []
+        for index, block in enumerate(self.blocks):
+            if state is None:
+                output = block(x_BTD, is_causal, return_routing=True, context=context)
+            else:
+                output, of_block = block(x_BTD, is_causal, context=context, state=state[index])
+                new_state.append(of_block)
+            x_BTD = output.x_BTD
+            if output.routing is not None:
+                infos.append(output.routing)
+            if output.aux is not None:
+                total = output.aux if total is None else _add(total, output.aux)
+        if state is not None:
+            return (x_BTD, infos, total), tuple(new_state)
         return (x_BTD, infos, total) if return_routing else x_BTD
 
 
@@ -188,3 +232,61 @@ def _add(a: AuxLosses, b: AuxLosses) -> AuxLosses:
         "diversity": a["diversity"] + b["diversity"],
         "total_aux": a["total_aux"] + b["total_aux"],
     }
+
+
+@dataclass(frozen=True)
+class StackConfig:
+    """Size and kind of a :class:`TriXStack`.
+
+    Args:
+        d_model: width. num_layers: blocks. n_heads: attention heads. context_length: the longest sequence, in tokens.
+        ternary_attention: the projections of the mixers are ternary too. dropout: after mixer and feed-forward layer.
+        ffn: the feed-forward layers.
+        mixer: ``attention``, or the import path of a :class:`~trix.nn.Mixer`. mixer_args: what it is made with besides.
+        attention_at: the places of blocks, counted from 0, that mix by attention whatever ``mixer`` says.
+    """
+
+    d_model: int = 128
+    num_layers: int = 4
+    n_heads: int = 4
+    context_length: int = 128
+    ternary_attention: bool = False
+    dropout: float = 0.0
+    ffn: FFNConfig = field(default_factory=FFNConfig)
+    mixer: str = "attention"
+    mixer_args: dict[str, Any] = field(default_factory=dict)
+    attention_at: tuple[int, ...] = ()
+
+    def make_stack(self) -> TriXStack:
+        return TriXStack(
+            self.num_layers,
+            self.d_model,
+            self.n_heads,
+            self.ffn,
+            context_length=self.context_length,
+            ternary_attention=self.ternary_attention,
+            dropout=self.dropout,
+            mixer=self.mixer,
+            mixer_args=self.mixer_args,
+            attention_at=self.attention_at,
+        )
+
+
+# Names in state_dicts of checkpoint version 1, within a block. A sparse lookup had no ffn_norm, and is a sublayer itself.
+_RENAMED = {"attention_norm.": "mixer.norm.", "attention.": "mixer.inner.", "ffn_norm.": "feed_forward.norm."}
+_IN_BLOCK = re.compile(r"(?P<block>.*\bblocks\.\d+\.)(?P<part>attention_norm\.|attention\.|ffn_norm\.|ffn\.)(?P<rest>.*)")
+
+
+def renamed_from_version_1(state_dict: Mapping[str, ValueT]) -> dict[str, ValueT]:
+    """The state_dict of a stack, or of anything that holds stacks, from a checkpoint of version 1, by its present names."""
+    renamed: dict[str, ValueT] = {}
+    for name, value in state_dict.items():
+        match = _IN_BLOCK.fullmatch(name)
+        if match is None:
+            renamed[name] = value
+            continue
+        block, part, rest = match["block"], match["part"], match["rest"]
+        if part == "ffn.":
+            part = "feed_forward.inner." if f"{block}ffn_norm.weight" in state_dict else "feed_forward."
+        renamed[block + _RENAMED.get(part, part) + rest] = value
+    return renamed

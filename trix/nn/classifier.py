@@ -1,20 +1,20 @@
 """A small sequence classifier of TriX blocks."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, overload
 
 from torch import Tensor, nn
 
-from trix.nn.block import TriXStack
-from trix.nn.ffn import FFNConfig
-from trix.outputs import AuxLosses, RoutingInfo
+from trix.nn.block import StackConfig
+from trix.nn.routed_layer import routed_layers
+from trix.outputs import AuxLosses, RoutingInfo, TokenContext
 
 PADDING_TOKEN = 0
 
 
 @dataclass(frozen=True)
-class ClassifierConfig:
-    """Size and kind of a :class:`Classifier`; fields as in LanguageModelConfig, and
+class ClassifierConfig(StackConfig):
+    """Size and kind of a :class:`Classifier`; fields as in StackConfig, and
 
     Args:
         window: odd; where tokens are ids, a token's vector is the sum of its own embedding and of a convolution over the
@@ -23,12 +23,8 @@ class ClassifierConfig:
 
     d_model: int = 64
     num_layers: int = 2
-    n_heads: int = 4
     context_length: int = 64
-    ternary_attention: bool = False
-    dropout: float = 0.0
     window: int = 1
-    ffn: FFNConfig = field(default_factory=FFNConfig)
 
 
 class WindowEmbedding(nn.Embedding):
@@ -64,7 +60,8 @@ class Classifier(nn.Module):
         ``return_routing`` also the list of RoutingInfo and the summed AuxLosses (None without routed layers).
 
     Raises:
-        ValueError: both or neither of num_features and vocab_size, a size < 1, and as WindowEmbedding and TriXStack.
+        ValueError: both or neither of num_features and vocab_size, a size < 1, routing by token ids without any, and as
+            WindowEmbedding and TriXStack.
     """
 
     def __init__(
@@ -88,7 +85,9 @@ class Classifier(nn.Module):
         else:
             assert vocab_size is not None
             self.embedding = WindowEmbedding(vocab_size, c.d_model, c.window)
-        self.stack = TriXStack(c.num_layers, c.d_model, c.n_heads, c.ffn, c.context_length, c.ternary_attention, c.dropout)
+        self.stack = c.make_stack()
+        if vocab_size is None and any("token" in layer.router.reads for layer in routed_layers(self.stack)):
+            raise ValueError(f"routing ({c.ffn.routing!r}) needs the id of each token, and tokens are vectors here")
         self.norm = nn.RMSNorm(c.d_model)
         self.head = nn.Linear(c.d_model, num_classes)
 
@@ -103,9 +102,8 @@ class Classifier(nn.Module):
     def forward(self, x: Tensor, return_routing: bool = False) -> Tensor | tuple[Tensor, list[RoutingInfo], AuxLosses | None]:
         mask_BT = self.padding_mask(x)
         token_BT = None if self.vocab_size is None else x
-        x_BTD, infos, aux = self.stack(
-            self.embedding(x), is_causal=False, return_routing=True, token_BT=token_BT, mask_BT=mask_BT
-        )
+        context = TokenContext(token_BT, mask_BT)
+        x_BTD, infos, aux = self.stack(self.embedding(x), is_causal=False, return_routing=True, context=context)
         logits = self.head(self.norm(_mean(x_BTD, mask_BT)))
         return (logits, infos, aux) if return_routing else logits
 

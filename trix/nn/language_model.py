@@ -1,43 +1,28 @@
 """A small decoder-only language model of TriX blocks."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal, overload
+from dataclasses import dataclass
+from typing import Any, Literal, overload
 
 from torch import Tensor, nn
 
-from trix.nn.attention import KeyValueCache
-from trix.nn.block import TriXBlock, TriXStack
-from trix.nn.ffn import FFNConfig
-from trix.outputs import AuxLosses, RoutingInfo
+from trix.nn.block import StackConfig
+from trix.outputs import AuxLosses, RoutingInfo, State, StateSpec, TokenContext
 
 
 @dataclass(frozen=True)
-class LanguageModelConfig:
-    """Size and kind of a :class:`LanguageModel`.
-
-    Args:
-        d_model: width. num_layers: blocks. n_heads: attention heads. context_length: the longest sequence, in tokens.
-        ternary_attention: attention projections are ternary too. dropout: after attention and feed-forward layer.
-        ffn: the feed-forward layers.
-    """
-
-    d_model: int = 128
-    num_layers: int = 4
-    n_heads: int = 4
-    context_length: int = 128
-    ternary_attention: bool = False
-    dropout: float = 0.0
-    ffn: FFNConfig = field(default_factory=FFNConfig)
+class LanguageModelConfig(StackConfig):
+    """Size and kind of a :class:`LanguageModel`; see StackConfig."""
 
 
 class LanguageModel(nn.Module):
     """Embedding, TriXStack, RMSNorm, and a head that shares the embedding's matrix.
 
     Shape:
-        token_BT: int64 in [0, vocab_size), T <= context_length -> logits [B, T, vocab_size]; with ``return_routing`` also the
-        list of RoutingInfo (one per routed layer) and the summed AuxLosses (None without routed layers). caches: one per block,
-        from :meth:`empty_caches`: the P tokens of the calls before come first, P + T <= context_length, and token_BT is added.
+        token_BT: int64 in [0, vocab_size), T <= context_length -> logits [B, T, vocab_size]. With ``return_routing`` also the
+        list of RoutingInfo (one per routed layer) and the summed AuxLosses (None without routed layers). With a state, from
+        :meth:`empty_state` or the call before: (the same three, the new state); the P tokens of the calls before come first,
+        P + T <= context_length, and only token_BT is computed.
 
     Raises:
         ValueError: vocab_size < 1, and as TriXStack.
@@ -51,28 +36,34 @@ class LanguageModel(nn.Module):
         c = self.config
         self.embedding = nn.Embedding(vocab_size, c.d_model)
         nn.init.normal_(self.embedding.weight, std=c.d_model**-0.5)  # logits of unit scale: the head shares the matrix
-        self.stack = TriXStack(c.num_layers, c.d_model, c.n_heads, c.ffn, c.context_length, c.ternary_attention, c.dropout)
+        self.stack = c.make_stack()
         self.norm = nn.RMSNorm(c.d_model)
         self.head = nn.Linear(c.d_model, vocab_size, bias=False)
         self.head.weight = self.embedding.weight
 
-    def empty_caches(self, batch_size: int) -> list[KeyValueCache]:
-        """To be handed to each call that goes on with the same texts, which computes its new tokens alone."""
-        return [block.attention.empty_cache(batch_size) for block in self.stack.blocks if isinstance(block, TriXBlock)]
+    def state_specs(self) -> list[tuple[StateSpec, ...]]:
+        """What each block keeps of the tokens that it has read."""
+        return [mixer.state_specs() for mixer in self.stack.mixers]
+
+    def empty_state(self, batch_size: int) -> tuple[State, ...]:
+        """The state before the first token."""
+        return self.stack.empty_state(batch_size)
 
     @overload
-    def forward(
-        self, token_BT: Tensor, return_routing: Literal[False] = ..., caches: Sequence[KeyValueCache] | None = ...
-    ) -> Tensor: ...
+    def forward(self, token_BT: Tensor, return_routing: Literal[False] = ...) -> Tensor: ...
     @overload
     def forward(
-        self, token_BT: Tensor, return_routing: Literal[True], caches: Sequence[KeyValueCache] | None = ...
+        self, token_BT: Tensor, return_routing: Literal[True]
     ) -> tuple[Tensor, list[RoutingInfo], AuxLosses | None]: ...
+    @overload
     def forward(
-        self, token_BT: Tensor, return_routing: bool = False, caches: Sequence[KeyValueCache] | None = None
-    ) -> Tensor | tuple[Tensor, list[RoutingInfo], AuxLosses | None]:
-        x_BTD, infos, aux = self.stack(
-            self.embedding(token_BT), is_causal=True, return_routing=True, token_BT=token_BT, caches=caches
-        )
+        self, token_BT: Tensor, return_routing: bool = ..., *, state: Sequence[State]
+    ) -> tuple[tuple[Tensor, list[RoutingInfo], AuxLosses | None], tuple[State, ...]]: ...
+    def forward(self, token_BT: Tensor, return_routing: bool = False, state: Sequence[State] | None = None) -> Any:
+        x_BTD, context = self.embedding(token_BT), TokenContext(token_BT)
+        if state is not None:
+            (x_BTD, infos, aux), new_state = self.stack(x_BTD, context=context, state=state)
+            return (self.head(self.norm(x_BTD)), infos, aux), new_state
+        x_BTD, infos, aux = self.stack(x_BTD, return_routing=True, context=context)
         logits = self.head(self.norm(x_BTD))
         return (logits, infos, aux) if return_routing else logits

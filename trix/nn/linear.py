@@ -37,6 +37,11 @@ class TriXLinear(TernaryWeight):
         codes, _ = self.codes_and_scale()
         return signatures_from_codes(codes.reshape(self.num_tiles, -1, codes.shape[-1]))
 
+    @property
+    def cached_signatures(self) -> Tensor:
+        """As :meth:`get_tile_signatures`; read from the weights at each call, so they are never out of date."""
+        return self.get_tile_signatures()
+
     def forward(self, x: Tensor) -> Tensor:
         if self.packed is None:
             return F.linear(x, self.ternary(), self.bias)

@@ -10,7 +10,8 @@ from trix.functional.lookup import add_rows, sparse_lookup
 from trix.functional.ternary import straight_through
 from trix.nn.attention import RotaryAttention
 from trix.nn.magnitudes import GridSplines, HingeSplines
-from trix.outputs import AuxLosses, LookupInfo
+from trix.nn.residual import MixerResidual
+from trix.outputs import AuxLosses, LayerOutput, LookupInfo, RoutingInfo, TokenContext
 from trix.routing.balance import balance_loss, check_weights, summed_over_processes
 from trix.routing.claims import ClaimMatrix
 from trix.routing.facts import Fact, check_counts
@@ -155,6 +156,17 @@ class SparseLookupFFN(SignatureSurgery):
         if self.training:
             self._end_forward(y)
         return y, info, self._aux_losses(score_TE, tile_idx_TK, mask)
+
+    def layer_output(self, x_BTD: Tensor, context: TokenContext) -> LayerOutput:
+        """The answer with its routing, for a block; the router reads ``context.embedding_BTD`` where there is one."""
+        y_BTD, lookup, aux = self(x_BTD, mask=context.mask_BT, routing_x=context.embedding_BTD)
+        choice_shape = (*x_BTD.shape[:-1], self.router.top_k)
+        info: RoutingInfo = {
+            "tile_idx": lookup["tile_idx"].reshape(choice_shape),
+            "weight": lookup["weight"].reshape(choice_shape),
+            "scores": lookup["scores"],
+        }
+        return LayerOutput(y_BTD, info, aux)
 
     def _add_directions(self, x_TD: Tensor, point_T2: Tensor, tile_idx_TK: Tensor, gate_TK: Tensor) -> Tensor:
         mask_TD, factor = None, 1.0
@@ -311,15 +323,14 @@ class LookupBlock(nn.Module):
 
     def __init__(self, ffn: SparseLookupFFN, n_heads: int, dropout: float, context_length: int) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(ffn.d_model)
-        self.attention = RotaryAttention(ffn.d_model, n_heads, context_length, dropout=dropout)
-        self.dropout = nn.Dropout(dropout)
+        attention = RotaryAttention(ffn.d_model, n_heads, context_length, dropout=dropout)
+        self.mixer = MixerResidual(nn.LayerNorm(ffn.d_model), attention, dropout)
         self.ffn = ffn
 
     def forward(
         self, x_BTD: Tensor, is_causal: bool = True, labels: Tensor | None = None, mask: Tensor | None = None
     ) -> tuple[Tensor, LookupInfo, AuxLosses]:
-        x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), is_causal, mask))
+        x_BTD, _, _ = self.mixer(x_BTD, TokenContext(mask_BT=mask, is_causal=is_causal))
         return self.ffn(x_BTD, labels, mask)
 
 

@@ -3,7 +3,7 @@
 from typing import TypedDict
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trix.functional.penalties import SignaturePenalties, signature_penalties
 from trix.functional.signatures import pairwise_cosine
@@ -84,6 +84,32 @@ class SparseLookupFFNv2(SparseLookupFFN):
         check_weights(ternary_weight=ternary_weight, sparsity_weight=sparsity_weight, diversity_weight=diversity_weight)
         self.ternary_weight, self.sparsity_weight, self.diversity_weight = ternary_weight, sparsity_weight, diversity_weight
         self.calibration = ScoreCalibrationSpline() if use_score_calibration else None
+
+    @property
+    def signatures(self) -> Tensor:
+        """The signatures in force, [E, D] in {-1, 0, +1}, with a straight-through gradient to those that are not frozen."""
+        return self.router.signatures()
+
+    @property
+    def signatures_raw(self) -> nn.Parameter:
+        """The values that the signatures are the ternary form of, [E, D]; may be written in place.
+
+        Raises:
+            ValueError: the layer is packed.
+        """
+        if self.router.raw_signatures is None or self.router.packed_signatures is not None:
+            raise ValueError("the layer is packed: unpack it before changing its signatures")
+        return self.router.raw_signatures
+
+    @property
+    def claim_matrix(self) -> Tensor:
+        """How many labelled tokens of each class went to each tile since the last reset: int64 [E, C]."""
+        return self.claims.count_EC
+
+    @property
+    def total_count(self) -> Tensor:
+        """How many assignments of tokens to tiles training has counted since the last reset: int64 scalar."""
+        return self.usage_E.sum()
 
     def _make_router(self, balance_rate: float, top_k: int) -> SignatureRouter:
         return SignatureRouter(self.d_model, self.num_tiles, top_k, balance_rate, "explicit")

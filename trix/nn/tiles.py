@@ -1,4 +1,6 @@
-"""The experts of a TriX layer: each a two-layer perceptron with ternary weights."""
+"""The experts of a routed layer, and the kind that stands: two-layer perceptrons with ternary weights."""
+
+from abc import ABC, abstractmethod
 
 import torch
 import torch.nn.functional as F
@@ -6,28 +8,78 @@ from torch import Tensor, nn
 
 from trix.functional.tile_matmul import group_tokens, grouped_linear, ternary_ffn
 from trix.nn.ternary_weight import TernaryWeight
+from trix.routing.diversity import reseeded
 
 
-class TernaryTiles(nn.Module):
-    """y[t] = sum_k weight[t, k] * down_e relu(up_e x[t])^2 with e = tile_idx[t, k].
+class Tiles(nn.Module, ABC):
+    """What every kind of tiles offers to a routed layer: y[t] = sum_k weight[t, k] * tile_e(x[t]) with e = tile_idx[t, k].
+
+    They are made as ``Tiles(d_model, num_tiles, tile_width, **tiles_args)``. What is defined here holds for tiles whose
+    weights are :class:`~trix.nn.ternary_weight.TernaryWeight` [E, ...], the first of which reads the tokens, [E, H, D].
+
+    Args:
+        tile_width: hidden width H of a tile.
+    """
+
+    def __init__(self, d_model: int, num_tiles: int, tile_width: int) -> None:
+        super().__init__()
+        self.d_model, self.num_tiles, self.tile_width = d_model, num_tiles, tile_width
+
+    @abstractmethod
+    def forward(self, x_TD: Tensor, tile_idx_TK: Tensor, weight_TK: Tensor, skip_unused: bool = False) -> Tensor:
+        """x_TD float, tile_idx_TK int64, weight_TK float -> [T, D], in the dtype of x.
+
+        Args:
+            skip_unused: some weights are 0, and these assignments may be left out.
+        """
+
+    def ternary_weights(self) -> list[TernaryWeight]:
+        return [module for module in self.modules() if isinstance(module, TernaryWeight)]
+
+    def votes(self) -> Tensor:
+        """What each tile responds to, with a gradient: float [E, D]; emergent signatures are the ternary form of it."""
+        return self.ternary_weights()[0].votes()
+
+    def tile_parameters(self) -> list[nn.Parameter]:
+        """The parameters of which a tile owns a row, [E, ...]."""
+        return [parameter for parameter in self.parameters() if parameter.dim() and parameter.shape[0] == self.num_tiles]
+
+    @torch.no_grad()
+    def redraw(self, is_redrawn_E: Tensor, votes_only: bool = False) -> None:
+        """Give some tiles fresh initial weights; ``votes_only``: those alone that the votes are read from.
+
+        Raises:
+            ValueError: the weights are packed.
+        """
+        for ternary in self.ternary_weights()[: 1 if votes_only else None]:
+            if ternary.weight is None:
+                raise ValueError("the tiles are packed: unpack them before changing their weights")
+            ternary.weight.copy_(reseeded(ternary.weight, is_redrawn_E, ternary.draw().to(ternary.weight.device)))
+
+    def pack(self) -> None:
+        """Replace float weights by their 2-bit form; inference only afterwards. Idempotent."""
+        for ternary in self.ternary_weights():
+            ternary.pack()
+
+    def unpack(self) -> None:
+        """Undo :meth:`pack`."""
+        for ternary in self.ternary_weights():
+            ternary.unpack()
+
+
+class TernaryTiles(Tiles):
+    """tile_e(x) = down_e relu(up_e x)^2.
 
     Squared ReLU: So et al., 2021, "Primer" (arXiv:2109.08668).
-
-    Shape:
-        x_TD float, tile_idx_TK int64, weight_TK float -> [T, D], in the dtype of x.
 
     ``skip_unused``: assignments of weight 0 are not multiplied, forward or backward; they cost only their share of the sort and
     of the [T * K, D] buffers. In torch the packed form computes them like any other; exported it leaves them out.
     """
 
     def __init__(self, d_model: int, num_tiles: int, tile_width: int) -> None:
-        super().__init__()
+        super().__init__(d_model, num_tiles, tile_width)
         self.up = TernaryWeight(num_tiles, tile_width, d_model)
         self.down = TernaryWeight(num_tiles, d_model, tile_width)
-
-    def votes(self) -> Tensor:
-        """What each tile's up rows respond to: [E, D], their codes' column sums, see :meth:`TernaryWeight.votes`."""
-        return self.up.votes()
 
     def forward(self, x_TD: Tensor, tile_idx_TK: Tensor, weight_TK: Tensor, skip_unused: bool = False) -> Tensor:
         if self.up.is_packed:

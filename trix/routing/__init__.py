@@ -1,5 +1,6 @@
 """Which tile a token goes to: routers, balance, calibration, claims, surgery."""
 
+from trix.routing.base_router import Router
 from trix.routing.claims import ClaimMatrix
 from trix.routing.hash_router import HashRouter
 from trix.routing.hierarchical_router import HierarchicalRouter
@@ -11,6 +12,7 @@ __all__ = [
     "HashRouter",
     "HierarchicalRouter",
     "LearnedRouter",
+    "Router",
     "SignatureRouter",
     "SignatureSurgery",
     "SurgeryLog",

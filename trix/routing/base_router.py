@@ -1,21 +1,22 @@
 """What every router shares: the choice, the gate, and the balance, which moves when a batch is done."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from trix.functional.gates import adaptive_weight
 from trix.functional.tile_matmul import select_top_k
-from trix.outputs import RoutingDecision
+from trix.outputs import Directions, RoutingDecision, RowContext
 from trix.routing.balance import balance_nudge, check_weights
 from trix.routing.facts import Facts, moved
 from trix.routing.pending import Pending
 
 
-class Router(Facts):
+class Router(Facts, ABC):
     """What every router shares: exact top-k selection, the gate, and the balance bias.
 
     tile_idx = top_k of score + balance_bias (ties to the lowest index);
@@ -30,11 +31,19 @@ class Router(Facts):
     ones have weight 0, and the weights of the used ones are a softmax among themselves: they sum to 1. So a token that is sure
     of its tile sends no gradient through the gate.
 
+    Class attributes:
+        reads: what of the context it needs: {"token"}, {"phase"}, or nothing; a block checks it when it is made.
+
+    Shape:
+        x_TD: float; context: see RowContext; emergent_ED: what the tiles' weights say, where :attr:`needs_votes`. Returns a
+        RoutingDecision.
+
     Raises:
         ValueError: top_k or max_k outside [1, num_tiles], both given, confidence_threshold < 0, or balance_rate < 0; by
             load_state_dict, a balance bias of NaN, and as :class:`~trix.routing.facts.Facts`.
     """
 
+    reads: ClassVar[frozenset[str]] = frozenset()
     balance_bias: Tensor
 
     def __init__(
@@ -67,6 +76,24 @@ class Router(Facts):
     def top_k(self) -> int:
         """Tiles per token; with adaptive k, at most."""
         return self._first_top_k
+
+    @abstractmethod
+    def forward(
+        self, x_TD: Tensor, context: RowContext = RowContext(), emergent_ED: Tensor | None = None
+    ) -> RoutingDecision: ...
+
+    @property
+    def needs_votes(self) -> bool:
+        """Whether it must be told the tiles' votes, as ``emergent_ED``."""
+        return False
+
+    def explain(self, emergent_ED: Tensor | None = None) -> Directions | None:  # noqa: ARG002
+        """The directions that decide; None where the choice is no matter of directions."""
+        return None
+
+    def describe(self) -> str:
+        """How it chooses, in a sentence or two for people."""
+        return f"{type(self).__name__} chooses the tiles."
 
     def _decide(self, score_TE: Tensor, tile_idx_TK: Tensor | None = None) -> RoutingDecision:
         if tile_idx_TK is None:

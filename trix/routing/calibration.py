@@ -35,6 +35,11 @@ class ScoreCalibrationSpline(nn.Module):
         rise = self.increment.to(torch.promote_types(self.increment.dtype, torch.float32)).softmax(dim=0)
         return torch.cat([rise.new_zeros(1), rise.cumsum(dim=0)[:-1], rise.new_ones(1)])
 
+    @property
+    def knot_values(self) -> Tensor:
+        """As :meth:`knots`."""
+        return self.knots()
+
     def forward(self, scores: Tensor) -> Tensor:
         dtype = torch.promote_types(scores.dtype, torch.float32)
         rise = self.increment.to(dtype).softmax(dim=0)

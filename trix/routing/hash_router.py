@@ -1,10 +1,13 @@
 """Routing that looks at the token's id alone: the control that knows nothing of the activation."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from trix.outputs import RoutingDecision
+from trix.outputs import RoutingDecision, RowContext
 from trix.routing.base_router import Router
+from trix.routing.router import UNHEEDED
 
 PRIME = 2**31 - 1
 
@@ -16,18 +19,30 @@ class HashRouter(Router):
     their random table, so that it needs no vocabulary size and has no state.
 
     Shape:
-        x_TD float, token_T int64 (ids in [0, p)) -> RoutingDecision; the score is 1 for the chosen tile and 0 for the others.
+        x_TD float; of the context token_T, ids in [0, p) -> RoutingDecision; the score is 1 for the chosen tile and 0 for the
+        others.
 
     Raises:
-        ValueError: no token ids, or not one for each row of x.
+        ValueError: more than one tile per token is asked for; no token ids, or not one for each row of x.
     """
 
-    def __init__(self, d_model: int, num_tiles: int, seed: int = 0) -> None:
-        super().__init__(d_model, num_tiles, top_k=1, balance_rate=0.0)
+    reads = frozenset({"token"})
+
+    def __init__(
+        self, d_model: int, num_tiles: int, seed: int = 0, *, top_k: int = 1, max_k: int | None = None, **_: Any
+    ) -> None:
+        if top_k != 1 or max_k is not None:
+            raise ValueError(f"top_k ({top_k}) must be 1 and max_k ({max_k}) None under routing ('hash')")
+        super().__init__(d_model, num_tiles, balance_rate=0.0)
         factors = torch.randint(1, PRIME, (2,), generator=torch.Generator().manual_seed(seed), device="cpu").tolist()
         self.factor, self.offset = int(factors[0]), int(factors[1])
 
-    def forward(self, x_TD: Tensor, token_T: Tensor | None) -> RoutingDecision:
+    def describe(self) -> str:
+        return f"A hash of the token's id chooses the tile; {UNHEEDED}"
+
+    def forward(self, x_TD: Tensor, context: RowContext = RowContext(), emergent_ED: Tensor | None = None) -> RoutingDecision:
+        del emergent_ED
+        token_T = context.token_T
         self._check_width(x_TD)
         if token_T is None:
             raise ValueError("routing ('hash') needs the id of each token, got None")

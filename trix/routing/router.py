@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from trix.functional.autocast import without_autocast
 from trix.functional.gates import Gate, softmax_weight
 from trix.functional.packing import check_packed, pack_ternary, packed_width, unpack_ternary
-from trix.functional.signatures import signature_diversity_loss, signature_scores
+from trix.functional.signatures import inverse_sqrt_active, signature_diversity_loss, signature_scores
 from trix.functional.ternary import threshold_ternary
 from trix.functional.tile_matmul import select_top_k, signature_route
-from trix.outputs import RoutingDecision
+from trix.outputs import Directions, RoutingDecision, RowContext
 from trix.routing.balance import balance_nudge
 from trix.routing.base_router import Router
 from trix.routing.facts import Fact, Facts, check_counts, check_finite
@@ -243,7 +243,23 @@ class SignatureRouter(Router):
         # The masses that mergers and splits left behind go a little way back to 1.
         return super()._after(num_batches, nudge_E) | {"log_mass_E": self.log_mass_E * MASS_DECAY**num_batches}
 
-    def forward(self, x_TD: Tensor, emergent_ED: Tensor | None = None) -> RoutingDecision:
+    @property
+    def needs_votes(self) -> bool:
+        return self.source == "emergent" and self.packed_signatures is None
+
+    def explain(self, emergent_ED: Tensor | None = None) -> Directions:
+        """s_e / sqrt(nnz(s_e)), and the balance bias, -inf for a free slot."""
+        signature_ED = self.signatures(emergent_ED).detach()
+        direction_ED = signature_ED * inverse_sqrt_active(signature_ED).unsqueeze(-1)
+        return Directions(direction_ED, self.balance_bias.masked_fill(self.is_free_E, -torch.inf))
+
+    def describe(self) -> str:
+        if self.source == "explicit":
+            return "Signatures choose the tiles; they are learned apart from the tiles' weights (explicit routing)."
+        return "Signatures choose the tiles; they are read from the tiles' own weights (emergent routing)."
+
+    def forward(self, x_TD: Tensor, context: RowContext = RowContext(), emergent_ED: Tensor | None = None) -> RoutingDecision:
+        del context  # signatures are compared with the stream alone
         if self.packed_signatures is not None:
             return self._route_packed(x_TD, self.packed_signatures)
         tile_idx_TK, score_TE = self.select(x_TD, emergent_ED)
@@ -334,22 +350,25 @@ def check_frozen_facts(
         )
 
 
+UNHEEDED = "the signatures shown are read from the tiles' weights and decide nothing."
+
+
 class LearnedRouter(Router):
     """The control: a float gate matrix trained like any other, score = W x, everything else as in SignatureRouter."""
 
-    def __init__(
-        self,
-        d_model: int,
-        num_tiles: int,
-        top_k: int = 1,
-        balance_rate: float = 0.01,
-        max_k: int | None = None,
-        confidence_threshold: float = 0.3,
-    ) -> None:
-        super().__init__(d_model, num_tiles, top_k, balance_rate, max_k, confidence_threshold)
+    def __init__(self, d_model: int, num_tiles: int, *args: Any, **settings: Any) -> None:
+        super().__init__(d_model, num_tiles, *args, **settings)
         self.gate_ED = nn.Parameter(torch.randn(num_tiles, d_model) / math.sqrt(d_model))
 
-    def forward(self, x_TD: Tensor) -> RoutingDecision:
+    def explain(self, emergent_ED: Tensor | None = None) -> Directions:  # noqa: ARG002
+        """The gate's rows, and the balance bias."""
+        return Directions(self.gate_ED.detach(), self.balance_bias)
+
+    def describe(self) -> str:
+        return f"A learned float gate chooses the tiles; {UNHEEDED}"
+
+    def forward(self, x_TD: Tensor, context: RowContext = RowContext(), emergent_ED: Tensor | None = None) -> RoutingDecision:
+        del context, emergent_ED
         self._check_width(x_TD)
         x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
         with without_autocast(x_TD):

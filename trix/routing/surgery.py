@@ -185,6 +185,19 @@ class SignatureSurgery(Facts):
     def is_frozen(self, tile_idx: int) -> bool:
         return self._signature_router().is_frozen(tile_idx)
 
+    def frozen_tiles(self) -> Tensor:
+        """Which tiles have a frozen signature: bool [E]; none where signatures do not route."""
+        router = self.router
+        return router.is_frozen_E.clone() if isinstance(router, SignatureRouter) else self._no_tiles()
+
+    def free_slots(self) -> Tensor:
+        """Which slots no token can go to, as a merger of two tiles left them: bool [E]; none where signatures do not route."""
+        router = self.router
+        return router.is_free_E.clone() if isinstance(router, SignatureRouter) else self._no_tiles()
+
+    def _no_tiles(self) -> Tensor:
+        return torch.zeros(self.router.num_tiles, dtype=torch.bool, device=self.router.balance_bias.device)
+
     def get_signature_analysis(self, tile_idx: int) -> dict[str, int | bool | list[int]]:
         """The signature in force, for reading: tile_idx, positive_dims, negative_dims, zero_count, frozen."""
         is_frozen = self.is_frozen(tile_idx)

@@ -267,7 +267,7 @@ def test_a_condition_that_a_checkpoint_has_seen_is_neither_lost_nor_repeated(
         return SurgerySchedule([SurgeryEvent("freeze", [1], when=RISEN), SurgeryEvent("unfreeze", [1], step=3)])
 
     make_trainer(max_steps=4, callbacks=[schedule(), Scripted(0.95, 0.95), SaveAtValidation()]).fit(language_model, text)
-    frozen = "network.stack.blocks.1.ffn.router.is_frozen_E"
+    frozen = "network.stack.blocks.1.feed_forward.inner.router.is_frozen_E"
     assert not torch.load(tmp_path / "2.ckpt", weights_only=True)["state_dict"][frozen].any()
     for step, expected in ((2, [[1], [], []]), (4, [[]])):
         task, script = LanguageModelTask(text.vocabulary, small_network()), Scripted(0.1, 0.95, 0.95)

@@ -18,7 +18,7 @@ from lightning_modules.tasks import LanguageModelTask
 
 SIGNS = "-+0-" * 4
 SIGNATURE = torch.tensor([-1.0, 1.0, 0.0, -1.0] * 4)
-LAYER = "network.stack.blocks.1.ffn"
+LAYER = "network.stack.blocks.1.feed_forward.inner"
 EVENTS = [
     SurgeryEvent("insert", [3], step=3, signature=SIGNS, tag="concept"),
     SurgeryEvent("freeze", [0], step=5),

@@ -24,8 +24,8 @@ from trix.nn import RoutedLayer, routed_layers
 
 SIGNS = "-+0-" * 4
 SIGNATURE = torch.tensor([-1.0, 1.0, 0.0, -1.0] * 4)
-ROUTER = "network.stack.blocks.1.ffn.router"
-HISTORY = "network.stack.blocks.1.ffn.surgery_log._extra_state"
+ROUTER = "network.stack.blocks.1.feed_forward.inner.router"
+HISTORY = "network.stack.blocks.1.feed_forward.inner.surgery_log._extra_state"
 
 
 def operate(ckpt: Path, output: Path, action: str, *options: str, tile: int = 3) -> int:

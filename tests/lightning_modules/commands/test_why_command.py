@@ -131,7 +131,7 @@ MISTAKES = [
     (["{lm}", "--prompt", "a", "--position", "0", "--last", "1"], "--position and --last cannot both be given"),
     (["model.onnx", "--prompt", "a"], "`trix why` reads checkpoints: give the .ckpt file that the ONNX file was exported from"),
     (["{lm}", "--promt", "a"], "unknown option --promt of `trix why`; did you mean --prompt?"),
-    (["{hash}", "--prompt", "a"], "layer (0) is routed by a hash of the token's id, which has no directions"),
+    (["{hash}", "--prompt", "a"], "layer (0) is routed by a HashRouter, which has no directions"),
     (["{texts}"], "a classifier of texts needs one: --prompt TEXT"),
     (["{texts}", "--prompt", " <b>"], "length of the prompt (0) must be >= 1 and <= context_length (8)"),
     (["{digits}", "--prompt", "a"], "a classifier needs one of its validation images: --index N"),

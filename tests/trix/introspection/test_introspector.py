@@ -244,7 +244,7 @@ def test_at_least_one_dimension_is_asked_for() -> None:
 
 def test_a_hash_has_no_reasons_and_heeds_no_noise() -> None:
     assert TriXIntrospector(model("hash")).routing_stability(TOKENS, 10.0) == 1.0
-    with pytest.raises(ValueError, match=r"layer \(0\) is routed by a hash"):
+    with pytest.raises(ValueError, match=r"layer \(0\) is routed by a HashRouter, which has no directions"):
         TriXIntrospector(model("hash")).why(TOKENS)
 
 

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trix.nn import Classifier, ClassifierConfig, FFNConfig, GatedFFN, HashFFN, LanguageModel, LanguageModelConfig
+from trix.outputs import RowContext
 from trix.routing import HashRouter
 
 
@@ -45,7 +46,7 @@ def test_the_hash_follows_its_formula_and_the_token_alone() -> None:
 @given(st.integers(2, 32), st.integers(0, 50))
 def test_the_hash_spreads_a_vocabulary(num_tiles: int, seed: int) -> None:
     token = torch.arange(64 * num_tiles)
-    tile_idx = HashRouter(4, num_tiles, seed)(torch.zeros(len(token), 4), token).tile_idx
+    tile_idx = HashRouter(4, num_tiles, seed)(torch.zeros(len(token), 4), RowContext(token)).tile_idx
     count = torch.bincount(tile_idx.flatten(), minlength=num_tiles)
     assert count.min() > 16
     assert count.max() < 192

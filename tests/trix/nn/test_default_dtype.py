@@ -42,7 +42,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 def run(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """What the layer answers, and the loss of a training step."""
     if isinstance(layer, RotaryAttention):
-        y = layer(x)
+        y, _, _ = layer(x)
         return y, y.square().mean()
     if isinstance(layer, SparseLookupFFN):
         y, _, aux = layer(x)

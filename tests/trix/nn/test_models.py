@@ -21,6 +21,7 @@ from trix.nn import (
     unpack_model,
 )
 from trix.nn.classifier import WindowEmbedding
+from trix.outputs import TokenContext
 
 SMALL = LanguageModelConfig(d_model=16, num_layers=2, n_heads=2, context_length=12, ffn=FFNConfig(num_tiles=4))
 KINDS = [
@@ -59,14 +60,14 @@ def test_read_in_any_pieces_a_text_is_answered_as_a_whole(data: st.DataObject, f
     token = torch.randint(0, 11, (2, 12))
     cuts = sorted(data.draw(st.sets(st.integers(0, 12))) | {0, 12})
     logits, infos, _ = model(token, return_routing=True)
-    caches = model.empty_caches(2)
+    state = model.empty_state(2)
     for start, stop in itertools.pairwise(cuts):
-        part, part_infos, _ = model(token[:, start:stop], return_routing=True, caches=caches)
+        (part, part_infos, _), state = model(token[:, start:stop], state=state)
         torch.testing.assert_close(part, logits[:, start:stop])
         for info, part_info in zip(infos, part_infos, strict=True):
             assert torch.equal(part_info["tile_idx"], info["tile_idx"][:, start:stop])
-    with pytest.raises(ValueError, match=r"sequence length \(1 after 12 in the cache\) must be <= context_length \(12\)"):
-        model(token[:, :1], caches=caches)
+    with pytest.raises(ValueError, match=r"sequence length \(1 after 12 before\) must be <= context_length \(12\)"):
+        model(token[:, :1], state=state)
 
 
 def test_aux_losses_of_the_layers_add_up_and_vanish_in_evaluation() -> None:
@@ -76,7 +77,7 @@ def test_aux_losses_of_the_layers_add_up_and_vanish_in_evaluation() -> None:
     x, total = model.embedding(token), 0.0
     embedding = x
     for block in model.stack.blocks:
-        x, _, layer_aux = block(x, return_routing=True, embedding_BTD=embedding)
+        x, _, layer_aux = block(x, return_routing=True, context=TokenContext(embedding_BTD=embedding))
         total += layer_aux["balance"].item()
     assert aux["total_aux"].item() == pytest.approx(total)
     assert aux["balance"].item() >= 2 * 0.5 * 0.9  # each layer's balance loss is about 1 or more
@@ -190,11 +191,11 @@ def test_block_and_stack_agree_with_their_parts() -> None:
     x = torch.randn(2, 8, 16)
     y = x
     for block in stack.blocks:
-        y = block(y, embedding_BTD=x)
+        y = block(y, context=TokenContext(embedding_BTD=x))
     assert torch.equal(stack(x), y)
     block = TriXBlock(16, 2, FFNConfig(num_tiles=4), context_length=8).eval()
-    h = x + block.attention(block.attention_norm(x))
-    torch.testing.assert_close(block(x), h + block.ffn(block.ffn_norm(h), routing_x=block.routing_norm(x)))
+    h = x + block.mixer.inner(block.mixer.norm(x))[0]
+    torch.testing.assert_close(block(x), h + block.ffn(block.feed_forward.norm(h), routing_x=block.routing_norm(x)))
 
 
 def test_sizes_are_checked() -> None:
@@ -207,8 +208,8 @@ def test_sizes_are_checked() -> None:
     for sizes in ({"num_features": None}, {"num_features": 4, "vocab_size": 5}):
         with pytest.raises(ValueError, match=r"exactly one of num_features \(.+\) and vocab_size \(.+\) must be given"):
             Classifier(num_classes=3, **sizes)
-    with pytest.raises(ValueError, match=r"caches \(1\) must be as many as blocks \(2\)"):
-        small_model()(torch.zeros(1, 3, dtype=torch.int64), caches=small_model().empty_caches(1)[:1])
+    with pytest.raises(ValueError, match=r"states \(1\) must be as many as blocks \(2\)"):
+        small_model()(torch.zeros(1, 3, dtype=torch.int64), state=small_model().empty_state(1)[:1])
     with pytest.raises(ValueError, match=r"sequence length \(13\) must be <= context_length \(12\)"):
         small_model()(torch.zeros(1, 13, dtype=torch.int64))
 

@@ -87,9 +87,9 @@ def test_emergent_signatures_must_be_given_and_explicit_ones_must_not() -> None:
     with pytest.raises(ValueError, match="'emergent' needs them"):
         SignatureRouter(8, 4, source="emergent")(x)
     with pytest.raises(ValueError, match="'explicit' takes none"):
-        SignatureRouter(8, 4)(x, signatures)
+        SignatureRouter(8, 4)(x, emergent_ED=signatures)
     with pytest.raises(ValueError, match=r"signatures \(3, 8\) must have shape \(4, 8\)"):
-        SignatureRouter(8, 4, source="emergent")(x, signatures[:3])
+        SignatureRouter(8, 4, source="emergent")(x, emergent_ED=signatures[:3])
 
 
 @pytest.mark.parametrize("source", ["explicit", "emergent"])
@@ -104,7 +104,7 @@ def test_a_frozen_signature_is_bit_exact_under_an_optimizer_and_a_free_one_moves
     optimizer = torch.optim.AdamW([weights, *router.parameters()], lr=0.3, weight_decay=0.1)
     for _ in range(20):
         optimizer.zero_grad()
-        (router(torch.randn(32, 16), emergent()).weight.square().sum() + weights.square().sum()).backward()
+        (router(torch.randn(32, 16), emergent_ED=emergent()).weight.square().sum() + weights.square().sum()).backward()
         optimizer.step()
         with torch.no_grad():
             weights.add_(torch.randn_like(weights))  # whatever moves the tiles

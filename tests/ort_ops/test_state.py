@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ort_ops.caches import CachedReader, empty_caches
 from ort_ops.export import export_classifier
 from ort_ops.runtime import ExportedModel
+from ort_ops.state import StatefulReader, empty_state
 from trix.nn import Classifier, ClassifierConfig, FFNConfig
 
 pytestmark = pytest.mark.usefixtures("native_library")
@@ -19,7 +19,7 @@ CONTEXT = exported_models.CONTEXT
 
 @pytest.fixture(scope="module", params=[True, False], ids=["native", "portable"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ExportedModel:
-    path = exported_models.export(tmp_path_factory.mktemp("caches"), FFNConfig(num_tiles=4, top_k=2)).path
+    path = exported_models.export(tmp_path_factory.mktemp("state"), FFNConfig(num_tiles=4, top_k=2)).path
     return ExportedModel(path, request.param, num_threads=1)
 
 
@@ -30,7 +30,7 @@ def test_read_in_any_pieces_a_batch_is_answered_as_a_whole(
 ) -> None:
     token_BT = np.random.default_rng(seed).integers(0, 11, (batch_size, CONTEXT))
     whole_logits, whole_idx = model.run(token_BT)
-    reader = CachedReader(model.session, batch_size)
+    reader = StatefulReader(model.session, batch_size)
     answers = [reader.read(part, ["logits", "tile_idx"]) for part in np.split(token_BT, sorted(cuts), axis=1)]
     logits, tile_idx = (np.concatenate(output, axis=1) for output in zip(*answers, strict=True))
     np.testing.assert_allclose(logits, whole_logits, atol=1e-5 * np.abs(whole_logits).max())
@@ -44,10 +44,10 @@ def test_names_and_shapes_are_those_that_stand_in_the_document(model: ExportedMo
     assert inputs["past_value_1"] == ["batch", 2, "past", 10]
     outputs = [value.name for value in model.session.get_outputs()]
     assert outputs == ["logits", "tile_idx", *(name.replace("past", "present") for name in list(inputs)[1:])]
-    assert {value.shape for value in empty_caches(model.session, 3).values()} == {(3, 2, 0, 10)}
+    assert {value.shape for value in empty_state(model.session, 3).values()} == {(3, 2, 0, 10)}
 
 
-def test_a_classifier_has_no_caches(tmp_path: Path) -> None:
+def test_a_classifier_keeps_nothing(tmp_path: Path) -> None:
     classifier = Classifier(6, 2, ClassifierConfig(16, 1, 2, 5, ffn=FFNConfig(kind="none"))).eval()
     export_classifier(classifier, ["a", "b"], torch.randn(4, 5, 6), tmp_path / "c.onnx")
-    assert empty_caches(ort.InferenceSession(tmp_path / "c.onnx"), 3) == {}
+    assert empty_state(ort.InferenceSession(tmp_path / "c.onnx"), 3) == {}

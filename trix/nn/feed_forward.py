@@ -1,0 +1,106 @@
+"""Which feed-forward layer a block holds: the configuration, and the layer made of it."""
+
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, Literal, NamedTuple
+
+from torch import nn
+
+from trix.nn.dense import DenseFFN
+from trix.nn.ffn import TriXFFN
+from trix.nn.hierarchical import HierarchicalTriXFFN
+from trix.nn.sparse_lookup import SparseLookupFFN
+from trix.nn.sparse_lookup_v2 import SparseLookupFFNv2
+
+
+class _Kind(NamedTuple):
+    """make: d_model and the settings by name -> the layer. settings: the fields of FFNConfig that it takes."""
+
+    make: Callable[..., nn.Module]
+    settings: tuple[str, ...]
+
+
+def _dense(d_model: int, d_ff: int | None) -> DenseFFN:
+    return DenseFFN(d_model, 4 * d_model if d_ff is None else d_ff)
+
+
+_ALL_ROUTED = ("num_tiles", "top_k", "balance_weight", "balance_rate")
+_ALL_TRIX = (*_ALL_ROUTED, "d_ff", "routing", "diversity_weight", "target_diversity")
+_KINDS = {
+    "trix": _Kind(TriXFFN, (*_ALL_TRIX, "max_k", "confidence_threshold", "tiles", "routing_args", "tiles_args")),
+    "hierarchical": _Kind(HierarchicalTriXFFN, (*_ALL_TRIX, "tiles_per_cluster", "num_probes")),
+    "sparse_lookup": _Kind(SparseLookupFFN, (*_ALL_ROUTED, "dropout")),
+    "sparse_lookup_v2": _Kind(SparseLookupFFNv2, (*_ALL_ROUTED, "diversity_weight", "dropout")),
+    "dense": _Kind(_dense, ("d_ff",)),
+}
+# A control may keep the settings of what it is compared with.
+_CONTROLS = ("dense", "none")
+
+
+@dataclass(frozen=True)
+class FFNConfig:
+    """Which feed-forward layer a block holds.
+
+    Args:
+        kind: ``trix`` (tiles), ``hierarchical`` (many tiles, found by clusters: :class:`~trix.nn.HierarchicalTriXFFN`),
+            ``sparse_lookup`` or ``sparse_lookup_v2`` (:class:`~trix.nn.SparseLookupFFN`, :class:`~trix.nn.SparseLookupFFNv2`),
+            or a control: ``dense`` (float, width d_ff) or ``none`` (no feed-forward layer at all).
+        routing: ``explicit``, ``emergent``, or a control, ``learned`` or ``hash``: see :class:`~trix.nn.TriXFFN`. Or the import
+            path of a :class:`~trix.routing.Router`.
+        route_on: what a block lets the signatures read. ``embedding``: the normalised embedding of the token, in every layer: a
+            token goes to the same tiles whatever its context. ``hidden``: the layer's own input, so the context, too.
+        tiles_per_cluster, num_probes: for a hierarchical layer alone, which in turn has no max_k.
+        tiles: ``ternary``, or the import path of a :class:`~trix.nn.Tiles`. routing_args, tiles_args: what a router and tiles
+            of the user's own are made with besides.
+        All others: see :class:`~trix.nn.TriXFFN`; a dense layer reads only d_ff (default 4 * d_model), a sparse lookup
+            num_tiles, top_k, route_on, balance_weight, balance_rate and, v2, diversity_weight. ``hash`` needs token ids.
+    """
+
+    kind: Literal["trix", "hierarchical", "sparse_lookup", "sparse_lookup_v2", "dense", "none"] = "trix"
+    num_tiles: int = 16
+    d_ff: int | None = None
+    top_k: int = 1
+    routing: str = "explicit"
+    route_on: Literal["embedding", "hidden"] = "embedding"
+    balance_weight: float = 0.01
+    balance_rate: float = 0.01
+    max_k: int | None = None
+    confidence_threshold: float = 0.3
+    diversity_weight: float = 0.0
+    target_diversity: float = 0.5
+    tiles_per_cluster: int | None = None
+    num_probes: int | None = None
+    tiles: str = "ternary"
+    routing_args: dict[str, Any] = field(default_factory=dict)
+    tiles_args: dict[str, Any] = field(default_factory=dict)
+
+    def build(self, d_model: int, dropout: float = 0.0) -> nn.Module | None:
+        """The layer, or None for ``none``.
+
+        Args:
+            dropout: of a sparse lookup, which adds its update to the residual stream itself.
+
+        Raises:
+            ValueError: another kind, an argument that the kind does not have, and as the layer.
+        """
+        if self.kind == "none":
+            return None
+        if self.kind not in _KINDS:
+            names = ", ".join(map(repr, _KINDS))
+            raise ValueError(f"kind ({self.kind!r}) must be {names} or 'none'")
+        kind = _KINDS[self.kind]
+        if self.kind not in _CONTROLS:
+            self._check_foreign(kind)
+            if self.route_on not in ("hidden", "embedding"):
+                raise ValueError(f"route_on ({self.route_on!r}) must be 'embedding' or 'hidden'")
+        available = {f.name: getattr(self, f.name) for f in fields(self)} | {"dropout": dropout}
+        return kind.make(d_model, **{name: available[name] for name in kind.settings})
+
+    def _check_foreign(self, kind: _Kind) -> None:
+        for f in fields(self):
+            if f.name in ("kind", "route_on", *kind.settings):
+                continue
+            default = f.default_factory() if f.default is MISSING and f.default_factory is not MISSING else f.default
+            value = getattr(self, f.name)
+            if value != default:
+                raise ValueError(f"{f.name} ({value}) must be {default} where kind is {self.kind!r}")

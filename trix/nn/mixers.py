@@ -1,0 +1,8 @@
+"""The mixers that a configuration can name."""
+
+from trix.nn.attention import RotaryAttention
+from trix.nn.mixer import Mixer
+from trix.registry import Registry
+
+MIXERS: Registry[Mixer] = Registry("mixer", Mixer)  # type: ignore[type-abstract]
+MIXERS.register("attention", RotaryAttention)

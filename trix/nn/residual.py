@@ -1,0 +1,47 @@
+"""The frame of a sublayer: norm before, dropout after, and the sum with the residual stream."""
+
+from typing import Protocol, cast
+
+from torch import Tensor, nn
+
+from trix.nn.mixer import Mixer
+from trix.outputs import LayerOutput, State, TokenContext
+
+
+class FeedForward(Protocol):
+    """A feed-forward layer that reports how it routed. It is called as ``layer_output``, which calls its ``forward``."""
+
+    def layer_output(self, x_BTD: Tensor, context: TokenContext) -> LayerOutput:
+        """Its answer for the tokens; ``context.embedding_BTD``: what its router reads instead of x_BTD."""
+        ...
+
+
+class Residual(nn.Module):
+    """x + dropout(inner(norm(x)))."""
+
+    def __init__(self, norm: nn.Module, inner: nn.Module, dropout: float) -> None:
+        super().__init__()
+        self.norm, self.inner = norm, inner
+        self.dropout = nn.Dropout(dropout)
+
+
+class MixerResidual(Residual):
+    """The frame of a :class:`~trix.nn.mixer.Mixer`: the stream with its update, the new state, and the phase."""
+
+    inner: Mixer
+
+    def forward(self, x_BTD: Tensor, context: TokenContext, state: State | None = None) -> tuple[Tensor, State, Tensor | None]:
+        update_BTD, state, phase_BT = self.inner(self.norm(x_BTD), context, state)
+        return x_BTD + self.dropout(update_BTD), state, phase_BT
+
+
+class FeedForwardResidual(Residual):
+    """The frame of a feed-forward layer: one with ``layer_output``, or any module that maps [B, T, D] to [B, T, D]."""
+
+    def forward(self, x_BTD: Tensor, context: TokenContext) -> LayerOutput:
+        h_BTD, inner = self.norm(x_BTD), cast(FeedForward, self.inner)
+        y = inner.layer_output(h_BTD, context) if hasattr(inner, "layer_output") else LayerOutput(self.inner(h_BTD))
+        return y._replace(x_BTD=x_BTD + self.dropout(y.x_BTD))
+
+    def layer_output(self, x_BTD: Tensor, context: TokenContext) -> LayerOutput:
+        return self(x_BTD, context)
