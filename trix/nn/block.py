@@ -109,12 +109,12 @@ class TriXBlock(nn.Module):
         if self.mixer.inner.is_causal_only and not is_causal:
             raise ValueError(f"is_causal ({is_causal}) must be True with mixer {type(self.mixer.inner).__name__}")
         embedding_BTD = x_BTD if context.embedding_BTD is None else context.embedding_BTD
-        routing_BTD = None if self.routing_norm is None else self.routing_norm(embedding_BTD)
-        context = context._replace(is_causal=is_causal, embedding_BTD=routing_BTD)
+        context = context._replace(is_causal=is_causal)
         x_BTD, new_state, phase_BT = self.mixer(x_BTD, context, state)
         output = LayerOutput(x_BTD)
         if self.feed_forward is not None:
-            output = self.feed_forward.layer_output(x_BTD, context._replace(phase_BT=phase_BT))
+            routing_BTD = None if self.routing_norm is None else self.routing_norm(embedding_BTD)
+            output = self.feed_forward.layer_output(x_BTD, context._replace(embedding_BTD=routing_BTD, phase_BT=phase_BT))
         if state is not None:
             return output, new_state
         return output if return_routing else output.x_BTD
