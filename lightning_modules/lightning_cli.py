@@ -30,25 +30,30 @@ from lightning_modules.callbacks.run_notebook import RunNotebook
 from lightning_modules.callbacks.run_record import ENVIRONMENT_NAME, METRICS_NAME, RunRecord
 from lightning_modules.callbacks.run_report import RunReport, StepProgressBar
 from lightning_modules.callbacks.stability import StabilityMonitor
-from lightning_modules.data.digits import DigitsDataModule
-from lightning_modules.data.language_id import LanguageIdDataModule
-from lightning_modules.data.text import TextDataModule
+from lightning_modules.data import digits as _digits  # noqa: F401 (a configuration can name imported classes in short)
+from lightning_modules.data import language_id as _language_id  # noqa: F401
+from lightning_modules.data import text as _text  # noqa: F401
 from lightning_modules.error_text import one_line, reason, shorten_parser_error
 from lightning_modules.errors import UserError
 from lightning_modules.quiet import quiet_lightning
 from lightning_modules.resume import CONFIG_NAME, log_folder, resumed
 from lightning_modules.run_folder import best_checkpoint
-from lightning_modules.tasks import ClassifierTask, LanguageModelTask, RoutedTask, check_resumable, read_checkpoint
+from lightning_modules.tasks import TrixTask, check_resumable, read_checkpoint
 from lightning_modules.tasks.checkpoint import load_weights
-from lightning_modules.tasks.routed_task import check_eps
+from lightning_modules.tasks.hyperparameters import check_hyperparameters
+from lightning_modules.tasks.task import FROM_DATA, check_eps
 from lightning_modules.tasks.upgrade import COPIES
-from lightning_modules.trust import check_classes, denied_import, named_on_command_line, only_trusted_imports, take_out_trust
+from lightning_modules.trust import (
+    check_classes,
+    denied_import,
+    named,
+    named_on_command_line,
+    only_trusted_imports,
+    take_out_trust,
+)
 from lightning_modules.whole_files import WholeFileCheckpointIO
 from lightning_modules.yaml_files import check_text, check_yaml, read_yaml
 
-# Short names in configurations work for imported classes; these are offered as corrections too.
-TASKS = (LanguageModelTask, ClassifierTask)
-DATA_MODULES = (TextDataModule, DigitsDataModule, LanguageIdDataModule)
 RESUME_HELP = (
     "--resume RUN goes on from the last checkpoint of a run folder, or from one file, as the run's own configuration says"
 )
@@ -71,8 +76,6 @@ EXAMPLES = {
 GIVE_CONFIG = "to have it so, give --config FILE"
 SHORT_YAML = 1000  # characters, which cannot be nested too deeply
 EXIT_TERMINATED = 128 + signal.SIGTERM
-# What a task takes from its data.
-LINKED_PARAMETERS = ("vocabulary", "num_features", "num_classes", "class_names")
 
 
 def training_actions(command: str) -> list[argparse.Action]:
@@ -152,9 +155,9 @@ class TrixParser(LightningArgumentParser):
 
 
 class TrixCLI(LightningCLI):
-    """LightningCLI for routed tasks.
+    """LightningCLI for TrixTasks.
 
-    Differences: the task takes its vocabulary or classes from the data; a checkpoint must be a file and fit the
+    Differences: the task takes its vocabulary or classes (``FROM_DATA``) from the data; a checkpoint must be a file and fit the
     configuration, which is checked before anything is written; validate, test and predict need a checkpoint.
 
     Args:
@@ -162,7 +165,7 @@ class TrixCLI(LightningCLI):
             the configuration of a resumed run, where it is not the user who names it.
     """
 
-    model: RoutedTask
+    model: TrixTask
 
     def __init__(self, arguments: list[str], given: list[str], own_config: Path | None = None) -> None:
         self._arguments, self._own_config = arguments, own_config
@@ -170,7 +173,7 @@ class TrixCLI(LightningCLI):
         self._callbacks: list[Callback] = []
         self._record = RunRecord(given)
         super().__init__(
-            RoutedTask,
+            TrixTask,
             L.LightningDataModule,
             args=arguments,
             subclass_mode_model=True,
@@ -188,8 +191,21 @@ class TrixCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(ReportPage, "report")
-        for name in LINKED_PARAMETERS:
-            parser.link_arguments("data", f"model.init_args.{name}", compute_fn=_attribute(name), apply_on="instantiate")
+        for name in FROM_DATA:
+            parser.link_arguments("data", f"model.init_args.{name}", compute_fn=self._from_data(name), apply_on="instantiate")
+
+    def _from_data(self, name: str) -> Callable[[Any], Any]:
+        """What fills the parameter of the task: the data's attribute, else the parameter's default, else None."""
+
+        def get(data: Any) -> Any:
+            if hasattr(data, name):
+                return getattr(data, name)
+            path = self.config[self.config["subcommand"]]["model"]["class_path"]
+            parameter = inspect.signature(named(path)).parameters.get(name)
+            return None if parameter is None or parameter.default is parameter.empty else parameter.default
+
+        get.__name__ = name
+        return get
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:  # noqa: ARG002
         try:
@@ -207,7 +223,7 @@ class TrixCLI(LightningCLI):
         except RecursionError as error:
             raise UserError("a value of the configuration must not hold itself, or be nested too deeply") from error
         settings = self.config[self.config["subcommand"]]
-        for name in LINKED_PARAMETERS:
+        for name in FROM_DATA:
             if settings.get(f"model.init_args.{name}") is not None:
                 raise UserError(f"model.{name} comes from the data and cannot be set")
         if isinstance(settings.get("model.init_args.network"), list):  # the parser takes it, and the default in its place
@@ -297,6 +313,8 @@ class TrixCLI(LightningCLI):
         self._check_places()
         self.model.check_data(self.datamodule)
         if self.subcommand == "fit":
+            check_hyperparameters(self.model)
+            check_hyperparameters(self.datamodule)
             optimizer, _ = self.model.make_optimizer(self.trainer.max_steps)
             check_eps(optimizer, self.trainer.precision)
         if self._checkpoint_path is not None:
@@ -331,14 +349,6 @@ def _epilog(command: str) -> str:
     return f"{RESUME_HELP}\n\n{TRUST_HELP}\n\n{examples}" if command == "fit" else examples
 
 
-def _attribute(name: str) -> Callable[[Any], Any]:
-    def get(data: Any) -> Any:
-        return getattr(data, name, None)
-
-    get.__name__ = name
-    return get
-
-
 def config_files(arguments: list[str]) -> list[Path]:
     """The files that --config names, the last (which overrides the others) first."""
     files = []
@@ -358,7 +368,7 @@ def _broken_file(files: list[Path]) -> str:
 
 
 def _class_names() -> set[str]:
-    return {kind.__name__ for base in (RoutedTask, L.LightningDataModule, Callback) for kind in _subclasses(base)}
+    return {kind.__name__ for base in (TrixTask, L.LightningDataModule, Callback) for kind in _subclasses(base)}
 
 
 def _subclasses(base: type) -> Iterator[type]:
@@ -373,16 +383,19 @@ def _known_keys() -> set[str]:
     keys = {"seed_everything", "ckpt_path", "config", "resume"} | {
         f"trainer.{key}" for key in inspect.signature(L.Trainer).parameters
     }
-    keys |= {f"model.{key}" for task in TASKS for key in _parameters(task)}
+    keys |= {f"model.{key}" for task in _subclasses(TrixTask) for key in _parameters(task)}
     keys |= {f"report.{key}" for key in _parameters(ReportPage)}
-    keys |= {f"data.{key}" for kind in DATA_MODULES for key in _parameters(kind)}
+    keys |= {f"data.{key}" for kind in _subclasses(L.LightningDataModule) for key in _parameters(kind)}
     project_callbacks = [kind for kind in _subclasses(Callback) if kind.__module__.startswith("lightning_modules.")]
     return keys | {f"trainer.callbacks.{key}" for kind in project_callbacks for key in _parameters(kind)}
 
 
 def _parameters(kind: type) -> Iterator[str]:
     """Names of the parameters of a class, and of the dataclasses among them: ``network``, ``network.d_model``, ..."""
-    hints = get_type_hints(kind if is_dataclass(kind) else inspect.getattr_static(kind, "__init__"))
+    try:
+        hints = get_type_hints(kind if is_dataclass(kind) else kind.__init__)  # type: ignore[misc]
+    except (NameError, TypeError):  # those of a user's own class may be for type checkers alone
+        hints = {}
     for name in inspect.signature(kind).parameters:
         yield name
         for hint in (hints.get(name), *get_args(hints.get(name))):

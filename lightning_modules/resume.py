@@ -14,7 +14,7 @@ from lightning_modules.commands.arguments import take_out
 from lightning_modules.errors import UserError
 from lightning_modules.run_folder import CHECKPOINTS_NAME, LAST, checkpoints, version, versions
 from lightning_modules.tasks.checkpoint import check_resumable, read_checkpoint
-from lightning_modules.tasks.routed_task import CheckpointError
+from lightning_modules.tasks.task import CheckpointError
 
 CONFIG_NAME = "config.yaml"
 OPTION = "--resume"

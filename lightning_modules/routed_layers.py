@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from lightning_modules.errors import UserError
 from trix.nn import RoutedLayer
 from trix.nn import routed_layers as in_order
 
@@ -13,3 +14,10 @@ def routed_layers(network: nn.Module) -> dict[str, RoutedLayer]:
 
 def layer_name(index: int) -> str:
     return f"layer_{index}"
+
+
+def check_reports_routing(task: nn.Module, callback: str) -> None:
+    """Raise UserError unless the task's steps return their routing, which the callback reads."""
+    if not getattr(task, "reports_routing", False):
+        kind = type(task).__name__
+        raise UserError(f"{callback} needs a task whose steps return their routing, as those of a RoutedTask; {kind} is none")

@@ -1,4 +1,5 @@
-"""Whose code a configuration may name: that of torch, lightning and this project; any other only on the user's own word.
+"""Whose code a configuration or a checkpoint may name: that of torch, lightning and this project; any other only on the user's
+own word.
 
 A class path is an order to import a module. The user gives that order by a YAML file behind ``--config``, by an option of the
 command line, by ``--trust MODULE`` or by TRIX_TRUST. What a run folder or a checkpoint says is no order.
@@ -14,12 +15,10 @@ from inspect import isclass
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import set_parsing_settings
-
-from lightning_modules.commands.arguments import take_out
+from lightning_modules.commands.arguments import TRUST, take_out
 from lightning_modules.errors import UserError
 
-OPTION, VARIABLE = "--trust", "TRIX_TRUST"
+VARIABLE = "TRIX_TRUST"
 OWN = ("lightning", "lightning_modules", "ort_ops", "torch", "trix")
 # Options and keys whose value may be a class path as it stands, without a class_path key.
 SLOTS = frozenset({"accelerator", "callbacks", "class_path", "data", "logger", "lr_scheduler", "model", "optimizer"})
@@ -35,13 +34,22 @@ def take_out_trust(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     Raises:
         UserError: no name, or one that no module can have.
     """
-    given, rest = take_out(OPTION, arguments, f"the name of a module: {OPTION} own_task")
+    given, rest = take_out(TRUST, arguments, f"the name of a module: {TRUST} own_task")
+    return trusted_modules(given), rest
+
+
+def trusted_modules(given: Iterable[str]) -> list[str]:
+    """The modules that TRIX_TRUST and the values of ``--trust`` name.
+
+    Raises:
+        UserError: a name that no module can have.
+    """
     names = ",".join([os.environ.get(VARIABLE, ""), *given]).split(",")
     names = [name.strip() for name in names if name.strip()]
     for name in names:
         if not _MODULE.fullmatch(name) or name.split(".")[0] == "jsonargparse":  # which holds the rules themselves
-            raise UserError(f"{OPTION} or {VARIABLE} ({name!r}) must name a Python module, as in own_task or own.tasks")
-    return names, rest
+            raise UserError(f"{TRUST} or {VARIABLE} ({name!r}) must name a Python module, as in own_task or own.tasks")
+    return names
 
 
 def named_on_command_line(arguments: Sequence[str], configs: Iterable[Any]) -> list[str]:
@@ -62,26 +70,37 @@ def named_on_command_line(arguments: Sequence[str], configs: Iterable[Any]) -> l
 
 
 @contextmanager
-def only_trusted_imports(modules: Sequence[str]) -> Iterator[None]:
-    """Let the parser import from the project's own packages and from these; all else is refused before it is imported.
-
-    The working folder is searched, after all else, where there is a module of the user's to be found. The parser's settings
-    belong to the process: after the block it still refuses what is not the project's own.
-    """
+def working_folder_searched(modules: Sequence[str]) -> Iterator[None]:
+    """Search the working folder, after all else, where there is a module of the user's to be found."""
     here = str(Path.cwd())
     added = [] if not modules or here in sys.path else [here]
     sys.path += added
+    try:
+        yield
+    finally:
+        for folder in added:
+            sys.path.remove(folder)
+
+
+@contextmanager
+def only_trusted_imports(modules: Sequence[str]) -> Iterator[None]:
+    """Let the parser import from the project's own packages and from these; all else is refused before it is imported.
+
+    As :func:`working_folder_searched`. The parser's settings belong to the process: after the block it still refuses what is
+    not the project's own.
+    """
+    from jsonargparse import set_parsing_settings  # the light commands do without it
+
     set_parsing_settings(
         import_path_denylist=["*"],
         import_path_allowlist=[*OWN, *modules],
         instantiate_subclass_spec_in_any=False,
     )
     try:
-        yield
+        with working_folder_searched(modules):
+            yield
     finally:
         set_parsing_settings(import_path_denylist=[module for module in modules if module not in OWN])
-        for folder in added:
-            sys.path.remove(folder)
 
 
 def denied_import(message: str, source: Path | None) -> str | None:
@@ -91,14 +110,21 @@ def denied_import(message: str, source: Path | None) -> str | None:
         source: the configuration that the user did not name: that of a run folder.
     """
     match = _DENIED.search(message)
-    if match is None:
-        return None
-    path = match["path"]
+    return None if match is None else denial(match["path"], source)
+
+
+def denial(path: str, source: Path | str | None) -> str:
+    """What to tell the user of a class path that is not trusted. source: the file that names it, unless the user does."""
     by = "" if source is None else f" (named by {source})"
     root = path.split(".")[0]
     if root in sys.stdlib_module_names:
         return f"class {path}{by} is in Python's standard library, which holds no part of a run"
-    return f"class {path}{by} is code from outside torch, lightning and trix: if you trust it, add {OPTION} {root}"
+    return f"class {path}{by} is code from outside torch, lightning and trix: if you trust it, add {TRUST} {root}"
+
+
+def is_class_path(text: str) -> bool:
+    """Whether it may be one: names with dots between them."""
+    return _DOTTED.fullmatch(text) is not None
 
 
 def check_classes(config: Any, key: str = "") -> None:
@@ -108,7 +134,7 @@ def check_classes(config: Any, key: str = "") -> None:
     """
     if isinstance(config, Mapping):
         path = config.get("class_path")
-        if isinstance(path, str) and not isclass(_named(path)):
+        if isinstance(path, str) and not isclass(named(path)):
             raise UserError(f"{key or 'configuration'}.class_path ({path}) must name a class, not a function or a value")
         for name, value in config.items():
             part = "" if name == "init_args" else str(name)
@@ -118,7 +144,7 @@ def check_classes(config: Any, key: str = "") -> None:
             check_classes(value, key)
 
 
-def _named(path: str) -> Any:
+def named(path: str) -> Any:
     """What an import path that the parser has accepted stands for."""
     parts = path.split(".")
     for end in range(len(parts) - 1, 0, -1):

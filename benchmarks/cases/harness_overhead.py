@@ -47,7 +47,7 @@ from lightning_modules.data.text import TextDataModule
 from lightning_modules.lightning_cli import run_training_command
 from lightning_modules.quiet import quiet_lightning
 from lightning_modules.tasks import LanguageModelTask
-from lightning_modules.tasks.routed_task import default_lr_scheduler
+from lightning_modules.tasks.task import default_lr_scheduler
 from trix.nn import LanguageModel, LanguageModelConfig
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

@@ -20,7 +20,7 @@ from lightning_modules.callbacks.figures import DrawingBudget, add_figure, claim
 from lightning_modules.callbacks.log_folder import local_log_folder
 from lightning_modules.error_text import did_you_mean
 from lightning_modules.errors import UserError
-from lightning_modules.routed_layers import layer_name, routed_layers
+from lightning_modules.routed_layers import check_reports_routing, layer_name, routed_layers
 from ort_ops.whole_file import write_whole
 from trix.routing import ClaimMatrix
 
@@ -93,8 +93,8 @@ class ClaimMonitor(L.Callback):
         watch: concepts to follow.
 
     Raises:
-        ValueError: max_classes < 0. As the run starts, UserError: the task has no class_names, or a watched class, layer or
-            tile is not there.
+        ValueError: max_classes < 0. As the run starts, UserError: the task has no class_names or returns no routing, or a
+            watched class, layer or tile is not there. In the run, UserError: labels are no integers.
 
     Example::
 
@@ -115,10 +115,11 @@ class ClaimMonitor(L.Callback):
         self._budget = DrawingBudget()
 
     def check_network(self, network: nn.Module) -> None:
-        """Raise UserError unless the task has class_names and what is watched is there."""
+        """Raise UserError unless the task has class_names, returns its routing, and what is watched is there."""
         class_names: Sequence[str] | None = getattr(network, "class_names", None)
         if class_names is None:
             raise UserError(f"ClaimMonitor needs a task with class_names, which {type(network).__name__} lacks")
+        check_reports_routing(network, "ClaimMonitor")
         num_tiles = [layer.num_tiles for layer in routed_layers(network).values()]
         for watch in self.watch:
             watch.class_idx(class_names)
@@ -151,8 +152,11 @@ class ClaimMonitor(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
+        label = outputs["label"]
+        if label.is_floating_point():
+            raise UserError(f"ClaimMonitor needs labels that are classes, int64; those of the data are {label.dtype}")
         for name, info in outputs["routing"].items():
-            self._claims[name].update(info["tile_idx"], outputs["label"], weight=info["weight"])
+            self._claims[name].update(info["tile_idx"], label, weight=info["weight"])
 
     @override
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

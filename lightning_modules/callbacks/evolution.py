@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from lightning_modules.callbacks.routing_statistics import RoutingStatistics
 from lightning_modules.errors import UserError
-from lightning_modules.routed_layers import routed_layers
+from lightning_modules.routed_layers import check_reports_routing, routed_layers
 from trix.evolution import (
     copy_tile_state,
     merge_tiles,
@@ -111,7 +111,8 @@ class Evolution(L.Callback):
         self._restored: dict[str, dict[str, torch.Tensor]] = {}
 
     def check_network(self, network: nn.Module) -> None:
-        """Raise UserError unless a layer is routed by signatures."""
+        """Raise UserError unless the task returns its routing and a layer is routed by signatures."""
+        check_reports_routing(network, "Evolution")
         if not _evolving_layers(network):
             raise UserError("Evolution needs a layer routed by signatures: routing 'explicit' or 'emergent'")
 

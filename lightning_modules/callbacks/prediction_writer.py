@@ -8,8 +8,10 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
 from rich import get_console
+from torch import Tensor
 from typing_extensions import override
 
+from lightning_modules.errors import UserError
 from lightning_modules.whole_files import save_whole
 
 
@@ -44,7 +46,20 @@ class PredictionWriter(BasePredictionWriter):
         output = self.output
         if trainer.world_size > 1:
             output = output.with_suffix(f".rank{trainer.global_rank}{output.suffix}")
-        joined = {name: torch.cat([batch[name] for batch in predictions]).cpu() for name in predictions[0]}
+        joined = {name: torch.cat(parts).cpu() for name, parts in _by_name(predictions, type(pl_module).__name__).items()}
         save_whole(joined, output)
         shapes = ", ".join(f"{name} {list(values.shape)}" for name, values in joined.items())
         get_console().print(f"wrote   {output}: {shapes}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _by_name(predictions: Sequence[Any], kind: str) -> dict[str, list[Tensor]]:
+    """The predictions of all batches; those without a name are called "prediction".
+
+    Raises:
+        UserError: they are neither tensors nor dicts of tensors.
+    """
+    batches = [{"prediction": batch} if isinstance(batch, Tensor) else batch for batch in predictions]
+    for batch in batches:
+        if not isinstance(batch, dict) or not all(isinstance(value, Tensor) and value.dim() for value in batch.values()):
+            raise UserError(f"predict_step of {kind} ({type(batch).__name__}) must return a tensor [B, ...] or a dict of them")
+    return {name: [batch[name] for batch in batches] for name in batches[0]}

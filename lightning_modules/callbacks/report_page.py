@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from lightning_modules.callbacks.last_checkpoint import written_checkpoint
 from lightning_modules.callbacks.log_folder import local_log_folder, relative_path
+from lightning_modules.checkpoint_data import run_data
 from lightning_modules.checkpoint_page import make_page
 from lightning_modules.error_text import one_line
 from lightning_modules.routed_layers import routed_layers
@@ -51,8 +52,11 @@ class ReportPage(L.Callback):
             return
         (checkpoint_path, _), page_path = written, self._folder / PAGE_NAME
         try:
-            task, checkpoint = load_checkpoint(checkpoint_path)
-            page = make_page(task, checkpoint, str(checkpoint_path), self.num_tokens)
+            # The classes that this run is made of are trusted, for it has been running them.
+            trusted = [type(part).__module__ for part in (pl_module, getattr(trainer, "datamodule", None))]
+            task, checkpoint = load_checkpoint(checkpoint_path, trusted)
+            data = run_data(task, checkpoint, checkpoint_path, trusted)
+            page = make_page(task, data, checkpoint, str(checkpoint_path), self.num_tokens)
             write_whole(page.encode(), page_path)
         except Exception as error:  # whatever it is, the run is done and its weights are kept
             rank_zero_warn(f"{PAGE_NAME} could not be drawn: {one_line(error)}")

@@ -5,7 +5,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
@@ -21,7 +21,7 @@ from lightning_modules.callbacks.figures import (
 )
 from lightning_modules.callbacks.routing_statistics import RoutingStatistics
 from lightning_modules.callbacks.token_sample import TokenSample
-from lightning_modules.routed_layers import routed_layers
+from lightning_modules.routed_layers import check_reports_routing, routed_layers
 
 MAX_TILES_BY_NAME = 32
 
@@ -44,6 +44,9 @@ class RoutingMonitor(L.Callback):
     Args:
         figures: draw figures.
 
+    Raises:
+        UserError: as the run starts, where the task's steps do not return their routing.
+
     Example::
 
         trainer:
@@ -60,8 +63,13 @@ class RoutingMonitor(L.Callback):
         self._budget = DrawingBudget()
         self._usage: dict[str, Tensor] = {}  # of a validation of which nothing is drawn yet
 
+    def check_network(self, network: nn.Module) -> None:
+        """Raise UserError unless the task's steps return their routing."""
+        check_reports_routing(network, "RoutingMonitor")
+
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.check_network(pl_module)
         # A run before has nothing to do with this one; the state of a checkpoint comes after setup.
         self._earlier, self._usage, self._budget = {}, {}, DrawingBudget()
 

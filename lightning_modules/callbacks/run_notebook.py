@@ -77,7 +77,8 @@ class RunNotebook(L.Callback):
 
     @override
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        layers = routed_layers(pl_module) if self._is_running else {}
+        is_told = self._is_running and getattr(pl_module, "reports_routing", False)
+        layers = routed_layers(pl_module) if is_told else {}
         self._claims = {name: ClaimMatrix(layer.num_tiles).to(pl_module.device) for name, layer in layers.items()}
 
     @override
@@ -90,9 +91,12 @@ class RunNotebook(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        for name, claims in self._claims.items():
-            info = outputs["routing"][name]
-            claims.update(info["tile_idx"], outputs["label"], weight=info["weight"])
+        for name, claims in list(self._claims.items()):
+            info, label = outputs["routing"][name], outputs["label"]
+            if label.is_floating_point() or label.shape not in (info["tile_idx"].shape[:1], info["tile_idx"].shape[:-1]):
+                del self._claims[name]  # the labels are no classes of tokens
+                continue
+            claims.update(info["tile_idx"], label, weight=info["weight"])
 
     @override
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

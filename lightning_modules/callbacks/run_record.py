@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from lightning_modules.callbacks.last_checkpoint import withdraw_copies
 from lightning_modules.callbacks.log_folder import local_log_folder
+from lightning_modules.data.data_module import digests
 from lightning_modules.error_text import one_line
 from lightning_modules.errors import UserError
 from lightning_modules.machine import cpu_name, git_state
@@ -174,11 +175,8 @@ def environment() -> dict[str, Any]:
 
 
 def data_digests(datamodule: L.LightningDataModule | None) -> dict[str, str]:
-    """The class of the data, and its digests: every attribute that is named ..._sha256."""
-    if datamodule is None:
-        return {}
-    digests = {name: value for name, value in vars(datamodule).items() if name.endswith("_sha256") and isinstance(value, str)}
-    return {"class": type(datamodule).__name__} | digests
+    """The class of the data, and its digests."""
+    return {} if datamodule is None else {"class": type(datamodule).__name__} | digests(datamodule)
 
 
 def _package_version(name: str) -> str | None:

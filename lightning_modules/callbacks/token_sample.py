@@ -21,7 +21,8 @@ class TokenSample:
     """What the routers decided for the first tokens of an evaluation, by layer, on the CPU.
 
     Attributes:
-        label_N: int32, the labels of the first batches; with them two samples are known to be of the same tokens.
+        label_N: the labels of the first batches, int32 (float32 where they are no classes); with them two samples are known to
+            be of the same tokens.
         tile_N: {layer: the best tile of each token, int16}. confidence_N: {layer: the gap of its best two scores, float32}.
         first: {layer: the routing of the first sequence, [T, ...], of which up to 48 tokens}. tokens: how those are written;
             None where tokens are no characters.
@@ -41,7 +42,8 @@ class TokenSample:
             return
         if not self.first:
             self._take_first_sequence(outputs["routing"], batch[0], pl_module)
-        self.label_N = _extended(self.label_N, outputs["label"].flatten().to(torch.int32))
+        label = outputs["label"].flatten()
+        self.label_N = _extended(self.label_N, label.to(torch.float32 if label.is_floating_point() else torch.int32))
         for name, info in outputs["routing"].items():
             tile_N = info["tile_idx"][..., 0].flatten()[:MAX_TOKENS].to(torch.int16)
             score_NE = info["scores"].flatten(end_dim=-2)[:MAX_TOKENS].float()
@@ -51,7 +53,10 @@ class TokenSample:
 
     def _take_first_sequence(self, routing: dict[str, RoutingInfo], x: Tensor, pl_module: L.LightningModule) -> None:
         mask_BT = pl_module.padding_mask(x) if isinstance(pl_module, RoutedTask) else None
-        token_T = x[0] if mask_BT is None else x[0][mask_BT[0]]
+        if mask_BT is not None:
+            token_T = x[0][mask_BT[0]]
+        else:  # where an example is one token, the batch is the sequence
+            token_T = x if all(info["tile_idx"].dim() == 2 for info in routing.values()) else x[0]
         token_T = token_T[:MAX_TOKENS_OF_SEQUENCE]
         vocabulary = getattr(pl_module, "vocabulary", None)
         if vocabulary is not None:

@@ -10,6 +10,7 @@ from lightning_modules.errors import UserError
 CHECKPOINT_HELP = "a checkpoint written by `trix fit`, or a run folder: its newest best.ckpt"
 # What `trix completion` offers for an argument; shtab reads it from an action's attribute `complete`.
 FILE = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}
+TRUST = "--trust"
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -23,6 +24,17 @@ class CommandParser(argparse.ArgumentParser):
         action = super().add_argument(*names, **settings)
         self._known_options.extend(action.option_strings)
         return action
+
+    def add_trust(self) -> None:
+        """The option of a command that reads checkpoints."""
+        self.add_argument(
+            TRUST,
+            metavar="MODULE",
+            action="append",
+            default=[],
+            help="let the checkpoint name a task or data of this module of your own, which is then imported, also from the "
+            "working folder; may be given several times, and TRIX_TRUST=MODULE,MODULE does the same",
+        )
 
     def parse_strictly(self, arguments: list[str]) -> argparse.Namespace:
         # Before argparse looks: it would first miss the required option that a misspelt one was to be.

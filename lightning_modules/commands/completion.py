@@ -5,7 +5,7 @@ import importlib
 import sys
 from collections.abc import Iterable
 
-from lightning_modules.commands.arguments import FILE, CommandParser
+from lightning_modules.commands.arguments import FILE, TRUST, CommandParser
 from lightning_modules.commands.table import COMMANDS
 from lightning_modules.errors import UserError
 
@@ -51,7 +51,7 @@ def _add_options(parser: argparse.ArgumentParser, actions: Iterable[argparse.Act
             added.complete = FILE  # type: ignore[attr-defined]
     if parser.prog.endswith("fit"):
         parser.add_argument("--resume", help="go on from a run folder").complete = FILE  # type: ignore[attr-defined]
-        parser.add_argument("--trust", help="let the configuration of a resumed run name classes of this module")
+    parser.add_argument(TRUST, help="let the configuration name classes of this module of your own")
 
 
 def make_parser() -> CommandParser:

@@ -1,13 +1,15 @@
 """``trix export``: write a checkpoint as one ONNX file with packed ternary weights, checked against torch."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_modules.checkpoint_data import make_labelled_data, make_text
+from lightning_modules.checkpoint_data import run_data
 from lightning_modules.commands.arguments import CHECKPOINT_HELP, FILE, CommandParser
 from lightning_modules.commands.output_file import check_output_file, output_folder
 from lightning_modules.errors import UserError
 from lightning_modules.run_folder import best_checkpoint
+from lightning_modules.trust import trusted_modules, working_folder_searched
 
 if TYPE_CHECKING:
     from ort_ops.export import ExportReport
@@ -26,9 +28,10 @@ def run_export(arguments: list[str]) -> int:
     from ort_ops.graph import Activations
 
     activations = Activations(options.activation_bits, 128 if options.group_size is None else options.group_size)
+    trusted = trusted_modules(options.trust)
     try:
-        with output_folder(output.parent):
-            report = export_checkpoint(ckpt, output, not options.no_fallback, options.held_out_tokens, activations)
+        with working_folder_searched(trusted), output_folder(output.parent):
+            report = export_checkpoint(ckpt, output, not options.no_fallback, options.held_out_tokens, activations, trusted)
     except OSError as error:  # reading has errors of its own
         raise UserError(f"output {output} cannot be written: {error.strerror or error}") from error
     except ValueError as error:
@@ -39,39 +42,30 @@ def run_export(arguments: list[str]) -> int:
 
 
 def export_checkpoint(
-    ckpt: Path | str, output: Path, fallback: bool, held_out_tokens: int, activations: "Activations"
+    ckpt: Path | str,
+    output: Path,
+    fallback: bool,
+    held_out_tokens: int,
+    activations: "Activations",
+    trusted: Collection[str] = (),
 ) -> "ExportReport":
-    """Rebuild the task and the data of a checkpoint, and export its network.
+    """Rebuild the task and the data of a checkpoint, and export its network as the task says.
 
     Args:
         ckpt: a file written by `trix fit`. output: the file to write, in a folder that exists.
         fallback: also write the operators' portable definition.
         held_out_tokens: at most so many tokens of the validation data are used to compare with torch.
         activations: what the file's ternary products read.
+        trusted: the modules, besides this project's, whose task and data the checkpoint may name.
 
     Raises:
         CheckpointError, DataError, and what ``ort_ops.export`` raises.
     """
-    from lightning_modules.tasks import ClassifierTask, LanguageModelTask, load_checkpoint
-    from ort_ops.export import export_classifier, export_language_model
+    from lightning_modules.tasks import load_checkpoint
 
-    task, checkpoint = load_checkpoint(ckpt)
-    if isinstance(task, LanguageModelTask):
-        text = make_text(task, checkpoint, ckpt)
-        num_tokens = min(held_out_tokens, len(text.val_dataloader().dataset) * text.context_length)  # type: ignore[arg-type]
-        tokens = text.held_out_tokens(num_tokens)
-        return export_language_model(task.network, task.vocabulary, tokens, output, fallback, activations)
-    if isinstance(task, ClassifierTask):
-        import torch
-
-        data = make_labelled_data(task, checkpoint, ckpt)
-        inputs = torch.cat([inputs for inputs, _ in data.val_dataloader()])
-        inputs = inputs[: max(held_out_tokens // inputs.shape[1], 1)]
-        names = list(task.class_names)
-        return export_classifier(task.network, names, inputs, output, fallback, task.vocabulary, activations)
-    raise UserError(
-        f"task ({task.task_name}) must be {LanguageModelTask.task_name} or {ClassifierTask.task_name} to be exported"
-    )
+    task, checkpoint = load_checkpoint(ckpt, trusted)
+    exporter = task.exportable(run_data(task, checkpoint, ckpt, trusted), held_out_tokens)
+    return exporter(output, fallback=fallback, activations=activations)
 
 
 def make_parser() -> CommandParser:
@@ -110,4 +104,5 @@ def make_parser() -> CommandParser:
         choices=(128, 0),
         help="of 8 bits: how many columns share a scale, 128, or 0 for all: faster, less exact (default: 128)",
     )
+    parser.add_trust()
     return parser

@@ -2,15 +2,16 @@
 
 import functools
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
-from lightning_modules.checkpoint_data import load_task
+from lightning_modules.checkpoint_data import load_task, run_data
 from lightning_modules.checkpoint_page import make_page
 from lightning_modules.commands.arguments import CHECKPOINT_HELP, FILE, CommandParser
 from lightning_modules.commands.output_file import check_output_file, output_folder
 from lightning_modules.errors import UserError
 from lightning_modules.run_folder import best_checkpoint
+from lightning_modules.trust import trusted_modules, working_folder_searched
 from ort_ops.whole_file import write_whole
 
 DEFAULT_TOKENS = 4096
@@ -24,7 +25,14 @@ def run_inspect(arguments: list[str]) -> int:
     check_output_file(output, model)
     if options.num_tokens is not None and options.num_tokens < 1:
         raise UserError(f"--num-tokens ({options.num_tokens}) must be >= 1")
-    page = _page_maker(model, options)
+    trusted = trusted_modules(options.trust)
+    with working_folder_searched(trusted):
+        _write_page(_page_maker(model, options, trusted), model, output)
+    print(f"wrote   {output}  (open it in a browser)")
+    return 0
+
+
+def _write_page(page: Callable[[], str], model: Path, output: Path) -> None:
     try:
         with output_folder(output.parent):
             write_whole(page().encode(), output.resolve())  # a link stays, the file that it names is replaced
@@ -34,11 +42,9 @@ def run_inspect(arguments: list[str]) -> int:
         raise UserError(f"{model}: {error}") from error
     except OSError as error:
         raise UserError(f"output {output} cannot be written: {error.strerror or error}") from error
-    print(f"wrote   {output}  (open it in a browser)")
-    return 0
 
 
-def _page_maker(model: Path, options: Namespace) -> Callable[[], str]:
+def _page_maker(model: Path, options: Namespace, trusted: Collection[str]) -> Callable[[], str]:
     """What makes the page; a checkpoint is read at once."""
     if model.suffix.lower() == ".onnx":
         from lightning_modules.commands.inspect_onnx import make_onnx_page
@@ -46,8 +52,9 @@ def _page_maker(model: Path, options: Namespace) -> Callable[[], str]:
         if options.num_tokens is not None:
             raise UserError("--num-tokens belongs to a checkpoint: an exported model has no data but its own example")
         return functools.partial(make_onnx_page, model)
-    task, checkpoint = load_task(str(model), "inspect")
-    return functools.partial(make_page, task, checkpoint, str(model), options.num_tokens or DEFAULT_TOKENS)
+    task, checkpoint = load_task(str(model), "inspect", trusted)
+    data = run_data(task, checkpoint, model, trusted)
+    return functools.partial(make_page, task, data, checkpoint, str(model), options.num_tokens or DEFAULT_TOKENS)
 
 
 def make_parser() -> CommandParser:
@@ -70,4 +77,5 @@ def make_parser() -> CommandParser:
         help="measure a checkpoint on at most so many tokens of the validation data, in whole sequences "
         f"(default: {DEFAULT_TOKENS})",
     )
+    parser.add_trust()
     return parser

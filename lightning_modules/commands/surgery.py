@@ -2,6 +2,7 @@
 
 import copy
 from argparse import Namespace
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +12,13 @@ from lightning_modules.commands.output_file import check_output_file, output_fol
 from lightning_modules.errors import UserError
 from lightning_modules.run_folder import best_checkpoint
 from lightning_modules.signature_values import is_signs, read_signature
+from lightning_modules.trust import trusted_modules, working_folder_searched
 from ort_ops.whole_file import whole_file
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lightning_modules.tasks import RoutedTask
+    from lightning_modules.tasks import TrixTask
     from trix.nn import RoutedLayer
 
 ACTIONS = ("insert", "freeze", "unfreeze", "remove")
@@ -31,7 +33,13 @@ def run_surgery(arguments: list[str]) -> int:
         from lightning_modules.commands.surgery_onnx import run_onnx_surgery
 
         return run_onnx_surgery(options, ckpt, output)
-    task, checkpoint = load_task(str(ckpt), "surgery")
+    trusted = trusted_modules(options.trust)
+    with working_folder_searched(trusted):
+        return _run_checkpoint_surgery(options, ckpt, output, trusted)
+
+
+def _run_checkpoint_surgery(options: Namespace, ckpt: Path, output: Path, trusted: Collection[str]) -> int:
+    task, checkpoint = load_task(str(ckpt), "surgery", trusted)
     from lightning_modules.whole_files import save
 
     try:
@@ -48,7 +56,7 @@ def run_surgery(arguments: list[str]) -> int:
     try:
         with output_folder(output.parent), whole_file(output) as partial:
             save(edited, partial)
-            check_written(partial, options, copies, checkpoint, changed)
+            check_written(partial, options, copies, checkpoint, changed, trusted)
     except OSError as error:
         raise UserError(f"output {output} cannot be written: {error.strerror or error}") from error
     after = layer.get_signature_analysis(options.tile)
@@ -63,7 +71,7 @@ def run_surgery(arguments: list[str]) -> int:
     return 0
 
 
-def routed_layer(task: "RoutedTask", index: int) -> "RoutedLayer":
+def routed_layer(task: "TrixTask", index: int) -> "RoutedLayer":
     """Raises ValueError where there is no such layer."""
     from trix.nn import routed_layers
 
@@ -98,7 +106,7 @@ def operate(layer: "RoutedLayer", options: Namespace) -> None:
     act(options.tile, tag=options.tag)
 
 
-def copies_of(task: "RoutedTask", checkpoint: dict[str, Any]) -> dict[str, "RoutedTask"]:
+def copies_of(task: "TrixTask", checkpoint: dict[str, Any]) -> dict[str, "TrixTask"]:
     """By where they stand in the checkpoint: the task, and a copy of it with each further copy of the weights.
 
     Raises:
@@ -115,7 +123,7 @@ def copies_of(task: "RoutedTask", checkpoint: dict[str, Any]) -> dict[str, "Rout
     return copies
 
 
-def state_of(task: "RoutedTask", original: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
+def state_of(task: "TrixTask", original: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
     """The stored weights with those tensors of the task that differ from the original ones, in the floats of the training; all
     else are the stored objects.
     """
@@ -131,9 +139,10 @@ def state_of(task: "RoutedTask", original: dict[str, Any], stored: dict[str, Any
 def check_written(
     partial: Path,
     options: Namespace,
-    copies: dict[str, "RoutedTask"],
+    copies: dict[str, "TrixTask"],
     checkpoint: dict[str, Any],
     changed: dict[str, list[str]],
+    trusted: Collection[str],
 ) -> None:
     """Read the new file before it gets its name: the edit must stand in it, and all else must be what the checkpoint holds.
 
@@ -143,7 +152,7 @@ def check_written(
     from lightning_modules.tasks import CheckpointError, load_checkpoint
 
     try:
-        task, written = load_checkpoint(partial)
+        task, written = load_checkpoint(partial, trusted)
         found = copies_of(task, written)
     except CheckpointError as error:
         raise RuntimeError(f"all must stand in the new checkpoint; no file is written: {error}") from error
@@ -237,4 +246,5 @@ def make_parser() -> CommandParser:
     parser.add_argument("--no-freeze", action="store_true", help="let learning go on from the inserted signature")
     parser.add_argument("--tag", required=True, help="a name for the surgery history")
     parser.add_argument("--output", required=True, help="the file to write, which does not exist yet").complete = FILE
+    parser.add_trust()
     return parser

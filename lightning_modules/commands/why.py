@@ -1,24 +1,22 @@
-"""``trix why``: for each token of a text or an image, the tile it went to, the runner-up, and what decided."""
+"""``trix why``: for each token of a text, an image or the like, the tile it went to, the runner-up, and what decided."""
 
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lightning_modules.checkpoint_data import load_task, make_labelled_data
+from lightning_modules.checkpoint_data import load_task, run_data
 from lightning_modules.commands.arguments import CHECKPOINT_HELP, FILE, CommandParser
 from lightning_modules.commands.output_text import print_rich
 from lightning_modules.errors import UserError
 from lightning_modules.run_folder import best_checkpoint
+from lightning_modules.trust import trusted_modules, working_folder_searched
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from torch import Tensor
 
-    from lightning_modules.tasks import ClassifierTask, LanguageModelTask, RoutedTask
     from trix.introspection import Explanation
 
-SHADES = " .:*#"
 LEGEND = """\
 tile        where the token went, best first; the runner-up is the best tile that it did not go to
 score       how well the token agrees with the tile's signature, with the tile's balance bias; the highest wins
@@ -32,90 +30,36 @@ def run_why(arguments: list[str]) -> int:
     options = make_parser().parse_strictly(arguments)
     _check_options(options)
     options.ckpt = str(best_checkpoint(Path(options.ckpt)))
-    task, checkpoint = load_task(options.ckpt, "why")
+    trusted = trusted_modules(options.trust)
+    with working_folder_searched(trusted):
+        header, explanations, tokens = _explained(options, trusted)
+    _print(header, explanations, tokens)
+    return 0
+
+
+def _explained(options: Namespace, trusted: Collection[str]) -> tuple[str, list["Explanation"], list[str]]:
+    """What stands above the table, an explanation for each of its rows, and how all tokens are written."""
+    task, checkpoint = load_task(options.ckpt, "why", trusted)
+    from lightning_modules.tasks import Request
     from trix.introspection import TriXIntrospector
 
     try:
-        inputs, tokens, subject = _example(task, checkpoint, options)
-        positions = _positions(options, len(tokens))
         introspector = TriXIntrospector(task.network)
+        data = run_data(task, checkpoint, options.ckpt, trusted)
+        inputs, tokens, subject = task.example(data, Request(options.prompt, options.index))
+        positions = _positions(options, len(tokens))
         explanations = introspector.why(inputs, options.layer, options.num_dims)
     except UserError:
         raise
     except ValueError as error:
         raise UserError(f"{options.ckpt}: {error}") from error
+    if len(explanations) != len(tokens):
+        raise UserError(f"tokens of the task's example ({len(tokens)}) must be those of the layer ({len(explanations)})")
     num_layers = len(introspector.layers)
     others = f" (there are 0 to {num_layers - 1}; --layer chooses)" if num_layers > 1 else ""
     num_tiles = introspector.layers[options.layer].num_tiles
     header = f"{subject}, layer {options.layer}{others}, {num_tiles} tiles"
-    _print(header, [explanations[position] for position in positions], tokens)
-    return 0
-
-
-def _example(task: "RoutedTask", checkpoint: dict[str, Any], options: Namespace) -> tuple["Tensor", list[str], str]:
-    """What the network takes, how each of its tokens is written, and what it is."""
-    from lightning_modules.tasks import ClassifierTask, LanguageModelTask
-
-    if isinstance(task, LanguageModelTask):
-        if options.prompt is None:
-            raise UserError("a language model needs a text: --prompt TEXT")
-        return _encoded(task, options.prompt), _written(options.prompt), "prompt"
-    if isinstance(task, ClassifierTask) and task.vocabulary is not None:
-        if options.prompt is None:
-            raise UserError("a classifier of texts needs one: --prompt TEXT")
-        return _classified(task, task.vocabulary, options.prompt)
-    if isinstance(task, ClassifierTask):
-        return _image(task, checkpoint, options)
-    raise UserError(f"task ({task.task_name}) must be {LanguageModelTask.task_name} or {ClassifierTask.task_name}")
-
-
-def _written(prompt: str) -> list[str]:
-    return [repr(character) for character in prompt]
-
-
-def _encoded(task: "LanguageModelTask", prompt: str) -> "Tensor":
-    import torch
-
-    _check_length(prompt, task.network.config.context_length)
-    unknown = sorted(set(prompt) - set(task.vocabulary))
-    if unknown:
-        raise UserError(f"the prompt holds {', '.join(map(repr, unknown[:5]))}, outside the vocabulary of the model")
-    return torch.tensor([[task.vocabulary.index(character) for character in prompt]])
-
-
-def _classified(task: "ClassifierTask", vocabulary: str, prompt: str) -> tuple["Tensor", list[str], str]:
-    import torch
-
-    from lightning_modules.data.language_id import encode
-    from lightning_modules.data.translations import plain_text
-
-    prompt = plain_text(prompt)
-    _check_length(prompt, task.network.config.context_length)
-    token_BT = encode([prompt], vocabulary, len(prompt))
-    prediction = int(task.predict_step((token_BT, torch.zeros(1, dtype=torch.int64)))["label"])
-    return token_BT, _written(prompt), f"prompt, taken for {task.class_names[prediction]!r}"
-
-
-def _check_length(prompt: str, limit: int) -> None:
-    if not 1 <= len(prompt) <= limit:
-        raise UserError(f"length of the prompt ({len(prompt)}) must be >= 1 and <= context_length ({limit})")
-
-
-def _image(task: "ClassifierTask", checkpoint: dict[str, Any], options: Namespace) -> tuple["Tensor", list[str], str]:
-    import torch
-
-    if options.index is None:
-        raise UserError("a classifier needs one of its validation images: --index N")
-    batches = list(make_labelled_data(task, checkpoint, options.ckpt).val_dataloader())
-    image_NTF, label_N = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    if not 0 <= options.index < len(image_NTF):
-        raise UserError(f"--index ({options.index}) must be >= 0 and < validation images ({len(image_NTF)})")
-    image_BTF = image_NTF[options.index : options.index + 1]
-    prediction = int(task.predict_step((image_BTF, label_N[:1]))["label"])
-    names = task.class_names
-    subject = f"image {options.index}: a {names[int(label_N[options.index])]}, taken for a {names[prediction]}"
-    levels = (image_BTF[0].clamp(0, 1) * (len(SHADES) - 1)).round().to(torch.int64).tolist()
-    return image_BTF, ["".join(SHADES[level] * 2 for level in row) for row in levels], subject
+    return header, [explanations[position] for position in positions], tokens
 
 
 def _positions(options: Namespace, num_tokens: int) -> Sequence[int]:
@@ -172,9 +116,14 @@ def make_parser() -> CommandParser:
     )
     parser.add_argument("ckpt", metavar="CKPT", help=CHECKPOINT_HELP).complete = FILE
     parser.add_argument("--prompt", help="for a model of text: the text to ask about")
-    parser.add_argument("--index", type=int, help="for a classifier of images: which of its validation images, counted from 0")
+    parser.add_argument(
+        "--index",
+        type=int,
+        help="for a classifier of images: which of its validation images, counted from 0; for other data: which example",
+    )
     parser.add_argument("--layer", type=int, default=0, help="the routed layer, counted from 0 (default: %(default)s)")
     parser.add_argument("--num-dims", type=int, default=5, help="how many dimensions to name (default: %(default)s)")
     parser.add_argument("--position", type=int, help="only the token at this place, counted from 0")
     parser.add_argument("--last", type=int, help="only the last so many tokens")
+    parser.add_trust()
     return parser

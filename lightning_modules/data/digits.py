@@ -4,23 +4,26 @@ Shape suffixes: B batch, N images, T rows (8), D pixels of a row (8).
 """
 
 import hashlib
+from typing import ClassVar
 
-import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
+from typing_extensions import override
 
 from lightning_modules.data.checks import check_at_least, check_fraction
+from lightning_modules.data.data_module import TrixDataModule
 from lightning_modules.data.loader import ResumableLoader, evaluation_loader, permuted_loader
 from lightning_modules.errors import DataError
 
 ImageBatch = tuple[Tensor, Tensor]
 
 MAX_PIXEL = 16.0
+SHADES = " .:*#"
 
 
-class DigitsDataModule(L.LightningDataModule):
+class DigitsDataModule(TrixDataModule):
     """The 1797 handwritten digits (8x8 pixels) that come with scikit-learn: no download.
 
     The split is stratified: both parts have the classes in equal proportion. Training: epoch e is the permutation
@@ -43,6 +46,9 @@ class DigitsDataModule(L.LightningDataModule):
     Raises:
         DataError: a value is out of range, or a split is smaller than the number of classes or than a batch.
     """
+
+    noun: ClassVar[str] = "image"
+    is_picture: ClassVar[bool] = True
 
     def __init__(self, batch_size: int = 64, validation_fraction: float = 0.2, seed: int = 0) -> None:
         super().__init__()
@@ -97,3 +103,13 @@ class DigitsDataModule(L.LightningDataModule):
     def predict_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         """The same images as validation."""
         return self.val_dataloader()
+
+    @override
+    def facts(self) -> dict[str, str]:
+        return {"data": "validation images of the handwritten digits; a token is one row of an image"}
+
+    @override
+    def written(self, x: Tensor) -> list[str]:
+        """Each row of an image as shades of characters."""
+        levels = (x.clamp(0, 1) * (len(SHADES) - 1)).round().to(torch.int64).tolist()
+        return ["".join(SHADES[level] * 2 for level in row) for row in levels]

@@ -5,14 +5,16 @@ Shape suffixes: B batch, N texts of a split, T characters of a text.
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import ClassVar
 
-import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
+from typing_extensions import override
 
 from lightning_modules.data.checks import check_at_least, check_fraction
+from lightning_modules.data.data_module import TrixDataModule
 from lightning_modules.data.loader import ResumableLoader, evaluation_loader, permuted_loader
 from lightning_modules.data.translations import (
     DISTRIBUTION,
@@ -34,7 +36,7 @@ UNKNOWN_TOKEN = 1
 MIN_CHARACTER_COUNT = 2
 
 
-class LanguageIdDataModule(L.LightningDataModule):
+class LanguageIdDataModule(TrixDataModule):
     """The translations inside the Django wheel (98 languages; extra ``[data]``): no download, and Django is never imported.
 
     What is taken as a text: see :func:`~lightning_modules.data.translations.load_translations`; no text stands in two
@@ -66,6 +68,8 @@ class LanguageIdDataModule(L.LightningDataModule):
     Raises:
         DataError: a value is out of range, the translations cannot be had, or a language has no training text.
     """
+
+    noun: ClassVar[str] = "text"
 
     def __init__(
         self,
@@ -137,6 +141,10 @@ class LanguageIdDataModule(L.LightningDataModule):
     def predict_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         """The same texts as validation."""
         return self.val_dataloader()
+
+    @override
+    def facts(self) -> dict[str, str]:
+        return {"data": "validation texts in many languages, character by character; padding is not counted"}
 
     def _tensors(self, translations: Sequence[Translation]) -> tuple[Tensor, Tensor]:
         label = {language: index for index, language in enumerate(self.class_names)}

@@ -5,22 +5,24 @@ V characters of the vocabulary.
 """
 
 from pathlib import Path
+from typing import ClassVar
 
-import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
+from typing_extensions import override
 
 from lightning_modules.data.checks import check_at_least, check_fraction
 from lightning_modules.data.corpora import CORPUS_NAMES, Corpus, CorpusName, load_corpus, load_file
+from lightning_modules.data.data_module import TrixDataModule
 from lightning_modules.data.loader import ResumableLoader, evaluation_loader, rank_and_world_size
 from lightning_modules.errors import DataError
 
 TokenBatch = tuple[Tensor, Tensor]
 
 
-class TextDataModule(L.LightningDataModule):
+class TextDataModule(TrixDataModule):
     """Character-level language modelling on one text.
 
     Training: batch i of epoch e holds `batch_size` windows whose starts are drawn uniformly (with replacement) by
@@ -53,6 +55,8 @@ class TextDataModule(L.LightningDataModule):
         DataError: a value is out of range, the text cannot be had, or a split has less than `context_length + 1`
             characters.
     """
+
+    noun: ClassVar[str] = "text"
 
     def __init__(
         self,
@@ -148,6 +152,10 @@ class TextDataModule(L.LightningDataModule):
         if not 1 <= num_tokens <= len(self._validation_N):
             raise DataError(f"num_tokens ({num_tokens}) must be in [1, validation characters ({len(self._validation_N)})]")
         return self._validation_N[:num_tokens].clone()
+
+    @override
+    def facts(self) -> dict[str, str]:
+        return {"data": f"validation text of {self.hparams['path'] or self.hparams['corpus']}, character by character"}
 
     def _training_batch(self, epoch: int, batch_idx: int, rank: int, world_size: int) -> TokenBatch:
         generator = np.random.default_rng((self.seed, epoch, batch_idx))

@@ -1,16 +1,25 @@
 """What networks learn: one LightningModule a file, and how their checkpoints are read."""
 
+from lightning_modules.tasks.answers import Example, Exporter, Page, Request
 from lightning_modules.tasks.checkpoint import check_finite, check_resumable, load_checkpoint, load_weights, read_checkpoint
 from lightning_modules.tasks.classifier import ClassifierTask
 from lightning_modules.tasks.language_model import LanguageModelTask
-from lightning_modules.tasks.routed_task import CheckpointError, RoutedTask, StepOutput
+from lightning_modules.tasks.routed_task import RoutedTask, StepOutput
+from lightning_modules.tasks.task import CheckpointError, LRSchedulerCallable, OptimizerCallable, TrixTask
 
 __all__ = [
     "CheckpointError",
     "ClassifierTask",
+    "Example",
+    "Exporter",
+    "LRSchedulerCallable",
     "LanguageModelTask",
+    "OptimizerCallable",
+    "Page",
+    "Request",
     "RoutedTask",
     "StepOutput",
+    "TrixTask",
     "check_finite",
     "check_resumable",
     "load_checkpoint",

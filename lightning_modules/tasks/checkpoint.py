@@ -2,19 +2,20 @@
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_modules.class_paths import class_path, import_class
 from lightning_modules.error_text import one_line
+from lightning_modules.errors import UserError
 from lightning_modules.tasks.checkpoint_file import load_plain, walk
-from lightning_modules.tasks.classifier import ClassifierTask
-from lightning_modules.tasks.language_model import LanguageModelTask
-from lightning_modules.tasks.routed_task import CHECKPOINT_KEY, CHECKPOINT_VERSION, CheckpointError, RoutedTask
+from lightning_modules.tasks.task import CHECKPOINT_KEY, CHECKPOINT_VERSION, CheckpointError, TrixTask
 from lightning_modules.tasks.upgrade import COPIES, upgrade
+from lightning_modules.trust import OWN
 from trix.routing import SignatureRouter
 
 # What every checkpoint holds; and what those lack that were saved without the state of the training.
@@ -28,10 +29,11 @@ PARTS: dict[str, type] = {
 }
 OPTIMIZER_PARTS: dict[str, type] = {"callbacks": dict, "optimizer_states": list, "lr_schedulers": list}
 
-TASKS: dict[str, type[LanguageModelTask] | type[ClassifierTask]] = {
-    task.task_name: task for task in (LanguageModelTask, ClassifierTask)
+# What checkpoints named before they stored class paths.
+TASKS_BY_NAME = {
+    "language_model": "lightning_modules.tasks.language_model.LanguageModelTask",
+    "classifier": "lightning_modules.tasks.classifier.ClassifierTask",
 }
-
 
 # Of tables that a network computes from its configuration alone, as the rotary positions: 256 MiB.
 MAX_TABLE_ELEMENTS = 2**26
@@ -39,26 +41,37 @@ _BLOCK = re.compile(r"network\.stack\.blocks\.(\d+)\.")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def load_checkpoint(path: Path | str) -> tuple[RoutedTask, dict[str, Any]]:
+def load_checkpoint(path: Path | str, trusted: Collection[str] = ()) -> tuple[TrixTask, dict[str, Any]]:
     """The task of a checkpoint, with its weights, in evaluation mode on the CPU; and the whole checkpoint.
 
+    Args:
+        trusted: the modules, besides this project's, whose task the checkpoint may name.
+
     Raises:
-        CheckpointError: as :func:`read_checkpoint` and :func:`load_weights`, or the weights do not fit the hyperparameters.
+        CheckpointError: as :func:`read_checkpoint`, :func:`~lightning_modules.class_paths.import_class` and
+            :func:`load_weights`, or the weights do not fit the hyperparameters.
     """
     checkpoint = read_checkpoint(path)
     try:
-        task = _make_task(checkpoint)
+        kind = import_class(_task_class(checkpoint[CHECKPOINT_KEY]), TrixTask, path, trusted)
+    except UserError as error:
+        raise CheckpointError(str(error)) from error
+    name = checkpoint[CHECKPOINT_KEY].get("task")
+    if name != kind.task_name:
+        raise CheckpointError(f"{path}: task ({name!r:.40}) must be {kind.task_name!r}, the name of {class_path(kind)}")
+    try:
+        task = _make_task(kind, checkpoint)
         load_weights(task, checkpoint["state_dict"])
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     return task.eval(), checkpoint
 
 
-def load_weights(task: RoutedTask, state_dict: Mapping[str, Any]) -> None:
+def load_weights(task: TrixTask, state_dict: Mapping[str, Any]) -> None:
     """Give a task the weights of a checkpoint.
 
     Raises:
-        CheckpointError: as ``RoutedTask.load_state_dict`` and :func:`check_finite`; a value is of another kind of numbers than
+        CheckpointError: as ``TrixTask.load_state_dict`` and :func:`check_finite`; a value is of another kind of numbers than
             the task's own, or a layer is left with fewer tiles than a token goes to.
     """
     _check_tensors(state_dict)
@@ -94,8 +107,8 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
         raise CheckpointError(f"{path} was not written by `trix fit`: it has no entry {CHECKPOINT_KEY!r}")
     if entry["version"] > CHECKPOINT_VERSION:
         raise CheckpointError(f"{path}: checkpoint version ({entry['version']}) must be <= {CHECKPOINT_VERSION}: update trix")
-    if entry.get("task") not in list(TASKS):  # a list, for what is not hashable
-        raise CheckpointError(f"{path}: task ({entry.get('task')!r}) must be one of {', '.join(TASKS)}")
+    if "task_class" not in entry and entry.get("task") not in list(TASKS_BY_NAME):  # a list, for what is not hashable
+        raise CheckpointError(f"{path}: task ({entry.get('task')!r}) must be one of {', '.join(TASKS_BY_NAME)}")
     _check_parts(checkpoint, path)
     upgrade(checkpoint, entry)
     return checkpoint
@@ -108,15 +121,20 @@ def check_resumable(checkpoint: Mapping[str, Any]) -> None:
             raise CheckpointError(f"the checkpoint holds no {key}, so no training can go on from it (save_weights_only: false)")
 
 
-def _make_task(checkpoint: Mapping[str, Any]) -> RoutedTask:
+def _task_class(entry: Mapping[str, Any]) -> Any:
+    return entry["task_class"] if "task_class" in entry else TASKS_BY_NAME[entry["task"]]
+
+
+def _make_task(kind: type[TrixTask], checkpoint: Mapping[str, Any]) -> TrixTask:
     """A fresh task, made once it is known that its sizes are those of the weights in the file."""
-    kind = TASKS[checkpoint[CHECKPOINT_KEY]["task"]]
     settings, state_dict = checkpoint["hyper_parameters"], checkpoint["state_dict"]
-    _check_counts(settings, state_dict)
+    kind.check_sizes(settings, state_dict)
     try:
         with torch.device("meta"):  # parameters with shapes, but without memory
             sketch = kind(**settings)
     except Exception as error:  # what a wrong value leads to depends on where it is used first
+        if kind.__module__.split(".")[0] not in OWN and "meta" in str(error):
+            return _made(kind, settings)  # it reads values as it is made: of this module there can be no sketch
         raise CheckpointError(f"the hyperparameters of the checkpoint do not fit: {one_line(error)}") from error
     _check_tensors(state_dict)
     with warnings.catch_warnings():
@@ -126,19 +144,32 @@ def _make_task(checkpoint: Mapping[str, Any]) -> RoutedTask:
     num_elements = sum(value.numel() for name, value in sketch.named_buffers() if name not in stored)
     if num_elements > MAX_TABLE_ELEMENTS:
         raise CheckpointError(
-            "the hyperparameters of the checkpoint do not fit: the tables of positions, layers * 2 * context_length * width of "
+            "the hyperparameters of the checkpoint do not fit: the tables that no weights are stored for, as the tables of "
+            "positions, layers * 2 * context_length * width of "
             f"a head ({num_elements} elements), must be <= {MAX_TABLE_ELEMENTS}"
         )
-    return kind(**settings)
+    return _made(kind, settings)
 
 
-def _check_counts(settings: Mapping[str, Any], state_dict: Mapping[str, Any]) -> None:
-    """What a task makes objects of, one by one."""
-    network, head = settings.get("network"), state_dict.get("network.head.weight")
+def _made(kind: type[TrixTask], settings: Mapping[str, Any]) -> TrixTask:
+    try:
+        return kind(**settings)
+    except Exception as error:  # of a task that does something else once its tensors hold values
+        raise CheckpointError(f"the hyperparameters of the checkpoint do not fit: {one_line(error)}") from error
+
+
+def check_blocks(settings: Mapping[str, Any], state_dict: Mapping[str, Any]) -> None:
+    """Raise CheckpointError unless the network's num_layers, of which objects are made one by one, is that of the weights."""
+    network = settings.get("network")
     num_blocks = len({match[1] for match in map(_BLOCK.match, state_dict) if match})
     num_layers = network.get("num_layers", num_blocks) if isinstance(network, dict) else num_blocks
     if num_layers != num_blocks:
         raise CheckpointError(f"num_layers ({num_layers!r:.40}) must equal the number of blocks in the weights ({num_blocks})")
+
+
+def check_head(settings: Mapping[str, Any], state_dict: Mapping[str, Any]) -> None:
+    """Raise CheckpointError unless num_classes is the number of the head's rows."""
+    head = state_dict.get("network.head.weight")
     num_rows = len(head) if isinstance(head, Tensor) and head.dim() > 0 else 0
     if "num_classes" in settings and settings["num_classes"] != num_rows:
         raise CheckpointError(f"num_classes ({settings['num_classes']!r:.40}) must equal the rows of the head ({num_rows})")
@@ -154,7 +185,7 @@ def _check_tensors(state_dict: Mapping[str, Any]) -> None:
             )
 
 
-def _check_kinds(task: RoutedTask, state_dict: Mapping[str, Any]) -> None:
+def _check_kinds(task: TrixTask, state_dict: Mapping[str, Any]) -> None:
     """torch would turn any number into any other: complex into real, float into bool."""
     own = task.state_dict()
     for name, value in state_dict.items():

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from lightning_modules.tasks.routed_task import CheckpointError
+from lightning_modules.tasks.task import CheckpointError
 from ort_ops.regular_files import open_regular
 
 MAX_PICKLE_BYTES, MAX_PICKLE_STEPS = 2**26, 1_000_000  # of everything but the tensors' content

@@ -1,6 +1,9 @@
 """Next-token prediction."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
+from typing import Any
 
 import lightning as L
 import torch
@@ -8,15 +11,13 @@ from torch import Tensor
 from torch.optim import AdamW
 from typing_extensions import override
 
-from lightning_modules.errors import UserError
-from lightning_modules.tasks.routed_task import (
-    Batch,
-    LRSchedulerCallable,
-    OptimizerCallable,
-    RoutedTask,
-    as_config,
-    default_lr_scheduler,
-)
+from lightning_modules.data.data_module import RunData
+from lightning_modules.errors import DataError, UserError
+from lightning_modules.tasks.answers import Example, Exporter, Page, Request
+from lightning_modules.tasks.checkpoint import check_blocks
+from lightning_modules.tasks.routed_task import Batch, RoutedTask, as_config
+from lightning_modules.tasks.task import LRSchedulerCallable, OptimizerCallable, default_lr_scheduler
+from lightning_modules.tasks.token_ids import characters, check_length, check_token_ids
 from trix.nn import LanguageModel, LanguageModelConfig
 
 
@@ -73,6 +74,47 @@ class LanguageModelTask(RoutedTask):
         length, limit = getattr(datamodule, "context_length", 0), self.network.config.context_length
         if length > limit:
             raise UserError(f"data.context_length ({length}) must be <= network.context_length ({limit})")
+        vocabulary = getattr(datamodule, "vocabulary", self.vocabulary)
+        if vocabulary != self.vocabulary:
+            raise DataError(
+                f"the text's vocabulary ({len(vocabulary)} characters) must equal the checkpoint's "
+                f"({len(self.vocabulary)} characters): the text has changed since the training"
+            )
+
+    @classmethod
+    @override
+    def check_sizes(cls, settings: Mapping[str, Any], state_dict: Mapping[str, Any]) -> None:
+        check_blocks(settings, state_dict)
+
+    @override
+    def example(self, data: RunData, request: Request) -> Example:
+        """A text of the user's, character by character."""
+        if request.prompt is None:
+            raise UserError("a language model needs a text: --prompt TEXT")
+        check_length(request.prompt, self.network.config.context_length)
+        unknown = sorted(set(request.prompt) - set(self.vocabulary))
+        if unknown:
+            raise UserError(f"the prompt holds {', '.join(map(repr, unknown[:5]))}, outside the vocabulary of the model")
+        token_BT = torch.tensor([[self.vocabulary.index(character) for character in request.prompt]])
+        return Example(token_BT, [repr(character) for character in request.prompt], "prompt")
+
+    @override
+    def page(self, data: RunData, num_tokens: int) -> Page:
+        """Held-out text; each character is a class of its own."""
+        token_BT = self._held_out(data, num_tokens)
+        return Page(self.network, token_BT, data.facts(), characters(token_BT, self.vocabulary))
+
+    @override
+    def exportable(self, data: RunData, num_tokens: int) -> Exporter:
+        """With keys and values of the tokens before: see :func:`ort_ops.export.export_language_model`."""
+        from ort_ops.export import export_language_model
+
+        tokens = self._held_out(data, num_tokens).flatten()[:num_tokens]
+        return partial(export_language_model, self.network, self.vocabulary, tokens)
+
+    def _held_out(self, data: RunData, num_tokens: int) -> Tensor:
+        token_BT, _ = data.held_out(num_tokens)
+        return check_token_ids(token_BT, self.vocabulary, self.network.config.context_length)
 
     def compute_metrics(self) -> dict[str, Tensor]:
         return {"perplexity": self.mean_loss.compute().exp()}

@@ -220,7 +220,7 @@ DATA_SETTINGS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "another setting": (data(colour="red"), "the data settings of the checkpoint do not fit: .*colour"),
     "no settings": (
         lambda c: c.update(datamodule_hyper_parameters=5),
-        r"data module \(TextDataModule\) must be TextDataModule",
+        r"datamodule_hyper_parameters \(int\) must be keys and values",
     ),
     "a device": (data(path="/dev/zero"), "text file /dev/zero cannot be read: it must be a regular file, not a device"),
     "a pipe": (data(path="pipe"), "text file pipe cannot be read: it must be a regular file, not a pipe"),

@@ -32,7 +32,7 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from lightning_modules.callbacks.run_record import read_metrics
-from lightning_modules.checkpoint_data import make_text
+from lightning_modules.checkpoint_data import run_data
 from lightning_modules.commands.inspect_onnx import make_onnx_page
 from lightning_modules.commands.runs import as_json, find_runs
 from lightning_modules.data.corpora import load_file
@@ -247,7 +247,7 @@ def text_input(rng: Rng, originals: Originals) -> bytes:
 
 def read_checkpoint_and_data(path: Path) -> None:
     task, checkpoint = load_checkpoint(path)
-    make_text(task, checkpoint, path)  # type: ignore[arg-type]
+    task.page(run_data(task, checkpoint, path), num_tokens=1)
 
 
 def read_exported(path: Path) -> None:

@@ -242,7 +242,7 @@ EXPORT_MISTAKES = [
         ["--ckpt", "{folder}/changed.ckpt", "--output", "{out}/new/deep/a.onnx"],
         "the data settings of the checkpoint do not",
     ),
-    (["--ckpt", "{folder}/no_data.ckpt", "--output", "{out}/a.onnx"], "data module (None) must be TextDataModule"),
+    (["--ckpt", "{folder}/no_data.ckpt", "--output", "{out}/a.onnx"], "data module (None) must be named by the checkpoint"),
 ]
 
 

@@ -9,6 +9,7 @@ import onnx
 import pytest
 import torch
 
+from lightning_modules.checkpoint_data import run_data
 from lightning_modules.data.digits import DigitsDataModule
 from lightning_modules.data.text import TextDataModule
 from lightning_modules.tasks import CheckpointError, ClassifierTask, LanguageModelTask, load_checkpoint, read_checkpoint
@@ -30,7 +31,14 @@ def test_checkpoint_rebuilds_the_task(saved: Path, language_model: LanguageModel
     assert task.vocabulary == text.vocabulary
     token = torch.arange(8)[None]
     assert torch.equal(task(token), language_model.eval()(token))
-    assert checkpoint["trix"] == {"task": "language_model", "version": 1, "data": "TextDataModule", "max_steps": 2}
+    assert checkpoint["trix"] == {
+        "task": "language_model",
+        "version": 1,
+        "data": "TextDataModule",
+        "max_steps": 2,
+        "task_class": "lightning_modules.tasks.language_model.LanguageModelTask",
+        "data_class": "lightning_modules.data.text.TextDataModule",
+    }
     assert TextDataModule(**checkpoint["datamodule_hyper_parameters"]).vocabulary == text.vocabulary
 
 
@@ -110,13 +118,36 @@ def test_missing_file_and_directory_are_told_apart(tmp_path: Path) -> None:
         load_checkpoint(tmp_path)
 
 
+def as_before(checkpoint: dict[str, Any], **changes: Any) -> None:
+    """Make it one of before class paths were stored."""
+    for name in ("task_class", "data_class"):
+        del checkpoint["trix"][name]
+    checkpoint["trix"].update(changes)
+
+
+def test_a_checkpoint_without_class_paths_is_read_by_its_names(saved: Path, text: TextDataModule) -> None:
+    checkpoint = torch.load(saved, weights_only=True)
+    as_before(checkpoint)
+    torch.save(checkpoint, saved)
+    task, checkpoint = load_checkpoint(saved)
+    assert type(task) is LanguageModelTask
+    module = run_data(task, checkpoint, saved).module
+    assert type(module) is TextDataModule
+    assert module.vocabulary == text.vocabulary
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda c: c.pop("trix"), "was not written by `trix fit`"),
         (lambda c: c["trix"].update(version=2), r"version \(2\) must be <= 1"),
-        (lambda c: c["trix"].update(task="poetry"), r"task \('poetry'\) must be one of language_model, classifier"),
-        (lambda c: c["trix"].update(task=["poetry"]), "must be one of language_model, classifier"),
+        (lambda c: as_before(c, task="poetry"), r"task \('poetry'\) must be one of language_model, classifier"),
+        (lambda c: as_before(c, task=["poetry"]), "must be one of language_model, classifier"),
+        (
+            lambda c: c["trix"].update(task="poetry"),
+            r"task \('poetry'\) must be 'language_model', the name of lightning_modules",
+        ),
+        (lambda c: c["trix"].update(task=["poetry"]), "must be 'language_model', the name of lightning_modules"),
         (lambda c: c.pop("state_dict"), "lacks 'state_dict'"),
         (lambda c: c.pop("pytorch-lightning_version"), "lacks 'pytorch-lightning_version'"),
         (lambda c: c.update(callbacks=5), r"callbacks \(int\) of the checkpoint must be of type dict"),
