@@ -4,7 +4,8 @@ A checkpoint's word imports nothing by itself: its class must be of these packag
 user trusts on this command line.
 """
 
-from collections.abc import Collection
+import sys
+from collections.abc import Collection, Mapping
 from importlib import import_module
 from inspect import isclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from lightning_modules.errors import UserError
 from lightning_modules.trust import OWN, denial, is_class_path
 
 ClassT = TypeVar("ClassT")
+# Settings of a network whose value may be the import path of a class.
+PARTS = ("mixer", "routing", "tiles")
 
 
 def class_path(kind: type) -> str:
@@ -45,3 +48,20 @@ def import_class(path: Any, base: type[ClassT], source: Path | str, trusted: Col
     if not isclass(found) or not issubclass(found, base):
         raise UserError(f"{path} (named by {source}) must be a class derived from {class_path(base)}")
     return found
+
+
+def import_parts(settings: Any, source: Path | str, trusted: Collection[str] = ()) -> None:
+    """Import the modules of the parts that settings of a network name by class path: networks take what is imported.
+
+    Args:
+        settings: nested mappings; every ``mixer``, ``routing`` or ``tiles`` among them counts. Others: see import_class.
+
+    Raises:
+        UserError: as :func:`import_class`.
+    """
+    if isinstance(settings, Mapping):
+        for name, value in settings.items():
+            if name not in PARTS or not isinstance(value, str) or not is_class_path(value):
+                import_parts(value, source, trusted)
+            elif value.rpartition(".")[0] not in sys.modules:  # what runs in this process has been trusted
+                import_class(value, object, source, trusted)

@@ -30,6 +30,7 @@ from lightning_modules.callbacks.run_notebook import RunNotebook
 from lightning_modules.callbacks.run_record import ENVIRONMENT_NAME, METRICS_NAME, RunRecord
 from lightning_modules.callbacks.run_report import RunReport, StepProgressBar
 from lightning_modules.callbacks.stability import StabilityMonitor
+from lightning_modules.class_paths import import_parts
 from lightning_modules.data import digits as _digits  # noqa: F401 (a configuration can name imported classes in short)
 from lightning_modules.data import language_id as _language_id  # noqa: F401
 from lightning_modules.data import text as _text  # noqa: F401
@@ -99,7 +100,7 @@ def run_training_command(arguments: list[str]) -> int:
             resumed_run = resumed(rest)
             if resumed_run.config is not None:
                 check_yaml(resumed_run.config)
-            TrixCLI(resumed_run.arguments, given=arguments, own_config=resumed_run.config)
+            TrixCLI(resumed_run.arguments, given=arguments, own_config=resumed_run.config, trusted=trusted)
         except SIGTERMException:
             print("trix: terminated", file=sys.stderr)
             return EXIT_TERMINATED
@@ -162,13 +163,16 @@ class TrixCLI(LightningCLI):
 
     Args:
         arguments: the command and its options. given: the same as the user gave them, for the record of the run. own_config:
-            the configuration of a resumed run, where it is not the user who names it.
+            the configuration of a resumed run, where it is not the user who names it. trusted: the modules of the user's own
+            that a network's parts may be of.
     """
 
     model: TrixTask
 
-    def __init__(self, arguments: list[str], given: list[str], own_config: Path | None = None) -> None:
-        self._arguments, self._own_config = arguments, own_config
+    def __init__(
+        self, arguments: list[str], given: list[str], own_config: Path | None = None, trusted: Sequence[str] = ()
+    ) -> None:
+        self._arguments, self._own_config, self._trusted = arguments, own_config, trusted
         self._checkpoint_path: str | None = None
         self._callbacks: list[Callback] = []
         self._record = RunRecord(given)
@@ -229,6 +233,7 @@ class TrixCLI(LightningCLI):
         if isinstance(settings.get("model.init_args.network"), list):  # the parser takes it, and the default in its place
             raise UserError(f"model.network ({settings['model.init_args.network']}) must be keys and values")
         check_classes(settings.as_dict())
+        import_parts(settings.as_dict().get("model"), self._own_config or "the configuration", self._trusted)
         # Nothing but tensors and plain values is ever loaded.
         settings["weights_only"] = True
         # Kept back until the classes are made: LightningCLI would let the checkpoint override the configuration in silence.

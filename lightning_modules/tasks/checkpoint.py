@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_modules.class_paths import class_path, import_class
+from lightning_modules.class_paths import class_path, import_class, import_parts
 from lightning_modules.error_text import one_line
 from lightning_modules.errors import UserError
 from lightning_modules.tasks.checkpoint_file import load_plain, walk
@@ -60,6 +60,7 @@ def load_checkpoint(path: Path | str, trusted: Collection[str] = ()) -> tuple[Tr
     if name != kind.task_name:
         raise CheckpointError(f"{path}: task ({name!r:.40}) must be {kind.task_name!r}, the name of {class_path(kind)}")
     try:
+        import_parts(checkpoint["hyper_parameters"], path, trusted)
         task = _make_task(kind, checkpoint)
         load_weights(task, checkpoint["state_dict"])
     except CheckpointError as error:

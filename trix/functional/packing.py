@@ -50,8 +50,9 @@ def unpack_ternary(packed: Tensor, num_columns: int) -> Tensor:
             f"for num_columns = {num_columns}"
         )
     shifts = torch.arange(0, 2 * CODES_PER_BYTE, 2, device=packed.device, dtype=torch.int32)
-    fields = (packed.to(torch.int32).unsqueeze(-1) >> shifts) & RESERVED_CODE
-    codes = (fields & 1) - (fields >> 1)
+    # Functions, as the ONNX exporter knows them and not the operator >>.
+    fields = torch.bitwise_right_shift(packed.to(torch.int32).unsqueeze(-1), shifts) & RESERVED_CODE
+    codes = (fields & 1) - torch.bitwise_right_shift(fields, 1)
     return codes.flatten(-2)[..., :num_columns].to(torch.int8)
 
 

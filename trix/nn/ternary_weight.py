@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from trix.functional.packing import check_packed, pack_ternary, packed_width, unpack_ternary
 from trix.functional.signatures import signatures_from_codes
 from trix.functional.ternary import absmean_codes, absmean_ternary, straight_through
+from trix.functional.tile_matmul import group_tokens, grouped_linear, ternary_tile_matmul
 
 
 class TernaryWeight(nn.Module):
@@ -58,6 +59,17 @@ class TernaryWeight(nn.Module):
         assert self.packed is not None
         assert self.row_scale is not None
         return unpack_ternary(self.packed, self.shape[-1]).to(self.row_scale.dtype), self.row_scale
+
+    def of_tiles(self, x_SK: Tensor, tile_idx_S: Tensor) -> Tensor:
+        """y[s] = W[tile_idx[s]] x[s] for a weight [E, N, K]: [S, N], in the dtype of x.
+
+        Packed, it is ``trix::ternary_tile_matmul``, which the exporter makes an operator of.
+        """
+        if self.packed is not None:
+            assert self.row_scale is not None
+            return ternary_tile_matmul(x_SK, self.packed, self.row_scale, tile_idx_S)
+        groups = group_tokens(tile_idx_S, self.shape[0])
+        return grouped_linear(x_SK[groups.order], self.ternary(), groups.ends)[groups.inverse]
 
     def signatures(self) -> Tensor:
         """sign of the column sums of the codes: [..., K] in {-1, 0, +1}, no gradient."""
