@@ -3,8 +3,10 @@
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
+import grimp
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -93,3 +95,10 @@ def test_packages_load_no_pickles() -> None:
 )
 def test_the_rule_against_pickles_sees_them(code: str, is_unsafe: bool) -> None:
     assert bool(unsafe_loads(code)) == is_unsafe
+
+
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    """Imports in functions and for type checkers count, too."""
+    graph = grimp.build_graph(*PACKAGES, cache_dir=None)
+    assert len(graph.modules) > 100
+    TopologicalSorter({module: graph.find_modules_directly_imported_by(module) for module in graph.modules}).prepare()
