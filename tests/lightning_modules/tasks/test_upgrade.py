@@ -24,13 +24,6 @@ TILES_1 = (
     "ffn_norm.weight",
 )
 DENSE_1 = (*TILES_1[:3], "ffn.up.weight", "ffn.down.weight", "ffn_norm.weight")
-LOOKUP_1 = (
-    *TILES_1[:3],
-    "ffn.direction_ED",
-    "ffn.output_scale",
-    "ffn.magnitude.corner_EGG",
-    "ffn.norm.weight",
-)
 
 
 def version_1(name: str) -> str:
@@ -60,10 +53,9 @@ def test_every_name_of_version_1_has_its_present_one_in_the_same_place(ffn: FFNC
 def test_a_sparse_lookup_is_a_sublayer_itself() -> None:
     stack = TriXStack(1, 16, 2, FFNConfig(kind="sparse_lookup", num_tiles=4))
     old = {
-        name.replace("mixer.norm", "attention_norm").replace("mixer.inner", "attention"): value
+        name.replace("mixer.norm", "attention_norm").replace("mixer.inner", "attention").replace("feed_forward.", "ffn."): value
         for name, value in stack.state_dict().items()
     }
-    old = {name.replace("feed_forward.", "ffn."): value for name, value in old.items()}
     assert list(renamed_from_version_1(old)) == list(stack.state_dict())
 
 
@@ -91,12 +83,10 @@ def as_version_1(path: Path, target: Path) -> None:
     checkpoint["state_dict"] = {version_1(name): value for name, value in checkpoint["state_dict"].items()}
     checkpoint["trix"] = {name: checkpoint["trix"][name] for name in ("task", "data", "max_steps")} | {"version": 1}
     network = checkpoint["hyper_parameters"]["network"]
-    for settings, names in (
-        (network, ("mixer", "mixer_args", "attention_at")),
-        (network["ffn"], ("tiles", "tiles_args", "routing_args")),
-    ):
-        for name in names:
-            del settings[name]
+    for name in ("mixer", "mixer_args", "attention_at"):
+        del network[name]
+    for name in ("tiles", "tiles_args", "routing_args"):
+        del network["ffn"][name]
     torch.save(checkpoint, target)
 
 
