@@ -149,7 +149,7 @@ def _levels(label: Tensor) -> tuple[Tensor, list[str]]:
     """Numbers as classes: the few distinct values, or ranges with as many labels each."""
     values, index = label.unique(return_inverse=True)
     if len(values) <= MAX_LEVELS:
-        return index, [f"label {value:.4g}" for value in values.tolist()]
+        return index, [f"{value:.4g}" for value in values.tolist()]
     bounds = label.double().flatten().quantile(torch.linspace(0, 1, MAX_LEVELS + 1, dtype=torch.float64))
     ranges = zip(bounds.tolist()[:-1], bounds.tolist()[1:], strict=True)
-    return torch.bucketize(label.double(), bounds[1:-1], right=True), [f"label {low:.4g} to {high:.4g}" for low, high in ranges]
+    return torch.bucketize(label.double(), bounds[1:-1], right=True), [f"{low:.4g}..{high:.4g}" for low, high in ranges]
