@@ -14,7 +14,7 @@ from typing import Any, NoReturn, get_args, get_type_hints
 import lightning as L
 import torch
 import yaml  # type: ignore[import-untyped]
-from jsonargparse import DefaultHelpFormatter, Namespace, capture_parser, get_loader, set_loader
+from jsonargparse import DefaultHelpFormatter, capture_parser, get_loader, set_loader
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint, ProgressBar
@@ -228,7 +228,7 @@ class TrixCLI(LightningCLI):
         if isinstance(settings.get("model.init_args.network"), list):  # the parser takes it, and the default in its place
             raise UserError(f"model.network ({settings['model.init_args.network']}) must be keys and values")
         check_classes(settings.as_dict())
-        for name, value in (settings.get("model.init_args") or Namespace()).items():
+        for name, value in dict(settings.as_dict()["model"].get("init_args", {})).items():
             if inspect.isfunction(value) and value.__name__ == "<lambda>":
                 rule = "must be a class, or like `lambda p: AdamW(p, lr=0.1)`"
                 raise UserError(f"default of model.{name} {rule}: config.yaml cannot say it otherwise")

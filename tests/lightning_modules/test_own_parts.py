@@ -353,7 +353,7 @@ def test_a_mistake_is_told_before_anything_is_written(name: str, folder: Path, c
 def test_callbacks_that_read_the_routing_say_so(name: str, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree("runs")
     assert main(["fit", "--config", "steps.yaml", f"--trainer.callbacks+={name}"]) == 2
-    rule = "needs a task whose steps return their routing, as those of a RoutedTask; AutoencoderTask is none"
+    rule = "needs a task whose steps return their routing (reports_routing), as those of a RoutedTask; AutoencoderTask is none"
     assert capfd.readouterr().err == f"trix: error: {name} {rule}\n"
     assert not Path("runs").exists()
 
