@@ -20,6 +20,9 @@ _TYPE_OR_CLASS = re.compile(r"Expected a <class '\w+'>\n\s*- Expected a dot impo
 _IMPORT = re.compile(
     r"Problem with given class_path '(?P<path>[^']+)':\s*(?P<reason>(No module named|cannot import|module) [^\n]*)"
 )
+# A class of another kind than its place wants.
+_SUBCLASS = re.compile(r"Import path (?P<path>[\w.]+ )?does not correspond to a subclass of (?P<base>\w+)")
+_BASES = {"TrixTask": "lightning_modules.tasks.TrixTask, as CONTRIBUTING.md shows, so that checkpoints of it can be used"}
 # A class, or a function, in the place of an optimizer or a schedule.
 _CALLABLE = re.compile(
     r"Parser key \"(?P<key>\w+)\":\s*Type [^\n]* expects a function or a callable class: (?P<reason>[^\n]*?)\.*\. Got value: "
@@ -90,6 +93,10 @@ def _shorten(message: str, known_keys: Iterable[str], known_classes: Iterable[st
         return f"unknown class {match['key']!r}" + _nearest(match["key"], known_classes), match["key"]
     if match := _IMPORT.search(message):
         return one_line(f"class {match['path']} cannot be imported: {match['reason']}"), match["path"]
+    if match := _SUBCLASS.search(message):
+        given = _GIVEN.search(message)
+        path = (match["path"] or (given["value"] if given else "")).strip()
+        return one_line(f"class {path} must derive from {_BASES.get(match['base'], match['base'])}"), path
     if match := _CALLABLE.search(message):
         why = _CLASS.sub(r"\1", match["reason"])
         return one_line(f"{match['key']}: {why}"), match["key"]

@@ -234,6 +234,10 @@ class TrixCLI(LightningCLI):
             raise UserError(f"model.network ({settings['model.init_args.network']}) must be keys and values")
         check_classes(settings.as_dict())
         import_parts(settings.as_dict().get("model"), self._own_config or "the configuration", self._trusted)
+        for name, value in dict(settings.as_dict()["model"].get("init_args", {})).items():
+            if inspect.isfunction(value) and value.__name__ == "<lambda>":
+                rule = "must be a class, or like `lambda p: AdamW(p, lr=0.1)`"
+                raise UserError(f"default of model.{name} {rule}: config.yaml cannot say it otherwise")
         # Nothing but tensors and plain values is ever loaded.
         settings["weights_only"] = True
         # Kept back until the classes are made: LightningCLI would let the checkpoint override the configuration in silence.

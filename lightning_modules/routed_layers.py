@@ -19,5 +19,5 @@ def layer_name(index: int) -> str:
 def check_reports_routing(task: nn.Module, callback: str) -> None:
     """Raise UserError unless the task's steps return their routing, which the callback reads."""
     if not getattr(task, "reports_routing", False):
-        kind = type(task).__name__
-        raise UserError(f"{callback} needs a task whose steps return their routing, as those of a RoutedTask; {kind} is none")
+        rule = "needs a task whose steps return their routing (reports_routing), as those of a RoutedTask"
+        raise UserError(f"{callback} {rule}; {type(task).__name__} is none")

@@ -117,6 +117,8 @@ def denial(path: str, source: Path | str | None) -> str:
     """What to tell the user of a class path that is not trusted. source: the file that names it, unless the user does."""
     by = "" if source is None else f" (named by {source})"
     root = path.split(".")[0]
+    if root == "__main__":
+        return f"class {path}{by} was defined in a script: a module of its own makes it one that can be imported"
     if root in sys.stdlib_module_names:
         return f"class {path}{by} is in Python's standard library, which holds no part of a run"
     return f"class {path}{by} is code from outside torch, lightning and trix: if you trust it, add {TRUST} {root}"

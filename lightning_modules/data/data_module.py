@@ -178,5 +178,5 @@ def as_numbers(x: Tensor) -> list[str]:
 
 
 def _written(values: list[Any]) -> str:
-    text = " ".join(f"{value:.3g}" if isinstance(value, float) else str(value) for value in values[:MAX_VALUES])
-    return text if len(values) <= MAX_VALUES else f"{text} ..."
+    text = ",".join(f"{value:.3g}" if isinstance(value, float) else str(value) for value in values[:MAX_VALUES])
+    return text if len(values) <= MAX_VALUES else f"{text},..."

@@ -22,7 +22,8 @@ if TYPE_CHECKING:  # what a training has no need of
 MAX_LEVELS = 5  # of labels that are no classes
 
 
-class Request(NamedTuple):
+@dataclass(frozen=True)
+class Request:
     """What the user asks ``trix why`` about: a text, or an example of the validation data by its number."""
 
     prompt: str | None = None
@@ -75,7 +76,7 @@ def default_example(kind: str, network: nn.Module, data: RunData, request: Reque
     if request.index is None:
         raise UserError(f"{kind} needs one of its validation {data.noun}s: --index N")
     inputs, label = data.example(request.index)
-    tokens = _tokens(data, inputs, tokens_per_example(network, inputs))[0]
+    tokens = _tokens(data, inputs, tokens_per_example(network, inputs), first=request.index)[0]
     subject = f"{data.noun} {request.index}"
     if label is not None and label.numel() == 1:
         subject += f", label {label.item():.4g}"
@@ -123,12 +124,16 @@ def tokens_per_example(network: nn.Module, inputs: Tensor) -> int:
     return counts[0] // len(some)
 
 
-def _tokens(data: RunData, inputs: Tensor, length: int) -> list[list[str]]:
-    """How the tokens of each example are written: by their values where these can be told apart, else by their places."""
+def _tokens(data: RunData, inputs: Tensor, length: int, first: int = 0) -> list[list[str]]:
+    """How the tokens of each example are written: by their values where the data has as many, else by their places.
+
+    Args:
+        first: the number of the first example.
+    """
     written = [data.written(x) for x in inputs]
     if all(len(tokens) == length for tokens in written):
         return written
-    return [[f"{data.noun} {index}, token {place}" for place in range(length)] for index in range(len(inputs))]
+    return [[f"{data.noun} {index}, token {place}" for place in range(length)] for index in range(first, first + len(inputs))]
 
 
 def _classes(
@@ -147,9 +152,9 @@ def _classes(
 
 def _levels(label: Tensor) -> tuple[Tensor, list[str]]:
     """Numbers as classes: the few distinct values, or ranges with as many labels each."""
-    values, index = label.unique(return_inverse=True)
+    values, index = torch.unique(label, return_inverse=True)
     if len(values) <= MAX_LEVELS:
-        return index, [f"label {value:.4g}" for value in values.tolist()]
+        return index, [f"{value:.4g}" for value in values.tolist()]
     bounds = label.double().flatten().quantile(torch.linspace(0, 1, MAX_LEVELS + 1, dtype=torch.float64))
     ranges = zip(bounds.tolist()[:-1], bounds.tolist()[1:], strict=True)
-    return torch.bucketize(label.double(), bounds[1:-1], right=True), [f"label {low:.4g} to {high:.4g}" for low, high in ranges]
+    return torch.bucketize(label.double(), bounds[1:-1], right=True), [f"{low:.4g}..{high:.4g}" for low, high in ranges]

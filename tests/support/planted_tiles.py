@@ -40,6 +40,8 @@ class Parts(IterableDataset[tuple[Tensor, Tensor]]):
 class OneLayer(L.LightningModule):
     """A TriXFFN alone, under Adam. ``is_planted``: all tiles begin as copies of the first."""
 
+    reports_routing = True
+
     def __init__(self, seed: int, is_planted: bool, lr: float = 2e-3, **settings: Any) -> None:
         super().__init__()
         torch.manual_seed(seed)

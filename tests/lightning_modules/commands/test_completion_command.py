@@ -39,5 +39,6 @@ def test_commands_options_choices_and_files_are_completed(script: Path) -> None:
     assert completed(script, "inspect", "tr") == {"trix.bash"}
     assert completed(script, "fit", "--trainer.max_s") == {"--trainer.max_steps"}
     assert completed(script, "fit", "--resu") == {"--resume"}
-    assert completed(script, "fit", "--tru") == {"--trust"}
+    for command in ("fit", "validate", "test", "predict", "inspect", "why", "surgery", "export"):
+        assert completed(script, command, "--tru") == {"--trust"}
     assert completed(script, "validate", "--ckpt_path", "tr") == {"trix.bash"}
