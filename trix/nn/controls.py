@@ -1,5 +1,7 @@
 """The controls: the same tiles, routed by something that is not a signature."""
 
+from typing import Any
+
 from trix.nn.ffn import TriXFFN
 
 
@@ -16,10 +18,9 @@ class GatedFFN(TriXFFN):
         num_tiles: int = 4,
         d_ff: int | None = None,
         top_k: int = 1,
-        balance_weight: float = 0.01,
-        balance_rate: float = 0.01,
+        **settings: Any,
     ) -> None:
-        super().__init__(d_model, num_tiles, d_ff, top_k, "learned", balance_weight, balance_rate)
+        super().__init__(d_model, num_tiles, d_ff, top_k, "learned", **settings)
 
 
 class HashFFN(TriXFFN):

@@ -1,6 +1,6 @@
 """TriXFFN for many tiles: routed by a search over clusters of signatures."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -32,27 +32,17 @@ class HierarchicalTriXFFN(TriXFFN):
         d_ff: int | None = None,
         top_k: int = 1,
         routing: Literal["explicit", "emergent"] = "explicit",
-        balance_weight: float = 0.01,
+        *,
         balance_rate: float = 0.01,
-        diversity_weight: float = 0.0,
-        target_diversity: float = 0.5,
         tiles_per_cluster: int | None = None,
         num_probes: int | None = None,
+        **settings: Any,
     ) -> None:
         if routing not in ("explicit", "emergent"):
             raise ValueError(f"routing ({routing!r}) must be 'explicit' or 'emergent' in a hierarchical layer")
-        super().__init__(
-            d_model,
-            num_tiles,
-            d_ff,
-            top_k,
-            routing,
-            balance_weight,
-            balance_rate,
-            diversity_weight=diversity_weight,
-            target_diversity=target_diversity,
-        )
-        self.router = HierarchicalRouter(d_model, num_tiles, top_k, balance_rate, routing, tiles_per_cluster, num_probes)
+        super().__init__(d_model, num_tiles, d_ff, top_k, routing, balance_rate=balance_rate, **settings)
+        clusters = {"tiles_per_cluster": tiles_per_cluster, "num_probes": num_probes}
+        self.router = HierarchicalRouter(d_model, num_tiles, top_k, balance_rate, routing, **clusters)
         self.recluster()
 
     def recluster(self) -> None:

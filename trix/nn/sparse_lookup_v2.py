@@ -1,6 +1,6 @@
 """SparseLookupFFNv2: SparseLookupFFN with signatures of its own, which are calibrated, regularised and made for surgery."""
 
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -58,29 +58,16 @@ class SparseLookupFFNv2(SparseLookupFFN):
         num_tiles: int = 64,
         tiles_per_cluster: int = 8,
         grid_size: int = 16,
-        compress_hidden: int | None = None,
-        dropout: float = 0.1,
+        *,
         use_score_calibration: bool = True,
         ternary_weight: float = 0.01,
         sparsity_weight: float = 0.01,
         diversity_weight: float = 0.01,
-        balance_weight: float = 0.01,
-        balance_rate: float = 0.0,
-        num_classes: int | None = None,
-        top_k: int = 1,
+        **lookup: Any,
     ) -> None:
-        super().__init__(
-            d_model,
-            num_tiles,
-            tiles_per_cluster,
-            grid_size,
-            compress_hidden,
-            dropout,
-            balance_weight=balance_weight,
-            balance_rate=balance_rate,
-            num_classes=num_classes,
-            top_k=top_k,
-        )
+        if "ternary_splines" in lookup:
+            raise TypeError("SparseLookupFFNv2 has no splines: ternary_splines must not be given")
+        super().__init__(d_model, num_tiles, tiles_per_cluster, grid_size, **lookup)
         check_weights(ternary_weight=ternary_weight, sparsity_weight=sparsity_weight, diversity_weight=diversity_weight)
         self.ternary_weight, self.sparsity_weight, self.diversity_weight = ternary_weight, sparsity_weight, diversity_weight
         self.calibration = ScoreCalibrationSpline() if use_score_calibration else None
@@ -192,34 +179,9 @@ class SparseLookupBlockV2(LookupBlock):
         d_model: int = 128,
         n_heads: int = 4,
         num_tiles: int = 64,
-        tiles_per_cluster: int = 8,
-        grid_size: int = 16,
-        compress_hidden: int | None = None,
+        *,
         dropout: float = 0.1,
-        use_score_calibration: bool = True,
-        ternary_weight: float = 0.01,
-        sparsity_weight: float = 0.01,
-        diversity_weight: float = 0.01,
-        balance_weight: float = 0.01,
-        balance_rate: float = 0.0,
-        num_classes: int | None = None,
         context_length: int = 1024,
-        top_k: int = 1,
+        **ffn: Any,
     ) -> None:
-        ffn = SparseLookupFFNv2(
-            d_model,
-            num_tiles,
-            tiles_per_cluster,
-            grid_size,
-            compress_hidden,
-            dropout,
-            use_score_calibration,
-            ternary_weight,
-            sparsity_weight,
-            diversity_weight,
-            balance_weight,
-            balance_rate,
-            num_classes,
-            top_k,
-        )
-        super().__init__(ffn, n_heads, dropout, context_length)
+        super().__init__(SparseLookupFFNv2(d_model, num_tiles, dropout=dropout, **ffn), n_heads, dropout, context_length)

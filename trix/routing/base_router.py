@@ -52,6 +52,7 @@ class Router(Facts, ABC):
         num_tiles: int,
         top_k: int = 1,
         balance_rate: float = 0.01,
+        *,
         max_k: int | None = None,
         confidence_threshold: float = 0.3,
     ) -> None:

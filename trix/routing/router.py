@@ -63,10 +63,9 @@ class SignatureRouter(Router):
         top_k: int = 1,
         balance_rate: float = 0.01,
         source: Literal["explicit", "emergent"] = "explicit",
-        max_k: int | None = None,
-        confidence_threshold: float = 0.3,
+        **settings: Any,
     ) -> None:
-        super().__init__(d_model, num_tiles, top_k, balance_rate, max_k, confidence_threshold)
+        super().__init__(d_model, num_tiles, top_k, balance_rate, **settings)
         if source not in ("explicit", "emergent"):
             raise ValueError(f"source ({source!r}) must be 'explicit' or 'emergent'")
         self.source = source
@@ -356,8 +355,8 @@ UNHEEDED = "the signatures shown are read from the tiles' weights and decide not
 class LearnedRouter(Router):
     """The control: a float gate matrix trained like any other, score = W x, everything else as in SignatureRouter."""
 
-    def __init__(self, d_model: int, num_tiles: int, *args: Any, **settings: Any) -> None:
-        super().__init__(d_model, num_tiles, *args, **settings)
+    def __init__(self, d_model: int, num_tiles: int, top_k: int = 1, balance_rate: float = 0.01, **settings: Any) -> None:
+        super().__init__(d_model, num_tiles, top_k, balance_rate, **settings)
         self.gate_ED = nn.Parameter(torch.randn(num_tiles, d_model) / math.sqrt(d_model))
 
     def explain(self, emergent_ED: Tensor | None = None) -> Directions:  # noqa: ARG002
