@@ -6,10 +6,9 @@ import os
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import is_dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import Any, NoReturn
 
 import lightning as L
 import torch
@@ -36,6 +35,7 @@ from lightning_modules.data import language_id as _language_id  # noqa: F401
 from lightning_modules.data import text as _text  # noqa: F401
 from lightning_modules.error_text import one_line, reason, shorten_parser_error
 from lightning_modules.errors import UserError
+from lightning_modules.known_names import class_names, known_keys
 from lightning_modules.quiet import quiet_lightning
 from lightning_modules.resume import CONFIG_NAME, log_folder, resumed
 from lightning_modules.run_folder import best_checkpoint
@@ -223,7 +223,7 @@ class TrixCLI(LightningCLI):
             if isinstance(error, UnicodeDecodeError) or message.startswith("Unexpected config"):
                 raise UserError(f"{_broken_file(files)} must be YAML with keys and values") from error
             options = [argument.split("=")[0] for argument in self._arguments if argument.startswith("--")]
-            raise UserError(shorten_parser_error(message, _known_keys(), _class_names(), files, options)) from error
+            raise UserError(shorten_parser_error(message, known_keys(), class_names(), files, options)) from error
         except RecursionError as error:
             raise UserError("a value of the configuration must not hold itself, or be nested too deeply") from error
         settings = self.config[self.config["subcommand"]]
@@ -374,39 +374,3 @@ def _broken_file(files: list[Path]) -> str:
         if not isinstance(read_yaml(path), dict):
             return str(path)
     return "the configuration"
-
-
-def _class_names() -> set[str]:
-    return {kind.__name__ for base in (TrixTask, L.LightningDataModule, Callback) for kind in _subclasses(base)}
-
-
-def _subclasses(base: type) -> Iterator[type]:
-    kind: type
-    for kind in base.__subclasses__():
-        yield kind
-        yield from _subclasses(kind)
-
-
-def _known_keys() -> set[str]:
-    """The parameters of the trainer and of this project's classes, dotted as on the command line, for corrections."""
-    keys = {"seed_everything", "ckpt_path", "config", "resume"} | {
-        f"trainer.{key}" for key in inspect.signature(L.Trainer).parameters
-    }
-    keys |= {f"model.{key}" for task in _subclasses(TrixTask) for key in _parameters(task)}
-    keys |= {f"report.{key}" for key in _parameters(ReportPage)}
-    keys |= {f"data.{key}" for kind in _subclasses(L.LightningDataModule) for key in _parameters(kind)}
-    project_callbacks = [kind for kind in _subclasses(Callback) if kind.__module__.startswith("lightning_modules.")]
-    return keys | {f"trainer.callbacks.{key}" for kind in project_callbacks for key in _parameters(kind)}
-
-
-def _parameters(kind: type) -> Iterator[str]:
-    """Names of the parameters of a class, and of the dataclasses among them: ``network``, ``network.d_model``, ..."""
-    try:
-        hints = get_type_hints(kind if is_dataclass(kind) else kind.__init__)  # type: ignore[misc]
-    except (NameError, TypeError):  # those of a user's own class may be for type checkers alone
-        hints = {}
-    for name in inspect.signature(kind).parameters:
-        yield name
-        for hint in (hints.get(name), *get_args(hints.get(name))):
-            if isinstance(hint, type) and is_dataclass(hint):
-                yield from (f"{name}.{inner}" for inner in _parameters(hint))

@@ -245,7 +245,8 @@ def tile_rows(name: str, layer: RoutedLayer, count_EC: Tensor | None, class_name
     rows = []
     for tile, class_idx in enumerate(claims.dominant_class().tolist()):
         dominant = "-" if class_idx < 0 else _class_name(class_idx, class_names)
-        purity, usage = f"{float(purity_E[tile]):.3f}", f"{float(usage_E[tile]):.4f}"
+        counted = (f"{float(purity_E[tile]):.3f}", f"{float(usage_E[tile]):.4f}")
+        purity, usage = ("-", "-") if count_EC is None else counted
         frozen = "frozen" if is_frozen[tile] else "free to learn"
         row = [f"{name} tile {tile}", name, dominant, purity, usage, frozen, tags.get(tile) or "-"]
         rows.append([" ".join(cell.split()) or "-" for cell in row])  # a tab or a line break would end the cell

@@ -59,7 +59,7 @@ class TokenSample:
             token_T = x if all(info["tile_idx"].dim() == 2 for info in routing.values()) else x[0]
         token_T = token_T[:MAX_TOKENS_OF_SEQUENCE]
         vocabulary = getattr(pl_module, "vocabulary", None)
-        if vocabulary is not None:
+        if isinstance(vocabulary, str) and not token_T.is_floating_point():
             self.tokens = [vocabulary[index] for index in token_T.tolist()]
         for name, info in routing.items():
             self.first[name] = {

@@ -143,16 +143,6 @@ class TextDataModule(TrixDataModule):
         """The same windows as validation."""
         return self.val_dataloader()
 
-    def held_out_tokens(self, num_tokens: int) -> Tensor:
-        """The first `num_tokens` ids of the validation text: int64 [num_tokens], a copy.
-
-        Raises:
-            DataError: num_tokens is < 1 or exceeds the validation text.
-        """
-        if not 1 <= num_tokens <= len(self._validation_N):
-            raise DataError(f"num_tokens ({num_tokens}) must be in [1, validation characters ({len(self._validation_N)})]")
-        return self._validation_N[:num_tokens].clone()
-
     @override
     def facts(self) -> dict[str, str]:
         return {"data": f"validation text of {self.hparams['path'] or self.hparams['corpus']}, character by character"}

@@ -4,7 +4,6 @@ import inspect
 from typing import Any
 
 import lightning as L
-from torch import Tensor
 
 from lightning_modules.errors import UserError
 
@@ -33,7 +32,7 @@ def check_hyperparameters(part: L.LightningModule | L.LightningDataModule) -> No
 
 def _odd_value(value: Any) -> Any:
     """The first value that no checkpoint can hold; None where all are plain."""
-    if value is None or type(value) in (bool, int, float, str, bytes) or isinstance(value, Tensor):
+    if value is None or type(value) in (bool, int, float, str, bytes):
         return None
     if type(value) in (list, tuple):
         return next((odd for one in value if (odd := _odd_value(one)) is not None), None)

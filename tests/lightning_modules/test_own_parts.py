@@ -188,8 +188,8 @@ def test_trust_is_one_option(
 def test_why_writes_an_example_as_its_data_does(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["why", "runs/moons", "--index", "3", "--trust=own_task"]) == 0
     out, _ = capfd.readouterr()
-    assert re.match(r"point 3, label [01], layer 0, 2?4 tiles\n", out)
-    assert re.search(r"^ 0  -?\d\S* -?\d\S* +\d", out, re.MULTILINE)
+    assert re.match(r"point 3, label [01], layer 0, 4 tiles\n", out)
+    assert re.search(r"^ 0  -?\d\S*,-?\d\S* +\d", out, re.MULTILINE)
     assert main(["why", "runs/vectors", "--index", "19", "--trust=own_data"]) == 0
     out, _ = capfd.readouterr()
     assert re.match(r"example 19: a (low|high), taken for a (low|high), layer 0, 2 tiles\n", out)

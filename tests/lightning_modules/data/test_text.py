@@ -31,7 +31,9 @@ def test_vocabulary_is_the_sorted_characters_of_both_splits(tmp_path: Path) -> N
     data = TextDataModule(path=path, context_length=2, validation_fraction=0.25)
     assert data.vocabulary == "abcxyzé🙂"
     assert data.vocab_size == 8
-    assert decode(data, data.held_out_tokens(5)) == "éz🙂yx"
+    batches = list(data.val_dataloader())
+    assert "".join(decode(data, input_BT.flatten()) for input_BT, _ in batches) == "éz🙂y"
+    assert decode(data, batches[-1][1][-1]) == "yx"
 
 
 def test_validation_is_the_tail_in_windows_that_do_not_overlap(text_file: Path) -> None:
@@ -181,19 +183,16 @@ def test_sha256_must_match_when_given(text_file: Path) -> None:
         small(text_file, sha256="abc")
 
 
-def test_held_out_tokens_is_a_copy_of_the_head_of_validation(text_file: Path) -> None:
+def test_what_is_held_out_is_a_copy_of_the_head_of_validation(text_file: Path) -> None:
     data = small(text_file)
     tail = TEXT[len(TEXT) - len(TEXT) // 10 :]
-    tokens_N = data.held_out_tokens(20)
-    assert tokens_N.dtype == torch.int64
-    assert decode(data, tokens_N) == tail[:20]
-    tokens_N.zero_()
-    assert decode(data, data.held_out_tokens(len(tail))) == tail
-    for num_tokens in (0, len(tail) + 1):
-        with pytest.raises(
-            DataError, match=rf"^num_tokens \({num_tokens}\) must be in \[1, validation characters \({len(tail)}\)\]$"
-        ):
-            data.held_out_tokens(num_tokens)
+    for num_tokens, num_windows in ((1, 1), (40, 2), (10**6, (len(tail) - 1) // 16)):
+        token_BT, target_BT = data.held_out(num_tokens)
+        assert token_BT.dtype == torch.int64
+        assert decode(data, token_BT.flatten()) == tail[: num_windows * 16]
+        assert target_BT is not None
+        assert decode(data, target_BT.flatten()) == tail[1 : num_windows * 16 + 1]
+        token_BT.zero_()
 
 
 @pytest.mark.parametrize(
@@ -230,8 +229,7 @@ def test_wrong_values_are_told_with_the_rule(arguments: dict[str, Any], message:
 def test_named_corpora_have_their_known_sizes(corpus: Any, vocab_size: int, num_train: int, num_validation: int) -> None:
     data = TextDataModule(corpus)
     assert data.vocab_size == vocab_size
-    assert len(data.held_out_tokens(num_validation)) == num_validation
-    with pytest.raises(DataError, match=rf"validation characters \({num_validation}\)"):
-        data.held_out_tokens(num_validation + 1)
+    windows = TextDataModule(corpus, context_length=1).val_dataloader()
+    assert len(windows.dataset) == num_validation - 1  # type: ignore[arg-type]
     with pytest.raises(DataError, match=rf"training split of .* \({num_train} characters\)|validation split"):
         TextDataModule(corpus, context_length=2_000_000)

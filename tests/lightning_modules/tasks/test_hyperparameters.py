@@ -26,7 +26,7 @@ def test_parts_of_ours_can_be_made_again(
         check_hyperparameters(part)
 
 
-VALUES = {"width": 3, "list": [1, "a", None], "dict": {"b": (2.0, True)}, "tensor": torch.ones(2)}
+VALUES = {"width": 3, "list": [1, "a", None], "dict": {"b": (2.0, True)}}
 
 
 @pytest.mark.parametrize(
@@ -35,6 +35,7 @@ VALUES = {"width": 3, "list": [1, "a", None], "dict": {"b": (2.0, True)}, "tenso
         ({"kept": VALUES, "width": 3}, None),
         ({"kept": {}, "width": 3, "noise": 0.2}, None),
         ({"kept": {}}, r"^hyperparameters of Part must hold width, so that a checkpoint can rebuild it: self.save"),
+        ({"kept": torch.ones(2), "width": 3}, r"^hyperparameter kept of Part \(Tensor\) must be a plain value"),
         ({"kept": {}, "width": len}, r"^hyperparameter width of Part \(builtin_function_or_method\) must be a plain value"),
         ({"kept": {"a": [{3: L.Trainer}]}, "width": 3}, r"^hyperparameter kept of Part \(type\) must be a plain value"),
         ({"kept": {}, "width": 3, "wdith": 4}, r"^hyperparameter wdith of Part must be a parameter of its __init__"),
