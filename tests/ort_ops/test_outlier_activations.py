@@ -23,8 +23,11 @@ from packed_models import (
     tile_matmul_reference,
 )
 
+from ort_ops.operators.signature_route import SIGNATURE_ROUTE
+from ort_ops.operators.sparse_lookup import SPARSE_LOOKUP
+from ort_ops.operators.ternary_ffn import TERNARY_FFN
+from ort_ops.operators.ternary_tile_matmul import TERNARY_TILE_MATMUL
 from ort_ops.panels import to_panels
-from ort_ops.schema import SIGNATURE_ROUTE, SPARSE_LOOKUP, TERNARY_FFN, TERNARY_TILE_MATMUL
 
 pytestmark = pytest.mark.usefixtures("native_library")
 

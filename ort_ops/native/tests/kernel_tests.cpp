@@ -1,6 +1,10 @@
 // Runs the test of every kernel on every variant that this CPU has, without a runtime: values against the
 // contract, all variants bit for bit, no read or write outside the arrays (each lies in its own heap block of
 // exact size, so sanitizers see a stray byte). Then what has no variants.
+//
+//   kernel_tests             all of it
+//   kernel_tests layer_norm  one kernel
+#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -113,13 +117,18 @@ void for_each_variant(KernelVariants<Function> variants, const Test& test) {
 
 }  // namespace
 
-int main() {
-#define TRIX_KERNEL(kernel, Name, ...) for_each_variant(kernel##_variants(), test_##kernel);
+int main(int argc, char** argv) {
+    const char* only = argc > 1 ? argv[1] : nullptr;
+#define TRIX_KERNEL(kernel, Name, ...)                      \
+    if (only == nullptr || std::strcmp(only, #kernel) == 0) \
+        for_each_variant(kernel##_variants(), test_##kernel);
 #include "kernels/kernels.inc"
 #undef TRIX_KERNEL
-    test_panels();
-    test_work_plan();
-    test_dispatch();
+    if (only == nullptr) {
+        test_panels();
+        test_work_plan();
+        test_dispatch();
+    }
     std::printf("%d failures\n", failures);
     return failures == 0 ? 0 : 1;
 }
