@@ -59,7 +59,7 @@ def is_wide(x_TK: np.ndarray, levels: Levels, group_size: int = 128) -> np.ndarr
 
 
 def error_bound(x_TK: np.ndarray, weight_NK: np.ndarray, levels: Levels, group_size: int = 128) -> np.ndarray:
-    """What schema.py states, for rows of scale 1 [T, N]: float32's rounding, plus m 2^-23 for each weight of a group whose
+    """What the operator states, for rows of scale 1 [T, N]: float32's rounding, plus m 2^-23 for each weight of a group whose
     largest activation is m, unless the token is wide."""
     size_TK, used_NK = np.abs(x_TK).astype(np.float64), np.abs(weight_NK).astype(np.float64)
     largest_TG = groups_of(size_TK, group_size).max(-1)

@@ -48,11 +48,12 @@ Function best_variant(KernelVariants<Function> variants, Isa limit) {
 #define TRIX_ISA_neon_dotprod Isa::kNeonDotprod
 
 #define TRIX_VARIANT(kernel, Name, isa) TRIX_WHERE_##isa({TRIX_ISA_##isa, kernel##_##isa, #kernel "_" #isa}, )
-#define TRIX_KERNEL(kernel, Name, ...)                                   \
-    KernelVariants<Name##Kernel> kernel##_variants() {                   \
-        static constexpr KernelVariant<Name##Kernel> kRows[] = {         \
-            TRIX_FOR_EACH_ISA(TRIX_VARIANT, kernel, Name, __VA_ARGS__)}; \
-        return {kRows, static_cast<int>(std::size(kRows))};              \
+#define TRIX_KERNEL(kernel, Name, ...)                                                                       \
+    KernelVariants<Name##Kernel> kernel##_variants() {                                                       \
+        static constexpr KernelVariant<Name##Kernel> kRows[] = {                                             \
+            TRIX_FOR_EACH_ISA(TRIX_VARIANT, kernel, Name, __VA_ARGS__)};                                     \
+        static_assert(kRows[std::size(kRows) - 1].isa == Isa::kScalar, #kernel "'s row must end in scalar"); \
+        return {kRows, static_cast<int>(std::size(kRows))};                                                  \
     }
 #include "kernels/kernels.inc"
 #undef TRIX_KERNEL

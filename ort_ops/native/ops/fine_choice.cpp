@@ -18,10 +18,10 @@ namespace {
 constexpr std::size_t kTokensAtOnce = 64;   // so many rows of coarse scores are held
 constexpr std::size_t kWorthGathering = 4;  // gather if fewer than 1/4 of the tiles remain
 
-// The tiles whose key may be among the top_k, in order of index, into the thread's memory, and their number.
+// Finds the tiles whose key may be among the top_k, in order of index, and returns how many. `found` has room
+// for all.
 std::size_t candidates(const float* coarse_score, const float* bias, std::size_t num_tiles, std::size_t top_k,
                        double bound, std::int64_t* found) {
-    // The best go into the same memory: it has room for all tiles.
     kernels().signature_route({coarse_score, bias, found, num_tiles, top_k, 0, 1});
     const auto last = static_cast<std::size_t>(found[top_k - 1]);
     std::size_t num_found = 0;
@@ -29,7 +29,7 @@ std::size_t candidates(const float* coarse_score, const float* bias, std::size_t
     return num_found;
 }
 
-// One token's choice among the tiles, by their exact scores. Returns places in the table.
+// One token's choice among all tiles of the table, by their exact scores.
 void choose_among(const TileMatrices& table, const QuantisedRows& fine, std::int64_t token, const float* bias,
                   std::size_t top_k, std::int64_t* tile_idx, float* score) {
     const std::int64_t first_row = 0;
@@ -48,7 +48,7 @@ void choose_among(const TileMatrices& table, const QuantisedRows& fine, std::int
     for (std::size_t k = 0; k < top_k; ++k) score[k] = exact[static_cast<std::size_t>(tile_idx[k])];
 }
 
-// The same among some of the tiles only.
+// The same among some of the tiles.
 void choose_among(const TileMatrices& table, const std::int64_t* tiles, std::size_t num_tiles,
                   const QuantisedRows& fine, std::int64_t token, const float* bias, std::size_t top_k,
                   std::int64_t* tile_idx, float* score) {
