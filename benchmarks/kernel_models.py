@@ -10,8 +10,11 @@ import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
 from ort_ops.library import session_options
+from ort_ops.operators.signature_route import SIGNATURE_ROUTE
+from ort_ops.operators.ternary_ffn import TERNARY_FFN
+from ort_ops.operators.ternary_tile_matmul import TERNARY_TILE_MATMUL
 from ort_ops.panels import to_panels
-from ort_ops.schema import DOMAIN, OPSET_VERSION, SIGNATURE_ROUTE, TERNARY_FFN, TERNARY_TILE_MATMUL
+from ort_ops.schema import DOMAIN, OPSET_VERSION
 
 OURS = {
     "trix 8 bit": {"activation_bits": 8, "group_size": 0},

@@ -1,13 +1,12 @@
 """Write a trained model as one ONNX file with packed 2-bit weights, verified against torch before it gets its name.
 
-The packed model's custom operators become the operators of :mod:`ort_ops.schema`. With ``fallback`` the file also holds their
-definition in standard ONNX (:mod:`ort_ops.functions`), so that it runs where the native library is not installed. A language
-model also takes and returns the keys and values of the tokens before (:mod:`ort_ops.state`).
+The packed model's custom operators become those of :mod:`ort_ops.operators`. With ``fallback`` the file also holds their
+definition in standard ONNX, so that it runs where the native library is not installed. A language model also takes and
+returns the keys and values of the tokens before (:mod:`ort_ops.state`).
 """
 
 import copy
 import logging
-import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +21,6 @@ from torch import Tensor, nn
 
 from ort_ops import schema
 from ort_ops.file_format import BY_ONNXRUNTIME, LayerRecord, describe_size, to_properties
-from ort_ops.functions import fallback_functions, register_schemas
 from ort_ops.graph import (
     Activations,
     divide_by_roots,
@@ -33,6 +31,7 @@ from ort_ops.graph import (
     unsqueeze_constants,
 )
 from ort_ops.graph_nodes import ONNX_OPSET
+from ort_ops.operators import SCHEMAS, fallback_functions, register_schemas, translations
 from ort_ops.panels import to_panels
 from ort_ops.parity import Drift, Parity, drift
 from ort_ops.state import past_name, present_name
@@ -246,24 +245,7 @@ def check_finite(model: nn.Module) -> None:
 
 def _to_onnx(packed: LanguageModel | Classifier, interface: _Interface) -> onnx.ModelProto:
     register_schemas()
-    opset, standard = (onnxscript.values.Opset(*of) for of in ((schema.DOMAIN, schema.OPSET_VERSION), ("", ONNX_OPSET)))
-
-    def tile_matmul(x: Any, packed: Any, row_scale: Any, tile_idx: Any) -> Any:
-        return opset.TernaryTileMatMul(x, packed, row_scale, tile_idx)
-
-    def ffn(*inputs: Any) -> Any:
-        return opset.TernaryFFN(*inputs)
-
-    def route(*inputs: Any) -> Any:
-        *tensors, top_k, gate, confidence_threshold = inputs
-        return opset.SignatureRoute(*tensors, top_k=top_k, gate=gate, confidence_threshold=confidence_threshold)
-
-    def lookup(*inputs: Any) -> Any:
-        *tensors, top_k, grid_size, has_hinges, route_on_norm, epsilon = inputs
-        flags = {"has_hinges": int(has_hinges), "route_on_norm": int(route_on_norm)}
-        y, tile_idx = opset.SparseLookup(*tensors, top_k=top_k, grid_size=grid_size, **flags, epsilon=epsilon)
-        # Score and point are reported in torch alone: no output of a file may depend on them.
-        return y, tile_idx, standard.Constant(value_float=math.nan), standard.Constant(value_float=math.nan)
+    standard = onnxscript.values.Opset("", ONNX_OPSET)
 
     def stable_sort(x: Any, stable: bool, dim: int = -1, descending: bool = False) -> Any:  # noqa: ARG001
         # TopK gives equal values by their index, as a stable sort does; the exporter knows only the other sort.
@@ -278,13 +260,7 @@ def _to_onnx(packed: LanguageModel | Classifier, interface: _Interface) -> onnx.
             output_names=interface.output_names,
             dynamic_shapes=interface.dynamic_shapes,
             opset_version=ONNX_OPSET,
-            custom_translation_table={
-                torch.ops.trix.ternary_tile_matmul.default: tile_matmul,
-                torch.ops.trix.ternary_ffn.default: ffn,
-                torch.ops.trix.signature_route.default: route,
-                torch.ops.trix.sparse_lookup.default: lookup,
-                torch.ops.aten.sort.stable: stable_sort,
-            },
+            custom_translation_table=translations() | {torch.ops.aten.sort.stable: stable_sort},
             verbose=False,
         )
     assert program is not None
@@ -308,7 +284,7 @@ def _to_onnx(packed: LanguageModel | Classifier, interface: _Interface) -> onnx.
 def _lay_in_panels(graph: onnx.GraphProto) -> None:
     """Replace packed rows, as torch holds them, by the panels that the operators take. 00 in a row's padding is a zero."""
     initializers = {tensor.name: tensor for tensor in graph.initializer}
-    places = {op.name: [i for i, tensor in enumerate(op.inputs) if tensor.element_type == "uint8"] for op in schema.OPS}
+    places = {op.name: [i for i, tensor in enumerate(op.inputs) if tensor.element_type == "uint8"] for op in SCHEMAS}
     nodes = [node for node in graph.node if node.domain == schema.DOMAIN]
     for name in {node.input[place] for node in nodes for place in places[node.op_type]}:
         rows = torch.from_numpy(onnx.numpy_helper.to_array(initializers[name]).copy())

@@ -6,14 +6,15 @@ from dataclasses import dataclass
 import numpy as np
 from onnx import GraphProto, helper, numpy_helper
 
-from ort_ops.schema import DOMAIN, OPS
+from ort_ops.operators import SCHEMAS
+from ort_ops.schema import DOMAIN
 
 
 @dataclass(frozen=True)
 class Activations:
     """What the file's ternary products read: activations of 24 bits, nearly as exact as float32, or of 8, in groups of columns.
 
-    How far 24 bits are from float32 stands with TernaryTileMatMul in schema.py.
+    How far 24 bits are from float32 is said in operators/ternary_tile_matmul.py.
 
     Args:
         bits: 24 or 8; routing reads 24 either way. group_size: of 8 bits: columns that share a scale, 128, or 0 for all.
@@ -98,7 +99,7 @@ def leave_out_unread(graph: GraphProto) -> None:
     The empty name stays: onnxruntime 1.17 to 1.31 fail on a function with more outputs than the node that it replaces.
     """
     num_reads = _num_reads(graph)
-    ops = {op.name: op for op in OPS}
+    ops = {op.name: op for op in SCHEMAS}
     for node in graph.node:
         if node.domain == DOMAIN:
             for place, (name, tensor) in enumerate(zip(node.output, ops[node.op_type].outputs, strict=False)):
@@ -108,7 +109,7 @@ def leave_out_unread(graph: GraphProto) -> None:
 
 def set_activations(graph: GraphProto, activations: Activations) -> None:
     """In every node whose operator can: those that route cannot."""
-    names = {op.name for op in OPS if any(attribute.name == "activation_bits" for attribute in op.attributes)}
+    names = {op.name for op in SCHEMAS if any(attribute.name == "activation_bits" for attribute in op.attributes)}
     for node in graph.node:
         if node.domain == DOMAIN and node.op_type in names:
             values = {"activation_bits": activations.bits, "group_size": activations.group_size}

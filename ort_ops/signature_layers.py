@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
 from ort_ops.file_format import MAX_AXIS, MAX_FILE_BYTES, LayerRecord, ModelFileError, from_properties, layer_records
-from ort_ops.lookup_function import sparse_lookup_function
+from ort_ops.operators.signature_route import SIGNATURE_ROUTE
+from ort_ops.operators.sparse_lookup import SPARSE_LOOKUP, sparse_lookup_function
 from ort_ops.panels import RESERVED_VALUE, from_panels, to_panels
 from ort_ops.regular_files import read_regular
-from ort_ops.schema import DOMAIN, SIGNATURE_ROUTE, SPARSE_LOOKUP
+from ort_ops.schema import DOMAIN
 
 # Of the operators that route by signatures: where each input stands.
 _PLACES = {op.name: {tensor.name: i for i, tensor in enumerate(op.inputs)} for op in (SIGNATURE_ROUTE, SPARSE_LOOKUP)}

@@ -19,9 +19,10 @@ from onnx import ModelProto, ValueInfoProto
 
 from ort_ops.file_format import BY_ONNXRUNTIME, LayerRecord, ModelFileError, encode_array, to_properties
 from ort_ops.library import LibraryNotFoundError, session_options
+from ort_ops.operators.signature_route import SIGNATURE_ROUTE
 from ort_ops.parity import SCORE_ROUNDING, selection_gap
 from ort_ops.runtime import open_model
-from ort_ops.schema import DOMAIN, SIGNATURE_ROUTE
+from ort_ops.schema import DOMAIN
 from ort_ops.signature_layers import SignatureLayer, read_model, show_scores, with_open_lookups
 from ort_ops.state import empty_state
 from ort_ops.whole_file import whole_file

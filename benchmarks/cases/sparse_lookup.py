@@ -16,9 +16,10 @@ from cases.kernels import interleaved
 from kernel_models import session
 from onnx import TensorProto, helper, numpy_helper
 
-from ort_ops.functions import fallback_functions
+from ort_ops.operators import fallback_functions
+from ort_ops.operators.sparse_lookup import SPARSE_LOOKUP
 from ort_ops.panels import to_panels
-from ort_ops.schema import DOMAIN, OPSET_VERSION, SPARSE_LOOKUP
+from ort_ops.schema import DOMAIN, OPSET_VERSION
 
 # How many times as fast a layer should be, by (width, tokens).
 TARGETS = {(128, 1): 20.0, (512, 1): 4.0, (128, 128): 1.5, (512, 128): 1.5}

@@ -33,6 +33,8 @@ def test_import_contracts_of_pyproject_hold() -> None:
         ("ort_ops.surgery", {"torch", "trix", "onnxscript", "lightning"}),
         ("ort_ops.whole_file", {"torch", "trix", "onnx", "onnxscript", "onnxruntime", "numpy", "lightning"}),
         ("ort_ops.schema", {"torch", "trix", "onnx", "onnxscript", "onnxruntime", "numpy"}),
+        ("ort_ops.operators", {"torch", "trix", "onnxscript", "onnxruntime", "lightning"}),
+        ("ort_ops.self_test", {"torch", "trix", "onnxscript", "lightning"}),
         ("lightning_modules.cli", {"torch", "lightning", "onnx", "onnxruntime"}),
     ],
 )

@@ -14,8 +14,9 @@ from packed_models import (
     tile_matmul_reference,
 )
 
+from ort_ops.operators.signature_route import SIGNATURE_ROUTE
+from ort_ops.operators.ternary_tile_matmul import TERNARY_TILE_MATMUL
 from ort_ops.panels import to_panels
-from ort_ops.schema import SIGNATURE_ROUTE, TERNARY_TILE_MATMUL
 
 pytestmark = pytest.mark.usefixtures("native_library")
 

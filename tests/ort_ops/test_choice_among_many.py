@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed_models import make_model, native_session, random_ternary, route_inputs, score_reference
 
+from ort_ops.operators.signature_route import SIGNATURE_ROUTE
 from ort_ops.panels import to_panels
-from ort_ops.schema import SIGNATURE_ROUTE
 
 pytestmark = pytest.mark.usefixtures("native_library")
 

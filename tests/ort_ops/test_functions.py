@@ -19,9 +19,11 @@ from packed_models import (
     tile_matmul_reference,
 )
 
-from ort_ops.functions import fallback_functions, register_schemas
+from ort_ops.operators import SCHEMAS, fallback_functions, register_schemas
+from ort_ops.operators.signature_route import SIGNATURE_ROUTE
+from ort_ops.operators.ternary_tile_matmul import TERNARY_TILE_MATMUL
 from ort_ops.panels import to_panels
-from ort_ops.schema import DOMAIN, OPS, SIGNATURE_ROUTE, TERNARY_TILE_MATMUL, OpSchema
+from ort_ops.schema import DOMAIN, OpSchema
 
 
 def run_portable(op: OpSchema, inputs: dict[str, np.ndarray], **attributes: object) -> list[np.ndarray]:
@@ -121,7 +123,7 @@ def float_constant_bytes(model: onnx.ModelProto) -> int:
 
 def test_functions_are_valid_and_named_like_the_schema() -> None:
     register_schemas()
-    for op, function in zip(OPS, fallback_functions(), strict=True):
+    for op, function in zip(SCHEMAS, fallback_functions(), strict=True):
         assert (function.domain, function.name) == (DOMAIN, op.name)
         assert list(function.input) == [tensor.name for tensor in op.inputs]
         assert list(function.output) == [tensor.name for tensor in op.outputs]
@@ -131,7 +133,7 @@ def test_functions_are_valid_and_named_like_the_schema() -> None:
 def test_schemas_register_once_and_describe_the_operators() -> None:
     register_schemas()
     register_schemas()
-    for op in OPS:
+    for op in SCHEMAS:
         registered = onnx.defs.get_schema(op.name, domain=DOMAIN)
         assert registered.since_version == 1
         assert [parameter.name for parameter in registered.inputs] == [tensor.name for tensor in op.inputs]

@@ -14,7 +14,7 @@ from packed_models import make_model, native_session, tile_matmul_inputs
 
 import ort_ops.library
 from ort_ops.library import LibraryNotFoundError, get_library_path, session_options
-from ort_ops.schema import TERNARY_TILE_MATMUL
+from ort_ops.operators.ternary_tile_matmul import TERNARY_TILE_MATMUL
 
 pytestmark = pytest.mark.usefixtures("native_library")
 
@@ -30,7 +30,7 @@ sys.path.insert(0, {str(Path(__file__).parents[1] / "support")!r})
 import numpy as np, onnxruntime as ort
 from packed_models import make_model, tile_matmul_inputs
 from ort_ops.library import session_options
-from ort_ops.schema import TERNARY_TILE_MATMUL
+from ort_ops.operators.ternary_tile_matmul import TERNARY_TILE_MATMUL
 inputs, _ = tile_matmul_inputs(np.random.default_rng(0), 3, 2, 5, 7)
 for _ in range(2):
     options = session_options()

@@ -14,7 +14,7 @@ import pytest
 from native_builds import build, run
 from shown import SHOWN
 
-from ort_ops.schema import OPS
+from ort_ops.operators import SCHEMAS
 
 SECONDS = float(os.environ.get("TRIX_FUZZ_SECONDS", "30"))
 SEED = os.environ.get("TRIX_FUZZ_SEED", "0")
@@ -54,7 +54,7 @@ def test_mutated_models_and_random_shapes_are_clean(
         LD_PRELOAD=runtime_libraries(cxx_compiler),
         ASAN_OPTIONS="detect_leaks=0:allocator_may_return_null=1",
     )
-    names = [*(op.name for op in OPS), "in all"]
+    names = [*(op.name for op in SCHEMAS), "in all"]
     summary = [line for line in output.splitlines() if line.startswith(tuple(f"{name}: " for name in names))]
     record_property(SHOWN, "\n".join(summary))
     assert [line.partition(":")[0] for line in summary] == names, output[-1000:]

@@ -23,8 +23,11 @@ from packed_models import (
     tile_matmul_reference,
 )
 
+from ort_ops.operators.signature_route import SIGNATURE_ROUTE
+from ort_ops.operators.sparse_lookup import SPARSE_LOOKUP
+from ort_ops.operators.ternary_ffn import TERNARY_FFN
+from ort_ops.operators.ternary_tile_matmul import TERNARY_TILE_MATMUL
 from ort_ops.panels import to_panels
-from ort_ops.schema import SIGNATURE_ROUTE, SPARSE_LOOKUP, TERNARY_FFN, TERNARY_TILE_MATMUL
 
 pytestmark = pytest.mark.usefixtures("native_library")
 
@@ -56,7 +59,7 @@ def is_wide(x_TK: np.ndarray, levels: Levels, group_size: int = 128) -> np.ndarr
 
 
 def error_bound(x_TK: np.ndarray, weight_NK: np.ndarray, levels: Levels, group_size: int = 128) -> np.ndarray:
-    """What schema.py states, for rows of scale 1 [T, N]: float32's rounding, plus m 2^-23 for each weight of a group whose
+    """What the operator states, for rows of scale 1 [T, N]: float32's rounding, plus m 2^-23 for each weight of a group whose
     largest activation is m, unless the token is wide."""
     size_TK, used_NK = np.abs(x_TK).astype(np.float64), np.abs(weight_NK).astype(np.float64)
     largest_TG = groups_of(size_TK, group_size).max(-1)

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed_models import make_model, native_session, portable_session, rank_tiles, route_inputs, run_route, weight_reference
 
+from ort_ops.operators.signature_route import SIGNATURE_ROUTE
 from ort_ops.panels import to_panels
-from ort_ops.schema import SIGNATURE_ROUTE
 
 pytestmark = pytest.mark.usefixtures("native_library")
 SIGMOID, SOFTMAX, ADAPTIVE = GATES = range(3)

@@ -10,6 +10,7 @@ import pytest
 
 from ort_ops import self_test
 from ort_ops.library import LibraryNotFoundError, get_library_path
+from ort_ops.operators import signature_route, sparse_lookup, ternary_ffn, ternary_tile_matmul
 from ort_ops.panels import to_panels
 
 
@@ -22,7 +23,8 @@ def test_the_kernels_agree_with_numpy(native_library: None) -> None:
 
 
 def test_wrong_results_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(self_test, "to_panels", lambda ternary: to_panels(-ternary))
+    for module in (ternary_tile_matmul, signature_route, ternary_ffn, sparse_lookup):
+        monkeypatch.setattr(module, "to_panels", lambda ternary: to_panels(-ternary))
     found = self_test.check("portable")
     assert found.startswith("wrong: relative error of TernaryTileMatMul (")
     assert "relative error of TernaryFFN (" in found
@@ -33,7 +35,7 @@ def test_wrong_results_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_error_just_above_rounding_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     right = self_test._run
     monkeypatch.setattr(self_test, "_run", lambda *arguments: [output * np.float32(1.0001) for output in right(*arguments)[:1]])
-    assert self_test._check_matmul(self_test._portable)[1] > self_test.MAX_ERROR
+    assert ternary_tile_matmul.OPERATOR.check(self_test._portable) > self_test.MAX_ERROR
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
@@ -46,8 +48,8 @@ def test_each_output_of_the_routing_is_looked_at_under_each_gate(place: int, mon
         return outputs
 
     monkeypatch.setattr(self_test, "_run", wrong)
-    for gate in self_test._GATES:
-        assert self_test._check_route(self_test._portable, gate)[1] > self_test.MAX_ERROR
+    for gate in signature_route.GATES:
+        assert signature_route.check_gate(self_test._portable, gate) > self_test.MAX_ERROR
 
 
 def test_the_tokens_of_adaptive_k_use_one_tile_or_two(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,7 +60,7 @@ def test_the_tokens_of_adaptive_k_use_one_tile_or_two(monkeypatch: pytest.Monkey
         return outputs
 
     monkeypatch.setattr(self_test, "_run", keep)
-    self_test._check_route(self_test._portable, self_test._ADAPTIVE)
+    signature_route.check_gate(self_test._portable, signature_route.ADAPTIVE)
     assert set((weights[0] != 0).sum(1)) == {1, 2}
 
 

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed_models import lookup_inputs, lookup_keys, make_model, native_session, portable_session
 
+from ort_ops.operators.sparse_lookup import SPARSE_LOOKUP
 from ort_ops.panels import to_panels
-from ort_ops.schema import SPARSE_LOOKUP
 
 pytestmark = pytest.mark.usefixtures("native_library")
 

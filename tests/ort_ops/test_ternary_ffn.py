@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from packed_models import ffn_inputs, make_model, native_session, portable_session, run_tile_matmul
 
+from ort_ops.operators.ternary_ffn import TERNARY_FFN
 from ort_ops.panels import to_panels
-from ort_ops.schema import TERNARY_FFN
 
 pytestmark = pytest.mark.usefixtures("native_library")
 

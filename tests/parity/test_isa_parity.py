@@ -26,7 +26,10 @@ from packed_models import (
 )
 
 from ort_ops.library import session_options
-from ort_ops.schema import OPS, SIGNATURE_ROUTE, TERNARY_TILE_MATMUL, OpSchema
+from ort_ops.operators import SCHEMAS
+from ort_ops.operators.signature_route import SIGNATURE_ROUTE
+from ort_ops.operators.ternary_tile_matmul import TERNARY_TILE_MATMUL
+from ort_ops.schema import OpSchema
 
 pytestmark = pytest.mark.usefixtures("native_library")
 
@@ -253,7 +256,7 @@ def profiled_node_names(model: bytes, options: ort.SessionOptions, inputs: dict[
     return {event["args"]["op_name"] for event in events if "op_name" in event.get("args", {})}
 
 
-@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+@pytest.mark.parametrize("op", SCHEMAS, ids=lambda op: op.name)
 @pytest.mark.parametrize("level", ["ORT_DISABLE_ALL", "ORT_ENABLE_ALL"])
 def test_registered_kernel_takes_precedence_over_the_function(op: OpSchema, level: str, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
@@ -274,7 +277,7 @@ def test_registered_kernel_takes_precedence_over_the_function(op: OpSchema, leve
     assert "Gemm" in portable_ops
 
 
-@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+@pytest.mark.parametrize("op", SCHEMAS, ids=lambda op: op.name)
 def test_without_functions_the_library_is_needed(op: OpSchema) -> None:
     with pytest.raises(Exception, match="is not a registered function/op"):
         portable_session(make_model(op))

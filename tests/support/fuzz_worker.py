@@ -8,17 +8,18 @@ many models were mutated, how many were valid, how many inputs may have been wro
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from importlib import import_module
 
 import numpy as np
 import onnxruntime as ort
-from packed_models import ffn_inputs, lookup_inputs, make_model, route_inputs, tile_matmul_inputs
+from packed_models import make_model
 
-from ort_ops.schema import OPS, SIGNATURE_ROUTE, SPARSE_LOOKUP, TERNARY_FFN, TERNARY_TILE_MATMUL, OpSchema
+from ort_ops.operators import FILES, OPERATORS
+from ort_ops.schema import OpSchema
 
 Inputs = dict[str, np.ndarray]
 Attributes = dict[str, int | float]
-UNKNOWN_RANKS = {tensor.name: None for op in OPS for tensor in op.inputs}
+UNKNOWN_RANKS = {tensor.name: None for operator in OPERATORS.values() for tensor in operator.schema.inputs}
 ODD_VALUES = (-(2**63), -(2**31), -1, 0, 1, 7, 16, 64, 128, 2**31, 2**62)
 
 
@@ -33,47 +34,9 @@ def options_for(library: str) -> ort.SessionOptions:
     return options
 
 
-def tile_matmul_case(rng: np.random.Generator) -> tuple[Inputs, Attributes]:
-    sizes = (rng.integers(0, 9), rng.integers(1, 5), rng.integers(0, 70), rng.integers(0, 300))
-    attributes = {"activation_bits": int(rng.choice([8, 24])), "group_size": int(rng.choice([0, 128]))}
-    return tile_matmul_inputs(rng, *map(int, sizes))[0], attributes
-
-
-def ffn_case(rng: np.random.Generator) -> tuple[Inputs, Attributes]:
-    sizes = (rng.integers(0, 9), rng.integers(1, 4), rng.integers(1, 5), rng.integers(0, 70), rng.integers(0, 150))
-    attributes = {"activation_bits": int(rng.choice([8, 24])), "group_size": int(rng.choice([0, 128]))}
-    return ffn_inputs(rng, *map(int, sizes))[0], attributes
-
-
-def lookup_case(rng: np.random.Generator) -> tuple[Inputs, Attributes]:
-    flags = {name: int(rng.integers(0, 2)) for name in ("has_hinges", "route_on_norm")}
-    num_tiles, grid_size = int(rng.integers(1, 70)), int(rng.integers(1, 40))
-    top_k, width, num_hidden = int(rng.integers(1, min(num_tiles, 4) + 1)), int(rng.integers(0, 70)), int(rng.integers(0, 70))
-    sizes = (int(rng.integers(0, 40)), top_k, num_tiles, width, num_hidden)
-    inputs, _, _ = lookup_inputs(rng, *sizes, grid_size, **flags)
-    return inputs, {"top_k": top_k, "grid_size": grid_size, **flags}
-
-
-def route_case(rng: np.random.Generator) -> tuple[Inputs, Attributes]:
-    num_tiles = int(rng.integers(1, 70) if rng.random() < 0.7 else rng.integers(250, 300))  # from 256 on in two passes
-    inputs, _ = route_inputs(rng, int(rng.integers(0, 9)), num_tiles, int(rng.integers(0, 70)))
-    inputs["bias"][rng.random(num_tiles) < 0.2] = -np.inf
-    top_k, gate = int(rng.integers(1, num_tiles + 1)), int(rng.integers(0, 3))
-    return inputs, {"top_k": top_k, "gate": gate, "confidence_threshold": float(rng.random())}
-
-
-# Random valid inputs and attributes of each operator.
-VALID_CASES: dict[str, Callable[[np.random.Generator], tuple[Inputs, Attributes]]] = {
-    TERNARY_TILE_MATMUL.name: tile_matmul_case,
-    SIGNATURE_ROUTE.name: route_case,
-    TERNARY_FFN.name: ffn_case,
-    SPARSE_LOOKUP.name: lookup_case,
-}
-
-
-def valid_case(rng: np.random.Generator, op: OpSchema) -> tuple[Inputs, Attributes]:
+def valid_case(rng: np.random.Generator, file: str) -> tuple[Inputs, Attributes]:
     """In half of the cases with some activations that are huge, so that tokens are wide."""
-    inputs, attributes = VALID_CASES[op.name](rng)
+    inputs, attributes = import_module(f"operator_cases.{file}").valid_case(rng)
     if rng.random() < 0.5:
         for name in {"x", "routing_x"} & inputs.keys():
             inputs[name][rng.random(inputs[name].shape) < 0.05] *= np.float32(10.0 ** rng.integers(2, 30))
@@ -128,9 +91,10 @@ def run_counted(session: ort.InferenceSession, inputs: Inputs, counts: Counter[s
     counts["results"] += 1
 
 
-def run_mutated(rng: np.random.Generator, op: OpSchema, library: str, counts: Counter[str]) -> None:
+def run_mutated(rng: np.random.Generator, file: str, library: str, counts: Counter[str]) -> None:
     """A model some of whose bytes, or attributes, are wrong."""
-    inputs, attributes = valid_case(rng, op)
+    op = OPERATORS[file].schema
+    inputs, attributes = valid_case(rng, file)
     weights = {name: array for name, array in inputs.items() if name not in ("x", "routing_x", "tile_idx", "weight")}
     constants = weights if rng.random() < 0.5 else {}
     left_out = optional_outputs(op) if rng.random() < 0.5 else []
@@ -145,9 +109,10 @@ def run_mutated(rng: np.random.Generator, op: OpSchema, library: str, counts: Co
         run_counted(session, inputs, counts)
 
 
-def run_valid(rng: np.random.Generator, op: OpSchema, library: str, counts: Counter[str]) -> None:
+def run_valid(rng: np.random.Generator, file: str, library: str, counts: Counter[str]) -> None:
     """A valid model: once with valid inputs, which must give a result, and with spoiled ones."""
-    inputs, attributes = valid_case(rng, op)
+    op = OPERATORS[file].schema
+    inputs, attributes = valid_case(rng, file)
     left_out = optional_outputs(op) if rng.random() < 0.5 else []
     session = session_or_none(make_model(op, dims=UNKNOWN_RANKS, left_out=left_out, **attributes).SerializeToString(), library)
     assert session is not None, f"{op.name} {attributes}"
@@ -164,13 +129,13 @@ def optional_outputs(op: OpSchema) -> list[str]:
 def run_case(case: int, seed: int, library: str, counts: dict[str, Counter[str]]) -> None:
     print(f"case {case}", flush=True)
     rng = np.random.default_rng([seed, case])
-    op = OPS[case % len(OPS)]
+    file = FILES[case % len(FILES)]
     run = run_mutated if rng.random() < 0.5 else run_valid
-    run(rng, op, library, counts[op.name])
+    run(rng, file, library, counts[OPERATORS[file].schema.name])
 
 
 def main(library: str, seed: int, seconds: float, case: int | None = None) -> None:
-    counts = {op.name: Counter[str]() for op in OPS}
+    counts = {operator.schema.name: Counter[str]() for operator in OPERATORS.values()}
     if case is not None:
         run_case(case, seed, library, counts)
         return

@@ -11,7 +11,9 @@ import numpy as np
 import onnxruntime as ort
 from packed_models import make_model, native_session
 
-from ort_ops.schema import SIGNATURE_ROUTE, SPARSE_LOOKUP, TERNARY_TILE_MATMUL
+from ort_ops.operators.signature_route import SIGNATURE_ROUTE
+from ort_ops.operators.sparse_lookup import SPARSE_LOOKUP
+from ort_ops.operators.ternary_tile_matmul import TERNARY_TILE_MATMUL
 
 sessions: dict[frozenset[tuple[str, float]], ort.InferenceSession] = {}
 

@@ -9,10 +9,12 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
-from ort_ops.functions import fallback_functions
 from ort_ops.library import session_options
+from ort_ops.operators import fallback_functions
+from ort_ops.operators.signature_route import SIGNATURE_ROUTE
+from ort_ops.operators.ternary_tile_matmul import TERNARY_TILE_MATMUL
 from ort_ops.panels import from_panels, to_panels
-from ort_ops.schema import DOMAIN, OPSET_VERSION, SIGNATURE_ROUTE, TERNARY_TILE_MATMUL, OpSchema
+from ort_ops.schema import DOMAIN, OPSET_VERSION, OpSchema
 
 ELEMENT_TYPES = {"float32": TensorProto.FLOAT, "uint8": TensorProto.UINT8, "int64": TensorProto.INT64}
 Arrays = Mapping[str, np.ndarray]

@@ -1,34 +1,12 @@
 #include "kernels/dispatch.hpp"
 
 #include <cstdlib>
+#include <iterator>
 #include <stdexcept>
 #include <string>
 
 namespace trix {
 namespace {
-
-#define TRIX_KERNEL(isa, function) {isa, function, #function},
-
-constexpr KernelVariant<TernaryMatMulKernel> kTernaryMatMulRows[] = {
-#include "kernels/ternary_matmul/ternary_matmul.inc"
-};
-constexpr KernelVariant<QuantizeRowsKernel> kQuantizeRowsRows[] = {
-#include "kernels/quantize_rows/quantize_rows.inc"
-};
-constexpr KernelVariant<SignatureGateKernel> kSignatureGateRows[] = {
-#include "kernels/signature_gate/signature_gate.inc"
-};
-constexpr KernelVariant<SignatureRouteKernel> kSignatureRouteRows[] = {
-#include "kernels/signature_route/signature_route.inc"
-};
-constexpr KernelVariant<LayerNormKernel> kLayerNormRows[] = {
-#include "kernels/layer_norm/layer_norm.inc"
-};
-constexpr KernelVariant<SparseLookupKernel> kSparseLookupRows[] = {
-#include "kernels/sparse_lookup/sparse_lookup.inc"
-};
-
-#undef TRIX_KERNEL
 
 Isa best_isa() {
     Isa best = Isa::kScalar;
@@ -57,45 +35,39 @@ Function best_variant(KernelVariants<Function> variants, Isa limit) {
     for (const auto& row : variants) {
         if (row.isa <= limit && cpu_supports(row.isa)) return row.function;
     }
-    throw std::logic_error("a kernel list lacks its scalar row");
+    throw std::logic_error("a row of kernels.inc must end in scalar");
 }
 
 }  // namespace
 
-KernelVariants<TernaryMatMulKernel> ternary_matmul_variants() {
-    return {kTernaryMatMulRows, static_cast<int>(std::size(kTernaryMatMulRows))};
-}
+// The value of Isa that an instruction set of kernels.inc has.
+#define TRIX_ISA_scalar Isa::kScalar
+#define TRIX_ISA_avx2 Isa::kAvx2
+#define TRIX_ISA_avx512_vnni Isa::kAvx512Vnni
+#define TRIX_ISA_neon Isa::kNeon
+#define TRIX_ISA_neon_dotprod Isa::kNeonDotprod
 
-KernelVariants<QuantizeRowsKernel> quantize_rows_variants() {
-    return {kQuantizeRowsRows, static_cast<int>(std::size(kQuantizeRowsRows))};
-}
-
-KernelVariants<SignatureGateKernel> signature_gate_variants() {
-    return {kSignatureGateRows, static_cast<int>(std::size(kSignatureGateRows))};
-}
-
-KernelVariants<SignatureRouteKernel> signature_route_variants() {
-    return {kSignatureRouteRows, static_cast<int>(std::size(kSignatureRouteRows))};
-}
-
-KernelVariants<LayerNormKernel> layer_norm_variants() {
-    return {kLayerNormRows, static_cast<int>(std::size(kLayerNormRows))};
-}
-
-KernelVariants<SparseLookupKernel> sparse_lookup_variants() {
-    return {kSparseLookupRows, static_cast<int>(std::size(kSparseLookupRows))};
-}
+#define TRIX_VARIANT(kernel, Name, isa) TRIX_WHERE_##isa({TRIX_ISA_##isa, kernel##_##isa, #kernel "_" #isa}, )
+#define TRIX_KERNEL(kernel, Name, ...)                                                                       \
+    KernelVariants<Name##Kernel> kernel##_variants() {                                                       \
+        static constexpr KernelVariant<Name##Kernel> kRows[] = {                                             \
+            TRIX_FOR_EACH_ISA(TRIX_VARIANT, kernel, Name, __VA_ARGS__)};                                     \
+        static_assert(kRows[std::size(kRows) - 1].isa == Isa::kScalar, #kernel "'s row must end in scalar"); \
+        return {kRows, static_cast<int>(std::size(kRows))};                                                  \
+    }
+#include "kernels/kernels.inc"
+#undef TRIX_KERNEL
+#undef TRIX_VARIANT
 
 KernelTable choose_kernels(const char* requested) {
     const bool is_limited = requested != nullptr && *requested != '\0';
     const Isa isa = is_limited ? requested_isa(requested) : best_isa();
-    return {isa,
-            best_variant(ternary_matmul_variants(), isa),
-            best_variant(quantize_rows_variants(), isa),
-            best_variant(signature_gate_variants(), isa),
-            best_variant(signature_route_variants(), isa),
-            best_variant(layer_norm_variants(), isa),
-            best_variant(sparse_lookup_variants(), isa)};
+    KernelTable table{};
+    table.isa = isa;
+#define TRIX_KERNEL(kernel, Name, ...) table.kernel = best_variant(kernel##_variants(), isa);
+#include "kernels/kernels.inc"
+#undef TRIX_KERNEL
+    return table;
 }
 
 const KernelTable& kernels() {

@@ -2,12 +2,7 @@
 #pragma once
 
 #include "kernels/cpu_features.hpp"
-#include "kernels/layer_norm/layer_norm.hpp"
-#include "kernels/quantize_rows/quantize_rows.hpp"
-#include "kernels/signature_gate/signature_gate.hpp"
-#include "kernels/signature_route/signature_route.hpp"
-#include "kernels/sparse_lookup/sparse_lookup.hpp"
-#include "kernels/ternary_matmul/ternary_matmul.hpp"
+#include "kernels/kernel_list.hpp"
 
 namespace trix {
 
@@ -26,22 +21,17 @@ struct KernelVariants {
     const KernelVariant<Function>* end() const { return rows + count; }
 };
 
-/// Every variant that was compiled, best first: the rows of <kernel>/<kernel>.inc.
-KernelVariants<TernaryMatMulKernel> ternary_matmul_variants();
-KernelVariants<QuantizeRowsKernel> quantize_rows_variants();
-KernelVariants<SignatureGateKernel> signature_gate_variants();
-KernelVariants<SignatureRouteKernel> signature_route_variants();
-KernelVariants<LayerNormKernel> layer_norm_variants();
-KernelVariants<SparseLookupKernel> sparse_lookup_variants();
+/// <kernel>_variants(): every variant of the kernel that was compiled, best first.
+#define TRIX_KERNEL(kernel, Name, ...) KernelVariants<Name##Kernel> kernel##_variants();
+#include "kernels/kernels.inc"
+#undef TRIX_KERNEL
 
+/// One function of each kernel, under the kernel's name.
 struct KernelTable {
     Isa isa;
-    TernaryMatMulKernel ternary_matmul;
-    QuantizeRowsKernel quantize_rows;
-    SignatureGateKernel signature_gate;
-    SignatureRouteKernel signature_route;
-    LayerNormKernel layer_norm;
-    SparseLookupKernel sparse_lookup;
+#define TRIX_KERNEL(kernel, Name, ...) Name##Kernel kernel;
+#include "kernels/kernels.inc"
+#undef TRIX_KERNEL
 };
 
 /// The best variant of each kernel that the CPU supports, none above the instruction set named `requested`

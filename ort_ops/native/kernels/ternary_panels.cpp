@@ -1,14 +1,12 @@
 #include "kernels/ternary_panels.hpp"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 
 namespace trix {
 namespace {
 
 constexpr std::uint64_t kLowBits = 0x5555555555555555u;
-constexpr std::uint8_t kZeroCodes = 0x55;
 
 // The low bit of every code that is 11.
 std::uint64_t reserved_bits(std::uint64_t word) {
@@ -55,28 +53,6 @@ UsedSize used_size(const std::uint8_t* panels, std::size_t num_panels, std::size
         }
     }
     return used;
-}
-
-void inverse_row_norms(const std::uint8_t* panels, std::size_t num_rows, std::size_t num_columns,
-                       float* inverse_norm) {
-    const std::size_t num_blocks = ceil_div(num_columns, kBlockColumns);
-    for (std::size_t panel = 0; panel * kPanelRows < num_rows; ++panel) {
-        std::size_t nnz[kPanelRows] = {};
-        for (std::size_t block = 0; block < num_blocks; ++block) {
-            const std::uint8_t* bytes = panels + (panel * num_blocks + block) * kBlockBytes;
-            for (std::size_t row = 0; row < kPanelRows; ++row) {
-                std::uint32_t codes;
-                std::memcpy(&codes, bytes + 4 * row, sizeof(codes));
-                // 00 and 10 are the codes with an even low bit.
-                nnz[row] += static_cast<std::size_t>(
-                    __builtin_popcount(~codes & static_cast<std::uint32_t>(kLowBits)));
-            }
-        }
-        for (std::size_t row = 0; row < kPanelRows && panel * kPanelRows + row < num_rows; ++row) {
-            const auto count = static_cast<float>(nnz[row] > 0 ? nnz[row] : 1);
-            inverse_norm[panel * kPanelRows + row] = 1.0f / std::sqrt(count);
-        }
-    }
 }
 
 }  // namespace trix

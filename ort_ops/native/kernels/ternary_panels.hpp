@@ -22,6 +22,8 @@ inline constexpr std::size_t kBlockBytes = kPanelRows * kBlockColumns / 4;
 inline constexpr std::size_t kGroupColumns = 128;  // of quantised activations, and of partial float sums
 inline constexpr std::size_t kGroupBlocks = kGroupColumns / kBlockColumns;
 
+inline constexpr std::uint8_t kZeroCodes = 0x55;  // four zeros: 01 01 01 01
+
 inline constexpr std::size_t kNotFound = static_cast<std::size_t>(-1);
 
 static constexpr std::size_t ceil_div(std::size_t a, std::size_t b) {
@@ -44,10 +46,5 @@ struct UsedSize {
 };
 
 UsedSize used_size(const std::uint8_t* panels, std::size_t num_panels, std::size_t num_blocks);
-
-/// inverse_norm[n] = 1 / sqrt(max(nnz of row n, 1)), float32 operations in that order. The codes must be
-/// valid.
-void inverse_row_norms(const std::uint8_t* panels, std::size_t num_rows, std::size_t num_columns,
-                       float* inverse_norm);
 
 }  // namespace trix

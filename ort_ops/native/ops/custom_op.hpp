@@ -107,10 +107,9 @@ class CustomOp : public ort_abi::OrtCustomOp {
     const OrtApi* api_;
 };
 
-/// The ops of this library, made once and never freed: a domain keeps pointers to them.
-std::unique_ptr<ort_abi::OrtCustomOp> make_signature_route_op(const OrtApi* api);
-std::unique_ptr<ort_abi::OrtCustomOp> make_sparse_lookup_op(const OrtApi* api);
-std::unique_ptr<ort_abi::OrtCustomOp> make_ternary_ffn_op(const OrtApi* api);
-std::unique_ptr<ort_abi::OrtCustomOp> make_ternary_tile_matmul_op(const OrtApi* api);
+/// make_<file>_op: the ops of this library, made once and never freed: a domain keeps pointers to them.
+#define TRIX_OP(file, Name) std::unique_ptr<ort_abi::OrtCustomOp> make_##file##_op(const OrtApi* api);
+#include "ops/ops.inc"
+#undef TRIX_OP
 
 }  // namespace trix

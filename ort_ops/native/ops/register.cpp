@@ -17,9 +17,11 @@ ort_abi::OrtCustomOpDomain* shared_domain(const OrtApi* api) {
     static ort_abi::OrtCustomOpDomain* domain = nullptr;
     const std::lock_guard<std::mutex> lock(mutex);
     if (domain == nullptr) {
-        std::unique_ptr<ort_abi::OrtCustomOp> ops[] = {make_ternary_tile_matmul_op(api),
-                                                       make_signature_route_op(api), make_ternary_ffn_op(api),
-                                                       make_sparse_lookup_op(api)};
+        std::unique_ptr<ort_abi::OrtCustomOp> ops[] = {
+#define TRIX_OP(file, Name) make_##file##_op(api),
+#include "ops/ops.inc"
+#undef TRIX_OP
+        };
         ort_abi::OrtCustomOpDomain* created = nullptr;
         check(ort_abi::CreateCustomOpDomain(api, kDomainName, &created));
         for (auto& op : ops) check(ort_abi::CustomOpDomain_Add(api, created, op.release()));

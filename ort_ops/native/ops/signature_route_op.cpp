@@ -1,6 +1,5 @@
 // ai.trix::SignatureRoute: score[t, e] = <x_t, s_e> / sqrt(max(nnz(s_e), 1)); tile_idx = the top_k tiles by
 // score + bias; weight = how much each of them counts.
-#include <cmath>
 #include <memory>
 
 #include "ops/custom_op.hpp"
@@ -43,9 +42,12 @@ class SignatureRoute {
     explicit SignatureRoute(const KernelInfo& info)
         : inputs_(info, kInputs),
           top_k_(info.int_attribute(kTopKAttribute, kTopKDefault)),
-          rule_(gate_rule(info)),
+          gate_(checked_gate(info)),
+          confidence_threshold_(info.float_attribute(kThresholdAttribute, kThresholdDefault)),
           table_(info, kSignatures, kInputs[kSignatures]) {
         if (top_k_ < 1) reject("top_k (", top_k_, ") must be >= 1");
+        if (!(confidence_threshold_ >= 0.0f))
+            reject("confidence_threshold (", confidence_threshold_, ") must be >= 0");
     }
 
     void compute(KernelContext& context) const {
@@ -60,8 +62,21 @@ class SignatureRoute {
         auto* score = context.output<float>(kScore, kOutputs[kScore].name, {x.dim(0), bias.dim(0)});
         std::vector<float> run_norms;
         const TileMatrices table = table_.matrix(signatures, bias.dim(0), x.dim(1), run_norms);
-        if (score == nullptr && rule_.gate == Gate::kSigmoid && bias.size(0) >= kManyTiles) {
-            choose_among_many(context, table, x, bias.as<float>(), tile_idx, weight);
+        const auto top_k = static_cast<std::size_t>(top_k_);
+        SignatureGateJob gate{};
+        gate.bias = bias.as<float>();
+        gate.log_mass = log_mass.as<float>();
+        gate.tile_idx = tile_idx;
+        gate.weight = weight;
+        gate.num_tiles = bias.size(0);
+        gate.top_k = top_k;
+        gate.gate = gate_;
+        gate.confidence_threshold = confidence_threshold_;
+        if (score == nullptr && gate_ == Gate::kSigmoid && bias.size(0) >= kManyTiles) {
+            // Only the scores of the chosen tiles count: there is no need for those of all others.
+            choose_fine(context, table, x.as<float>(), x.size(0), gate.bias, top_k, tile_idx, weight);
+            gate.chosen_score = weight;
+            weigh_tiles(context, gate, x.size(0));
             return;
         }
         std::unique_ptr<float[]> unread;
@@ -70,11 +85,10 @@ class SignatureRoute {
             unread.reset(new float[x.size(0) * bias.size(0)]);
             score = unread.get();
         }
-        const auto top_k = static_cast<std::size_t>(top_k_);
         score_tiles(context, table, x.as<float>(), x.size(0), score);
-        choose_tiles(context, x.size(0), bias.size(0), top_k, score, bias.as<float>(), tile_idx);
-        weigh_tiles(context, rule_, x.size(0), bias.size(0), top_k, score, bias.as<float>(),
-                    log_mass.as<float>(), tile_idx, weight);
+        choose_tiles(context, x.size(0), bias.size(0), top_k, score, gate.bias, tile_idx);
+        gate.score = score;
+        weigh_tiles(context, gate, x.size(0));
     }
 
     static void infer_shapes(const ShapeContext& context) {
@@ -86,29 +100,11 @@ class SignatureRoute {
     }
 
   private:
-    // Where only the scores of the chosen tiles count, there is no need for those of all others.
-    void choose_among_many(const KernelContext& context, const TileMatrices& table, const TensorView& x,
-                           const float* bias, std::int64_t* tile_idx, float* weight) const {
-        const auto top_k = static_cast<std::size_t>(top_k_);
-        choose_fine(context, table, x.as<float>(), x.size(0), bias, top_k, tile_idx, weight);
-        // A weight by sigmoid looks at its own score alone, in whose place it goes, as if there were no other
-        // tile.
-        const std::size_t count = x.size(0) * top_k;
-        const std::vector<std::int64_t> only(count, 0);
-        const float in_use = 0.0f, no_mass = 0.0f;
-        weigh_tiles(context, rule_, count, 1, 1, weight, &in_use, &no_mass, only.data(), weight);
-        for (std::size_t i = 0; i < count; ++i) {
-            if (bias[tile_idx[i]] == -HUGE_VALF) weight[i] *= 0.0f;  // NaN stays NaN
-        }
-    }
-
-    static GateRule gate_rule(const KernelInfo& info) {
+    static Gate checked_gate(const KernelInfo& info) {
         const std::int64_t gate = info.int_attribute(kGateAttribute, kGateDefault);
-        const float threshold = info.float_attribute(kThresholdAttribute, kThresholdDefault);
         if (gate < 0 || gate > 2)
             reject("gate (", gate, ") must be 0 (sigmoid), 1 (softmax) or 2 (adaptive)");
-        if (!(threshold >= 0.0f)) reject("confidence_threshold (", threshold, ") must be >= 0");
-        return {static_cast<Gate>(gate), threshold};
+        return static_cast<Gate>(gate);
     }
 
     void check_sizes(const TensorView& x, const TensorView& signatures, const TensorView& bias,
@@ -125,7 +121,8 @@ class SignatureRoute {
 
     Inputs<std::size(kInputTable)> inputs_;
     std::int64_t top_k_;
-    GateRule rule_;
+    Gate gate_;
+    float confidence_threshold_;
     SignatureTable table_;
 };
 

@@ -46,15 +46,8 @@ void score_block(const TileMatrices& table, const float* x, std::size_t num_toke
 void choose_tiles(const KernelContext& context, std::size_t num_tokens, std::size_t num_tiles,
                   std::size_t top_k, const float* score, const float* bias, std::int64_t* tile_idx);
 
-/// How much the chosen tiles count, as signature_gate.hpp says.
-struct GateRule {
-    Gate gate;
-    float confidence_threshold;
-};
-
-/// weight [T, top_k] of tile_idx [T, top_k], from score [T, num_tiles], bias and log_mass [num_tiles].
-void weigh_tiles(const KernelContext& context, const GateRule& rule, std::size_t num_tokens,
-                 std::size_t num_tiles, std::size_t top_k, const float* score, const float* bias,
-                 const float* log_mass, const std::int64_t* tile_idx, float* weight);
+/// How much the chosen tiles of each token count, as signature_gate.hpp says of the job, in which scale and
+/// the tokens are not set.
+void weigh_tiles(const KernelContext& context, const SignatureGateJob& of_all, std::size_t num_tokens);
 
 }  // namespace trix

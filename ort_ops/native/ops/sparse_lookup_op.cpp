@@ -7,6 +7,9 @@
 #include <new>
 
 #include "kernels/dispatch.hpp"
+#include "kernels/layer_norm/layer_norm.hpp"
+#include "kernels/signature_route/signature_route.hpp"
+#include "kernels/sparse_lookup/sparse_lookup.hpp"
 #include "ops/custom_op.hpp"
 #include "ops/signature_table.hpp"
 #include "ops/thread_scratch.hpp"

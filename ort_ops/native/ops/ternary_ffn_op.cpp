@@ -4,6 +4,8 @@
 #include <memory>
 
 #include "kernels/dispatch.hpp"
+#include "kernels/scale_rows/scale_rows.hpp"
+#include "kernels/sum_parts/sum_parts.hpp"
 #include "ops/custom_op.hpp"
 #include "ops/packed_input.hpp"
 #include "ops/tile_product.hpp"
@@ -158,17 +160,8 @@ class TernaryFFN {
     // y[t] times the weight of the token's only tile; what no tile computed is 0.
     static void weigh(const KernelContext& context, std::size_t num_tokens, const float* weight,
                       std::size_t width, float* y) {
-        context.parallel_for(ceil_div(num_tokens, kRowsPerUnit), [&](std::size_t unit) noexcept {
-            const std::size_t end = std::min((unit + 1) * kRowsPerUnit, num_tokens);
-            for (std::size_t t = unit * kRowsPerUnit; t < end; ++t) {
-                float* row = y + t * width;
-                const float factor = weight[t];
-                if (factor == 0.0f) {
-                    std::fill_n(row, width, 0.0f);
-                } else {
-                    for (std::size_t d = 0; d < width; ++d) row[d] *= factor;
-                }
-            }
+        for_row_units(context, num_tokens, [&](std::size_t begin, std::size_t end) {
+            kernels().scale_rows({weight, y, width, begin, end});
         });
     }
 
@@ -179,19 +172,17 @@ class TernaryFFN {
         std::vector<std::int64_t> part_of(num_tokens * top_k, -1);
         for (std::size_t i = 0; i < order.size(); ++i)
             part_of[static_cast<std::size_t>(order[i])] = static_cast<std::int64_t>(i);
-        context.parallel_for(ceil_div(num_tokens, kRowsPerUnit), [&](std::size_t unit) noexcept {
-            for (std::size_t t = unit * kRowsPerUnit; t < std::min((unit + 1) * kRowsPerUnit, num_tokens);
-                 ++t) {
-                float* sum = y + t * width;
-                std::fill_n(sum, width, 0.0f);
-                for (std::size_t k = 0; k < top_k; ++k) {
-                    const std::int64_t place = part_of[t * top_k + k];
-                    if (place < 0) continue;
-                    const float* part = parts + static_cast<std::size_t>(place) * width;
-                    const float factor = weight[t * top_k + k];
-                    for (std::size_t d = 0; d < width; ++d) sum[d] += factor * part[d];
-                }
-            }
+        for_row_units(context, num_tokens, [&](std::size_t begin, std::size_t end) {
+            kernels().sum_parts({parts, part_of.data(), weight, y, width, top_k, begin, end});
+        });
+    }
+
+    // Calls body(begin, end) for the rows in units, on the session's threads. `body` must not throw.
+    template <typename Body>
+    static void for_row_units(const KernelContext& context, std::size_t num_rows, const Body& body) {
+        context.parallel_for(ceil_div(num_rows, kRowsPerUnit), [&](std::size_t unit) noexcept {
+            const std::size_t begin = unit * kRowsPerUnit;
+            body(begin, std::min(begin + kRowsPerUnit, num_rows));
         });
     }
 

@@ -1,5 +1,4 @@
 // ai.trix::TernaryTileMatMul: y[t, n] = row_scale[e, n] * sum_k x[t, k] * w[e, n, k] with e = tile_idx[t].
-#include "kernels/dispatch.hpp"
 #include "kernels/work_plan.hpp"
 #include "ops/custom_op.hpp"
 #include "ops/packed_input.hpp"

@@ -2,30 +2,41 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstring>
 #include <new>
 
+#include "kernels/add_vectors/add_vectors.hpp"
 #include "kernels/dispatch.hpp"
-#include "kernels/quantize_rows/row_rest.hpp"
+#include "kernels/row_rest/row_rest.hpp"
+#include "kernels/squared_relu/squared_relu.hpp"
 #include "ops/thread_scratch.hpp"
 
 namespace trix {
 namespace {
 
 constexpr std::size_t kRowsPerUnit = 8;  // of quantising
-constexpr std::size_t kPlanes = 3;       // of activations of 24 bits
 
-// relu(x)^2; NaN stays. On bits, as compilers make a branch of a comparison, which random signs make slow.
-void activate(float* x, std::size_t count) {
-    for (std::size_t i = 0; i < count; ++i) {
-        std::int32_t bits;
-        std::memcpy(&bits, x + i, sizeof(bits));
-        const std::int32_t is_nan = -static_cast<std::int32_t>((bits & 0x7fffffff) > 0x7f800000);
-        bits &= ~(bits >> 31) | is_nan;
-        float positive;
-        std::memcpy(&positive, &bits, sizeof(positive));
-        x[i] = positive * positive;
-    }
+TernaryMatMulJob make_product_job(const TileMatrices& tile, const std::int8_t* q, const float* scale,
+                                  const std::int32_t* sum, std::size_t group_columns,
+                                  std::size_t num_planes) {
+    TernaryMatMulJob job{};
+    job.q = q;
+    job.scale = scale;
+    job.sum = sum;
+    job.panels = tile.panels;
+    job.row_scale = tile.row_scale;
+    job.num_columns = tile.num_columns;
+    job.group_columns = group_columns;
+    job.num_planes = num_planes;
+    job.num_rows = tile.num_rows;
+    job.panel_end = ceil_div(tile.num_rows, kPanelRows);
+    return job;
+}
+
+// Tile number `tile` of the matrices.
+TileMatrices one_tile(const TileMatrices& tiles, std::size_t tile) {
+    const std::size_t tile_bytes = ceil_div(tiles.num_rows, kPanelRows) * panel_bytes(tiles.num_columns);
+    return {tiles.panels + tile * tile_bytes, tiles.row_scale + tile * tiles.num_rows, tiles.num_rows,
+            tiles.num_columns};
 }
 
 // Calls prepare(first, count) for the rows before they are read, while they are in the cache.
@@ -41,7 +52,7 @@ QuantisedRows quantise_prepared(const KernelContext& context, const Activations&
                          std::vector<float>(num_scales),
                          std::vector<std::int32_t>(num_scales),
                          std::vector<float>(with_rest ? num_scales : 0),
-                         std::vector<std::uint8_t>(num_planes == kPlanes ? num_rows : 0),
+                         std::vector<std::uint8_t>(num_planes == kFinePlanes ? num_rows : 0),
                          x,
                          group_columns,
                          num_planes};
@@ -82,7 +93,6 @@ void add_rests(const KernelContext& context, const QuantisedRows& x, const TileM
         }
     }
     const std::size_t num_bytes = rest_bytes(tiles.num_columns, x.group_columns, tiles.num_rows);
-    const std::size_t tile_bytes = ceil_div(tiles.num_rows, kPanelRows) * panel_bytes(tiles.num_columns);
     std::atomic<bool> has_memory{true};
     context.parallel_for(wide.size(), [&](std::size_t i) noexcept {
         std::uint8_t* scratch = thread_scratch(num_bytes);
@@ -91,9 +101,7 @@ void add_rests(const KernelContext& context, const QuantisedRows& x, const TileM
             return;
         }
         const auto [tile, token, row] = wide[i];
-        const TileMatrices one{tiles.panels + tile * tile_bytes, tiles.row_scale + tile * tiles.num_rows,
-                               tiles.num_rows, tiles.num_columns};
-        add_rest(one, x, token, scratch, y + row * tiles.num_rows);
+        add_rest(one_tile(tiles, tile), x, token, scratch, y + row * tiles.num_rows);
     });
     if (!has_memory) throw std::bad_alloc();
 }
@@ -129,56 +137,68 @@ QuantisedRows quantise(const KernelContext& context, const Activations& activati
 
 QuantisedRows quantise_activated(const KernelContext& context, const Activations& activations, float* x,
                                  std::size_t num_rows, std::size_t num_columns) {
-    return quantise_prepared(context, activations, x, num_rows, num_columns, false,
-                             [&](std::size_t first, std::size_t count) {
-                                 activate(x + first * num_columns, count * num_columns);
-                             });
+    return quantise_prepared(
+        context, activations, x, num_rows, num_columns, false, [&](std::size_t first, std::size_t count) {
+            kernels().squared_relu({x, first * num_columns, (first + count) * num_columns});
+        });
+}
+
+TernaryMatMulJob product_job(const TileMatrices& tile, const QuantisedRows& rows) {
+    return make_product_job(tile, rows.q.data(), rows.scale.data(), rows.sum.data(), rows.group_columns,
+                            rows.num_planes);
+}
+
+TernaryMatMulJob product_job(const TileMatrices& tile, const QuantizeRowsJob& rows) {
+    return make_product_job(tile, rows.q, rows.scale, rows.sum, rows.group_columns, rows.num_planes);
+}
+
+std::size_t plane_bytes(std::size_t num_rows, std::size_t num_columns, std::size_t group_columns) {
+    const std::size_t stride = ceil_div(num_columns, kBlockColumns) * kBlockColumns;
+    const std::size_t scale_bytes = ceil_div(stride, group_columns) * (sizeof(float) + sizeof(std::int32_t));
+    return num_rows * kFinePlanes * (stride + scale_bytes);
+}
+
+QuantizeRowsJob plane_job(std::uint8_t* scratch, std::size_t num_rows, std::size_t num_columns,
+                          std::size_t group_columns) {
+    const std::size_t stride = ceil_div(num_columns, kBlockColumns) * kBlockColumns;
+    const std::size_t num_scales = num_rows * ceil_div(stride, group_columns) * kFinePlanes;
+    QuantizeRowsJob job{};
+    job.scale = reinterpret_cast<float*>(scratch);
+    job.sum = reinterpret_cast<std::int32_t*>(job.scale + num_scales);
+    job.q = reinterpret_cast<std::int8_t*>(job.sum + num_scales);
+    job.num_columns = num_columns;
+    job.group_columns = group_columns;
+    job.num_planes = kFinePlanes;
+    job.row_end = num_rows;
+    return job;
 }
 
 std::size_t rest_bytes(std::size_t num_columns, std::size_t group_columns, std::size_t num_rows) {
-    const std::size_t stride = ceil_div(num_columns, kBlockColumns) * kBlockColumns;
-    const std::size_t num_scales = ceil_div(stride, group_columns) * kPlanes;
-    return (num_columns + num_rows + 2 * num_scales) * sizeof(float) + kPlanes * stride;
+    return (num_columns + num_rows) * sizeof(float) + plane_bytes(1, num_columns, group_columns);
 }
 
 void add_rest(const TileMatrices& tile, const float* x, const std::int8_t* q, const float* scale,
               std::size_t group_columns, std::uint8_t* scratch, float* y) noexcept {
-    const std::size_t stride = ceil_div(tile.num_columns, kBlockColumns) * kBlockColumns;
     const std::int64_t only = 0;
     float* rest = reinterpret_cast<float*>(scratch);
-    QuantizeRowsJob quantise{};
+    float* part = rest + tile.num_columns;
+    QuantizeRowsJob quantise =
+        plane_job(reinterpret_cast<std::uint8_t*>(part + tile.num_rows), 1, tile.num_columns, group_columns);
     quantise.x = rest;
-    quantise.scale = rest + tile.num_columns;
-    const std::size_t num_scales = ceil_div(stride, group_columns) * kPlanes;
-    quantise.sum = reinterpret_cast<std::int32_t*>(quantise.scale + num_scales);
-    float* part = reinterpret_cast<float*>(quantise.sum + num_scales);
-    quantise.q = reinterpret_cast<std::int8_t*>(part + tile.num_rows);
-    quantise.num_columns = tile.num_columns;
-    quantise.group_columns = group_columns;
-    quantise.num_planes = kPlanes;
-    quantise.row_end = 1;
-
-    TernaryMatMulJob multiply{};
-    multiply.q = quantise.q;
-    multiply.scale = quantise.scale;
-    multiply.sum = quantise.sum;
-    multiply.panels = tile.panels;
-    multiply.row_scale = tile.row_scale;
+    TernaryMatMulJob multiply = product_job(tile, quantise);
     multiply.token_idx = &only;
     multiply.y_idx = &only;
     multiply.y = part;
     multiply.num_tokens = 1;
-    multiply.num_columns = tile.num_columns;
-    multiply.group_columns = group_columns;
-    multiply.num_planes = kPlanes;
-    multiply.num_rows = tile.num_rows;
-    multiply.panel_end = ceil_div(tile.num_rows, kPanelRows);
 
     std::copy_n(x, tile.num_columns, rest);
-    while (take_from_rest(x, q, scale, tile.num_columns, group_columns, rest)) {
+    bool has_rest = false;
+    while (true) {
+        kernels().row_rest({x, q, scale, rest, &has_rest, tile.num_columns, group_columns});
+        if (!has_rest) return;
         kernels().quantize_rows(quantise);
         kernels().ternary_matmul(multiply);
-        for (std::size_t n = 0; n < tile.num_rows; ++n) y[n] += part[n];
+        kernels().add_vectors({part, y, tile.num_rows});
         q = quantise.q;
         scale = quantise.scale;
     }
@@ -187,33 +207,23 @@ void add_rest(const TileMatrices& tile, const float* x, const std::int8_t* q, co
 void add_rest(const TileMatrices& tile, const QuantisedRows& x, std::size_t token, std::uint8_t* scratch,
               float* y) noexcept {
     const std::size_t stride = ceil_div(tile.num_columns, kBlockColumns) * kBlockColumns;
-    const std::size_t num_scales = ceil_div(stride, x.group_columns) * kPlanes;
-    add_rest(tile, x.x + token * tile.num_columns, x.q.data() + token * kPlanes * stride,
+    const std::size_t num_scales = ceil_div(stride, x.group_columns) * kFinePlanes;
+    add_rest(tile, x.x + token * tile.num_columns, x.q.data() + token * kFinePlanes * stride,
              x.scale.data() + token * num_scales, x.group_columns, scratch, y);
 }
 
 void multiply_tiles(const KernelContext& context, const QuantisedRows& x, const TileMatrices& tiles,
                     const TokenGroups& groups, const std::int64_t* token_idx, const std::int64_t* y_idx,
                     float* y) {
-    const std::size_t tile_bytes = ceil_div(tiles.num_rows, kPanelRows) * panel_bytes(tiles.num_columns);
     const std::vector<WorkUnit> units = plan_units(groups, tiles.num_rows, tiles.num_columns, x.num_planes);
     const TernaryMatMulKernel kernel = kernels().ternary_matmul;
     context.parallel_for(units.size(), [&](std::size_t i) noexcept {
         const WorkUnit& unit = units[i];
-        TernaryMatMulJob job{};
-        job.q = x.q.data();
-        job.scale = x.scale.data();
-        job.sum = x.sum.data();
-        job.panels = tiles.panels + unit.tile * tile_bytes;
-        job.row_scale = tiles.row_scale + unit.tile * tiles.num_rows;
+        TernaryMatMulJob job = product_job(one_tile(tiles, unit.tile), x);
         job.token_idx = token_idx + unit.token_begin;
         job.y_idx = y_idx + unit.token_begin;
         job.y = y;
         job.num_tokens = unit.token_end - unit.token_begin;
-        job.num_columns = tiles.num_columns;
-        job.group_columns = x.group_columns;
-        job.num_planes = x.num_planes;
-        job.num_rows = tiles.num_rows;
         job.panel_begin = unit.panel_begin;
         job.panel_end = unit.panel_end;
         kernel(job);

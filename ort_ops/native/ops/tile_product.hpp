@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "kernels/quantize_rows/quantize_rows.hpp"
+#include "kernels/ternary_matmul/ternary_matmul.hpp"
 #include "kernels/work_plan.hpp"
 #include "ops/ort_calls.hpp"
 
@@ -19,6 +20,8 @@ namespace trix {
 inline constexpr WideRule kWideForScores = {{{0x1p-8f, 4}, {0x1p-12f, 32}, {0x1p-19f, kMaxShare}}};
 /// Squared hidden values spread twice as far.
 inline constexpr WideRule kWideForProducts = {{{0x1p-12f, 4}, {}, {}}};
+
+inline constexpr std::size_t kFinePlanes = 3;  // of activations of 24 bits
 
 /// How x meets the ternary weights: the attributes activation_bits (24 or 8) and group_size (of the columns
 /// that share a scale; 0: all).
@@ -37,7 +40,7 @@ class Activations {
     /// 24 or 8 bits, a scale for each 128 columns.
     explicit Activations(std::int64_t bits) : bits_(bits), group_size_(kGroupDefault) {}
 
-    std::size_t num_planes() const { return bits_ == 8 ? 1 : 3; }
+    std::size_t num_planes() const { return bits_ == 8 ? 1 : kFinePlanes; }
 
     /// Columns that share a scale, a multiple of 16: 128, or num_columns rounded up.
     std::size_t group_columns(std::size_t num_columns) const;
@@ -80,6 +83,17 @@ QuantisedRows quantise(const KernelContext& context, const Activations& activati
 /// The same of relu(x)^2, which takes the place of x.
 QuantisedRows quantise_activated(const KernelContext& context, const Activations& activations, float* x,
                                  std::size_t num_rows, std::size_t num_columns);
+
+/// The whole tile times quantised rows, or those that a quantiser's job writes: the caller adds which tokens,
+/// and y.
+TernaryMatMulJob product_job(const TileMatrices& tile, const QuantisedRows& rows);
+TernaryMatMulJob product_job(const TileMatrices& tile, const QuantizeRowsJob& rows);
+
+/// Rows quantised with 24 bits in scratch of plane_bytes, aligned to 4 bytes: a job for rows [0, num_rows),
+/// without x. scratch holds the scales, the sums and then q, whose end is aligned to 4 bytes again.
+QuantizeRowsJob plane_job(std::uint8_t* scratch, std::size_t num_rows, std::size_t num_columns,
+                          std::size_t group_columns);
+std::size_t plane_bytes(std::size_t num_rows, std::size_t num_columns, std::size_t group_columns);
 
 /// Bytes that add_rest needs.
 std::size_t rest_bytes(std::size_t num_columns, std::size_t group_columns, std::size_t num_rows);

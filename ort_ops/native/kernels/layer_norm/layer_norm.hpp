@@ -13,6 +13,8 @@
 
 #include <cstddef>
 
+#include "kernels/kernel_list.hpp"
+
 namespace trix {
 
 struct LayerNormJob {
@@ -25,11 +27,5 @@ struct LayerNormJob {
     std::size_t token_begin;
     std::size_t token_end;
 };
-
-using LayerNormKernel = void (*)(const LayerNormJob& job);
-
-#define TRIX_KERNEL(isa, function) void function(const LayerNormJob& job);
-#include "kernels/layer_norm/layer_norm.inc"
-#undef TRIX_KERNEL
 
 }  // namespace trix

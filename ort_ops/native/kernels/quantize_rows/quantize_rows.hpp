@@ -24,6 +24,7 @@
 // written; thread-safe on disjoint ones. No alignment asked; no byte outside the arrays is read.
 #pragma once
 
+#include "kernels/kernel_list.hpp"
 #include "kernels/ternary_panels.hpp"
 
 namespace trix {
@@ -56,11 +57,5 @@ struct QuantizeRowsJob {
     std::size_t row_begin;
     std::size_t row_end;
 };
-
-using QuantizeRowsKernel = void (*)(const QuantizeRowsJob& job);
-
-#define TRIX_KERNEL(isa, function) void function(const QuantizeRowsJob& job);
-#include "kernels/quantize_rows/quantize_rows.inc"
-#undef TRIX_KERNEL
 
 }  // namespace trix

@@ -17,13 +17,18 @@
 // float32: sums over tiles in 8 lanes (lane j holds tiles j, j + 8, ...), then in the order of lanes; over
 // chosen tiles in their order. exp has a relative error of 3e-7; it is 0 below -87 and infinity above 88.
 //
-// Layout: score [T, E], bias [E], log_mass [E], tile_idx [T, top_k], weight [T, top_k], row-major; every
-// tile_idx lies in [0, E). Only tokens [token_begin, token_end) are read and written; thread-safe on disjoint
-// ones. No alignment asked; no byte outside the arrays is read.
+// chosen_score, if given and with kSigmoid, stands for the scores of the chosen tiles; score and log_mass are
+// not read then. It may be weight itself.
+//
+// Layout: score [T, E], chosen_score [T, top_k], bias [E], log_mass [E], tile_idx [T, top_k], weight [T,
+// top_k], row-major; every tile_idx lies in [0, E). Only tokens [token_begin, token_end) are read and
+// written; thread-safe on disjoint ones. No alignment asked; no byte outside the arrays is read.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+
+#include "kernels/kernel_list.hpp"
 
 namespace trix {
 
@@ -32,6 +37,7 @@ enum class Gate : std::int64_t { kSigmoid = 0, kSoftmax = 1, kAdaptive = 2 };
 
 struct SignatureGateJob {
     const float* score;
+    const float* chosen_score;  // or null
     const float* bias;
     const float* log_mass;
     const std::int64_t* tile_idx;
@@ -44,11 +50,5 @@ struct SignatureGateJob {
     std::size_t token_begin;
     std::size_t token_end;
 };
-
-using SignatureGateKernel = void (*)(const SignatureGateJob& job);
-
-#define TRIX_KERNEL(isa, function) void function(const SignatureGateJob& job);
-#include "kernels/signature_gate/signature_gate.inc"
-#undef TRIX_KERNEL
 
 }  // namespace trix

@@ -112,10 +112,11 @@ inline float largest(const Row& row) {
     return best;
 }
 
-inline void weigh_by_sigmoid(const Row& row, const std::int64_t* tile_idx, std::size_t top_k, float* weight) {
+inline void weigh_by_sigmoid(const Row& row, const float* chosen_score, const std::int64_t* tile_idx,
+                             std::size_t top_k, float* weight) {
     for (std::size_t k = 0; k < top_k; ++k) {
         const auto tile = static_cast<std::size_t>(tile_idx[k]);
-        const float score = row.score[tile];
+        const float score = chosen_score == nullptr ? row.score[tile] : chosen_score[k];
         // A product, as NaN stays NaN.
         weight[k] = (row.is_free(tile) ? 0.0f : 1.0f) * (1.0f / (1.0f + exp_of_one(-score)));
     }
@@ -175,11 +176,13 @@ inline void weigh_adaptively(const Row& row, const std::int64_t* tile_idx, std::
 
 inline void signature_gate(const SignatureGateJob& job) {
     for (std::size_t t = job.token_begin; t < job.token_end; ++t) {
-        const Row row{job.score + t * job.num_tiles, job.bias, job.log_mass, job.num_tiles};
+        const float* score = job.score == nullptr ? nullptr : job.score + t * job.num_tiles;
+        const float* chosen_score = job.chosen_score == nullptr ? nullptr : job.chosen_score + t * job.top_k;
+        const Row row{score, job.bias, job.log_mass, job.num_tiles};
         const std::int64_t* tile_idx = job.tile_idx + t * job.top_k;
         float* weight = job.weight + t * job.top_k;
         if (job.gate == Gate::kSigmoid)
-            weigh_by_sigmoid(row, tile_idx, job.top_k, weight);
+            weigh_by_sigmoid(row, chosen_score, tile_idx, job.top_k, weight);
         else if (job.gate == Gate::kSoftmax)
             weigh_by_softmax(row, tile_idx, job.top_k, job.scale, weight);
         else

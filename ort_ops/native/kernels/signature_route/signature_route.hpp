@@ -18,6 +18,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kernels/kernel_list.hpp"
+
 namespace trix {
 
 struct SignatureRouteJob {
@@ -29,8 +31,6 @@ struct SignatureRouteJob {
     std::size_t token_begin;
     std::size_t token_end;
 };
-
-using SignatureRouteKernel = void (*)(const SignatureRouteJob& job);
 
 /// True if a tile with key `a` ranks before a tile of lower index with key `b`.
 static inline bool ranks_before_earlier(float a, float b) {
@@ -63,9 +63,5 @@ static inline void offer_tile(ChosenTiles& chosen, std::size_t tile) {
     for (std::size_t i = chosen.count - 1; i > place; --i) chosen.tile_idx[i] = chosen.tile_idx[i - 1];
     chosen.tile_idx[place] = static_cast<std::int64_t>(tile);
 }
-
-#define TRIX_KERNEL(isa, function) void function(const SignatureRouteJob& job);
-#include "kernels/signature_route/signature_route.inc"
-#undef TRIX_KERNEL
 
 }  // namespace trix

@@ -22,6 +22,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kernels/kernel_list.hpp"
 #include "kernels/sparse_lookup/compress_strips.hpp"
 
 namespace trix {
@@ -51,11 +52,5 @@ struct SparseLookupJob {
     std::size_t token_begin;
     std::size_t token_end;
 };
-
-using SparseLookupKernel = void (*)(const SparseLookupJob& job);
-
-#define TRIX_KERNEL(isa, function) void function(const SparseLookupJob& job);
-#include "kernels/sparse_lookup/sparse_lookup.inc"
-#undef TRIX_KERNEL
 
 }  // namespace trix

@@ -15,6 +15,7 @@
 // thread-safe on disjoint ones.
 #pragma once
 
+#include "kernels/kernel_list.hpp"
 #include "kernels/ternary_panels.hpp"
 
 namespace trix {
@@ -39,11 +40,5 @@ struct TernaryMatMulJob {
     std::size_t panel_begin;    // panels [panel_begin, panel_end) of the ceil(N / 32) are computed
     std::size_t panel_end;
 };
-
-using TernaryMatMulKernel = void (*)(const TernaryMatMulJob& job);
-
-#define TRIX_KERNEL(isa, function) void function(const TernaryMatMulJob& job);
-#include "kernels/ternary_matmul/ternary_matmul.inc"
-#undef TRIX_KERNEL
 
 }  // namespace trix

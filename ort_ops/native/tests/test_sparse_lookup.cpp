@@ -1,17 +1,12 @@
-// The kernels of a sparse lookup layer against one in double, and their variants bit for bit.
-#pragma once
-
-#include <algorithm>
-#include <cmath>
-#include <vector>
-
-#include "kernels/dispatch.hpp"
-#include "tests/test_products.hpp"
+// A sparse lookup layer against one in double, and its variants bit for bit.
+#include "kernels/sparse_lookup/sparse_lookup.hpp"
+#include "tests/kernel_test.hpp"
 
 namespace trix_tests {
+namespace {
 
 // A layer in double, token by token; see the contract.
-inline double lookup_magnitude(const SparseLookupJob& job, const float* row, const double* p) {
+double lookup_magnitude(const SparseLookupJob& job, const float* row, const double* p) {
     const std::size_t size = job.grid_size;
     const auto at = [&](std::size_t i) { return static_cast<double>(row[i]); };
     if (job.has_hinges) {
@@ -32,8 +27,8 @@ inline double lookup_magnitude(const SparseLookupJob& job, const float* row, con
            part[0] * ((1 - part[1]) * at(next) + part[1] * at(next + 1));
 }
 
-inline std::vector<double> reference_lookup(const SparseLookupJob& job, const std::vector<float>& compress,
-                                            std::size_t t) {
+std::vector<double> reference_lookup(const SparseLookupJob& job, const std::vector<float>& compress,
+                                     std::size_t t) {
     double p[2];
     for (std::size_t i = 0; i < 2; ++i) {
         double sum = static_cast<double>(job.point_bias[i]);
@@ -63,45 +58,9 @@ inline std::vector<double> reference_lookup(const SparseLookupJob& job, const st
     return y;
 }
 
-inline void test_norm(const KernelVariant<LayerNormKernel>& variant) {
-    for (int round = 0; round < 200; ++round) {
-        const std::size_t num_tokens = random_below(5), width = random_below(round % 10 == 0 ? 600 : 70);
-        const auto draw = [](std::size_t count) {
-            std::vector<float> values(count);
-            for (float& value : values) value = random_value();
-            return values;
-        };
-        std::vector<float> x = draw(num_tokens * width);
-        const auto weight = draw(width), bias = draw(width);
-        if (round % 7 == 0 && !x.empty()) x[random_below(x.size())] = round % 2 == 0 ? kNan : kInfinity;
-        const std::size_t begin = random_below(num_tokens + 1);
-        const auto run = [&](LayerNormKernel kernel, std::size_t first) {
-            std::vector<float> y(x.size(), kUntouched);
-            kernel({x.data(), weight.data(), bias.data(), y.data(), 0.01f, width, first, num_tokens});
-            return y;
-        };
-        const std::vector<float> got = run(variant.function, begin), all = run(layer_norm_scalar, 0);
-        for (std::size_t t = 0; t < num_tokens; ++t) {
-            double mean = 0, variance = 0;
-            for (std::size_t d = 0; d < width; ++d)
-                mean += static_cast<double>(x[t * width + d]) / static_cast<double>(width);
-            for (std::size_t d = 0; d < width; ++d)
-                variance +=
-                    std::pow(static_cast<double>(x[t * width + d]) - mean, 2) / static_cast<double>(width);
-            for (std::size_t d = 0; d < width; ++d) {
-                const std::size_t i = t * width + d;
-                const double unit = (static_cast<double>(x[i]) - mean) / std::sqrt(variance + 0.01);
-                const double exact = unit * static_cast<double>(weight[d]) + static_cast<double>(bias[d]);
-                const double error = std::abs(static_cast<double>(all[i]) - exact);
-                EXPECT(std::isnan(exact) ? std::isnan(all[i]) : error <= 2e-5, "%s: error %g", variant.name,
-                       error);
-                EXPECT(same(got[i], t < begin ? kUntouched : all[i]), "%s: round %d", variant.name, round);
-            }
-        }
-    }
-}
+}  // namespace
 
-inline void test_lookup(const KernelVariant<SparseLookupKernel>& variant) {
+void test_sparse_lookup(const KernelVariant<SparseLookupKernel>& variant) {
     for (int round = 0; round < 300; ++round) {
         const auto draw = [](std::size_t count, float scale = 1.0f) {
             std::vector<float> values(count);

@@ -1,12 +1,61 @@
-"""The operator SparseLookup written in standard ONNX operators.
+"""The operator SparseLookup: a whole sparse lookup layer, from its norm to its residual sum.
 
-Legend, beside schema.py's: K tiles per token, G grid_size.
+Legend: T tokens, D model width (K in the check), E tiles, K tiles per token, N knots of a curve, H hidden values,
+S numbers of a tile's spline, G grid_size.
 """
 
+import math
+from typing import Any
+
+import numpy as np
 from onnx import AttributeProto, FunctionProto, NodeProto, TensorProto, helper
 
-from ort_ops.graph_nodes import as_function, attribute_reference, attribute_value, float_info, int_vector, node
-from ort_ops.schema import DOMAIN, SIGNATURE_ROUTE, SPARSE_LOOKUP
+from ort_ops.graph_nodes import ONNX_OPSET, as_function, attribute_reference, attribute_value, float_info, int_vector, node
+from ort_ops.operators.checks import NUM_COLUMNS, NUM_TILES, NUM_TOKENS, Array, Run, relative_error
+from ort_ops.operators.operator import Operator, Translation
+from ort_ops.operators.signature_route import SIGNATURE_ROUTE
+from ort_ops.panels import to_panels
+from ort_ops.schema import DOMAIN, OPSET_VERSION, FloatAttribute, IntAttribute, OpSchema, TensorSchema
+
+SPARSE_LOOKUP = OpSchema(
+    name="SparseLookup",
+    inputs=(
+        TensorSchema("x", "float32", ("T", "D")),
+        TensorSchema("routing_x", "float32", ("T", "D")),
+        TensorSchema("norm_weight", "float32", ("D",)),
+        TensorSchema("norm_bias", "float32", ("D",)),
+        TensorSchema("signatures", "uint8", ("ceil(E/32)", "ceil(D/16)", "128")),
+        TensorSchema("bias", "float32", ("E",)),
+        TensorSchema("gate_curve", "float32", ("N",)),
+        TensorSchema("compress", "float32", ("D", "H")),
+        TensorSchema("compress_bias", "float32", ("H",)),
+        TensorSchema("point_weight", "float32", ("2", "H")),
+        TensorSchema("point_bias", "float32", ("2",)),
+        TensorSchema("splines", "float32", ("E", "S")),
+        TensorSchema("direction", "float32", ("E", "D")),
+    ),
+    outputs=(
+        TensorSchema("y", "float32", ("T", "D")),
+        TensorSchema("tile_idx", "int64", ("T", "top_k")),
+    ),
+    attributes=(
+        IntAttribute("top_k", 1),
+        IntAttribute("grid_size", 16),
+        IntAttribute("has_hinges", 0),
+        IntAttribute("route_on_norm", 1),
+        FloatAttribute("epsilon", 1e-5),
+    ),
+    doc=(
+        "y[t] = x[t] + sum_k gate(sigmoid(score[t, e])) * magnitude_e(point[t]) * direction[e] with e = tile_idx[t, k]. "
+        "h = (x - mean) / sqrt(variance + epsilon) * norm_weight + norm_bias, each token by itself. tile_idx and score are "
+        "those of SignatureRoute, which reads h, or routing_x with route_on_norm 0. "
+        "point = tanh(gelu(h compress + compress_bias) point_weight^T + point_bias). gate is the piecewise "
+        "linear curve through (i / (N - 1), gate_curve[i]), N >= 2. magnitude_e, by splines[e], is bilinear on "
+        "grid_size x grid_size cells of [-1, 1]^2, S = (grid_size + 1)^2 corners row by row. With has_hinges 1 it is "
+        "base + sum_g height_g relu(slope_g . point + offset_g), S = 4 grid_size + 1: the slopes along the first axis, "
+        "those along the second, offsets, heights, base."
+    ),
+)
 
 
 def sparse_lookup_function() -> FunctionProto:
@@ -157,3 +206,53 @@ def _hinge_magnitude() -> list[NodeProto]:
         node("Squeeze", ["base", "last_axis"], ["base_value"]),
         node("Add", ["hinges", "base_value"], ["hinge_magnitude"]),
     ]
+
+
+def _check(run: Run) -> float:
+    """On splines that are 1 + 2 p + 3 p' in every tile: the interpolation is exact, and y is told in a line."""
+    rng = np.random.default_rng(2)
+    grid_size, num_hidden = 3, 13
+    signature_EK = rng.integers(-1, 2, (NUM_TILES, NUM_COLUMNS))
+    sizes = {"x": (NUM_TOKENS, NUM_COLUMNS), "norm_weight": (NUM_COLUMNS,), "norm_bias": (NUM_COLUMNS,)}
+    sizes |= {"bias": (NUM_TILES,), "compress": (NUM_COLUMNS, num_hidden), "compress_bias": (num_hidden,)}
+    sizes |= {"point_weight": (2, num_hidden), "point_bias": (2,), "direction": (NUM_TILES, NUM_COLUMNS)}
+    feeds: dict[str, Array] = {name: rng.standard_normal(size, np.float32) for name, size in sizes.items()}
+    place = np.linspace(-1.0, 1.0, grid_size + 1)
+    corner = (1.0 + 2.0 * place[:, None] + 3.0 * place).ravel().astype(np.float32)
+    feeds["compress"] /= np.float32(NUM_COLUMNS)
+    feeds |= {"routing_x": feeds["x"], "signatures": to_panels(signature_EK), "splines": np.tile(corner, (NUM_TILES, 1))}
+    feeds["gate_curve"] = np.array([0.5, 2.5], np.float32)
+    y_TK, tile_idx_TK = run(SPARSE_LOOKUP, feeds, grid_size=grid_size)
+
+    x_TK = feeds["x"].astype(np.float64)
+    h_TK = (x_TK - x_TK.mean(1, keepdims=True)) / np.sqrt(x_TK.var(1, keepdims=True) + 1e-5)
+    h_TK = h_TK * feeds["norm_weight"] + feeds["norm_bias"]
+    score_TE = h_TK @ signature_EK.T / np.sqrt(np.abs(signature_EK).sum(-1))
+    best_T = (score_TE + feeds["bias"]).argmax(1)
+    if not np.array_equal(tile_idx_TK[:, 0], best_T):
+        return np.inf
+    before_TH = h_TK @ feeds["compress"] + feeds["compress_bias"]
+    hidden_TH = before_TH * (0.5 + 0.5 * np.vectorize(math.erf)(before_TH / math.sqrt(2.0)))
+    point_T2 = np.tanh(hidden_TH @ feeds["point_weight"].T + feeds["point_bias"])
+    gate_T = 0.5 + 2.0 / (1.0 + np.exp(-score_TE[np.arange(NUM_TOKENS), best_T]))
+    size_T = gate_T * (1.0 + point_T2 @ [2.0, 3.0])
+    return relative_error(y_TK, x_TK + size_T[:, None] * feeds["direction"][best_T])
+
+
+def _translations() -> dict[Any, Translation]:
+    import torch
+    from onnxscript.values import Opset
+
+    opset, standard = Opset(DOMAIN, OPSET_VERSION), Opset("", ONNX_OPSET)
+
+    def translate(*inputs: Any) -> Any:
+        *tensors, top_k, grid_size, has_hinges, route_on_norm, epsilon = inputs
+        flags = {"has_hinges": int(has_hinges), "route_on_norm": int(route_on_norm)}
+        y, tile_idx = opset.SparseLookup(*tensors, top_k=top_k, grid_size=grid_size, **flags, epsilon=epsilon)
+        # Score and point are reported in torch alone: no output of a file may depend on them.
+        return y, tile_idx, standard.Constant(value_float=math.nan), standard.Constant(value_float=math.nan)
+
+    return {torch.ops.trix.sparse_lookup.default: translate}
+
+
+OPERATOR = Operator(SPARSE_LOOKUP, sparse_lookup_function, _check, _translations)

@@ -1,51 +1,13 @@
-// What the C++ tests share: a check that goes on after a failure, random values, and random products.
+// Random products of tokens with a packed matrix.
 #pragma once
 
-#include <algorithm>
-#include <cmath>
-#include <cstdio>
-#include <cstring>
-#include <limits>
 #include <numeric>
-#include <random>
 #include <utility>
-#include <vector>
 
 #include "kernels/ternary_panels.hpp"
+#include "tests/kernel_test.hpp"
 
 namespace trix_tests {
-
-using namespace trix;
-
-inline int failures = 0;
-
-#define EXPECT(condition, ...)                                          \
-    do {                                                                \
-        if (!(condition)) {                                             \
-            ++failures;                                                 \
-            std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition); \
-            std::printf(__VA_ARGS__);                                   \
-            std::printf("\n");                                          \
-        }                                                               \
-    } while (false)
-
-inline constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
-inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-inline std::mt19937 random_bits(20240229);
-
-inline std::size_t random_below(std::size_t limit) {
-    return random_bits() % limit;
-}
-
-inline float random_value() {
-    return std::normal_distribution<float>()(random_bits);
-}
-
-// Equal bits, or both NaN.
-inline bool same(float a, float b) {
-    return std::memcmp(&a, &b, sizeof(a)) == 0 || (std::isnan(a) && std::isnan(b));
-}
 
 struct Product {
     std::size_t num_tokens, num_rows, num_columns;
@@ -97,8 +59,6 @@ inline Product random_product(std::size_t num_tokens, std::size_t num_rows, std:
     std::shuffle(p.token_idx.begin(), p.token_idx.end(), random_bits);
     return p;
 }
-
-inline constexpr float kUntouched = -12345.0f;
 
 inline Product product_of_round(int round) {
     const std::size_t num_columns = round % 10 == 0 ? 500 + random_below(3000) : random_below(300);

@@ -1,16 +1,11 @@
 // The gate kernel against the contract in double, and its variants bit for bit.
-#pragma once
-
-#include <algorithm>
-#include <cmath>
-#include <vector>
-
-#include "kernels/dispatch.hpp"
-#include "tests/test_products.hpp"
+#include "kernels/signature_gate/signature_gate.hpp"
+#include "tests/kernel_test.hpp"
 
 namespace trix_tests {
+namespace {
 
-inline std::vector<double> reference_gate(const SignatureGateJob& job, std::size_t t) {
+std::vector<double> reference_gate(const SignatureGateJob& job, std::size_t t) {
     const auto score = [&](std::size_t e) { return static_cast<double>(job.score[t * job.num_tiles + e]); };
     const auto is_free = [&](std::size_t e) { return std::isinf(job.bias[e]) && job.bias[e] < 0; };
     const auto tile = [&](std::size_t k) {
@@ -45,7 +40,9 @@ inline std::vector<double> reference_gate(const SignatureGateJob& job, std::size
     return weight;
 }
 
-inline void test_gate(const KernelVariant<SignatureGateKernel>& variant) {
+}  // namespace
+
+void test_signature_gate(const KernelVariant<SignatureGateKernel>& variant) {
     for (int round = 0; round < 3000; ++round) {
         const auto draw = [] { return static_cast<float>(random_below(2001)) / 200 - 5; };
         SignatureGateJob job{};
@@ -76,7 +73,24 @@ inline void test_gate(const KernelVariant<SignatureGateKernel>& variant) {
             return weight;
         };
         const std::size_t begin = random_below(num_tokens + 1);
+        // The scores of the chosen tiles alone, where the weights go.
+        const auto run_in_place = [&] {
+            std::vector<float> weight(tile_idx.size(), kUntouched);
+            for (std::size_t i = begin * job.top_k; i < weight.size(); ++i)
+                weight[i] = score[i / job.top_k * job.num_tiles + static_cast<std::size_t>(tile_idx[i])];
+            SignatureGateJob in_place = job;
+            in_place.score = in_place.log_mass = nullptr;
+            in_place.chosen_score = in_place.weight = weight.data();
+            in_place.token_begin = begin, in_place.token_end = num_tokens;
+            variant.function(in_place);
+            return weight;
+        };
         const std::vector<float> got = run(variant.function, begin), all = run(signature_gate_scalar, 0);
+        if (job.gate == Gate::kSigmoid) {
+            const std::vector<float> in_place = run_in_place();
+            for (std::size_t i = 0; i < got.size(); ++i)
+                EXPECT(same(in_place[i], got[i]), "%s: round %d", variant.name, round);
+        }
         for (std::size_t t = 0; t < num_tokens; ++t) {
             const std::vector<double> exact = reference_gate(job, t);
             for (std::size_t k = 0; k < job.top_k; ++k) {
