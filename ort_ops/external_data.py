@@ -84,8 +84,9 @@ def check_external_data(model: Path) -> ExternalData:
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             if content.find(MARK) < 0:
                 return ExternalData()
-            with memoryview(content) as view:
-                tensors = tuple(_Walk().external_tensors(view))
+            tensors, problem = _tensors_or_problem(content)
+    if problem is not None:
+        raise ValueError(problem)
     sizes = {location: _data_size(model, location) for location in dict.fromkeys(tensor.location for tensor in tensors)}
     claimed: Counter[str] = Counter()
     for tensor in tensors:
@@ -104,8 +105,19 @@ def check_external_data(model: Path) -> ExternalData:
     return ExternalData(tensors, sizes)
 
 
+def _tensors_or_problem(content: mmap.mmap) -> tuple[tuple[ExternalTensor, ...], str | None]:
+    """An exception that came out of here would keep parts of the file open, which is about to be closed."""
+    with memoryview(content) as view:
+        try:
+            return tuple(_Walk().external_tensors(view)), None
+        except ValueError as error:
+            return (), str(error)
+
+
 def _data_size(model: Path, location: str) -> int:
-    is_plain = location == Path(location).name and not set(location) & set("/\\:\0") and location not in (".", "..")
+    is_plain = (
+        bool(location) and location == Path(location).name and not set(location) & set("/\\:\0") and location not in (".", "..")
+    )
     if not is_plain:
         raise ValueError(f"location of external data ({location!r:.80}) must be the name of a file in the model's folder")
     path = model.parent / location

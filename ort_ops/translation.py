@@ -29,6 +29,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     verified and no metadata is written: :func:`ort_ops.export.export` does all of that.
 
     Example:
+        import onnx
         import torch
         from ort_ops.export import translation_table
         from ort_ops.functions import fallback_functions
@@ -37,8 +38,9 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         packed = pack_model(TriXFFN(32, num_tiles=4).eval())
         table = translation_table()
         program = torch.onnx.export(packed, (torch.randn(2, 8, 32),), opset_version=18, custom_translation_table=table)
-        program.model_proto.functions.extend(fallback_functions())  # only to run it without the library
-        program.save("model.onnx")
+        model = program.model_proto
+        model.functions.extend(fallback_functions())  # only to run it without the library
+        onnx.save(model, "model.onnx")
     """
     return make_table(_in_panels)
 

@@ -40,11 +40,11 @@ def whole_file(path: Path) -> Iterator[Path]:
 def whole_files(*paths: Path) -> Iterator[list[Path]]:
     """The same for files of one folder that belong together: the last is the one that names the others, and comes last.
 
-    Where one of the others is there already, an old last file is removed first. A writer that is killed in this instant
-    leaves no last file; none ever names the parts of another one.
+    Where one of the others is there already, the old files are set aside first, so that none ever names the parts of another
+    one. They come back if a name cannot be taken; a writer that is killed in this instant leaves none of them.
     """
     last = paths[-1]
-    partials = [path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.partial") for path in paths]
+    partials = [_partial(path) for path in paths]
     descriptors: list[int | None] = []
     try:
         last.parent.mkdir(parents=True, exist_ok=True)
@@ -73,24 +73,35 @@ def whole_files(*paths: Path) -> Iterator[list[Path]]:
         _sync(last.parent)
 
 
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.partial")
+
+
 def _take_names(partials: Sequence[Path], paths: Sequence[Path]) -> None:
-    *others, last = zip(partials, paths, strict=True)
-    if any(path.exists() for _, path in others):
-        last[1].unlink(missing_ok=True)
-    taken = []
+    set_aside: list[tuple[Path, Path]] = []
+    taken: list[Path] = []
     try:
-        for partial, path in others:
+        if any(path.exists() for path in paths[:-1]):
+            for path in filter(Path.exists, reversed(paths)):
+                set_aside.append((_partial(path), path))
+                path.replace(set_aside[-1][0])
+        for partial, path in zip(partials, paths, strict=True):
+            if path is paths[-1] and taken:
+                with suppress(OSError):
+                    _sync(path.parent)
             partial.replace(path)
             taken.append(path)
-        if others:
-            with suppress(OSError):
-                _sync(last[1].parent)
-        last[0].replace(last[1])
     except BaseException:
-        for path in taken:
+        for path in reversed(taken):
             with suppress(OSError):
                 path.unlink()
+        for old, path in reversed(set_aside):
+            with suppress(OSError):
+                old.replace(path)
         raise
+    for old, _ in set_aside:
+        with suppress(OSError):
+            old.unlink()
 
 
 def write_whole(content: bytes, path: Path) -> None:

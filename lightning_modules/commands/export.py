@@ -28,7 +28,14 @@ def run_export(arguments: list[str]) -> int:
     activations = Activations(options.activation_bits, 128 if options.group_size is None else options.group_size)
     try:
         with output_folder(output.parent):
-            report = export_checkpoint(ckpt, output, not options.no_fallback, options.held_out_tokens, activations)
+            report = export_checkpoint(
+                ckpt,
+                output,
+                not options.no_fallback,
+                options.held_out_tokens,
+                activations,
+                external_data=options.external_data,
+            )
     except OSError as error:  # reading has errors of its own
         raise UserError(f"output {output} cannot be written: {error.strerror or error}") from error
     except ValueError as error:
@@ -39,7 +46,13 @@ def run_export(arguments: list[str]) -> int:
 
 
 def export_checkpoint(
-    ckpt: Path | str, output: Path, fallback: bool, held_out_tokens: int, activations: "Activations"
+    ckpt: Path | str,
+    output: Path,
+    fallback: bool,
+    held_out_tokens: int,
+    activations: "Activations",
+    *,
+    external_data: bool = False,
 ) -> "ExportReport":
     """Rebuild the task and the data of a checkpoint, and export its network.
 
@@ -47,7 +60,7 @@ def export_checkpoint(
         ckpt: a file written by `trix fit`. output: the file to write, in a folder that exists.
         fallback: also write the operators' portable definition.
         held_out_tokens: at most so many tokens of the validation data are used to compare with torch.
-        activations: what the file's ternary products read.
+        activations: what the file's ternary products read. external_data: write the weights to a file next to it.
 
     Raises:
         CheckpointError, DataError, and what ``ort_ops.export`` raises.
@@ -60,7 +73,9 @@ def export_checkpoint(
         text = make_text(task, checkpoint, ckpt)
         num_tokens = min(held_out_tokens, len(text.val_dataloader().dataset) * text.context_length)  # type: ignore[arg-type]
         tokens = text.held_out_tokens(num_tokens)
-        return export_language_model(task.network, task.vocabulary, tokens, output, fallback, activations)
+        return export_language_model(
+            task.network, task.vocabulary, tokens, output, fallback, activations, external_data=external_data
+        )
     if isinstance(task, ClassifierTask):
         import torch
 
@@ -68,7 +83,9 @@ def export_checkpoint(
         inputs = torch.cat([inputs for inputs, _ in data.val_dataloader()])
         inputs = inputs[: max(held_out_tokens // inputs.shape[1], 1)]
         names = list(task.class_names)
-        return export_classifier(task.network, names, inputs, output, fallback, task.vocabulary, activations)
+        return export_classifier(
+            task.network, names, inputs, output, fallback, task.vocabulary, activations, external_data=external_data
+        )
     raise UserError(
         f"task ({task.task_name}) must be {LanguageModelTask.task_name} or {ClassifierTask.task_name} to be exported"
     )
@@ -89,6 +106,11 @@ def make_parser() -> CommandParser:
         "--no-fallback",
         action="store_true",
         help="leave out the operators' portable definition: the file then needs the native operators",
+    )
+    parser.add_argument(
+        "--external-data",
+        action="store_true",
+        help="write the weights to a second file, OUTPUT.data, as is done anyway where they exceed the 2 GB of one ONNX file",
     )
     parser.add_argument(
         "--held-out-tokens",
