@@ -1,7 +1,4 @@
-"""Somebody's own module before its export: names, dynamic axes, outputs as one row of tensors; and how the file is verified.
-
-Legend: sizes are those of the input tensors' axes.
-"""
+"""Somebody's own module before its export: names, dynamic axes, outputs as one row of tensors; and how the file is verified."""
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,10 +25,7 @@ MAX_REFERENCE_BYTES = 2**26  # example inputs and outputs travel in the file's m
 
 
 class FlatModule(nn.Module):
-    """A module that takes tensors, and returns the tensors of the other's output in one tuple: see :func:`flat_tensors`.
-
-    kept: which of them, by their places; by default all.
-    """
+    """A module that returns the tensors of another one's output in one tuple: see :func:`flat_tensors`."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()

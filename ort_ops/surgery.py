@@ -72,6 +72,8 @@ def operate_on_file(source: Path, output: Path, edit: Edit) -> SurgeryReport:
     on the reference example the routing is what numpy computes from the constants, the other tiles' scores at the layer are as
     they were, no token changes its tiles but to or from the edited tile, and the output is finite.
 
+    Scores that are an output of the file show -inf for the slots that were free at the export.
+
     Raises:
         ModelFileError: source is no exported file. ValueError: the edit does not fit it. VerificationError: see there.
     """
@@ -88,7 +90,7 @@ def operate_on_file(source: Path, output: Path, edit: Edit) -> SurgeryReport:
     num_rerouted = _check_routing(was, now, layers, edit)
     about.reference = now.as_reference(layers)
     onnx.helper.set_model_props(proto, about.to_properties())
-    _write(proto, old, source.parent, output, layer, record, edit)
+    _write(proto, output, old=old, folder=source.parent, layer=layer, record=record, edit=edit)
     return SurgeryReport(
         before_D=before_D,
         after_D=layer.signature_ED[edit.tile_idx],
@@ -269,9 +271,10 @@ def _check_routing(was: _Run, now: _Run, layers: Sequence[SignatureLayer], edit:
 
 def _write(
     proto: ModelProto,
+    output: Path,
+    *,
     old: ModelProto,
     folder: Path,
-    output: Path,
     layer: SignatureLayer,
     record: LayerRecord,
     edit: Edit,

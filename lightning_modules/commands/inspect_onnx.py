@@ -34,12 +34,14 @@ def make_onnx_page(model: Path) -> str:
         parity = session.check_parity()
     except ValueError as error:
         raise UserError(str(error)) from error
+    outside = session.external_data.file_bytes
     kernels = "native operators" if session.uses_library else "portable operators"
     activations, drift = _figures(asdict(about.activations)), _figures(about.drift)
     facts = {
         "file": str(model),
         "task": f"{about.task}".replace("_", " ") + ("" if about.module is None else f" ({about.module})"),
         "size": describe_size(session.file_bytes, session.float32_bytes),
+        "external data": ", ".join(f"{name} {num_bytes / 1e6:.2f} MB" for name, num_bytes in outside.items()) or "none",
         "inputs": ", ".join(f"{value.name} {value.type} {value.shape}" for value in session.session.get_inputs()),
         "outputs": ", ".join(f"{value.name} {value.type} {value.shape}" for value in session.session.get_outputs()),
         "runs here": f"{parity} ({kernels})",

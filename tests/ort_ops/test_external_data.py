@@ -76,6 +76,8 @@ def test_the_pair_answers_as_one_file_and_both_are_counted(folder: Path) -> None
 def test_every_command_reads_it_from_another_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = str(folder / "model.onnx")
     assert main(["inspect", model]) == 0
+    num_mb = (folder / "model.onnx.data").stat().st_size / 1e6
+    assert f"model.onnx.data {num_mb:.2f} MB" in (folder / "model.html").read_text()
     assert main(["generate", model, "--prompt", "abc", "--num-tokens", "3"]) == 0
     assert main(["bench", model, "--threads", "1", "--lengths", "4", "--rounds", "5"]) == 0
     where = ["--layer", "1", "--tile", "5", "--tag", "off", "--output"]
