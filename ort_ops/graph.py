@@ -1,45 +1,36 @@
-"""What is changed in the graph that torch's exporter writes, which holds no inner graphs."""
+"""What is changed in the graph that torch's exporter writes.
+
+Inner graphs, as those of ``torch.cond``, stay as they are: what they read counts as read.
+"""
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from onnx import GraphProto, helper, numpy_helper
 
+from ort_ops.file_format import Activations as Activations
 from ort_ops.operators import SCHEMAS
 from ort_ops.schema import DOMAIN
 
 
-@dataclass(frozen=True)
-class Activations:
-    """What the file's ternary products read: activations of 24 bits, nearly as exact as float32, or of 8, in groups of columns.
-
-    How far 24 bits are from float32 is said in operators/ternary_tile_matmul.py.
-
-    Args:
-        bits: 24 or 8; routing reads 24 either way. group_size: of 8 bits: columns that share a scale, 128, or 0 for all.
-
-    Raises:
-        ValueError: another number.
-    """
-
-    bits: int = 24
-    group_size: int = 128
-
-    def __post_init__(self) -> None:
-        if self.bits not in (24, 8):
-            raise ValueError(f"bits of the activations ({self.bits}) must be 24 or 8")
-        if self.group_size not in (128, 0):
-            raise ValueError(f"group_size of the activations ({self.group_size}) must be 128 or 0")
-
-
 def unsqueeze_constants(graph: GraphProto) -> None:
     """Give constants the axis that a node adds to them, as to a layer's only tile: torch's exporter folds small ones alone."""
-    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    made: dict[tuple[str, ...], str] = {}  # of a layer that is called twice, both calls read one constant
+    replaced = {}
+    outputs = {value.name for value in graph.output}
     for node in [node for node in graph.node if node.op_type == "Unsqueeze" and constants.keys() >= set(node.input)]:
-        source, axes = (constants[name] for name in node.input)
-        graph.initializer.append(numpy_helper.from_array(np.expand_dims(source, tuple(axes)), node.output[0]))
+        output = node.output[0]
+        first = made.get(tuple(node.input))
+        if first is None or output in outputs:
+            source, axes = (numpy_helper.to_array(constants[name]) for name in node.input)
+            graph.initializer.append(numpy_helper.from_array(np.expand_dims(source, tuple(axes)), output))
+            made[tuple(node.input)] = output
+        else:
+            replaced[output] = first
         graph.node.remove(node)
+    _read_instead(graph, replaced)
     num_reads = _num_reads(graph)
     for tensor in [tensor for tensor in graph.initializer if not num_reads[tensor.name]]:
         graph.initializer.remove(tensor)
@@ -80,6 +71,7 @@ def share_constants(graph: GraphProto) -> None:
     Those that our operators read stay each layer's own: they are what is edited. So does a constant that is an output.
     """
     own = {name for node in graph.node if node.domain == DOMAIN for name in node.input} | {v.name for v in graph.output}
+    own |= {name for inner in list(all_graphs(graph))[1:] for node in inner.node for name in node.input}
     kept: dict[tuple[int, tuple[int, ...], bytes], str] = {}
     replaced = {}
     for tensor in [tensor for tensor in graph.initializer if tensor.name not in own]:
@@ -88,9 +80,7 @@ def share_constants(graph: GraphProto) -> None:
         if first != tensor.name:
             replaced[tensor.name] = first
             graph.initializer.remove(tensor)
-    for node in graph.node:
-        for place, name in enumerate(node.input):
-            node.input[place] = replaced.get(name, name)
+    _read_instead(graph, replaced)
 
 
 def leave_out_unread(graph: GraphProto) -> None:
@@ -110,7 +100,7 @@ def leave_out_unread(graph: GraphProto) -> None:
 def set_activations(graph: GraphProto, activations: Activations) -> None:
     """In every node whose operator can: those that route cannot."""
     names = {op.name for op in SCHEMAS if any(attribute.name == "activation_bits" for attribute in op.attributes)}
-    for node in graph.node:
+    for node in (node for inner in all_graphs(graph) for node in inner.node):
         if node.domain == DOMAIN and node.op_type in names:
             values = {"activation_bits": activations.bits, "group_size": activations.group_size}
             kept = [attribute for attribute in node.attribute if attribute.name not in values]
@@ -118,6 +108,32 @@ def set_activations(graph: GraphProto, activations: Activations) -> None:
             node.attribute.extend([*kept, *(helper.make_attribute(*pair) for pair in values.items())])
 
 
+def all_graphs(graph: GraphProto) -> Iterator[GraphProto]:
+    """The graph, and those in the attributes of its nodes."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+                yield from all_graphs(inner)
+
+
+def names_read(graph: GraphProto) -> Iterator[str]:
+    """Every value that a node or an output of the graph reads, or of a graph in it, as often as it is read."""
+    for inner in all_graphs(graph):
+        yield from (value.name for value in inner.output)
+        for node in inner.node:
+            yield from node.input
+
+
 def _num_reads(graph: GraphProto) -> Counter[str]:
     """How often nodes and outputs of the graph read a value."""
-    return Counter([name for node in graph.node for name in node.input] + [value.name for value in graph.output])
+    return Counter(names_read(graph))
+
+
+def _read_instead(graph: GraphProto, replaced: Mapping[str, str]) -> None:
+    """Let all nodes read another value in place of some."""
+    for inner in all_graphs(graph):
+        for node in inner.node:
+            for place, name in enumerate(node.input):
+                if name in replaced:
+                    node.input[place] = replaced[name]

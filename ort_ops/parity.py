@@ -1,6 +1,8 @@
 """Does an exported model compute and route as the torch model does? numpy only, so that a deployment can ask too."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,11 +28,40 @@ class Parity:
     num_unexplained: int = 0
     compared_with: str = "torch"
 
+    def agrees(self, limit: float) -> bool:
+        """The difference is below the limit, and every token routed otherwise is explained."""
+        return self.max_relative_difference < limit and not self.num_unexplained
+
     def __str__(self) -> str:
         return (
             f"with {self.compared_with} on {self.num_tokens} held-out tokens: "
             f"max relative difference {self.max_relative_difference:.1e}, "
             f"routed the same {self.routing_agreement:.2%}, near ties {self.num_near_ties}"
+        )
+
+
+@dataclass(frozen=True)
+class OutputParity:
+    """What a comparison of the outputs of somebody's own module found.
+
+    num_values: the numbers in them. max_relative_difference: the largest of any output, each by its own largest value, of
+    floats; infinite where one is not finite that should be. num_unequal: whole numbers and truth values that differ.
+    compared_with: whose outputs were expected.
+    """
+
+    num_values: int
+    max_relative_difference: float
+    num_unequal: int = 0
+    compared_with: str = "torch"
+
+    def agrees(self, limit: float) -> bool:
+        """The difference is below the limit, and whole numbers are equal."""
+        return self.max_relative_difference < limit and not self.num_unequal
+
+    def __str__(self) -> str:
+        return (
+            f"with {self.compared_with} on {self.num_values} output values: "
+            f"max relative difference {self.max_relative_difference:.1e}, whole numbers that differ {self.num_unequal}"
         )
 
 
@@ -51,6 +82,16 @@ class Drift:
             f"against torch: relative RMS difference of the logits {self.relative_rms_difference:.1e}, "
             f"the same most likely answer {self.top_agreement:.2%}, routed the same {self.routing_agreement:.2%}"
         )
+
+
+@dataclass(frozen=True)
+class OutputDrift:
+    """The same of the outputs of somebody's own module: over all their floats."""
+
+    relative_rms_difference: float
+
+    def __str__(self) -> str:
+        return f"against torch: relative RMS difference of the outputs {self.relative_rms_difference:.1e}"
 
 
 def drift(
@@ -123,6 +164,47 @@ def compare(
         num_near_ties=int(is_near_tie_BTL.sum()),
         num_unexplained=int((~is_same_BTL & ~is_own_or_earlier).sum()),
     )
+
+
+def compare_outputs(actual: Mapping[str, NDArray[Any]], expected: Mapping[str, NDArray[Any]]) -> OutputParity:
+    """Compare outputs by name. Infinite values must be the same ones; whole numbers and truth values are counted where not.
+
+    Raises:
+        ValueError: names, shapes or types that should be the same differ.
+    """
+    if actual.keys() != expected.keys():
+        raise ValueError(f"outputs ({', '.join(actual)}) must be those expected ({', '.join(expected)})")
+    largest, num_values, num_other = 0.0, 0, 0
+    for name, wanted in expected.items():
+        found = actual[name]
+        if found.shape != wanted.shape or found.dtype != wanted.dtype:
+            sizes = f"{found.dtype} {found.shape}) must be as expected ({wanted.dtype} {wanted.shape}"
+            raise ValueError(f"output {name} ({sizes})")
+        num_values += wanted.size
+        if np.issubdtype(wanted.dtype, np.floating):
+            largest = max(largest, _relative_difference_with_infinities(found, wanted))
+        else:
+            num_other += int((found != wanted).sum())
+    return OutputParity(num_values, largest, num_other)
+
+
+def output_drift(actual: Mapping[str, NDArray[Any]], expected: Mapping[str, NDArray[Any]]) -> OutputDrift:
+    """Compare outputs by name; values that are not finite where they are expected count for nothing."""
+    errors, squares = [], []
+    for name, wanted in expected.items():
+        is_counted = np.isfinite(wanted) if np.issubdtype(wanted.dtype, np.floating) else np.zeros(wanted.shape, dtype=bool)
+        squares.append(np.square(wanted[is_counted].astype(np.float64)))
+        errors.append(np.square(actual[name][is_counted].astype(np.float64) - wanted[is_counted]))
+    error, square = (float(np.concatenate(parts).sum()) for parts in (errors, squares))
+    return OutputDrift(float(np.sqrt(error / max(square, np.finfo(np.float64).tiny))))
+
+
+def _relative_difference_with_infinities(actual: NDArray[Any], expected: NDArray[Any]) -> float:
+    is_infinite = np.isinf(expected)
+    if not np.array_equal(actual[is_infinite], expected[is_infinite]):
+        return float("inf")
+    rest = ~is_infinite
+    return relative_difference(actual[rest], expected[rest]) if rest.any() else 0.0
 
 
 def selection_gap(score: NDArray[np.floating], top_k: int) -> NDArray[np.floating]:

@@ -1,7 +1,6 @@
 """Run an exported model with onnxruntime and numpy alone: no torch, no trix."""
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,23 +8,16 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from ort_ops.file_format import (
-    BY_ONNXRUNTIME,
-    MAX_AXIS,
-    MAX_FILE_BYTES,
-    decode_array,
-    from_properties,
-)
-from ort_ops.file_format import (
-    ModelFileError as ModelFileError,
-)
+from ort_ops.external_data import check_external_data
+from ort_ops.file_format import LANGUAGE_MODEL, MAX_FILE_BYTES, MODULE, FileRecord, from_properties
+from ort_ops.file_format import ModelFileError as ModelFileError
 from ort_ops.library import LibraryNotFoundError, session_options
-from ort_ops.parity import Parity, compare
+from ort_ops.parity import OutputParity, Parity
+from ort_ops.reference import LogitsReference, ModuleReference
 from ort_ops.regular_files import check_regular
 from ort_ops.schema import DOMAIN
 from ort_ops.state import StatefulReader, empty_state, past_names, present_name, run_session
 
-OWN = "its own answers when it was written"
 MAX_THREADS = 1024  # beyond what any machine has, a session takes minutes to start, or cannot
 
 
@@ -41,8 +33,9 @@ class ExportedModel:
             file. num_threads: of the session; None leaves the choice to onnxruntime.
 
     Attributes:
-        metadata: what the exporter wrote (task, configuration, parity at export, ...).
-        file_bytes, float32_bytes: size of the file, and of the same parameters at 4 bytes each.
+        record: what the exporter wrote (task, configuration, parity at export, ...). metadata: the same as plain JSON values.
+        file_bytes, float32_bytes: size of the file with its external data, and of the same parameters at 4 bytes each.
+        external_data: which tensors lie in which files next to it.
 
     Raises:
         ModelFileError: see there. LibraryNotFoundError: use_library without a native library.
@@ -52,12 +45,15 @@ class ExportedModel:
         self.path, self.uses_library = Path(path), use_library
         try:
             check_regular(self.path, MAX_FILE_BYTES)
+            self.external_data = check_external_data(self.path)
         except FileNotFoundError as error:
             raise ModelFileError(f"{path}: no such file") from error
         except IsADirectoryError as error:
             raise ModelFileError(f"{path}: a folder, not a file") from error
         except OSError as error:
             raise ModelFileError(f"{path}: {error.strerror or error}") from error
+        except ValueError as error:
+            raise ModelFileError(f"{path}: {error}") from error
         options = session_options() if use_library else ort.SessionOptions()
         if num_threads is not None:
             if not 1 <= num_threads <= MAX_THREADS:
@@ -71,26 +67,17 @@ class ExportedModel:
             raise ModelFileError(f"{path}: {_explain(error, use_library)}") from error
         try:
             self.metadata = from_properties(self.session.get_modelmeta().custom_metadata_map)
+            self.record = FileRecord.from_metadata(self.metadata)
         except ValueError as error:
             raise ModelFileError(f"{path}: {error}") from error
-        self.file_bytes = self.path.stat().st_size
-        self.float32_bytes: int = self._checked_size("float32_bytes", 2**63 - 1)
-        if "context_length" in self.metadata:
-            self._checked_size("context_length", MAX_AXIS)
+        self.file_bytes = self.path.stat().st_size + self.external_data.total_bytes
+        self.float32_bytes = self.record.float32_bytes
 
-    def _checked_metadata(self, key: str, kind: type) -> Any:
-        value = self.metadata.get(key)
-        if type(value) is not kind:  # not isinstance: true is no number
-            raise ModelFileError(f"{self.path}: metadata {key} ({value!r:.40}) must be of type {kind.__name__}")
-        return value
-
-    def _checked_size(self, key: str, limit: int) -> int:
-        size: int = self._checked_metadata(key, int)
-        if not 1 <= size <= limit:
-            raise ModelFileError(
-                f"{self.path}: {key} ({size!r:.40}) must be >= 1" + (f" and <= {limit}" if size > limit else "")
-            )
-        return size
+    def _required(self, name: str, kind: type) -> Any:
+        try:
+            return self.record.require(name, kind)
+        except ValueError as error:
+            raise ModelFileError(f"{self.path}: {error}") from error
 
     def run(self, inputs: NDArray[Any]) -> tuple[NDArray[np.float32], NDArray[np.int64] | None]:
         """Logits, and tile_idx [B, T, L, K] where the model has routed layers, of whole sequences: with nothing before them.
@@ -98,6 +85,8 @@ class ExportedModel:
         Raises:
             ModelFileError: the graph is damaged so that it cannot be run.
         """
+        if self.record.task == MODULE:
+            raise ModelFileError(f"{self.path}: task ({MODULE}) must be of a model with logits: see run_outputs for this one")
         names = [value.name for value in self.session.get_outputs() if value.name in ("logits", "tile_idx")]
         first = self.session.get_inputs()[0].name
         if names[:1] != ["logits"]:
@@ -108,29 +97,36 @@ class ExportedModel:
             raise ModelFileError(f"{self.path}: {error}") from error
         return logits, tile_idx[0] if tile_idx else None
 
-    def check_parity(self) -> Parity:
+    def run_outputs(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """All outputs by name, of inputs by name: as they are in the file, whatever its task.
+
+        Raises:
+            ModelFileError: onnxruntime cannot run it on these inputs.
+        """
+        names = [value.name for value in self.session.get_outputs()]
+        try:
+            return dict(zip(names, run_session(self.session, names, inputs), strict=True))
+        except ModelFileError as error:
+            raise ModelFileError(f"{self.path}: {error}") from error
+
+    def check_parity(self) -> Parity | OutputParity:
         """Run the held-out example that travels in the file and compare with the answer that torch gave at export, or where
         activations have 8 bits or the file was edited since, with its own at that time.
 
         Raises:
             ModelFileError: the example is damaged.
         """
-        reference = self._checked_metadata("reference", dict)
+        reference = self._required("reference", dict)
         try:
-            return self._compare_with(reference)
+            if self.record.task == MODULE:
+                example = ModuleReference.from_metadata(reference)
+                return example.parity(self.run_outputs(example.inputs))
+            dtype = np.int64 if self.session.get_inputs()[0].type == "tensor(int64)" else np.float32
+            expected = LogitsReference.from_metadata(reference, dtype)
+            return expected.parity(*self.run(expected.inputs))
         except Exception as error:  # a damaged example fails in as many places as it is used, onnxruntime among them
             cause = f"{type(error).__name__}: {' '.join(str(error).removeprefix(f'{self.path}: ').split())}"
             raise ModelFileError(f"{self.path}: the reference example can't be checked: {cause}") from error
-
-    def _compare_with(self, reference: dict[str, Any]) -> Parity:
-        dtype = np.int64 if self.session.get_inputs()[0].type == "tensor(int64)" else np.float32
-        logits, tile_idx = self.run(np.asarray(reference["input"], dtype=dtype))
-        expected = decode_array(reference["logits"])
-        by = OWN if reference.get("by") == BY_ONNXRUNTIME else "torch"
-        if tile_idx is None:
-            return replace(compare(logits, expected), compared_with=by)
-        expected_idx = np.asarray(reference["tile_idx"], dtype=np.int64)
-        return replace(compare(logits, expected, tile_idx, expected_idx, decode_array(reference["gap"])), compared_with=by)
 
 
 def open_model(path: Path | str) -> ExportedModel:
@@ -153,10 +149,10 @@ class LanguageModelSession(ExportedModel):
 
     def __init__(self, path: Path | str, use_library: bool = True, num_threads: int | None = None) -> None:
         super().__init__(path, use_library, num_threads)
-        if self.metadata.get("task") != "language_model":
-            raise ModelFileError(f"{path}: task ({self.metadata.get('task')}) must be language_model")
-        self.vocabulary: str = self._checked_metadata("vocabulary", str)
-        self.context_length = self._checked_size("context_length", MAX_AXIS)
+        if self.record.task != LANGUAGE_MODEL:
+            raise ModelFileError(f"{path}: task ({self.record.task}) must be {LANGUAGE_MODEL}")
+        self.vocabulary: str = self._required("vocabulary", str)
+        self.context_length: int = self._required("context_length", int)
         self._check_language_model()
         self._token_of = {character: token for token, character in enumerate(self.vocabulary)}
 

@@ -5,7 +5,7 @@ Needs onnx and numpy. Legend: D model width, E tiles, K tiles per token, T token
 
 import copy
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,10 @@ import onnx.inliner
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
-from ort_ops.file_format import MAX_AXIS, MAX_FILE_BYTES, LayerRecord, ModelFileError, from_properties, layer_records
+from ort_ops.external_data import check_external_data
+from ort_ops.external_weights import load
+from ort_ops.file_format import MAX_AXIS, MAX_FILE_BYTES, MODULE, FileRecord, LayerRecord, ModelFileError
+from ort_ops.graph import names_read
 from ort_ops.operators.signature_route import SIGNATURE_ROUTE
 from ort_ops.operators.sparse_lookup import SPARSE_LOOKUP, sparse_lookup_function
 from ort_ops.panels import RESERVED_VALUE, from_panels, to_panels
@@ -40,8 +43,9 @@ class SignatureLayer:
     its own.
     """
 
-    def __init__(self, graph: GraphProto, node: NodeProto, d_model: int) -> None:
-        self._graph, self._node = graph, node
+    def __init__(self, graph: GraphProto, nodes: Sequence[NodeProto], d_model: int) -> None:
+        self._graph, self._nodes, self._node = graph, nodes, nodes[0]
+        node = self._node
         self.changed: list[str] = []
         self.places: set[tuple[str, int]] = set()
         self._places = place = _PLACES[node.op_type]
@@ -92,39 +96,64 @@ class SignatureLayer:
 
     def _set_constant(self, node: NodeProto, place: int, value: NDArray[Any]) -> None:
         name = node.input[place]
-        if sum(1 for used in _names_read(self._graph) if used == name) > 1:
+        reads = [
+            (node, place),
+            *((other, i) for other in self._nodes[1:] for i, used in enumerate(other.input) if used == name),
+        ]
+        if sum(1 for used in names_read(self._graph) if used == name) > len(reads):
             taken = {tensor.name for tensor in self._graph.initializer} | {out for n in self._graph.node for out in n.output}
             own = next(new for i in range(len(taken) + 1) if (new := f"{name}.{i}") not in taken)
             self._graph.initializer.append(numpy_helper.from_array(value, own))
-            node.input[place] = name = own
+            for reader, i in reads:
+                reader.input[i] = own
+            name = own
         else:
             tensor = next(tensor for tensor in self._graph.initializer if tensor.name == name)
             tensor.CopyFrom(numpy_helper.from_array(value, name))
-        self.places.add((node.output[0], place))
+        self.places |= {(reader.output[0], i) for reader, i in reads}
         if name not in self.changed:
             self.changed.append(name)
 
 
-def read_model(path: Path) -> tuple[ModelProto, dict[str, Any], list[SignatureLayer], list[LayerRecord]]:
+def read_model(path: Path) -> tuple[ModelProto, FileRecord, list[SignatureLayer], list[LayerRecord]]:
     """An exported file: graph, metadata, the layers that signatures route, in order, and what the metadata says of them.
+
+    The last are those of the metadata, or empty ones where the file is of before there were records. Large weights in external
+    data stay there, except those that route.
 
     Raises:
         ModelFileError: it cannot be read, or is no file of `trix export`.
     """
     try:
-        proto = onnx.load_model_from_string(read_regular(path, MAX_FILE_BYTES))
+        content = read_regular(path, MAX_FILE_BYTES)
+        check_external_data(path)
     except OSError as error:
         raise ModelFileError(f"{path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ModelFileError(f"{path}: {error}") from error
+    try:
+        proto = onnx.load_model_from_string(content)
     except Exception as error:  # protobuf's exceptions are private to it
         raise ModelFileError(f"{path}: not an ONNX file, or a damaged one") from error
     try:
         _check_names(proto)
-        metadata = from_properties({entry.key: entry.value for entry in proto.metadata_props})
-        layers = signature_layers(proto, _d_model(metadata))
-        records = layer_records(metadata, len(layers))
-        for layer, record in zip(layers, records, strict=True):
-            _check_record(record, len(layer.bias_E))
-        return proto, metadata, layers, records
+        about = FileRecord.from_properties({entry.key: entry.value for entry in proto.metadata_props})
+        nodes = signature_nodes(proto.graph)
+        load(proto, path.parent, {name for of_layer in nodes for name in of_layer[0].input})
+        if about.layers is None:
+            about.layers = [LayerRecord() for _ in nodes]
+        if len(about.layers) != len(nodes):
+            rule = f"must be a list of {len(nodes)} layers routed by signatures"
+            raise ValueError(f"metadata layers ({len(about.layers)} records) {rule}")
+        width = None if about.task == MODULE else _d_model(about)
+        layers: list[SignatureLayer] = []
+        for of_layer, record in zip(nodes, about.layers, strict=True):
+            d_model = width if record.d_model is None else record.d_model
+            if d_model is None:
+                raise ValueError(f"metadata d_model of layer {len(layers)} (None) must be the width of its signatures")
+            layers.append(SignatureLayer(proto.graph, of_layer, d_model))
+            _check_record(record, len(layers[-1].bias_E))
+        return proto, about, layers, about.layers
     except Exception as error:  # numpy's for constants that are none depend on their bytes
         raise ModelFileError(f"{path}: {' '.join(str(error).split())}") from error
 
@@ -148,15 +177,35 @@ def _check_record(record: LayerRecord, num_tiles: int) -> None:
         raise ValueError(f"claims in the metadata of a layer ({len(record.claims)}) must be as many as tiles ({num_tiles})")
 
 
-def signature_layers(proto: ModelProto, d_model: int) -> list[SignatureLayer]:
-    """In the order of computation."""
-    nodes = [node for node in proto.graph.node if node.domain == DOMAIN and node.op_type in _PLACES]
-    return [SignatureLayer(proto.graph, node, d_model) for node in nodes]
+def signature_nodes(graph: GraphProto) -> list[tuple[NodeProto, ...]]:
+    """The node of each layer that signatures route, in the order of computation. That of a sparse lookup whose scores are an
+    output is followed by the SignatureRoute that computes them, from the same constants.
+    """
+    nodes = [node for node in graph.node if node.domain == DOMAIN and node.op_type in _PLACES]
+    source_of_norm = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "LayerNormalization"}
+    lookups = {
+        _routes_by(node, node.input[place]): node for node in nodes if node.op_type == SPARSE_LOOKUP.name for place in (0, 1)
+    }
+    companions: dict[str, NodeProto] = {}
+    for node in nodes:
+        if node.op_type == SIGNATURE_ROUTE.name and node.input[2] == node.input[3]:  # no mass of its own
+            x = node.input[0]
+            found = [
+                lookups[key] for key in (_routes_by(node, x), _routes_by(node, source_of_norm.get(x, x))) if key in lookups
+            ]
+            companions |= {lookup.output[0]: node for lookup in found}
+    own = [node for node in nodes if not any(node is companion for companion in companions.values())]
+    return [(node, *([companions[node.output[0]]] if node.output[0] in companions else [])) for node in own]
 
 
-def show_scores(graph: GraphProto) -> list[str]:
-    """Let every SignatureRoute hand over its scores, also where the file leaves them out: their names, in order."""
-    nodes = [node for node in graph.node if (node.domain, node.op_type) == (DOMAIN, SIGNATURE_ROUTE.name)]
+def _routes_by(node: NodeProto, x: str) -> tuple[str, str, str]:
+    """What a layer is told by: what it reads, signatures and bias."""
+    places = _PLACES[node.op_type]
+    return x, node.input[places["signatures"]], node.input[places["bias"]]
+
+
+def show_scores(nodes: Sequence[NodeProto]) -> list[str]:
+    """Let SignatureRoute nodes hand over their scores, also where the file leaves them out: their names, in order."""
     for node in nodes:
         node.output.extend([""] * (_SCORE + 1 - len(node.output)))
         node.output[_SCORE] = node.output[_SCORE] or f"{node.output[0]}.score"
@@ -172,22 +221,11 @@ def with_open_lookups(proto: ModelProto) -> ModelProto:
     return onnx.inliner.inline_selected_functions(opened, [(DOMAIN, SPARSE_LOOKUP.name)])
 
 
-def _d_model(metadata: dict[str, Any]) -> int:
-    config = metadata.get("config")
-    d_model = config.get("d_model") if isinstance(config, dict) else None
+def _d_model(about: FileRecord) -> int:
+    d_model = None if about.config is None else about.config.get("d_model")
     if type(d_model) is not int or not 1 <= d_model <= MAX_AXIS:
         raise ValueError(f"metadata config.d_model ({d_model!r:.40}) must be an integer >= 1 and <= {MAX_AXIS}")
     return d_model
-
-
-def _names_read(graph: GraphProto) -> Iterator[str]:
-    """Every value that a node or an output of the graph reads, as often as it is read."""
-    yield from (value.name for value in graph.output)
-    for node in graph.node:
-        yield from node.input
-        for attribute in node.attribute:
-            for inner in (attribute.g, *attribute.graphs):
-                yield from _names_read(inner)
 
 
 def operator_counts(proto: ModelProto) -> Counter[str]:

@@ -6,8 +6,8 @@ before it gets its name. Legend: D model width, E tiles, K tiles per token, T to
 """
 
 import copy
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,18 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import ModelProto, ValueInfoProto
 
-from ort_ops.file_format import BY_ONNXRUNTIME, LayerRecord, ModelFileError, encode_array, to_properties
+from ort_ops.external_data import data_path
+from ort_ops.external_weights import digests, is_external, move_out, session_of, set_location
+from ort_ops.file_format import MODULE, FileRecord, LayerRecord, ModelFileError
 from ort_ops.library import LibraryNotFoundError, session_options
 from ort_ops.operators.signature_route import SIGNATURE_ROUTE
 from ort_ops.parity import SCORE_ROUNDING, selection_gap
+from ort_ops.reference import LogitsReference, ModuleReference
 from ort_ops.runtime import open_model
 from ort_ops.schema import DOMAIN
-from ort_ops.signature_layers import SignatureLayer, read_model, show_scores, with_open_lookups
+from ort_ops.signature_layers import SignatureLayer, read_model, show_scores, signature_nodes, with_open_lookups
 from ort_ops.state import empty_state
-from ort_ops.whole_file import whole_file
+from ort_ops.whole_file import whole_file, whole_files
 
 
 class VerificationError(RuntimeError):
@@ -64,42 +67,50 @@ class SurgeryReport:
 
 
 def operate_on_file(source: Path, output: Path, edit: Edit) -> SurgeryReport:
-    """Write the edited file, whole or not at all.
+    """Write the edited file, whole or not at all; where the source has external data, with a data file of its own.
 
     Verified on it: it loads; signature, history and flags read back; all other nodes, constants and functions are byte-equal;
     on the reference example the routing is what numpy computes from the constants, the other tiles' scores at the layer are as
     they were, no token changes its tiles but to or from the edited tile, and the output is finite.
 
+    Scores that are an output of the file show -inf for the slots that were free at the export.
+
     Raises:
         ModelFileError: source is no exported file. ValueError: the edit does not fit it. VerificationError: see there.
     """
-    proto, metadata, layers, records = read_model(source)
-    if not layers:
-        raise ValueError(f"{source}: number of layers routed by signatures in the file (0) must be >= 1")
-    if not 0 <= edit.layer < len(layers):
-        raise ValueError(f"{source}: layer ({edit.layer}) must be >= 0 and < number of routed layers ({len(layers)})")
-    old, layer, record = copy.deepcopy(proto), layers[edit.layer], records[edit.layer]
+    proto, about, layers, records = read_model(source)
+    layer = routed_layer(source, layers, edit.layer)
+    old, record = copy.deepcopy(proto), records[edit.layer]
     before_D, was_frozen = _signature(source, layer, edit), edit.tile_idx in record.frozen
     try:
         _apply(layer, record, edit)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
-    example = np.asarray(_reference(source, metadata)["input"])
-    was, now = _Run(old, example), _Run(proto, example)
+    example = _example(source, about)
+    was, now = _Run(old, source.parent, example), _Run(proto, source.parent, example)
     num_rerouted = _check_routing(was, now, layers, edit)
-    metadata |= {"layers": [asdict(of_layer) for of_layer in records], "reference": now.as_reference(layers)}
-    onnx.helper.set_model_props(proto, to_properties(metadata))
-    _write_verified(proto, old, output, layer, record, edit)
+    about.reference = now.as_reference(layers)
+    onnx.helper.set_model_props(proto, about.to_properties())
+    _write(proto, output, old=old, folder=source.parent, layer=layer, record=record, edit=edit)
     return SurgeryReport(
         before_D=before_D,
         after_D=layer.signature_ED[edit.tile_idx],
         was_frozen=was_frozen,
         is_frozen=edit.tile_idx in record.frozen,
         changed=layer.changed,
-        num_equal=len(set(_constants(old)) - set(layer.changed)),
+        num_equal=len({tensor.name for tensor in old.graph.initializer} - set(layer.changed)),
         num_rerouted=num_rerouted,
         num_tokens=now.tile_idx[edit.layer].shape[0],
     )
+
+
+def routed_layer(source: Path, layers: Sequence[SignatureLayer], index: int) -> SignatureLayer:
+    """The layer of a file; raises ValueError where it has none of that number."""
+    if not layers:
+        raise ValueError(f"{source}: number of layers routed by signatures in the file (0) must be >= 1")
+    if not 0 <= index < len(layers):
+        raise ValueError(f"{source}: layer ({index}) must be >= 0 and < number of routed layers ({len(layers)})")
+    return layers[index]
 
 
 def _signature(source: Path, layer: SignatureLayer, edit: Edit) -> NDArray[np.int8]:
@@ -109,11 +120,15 @@ def _signature(source: Path, layer: SignatureLayer, edit: Edit) -> NDArray[np.in
     return layer.signature_ED[edit.tile_idx]
 
 
-def _reference(source: Path, metadata: dict[str, Any]) -> dict[str, Any]:
-    reference = metadata.get("reference")
-    if not isinstance(reference, dict) or "input" not in reference:
-        raise ModelFileError(f"{source}: metadata reference must hold an input, on which the edit is verified")
-    return reference
+def _example(source: Path, about: FileRecord) -> Mapping[str, NDArray[Any]] | NDArray[Any]:
+    """The inputs of the file's example: by name in the file of somebody's own module, else the first one."""
+    reference = about.reference or {}
+    try:
+        if about.task == MODULE:
+            return ModuleReference.from_metadata(reference).inputs
+        return np.asarray(reference["input"])
+    except Exception as error:  # a damaged example fails in many ways
+        raise ModelFileError(f"{source}: metadata reference must hold an input, on which the edit is verified") from error
 
 
 def _apply(layer: SignatureLayer, record: LayerRecord, edit: Edit) -> None:
@@ -177,14 +192,15 @@ class _Run:
     [T, E].
     """
 
-    def __init__(self, proto: ModelProto, example: NDArray[Any]) -> None:
+    def __init__(self, proto: ModelProto, folder: Path, example: Mapping[str, NDArray[Any]] | NDArray[Any]) -> None:
+        companions = {node.output[0] for _, *others in signature_nodes(proto.graph) for node in others}
         probed = with_open_lookups(proto)
-        scores = show_scores(probed.graph)
         nodes = [node for node in probed.graph.node if (node.domain, node.op_type) == (DOMAIN, SIGNATURE_ROUTE.name)]
-        names = [(node.input[0], node.output[0], score) for node, score in zip(nodes, scores, strict=True)]
+        nodes = [node for node in nodes if node.output[0] not in companions]
+        names = [(node.input[0], node.output[0], score) for node, score in zip(nodes, show_scores(nodes), strict=True)]
         shown = {value.name for value in probed.graph.output}
         probed.graph.output.extend(ValueInfoProto(name=name) for name in {n for of_node in names for n in of_node} - shown)
-        self.example = example
+        self.example, self._folder = example, folder
         self.output = self._run(proto)
         routing = self._run(probed)
         self.x, self.tile_idx, self.score = ([routing[of_node[i]] for of_node in names] for i in range(3))
@@ -196,26 +212,34 @@ class _Run:
             options = ort.SessionOptions()
         options.log_severity_level = 3
         try:
-            session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-            source = session.get_inputs()[0]
-            self.example = self.example.astype(np.int64 if source.type == "tensor(int64)" else np.float32)
-            inputs = {source.name: self.example, **empty_state(session, len(self.example))}
+            session = session_of(proto, self._folder, options)
             names = [value.name for value in session.get_outputs()]
-            return dict(zip(names, session.run(names, inputs), strict=True))
+            return dict(zip(names, session.run(names, self._inputs(session)), strict=True))
         except Exception as error:  # onnxruntime's exceptions share no base class of their own
             raise VerificationError(f"onnxruntime cannot run the file: {' '.join(str(error).split())}") from error
 
+    def _inputs(self, session: ort.InferenceSession) -> dict[str, NDArray[Any]]:
+        if isinstance(self.example, Mapping):
+            return dict(self.example)
+        source = session.get_inputs()[0]
+        self.example = self.example.astype(np.int64 if source.type == "tensor(int64)" else np.float32)
+        return {source.name: self.example, **empty_state(session, len(self.example))}
+
+    def is_answer_finite(self) -> bool:
+        """No logit is infinite or NaN; of somebody's own module, no output is NaN."""
+        if isinstance(self.example, Mapping):
+            floats = [output for output in self.output.values() if np.issubdtype(output.dtype, np.floating)]
+            return not any(np.isnan(output).any() for output in floats)
+        return bool(np.isfinite(self.output["logits"]).all())
+
     def as_reference(self, layers: Sequence[SignatureLayer]) -> dict[str, Any]:
+        if isinstance(self.example, Mapping):
+            return ModuleReference(self.example, self.output, by_torch=False).to_metadata()
         keys = [score_TE + layer.bias_E for score_TE, layer in zip(self.score, layers, strict=True)]
         gaps = [selection_gap(key_TE, layer.top_k) for key_TE, layer in zip(keys, layers, strict=True)]
         tile_idx = self.output["tile_idx"]
-        return {
-            "by": BY_ONNXRUNTIME,
-            "input": self.example.tolist(),
-            "logits": encode_array(self.output["logits"]),
-            "tile_idx": tile_idx.tolist(),
-            "gap": encode_array(np.stack(gaps, axis=-1).reshape(tile_idx.shape[:-1])),
-        }
+        gap = np.stack(gaps, axis=-1).reshape(tile_idx.shape[:-1])
+        return LogitsReference(self.example, self.output["logits"], tile_idx, gap, by_torch=False).to_metadata()
 
 
 def _check_routing(was: _Run, now: _Run, layers: Sequence[SignatureLayer], edit: Edit) -> int:
@@ -240,21 +264,31 @@ def _check_routing(was: _Run, now: _Run, layers: Sequence[SignatureLayer], edit:
     if edit.action == "remove":
         _require(not (new_TK == edit.tile_idx).any(), "no token may go to the removed tile")
     if edit.action in ("freeze", "unfreeze"):
-        _require(np.array_equal(was.output["logits"], now.output["logits"]), "the answer must be as it was")
-    _require(bool(np.isfinite(now.output["logits"]).all()), "the answer must be finite")
+        is_same = all(np.array_equal(was.output[name], now.output[name]) for name in was.output)
+        _require(is_same, "the answer must be as it was")
+    _require(now.is_answer_finite(), "the answer must be finite")
     return int(is_other_T.sum())
 
 
-def _write_verified(
-    proto: ModelProto, old: ModelProto, output: Path, layer: SignatureLayer, record: LayerRecord, edit: Edit
+def _write(
+    proto: ModelProto,
+    output: Path,
+    *,
+    old: ModelProto,
+    folder: Path,
+    layer: SignatureLayer,
+    record: LayerRecord,
+    edit: Edit,
 ) -> None:
-    with whole_file(output) as partial:
+    """The edited file, verified; where the weights of the old one, in the folder, are external data, with data of its own."""
+
+    def verify(partial: Path) -> None:
         partial.write_bytes(proto.SerializeToString())
         written, _, layers, records = read_model(partial)
         found = layers[edit.layer]
         has_edit = np.array_equal(found.signature_ED, layer.signature_ED) and np.array_equal(found.bias_E, layer.bias_E)
         _require(has_edit and records[edit.layer] == record, "the edit must stand in the new file")
-        old_constants, new_constants = _constants(old), _constants(written)
+        old_constants, new_constants = digests(old, folder), digests(written, partial.parent)
         kept = old_constants.keys() - layer.changed
         _require(
             all(new_constants.get(name) == old_constants[name] for name in kept), "the other constants must be as they were"
@@ -262,15 +296,23 @@ def _write_verified(
         _require(_without_edit(written, layer.places) == _without_edit(old, layer.places), "the rest must be as it was")
         _check_answer(partial)
 
+    if not any(map(is_external, proto.graph.initializer)):
+        with whole_file(output) as partial:
+            verify(partial)
+        return
+    data = data_path(output)
+    if data.exists():
+        raise ValueError(f"external data {data} must not exist yet: another model may need it")
+    with whole_files(data, output) as (partial_data, partial):
+        move_out(proto, partial_data, folder)
+        verify(partial)
+        set_location(proto, data.name)
+        partial.write_bytes(proto.SerializeToString())
+
 
 def _check_answer(path: Path) -> None:
     parity = open_model(path).check_parity()
-    is_same = parity.max_relative_difference <= SCORE_ROUNDING and parity.num_unexplained == 0
-    _require(is_same, f"the new file must answer as it did before it was written: {parity}")
-
-
-def _constants(proto: ModelProto) -> dict[str, bytes]:
-    return {tensor.name: tensor.SerializeToString(deterministic=True) for tensor in proto.graph.initializer}
+    _require(parity.agrees(SCORE_ROUNDING), f"the new file must answer as it did before it was written: {parity}")
 
 
 def _without_edit(proto: ModelProto, places: set[tuple[str, int]]) -> bytes:

@@ -1,10 +1,11 @@
 """What torch answers on held-out input, what onnxruntime answers with the exported file, and whether they agree.
 
-Legend: B sequences, T tokens, V vocabulary, C classes, L routed layers, K tiles per token.
+Here for language models and classifiers, in :mod:`ort_ops.own_module` for all others. Legend: B sequences, T tokens,
+V vocabulary, C classes, L routed layers, K tiles per token.
 """
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import onnxruntime as ort
@@ -12,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ort_ops.file_format import encode_array
 from ort_ops.library import LibraryNotFoundError, session_options
-from ort_ops.parity import Parity, compare, selection_gap
+from ort_ops.parity import Drift, OutputDrift, OutputParity, Parity, compare, drift, selection_gap
+from ort_ops.reference import LogitsReference
 from ort_ops.state import StatefulReader, empty_state
 from trix.nn import Classifier, LanguageModel, routed_layers
 
@@ -26,6 +27,22 @@ class ExportError(ValueError):
     """The model can't be exported, or what was exported does not compute the same; no file was written."""
 
 
+class Expectation(Protocol):
+    """What torch answers, against which a file is held."""
+
+    def parity(self, session: ort.InferenceSession) -> Parity | OutputParity:
+        """Raises ExportError where the file's answers differ."""
+
+    def stepwise_parity(self, session: ort.InferenceSession) -> Parity | None:
+        """The same token by token; None where the file does not read so."""
+
+    def drift(self, session: ort.InferenceSession) -> Drift | OutputDrift:
+        """How far the file's answers are from torch's, where they need not be the same."""
+
+    def reference(self, session: ort.InferenceSession | None = None) -> dict[str, Any]:
+        """What travels in the file: an example with torch's answer, or with that of the file in a session."""
+
+
 class Answer(NamedTuple):
     """logits [B, T, V] or [B, C]; tile_idx [B, T, L, K] where layers are routed."""
 
@@ -33,24 +50,38 @@ class Answer(NamedTuple):
     tile_idx: NDArray[np.int64] | None
 
 
-class Expected(NamedTuple):
-    """Torch's answer, and by which gap each token's tiles were chosen: [B, T, L]."""
+class HeldOutAnswers:
+    """Of a language model or classifier on held-out input [B, T] or [B, T, F]; gap [B, T, L]: by which tiles were chosen."""
 
-    answer: Answer
-    gap: NDArray[np.float32] | None
+    def __init__(self, model: LanguageModel | Classifier, held_out: Tensor) -> None:
+        self._held_out, self._is_language_model = held_out, isinstance(model, LanguageModel)
+        layers = routed_layers(model)
+        logits, tile_idx, gap = [], [], []
+        with torch.no_grad():
+            for part in torch.split(held_out, CHECK_BATCH):
+                part_logits, infos, _ = model(part, return_routing=True)
+                logits.append(part_logits.numpy())
+                if infos:
+                    tile_idx.append(torch.stack([info["tile_idx"] for info in infos], dim=2).numpy())
+                    scores = [info["scores"] + layer.router.balance_bias for info, layer in zip(infos, layers, strict=True)]
+                    gap.append(np.stack([selection_gap(s.numpy(), tile_idx[-1].shape[-1]) for s in scores], axis=2))
+        self.answer = Answer(np.concatenate(logits), np.concatenate(tile_idx) if tile_idx else None)
+        self.gap: NDArray[np.float32] | None = np.concatenate(gap) if gap else None
 
-    def parity(self, actual: Answer) -> Parity:
-        """Of the first of its sequences, as many as there are in actual.
+    def parity(self, session: ort.InferenceSession) -> Parity:
+        return self._parity(run_whole(session, self._held_out))
 
-        Raises:
-            ExportError: they differ.
-        """
+    def stepwise_parity(self, session: ort.InferenceSession) -> Parity | None:
+        return self._parity(run_stepwise(session, self._held_out[:CHECK_BATCH])) if self._is_language_model else None
+
+    def _parity(self, actual: Answer) -> Parity:
+        """Of the first of the sequences, as many as there are in actual."""
         (logits, tile_idx), gap, num = self.answer, self.gap, len(actual.logits)
         if tile_idx is None or gap is None:
             parity = compare(actual.logits, logits[:num])
         else:
             parity = compare(actual.logits, logits[:num], actual.tile_idx, tile_idx[:num], gap[:num])
-        if not parity.max_relative_difference < MAX_RELATIVE_DIFFERENCE or parity.num_unexplained:
+        if not parity.agrees(MAX_RELATIVE_DIFFERENCE):
             raise ExportError(
                 f"max relative difference to torch ({parity.max_relative_difference:.1e}) must be < "
                 f"{MAX_RELATIVE_DIFFERENCE:.0e} and tokens routed differently without a near tie ({parity.num_unexplained}) "
@@ -58,28 +89,16 @@ class Expected(NamedTuple):
             )
         return parity
 
-    def as_reference(self, held_out: Tensor, answer: Answer) -> dict[str, Any]:
-        """The first held-out example with an answer to it, so that parity can be checked wherever the file goes."""
-        reference: dict[str, Any] = {"input": held_out[:1].tolist(), "logits": encode_array(answer.logits[:1])}
-        if answer.tile_idx is not None and self.gap is not None:
-            reference |= {"tile_idx": answer.tile_idx[:1].tolist(), "gap": encode_array(self.gap[:1])}
-        return reference
+    def drift(self, session: ort.InferenceSession) -> Drift:
+        return drift(*run_whole(session, self._held_out), *self.answer)
 
-
-def run_torch(model: LanguageModel | Classifier, held_out: Tensor) -> Expected:
-    layers = routed_layers(model)
-    logits, tile_idx, gap = [], [], []
-    with torch.no_grad():
-        for part in torch.split(held_out, CHECK_BATCH):
-            part_logits, infos, _ = model(part, return_routing=True)
-            logits.append(part_logits.numpy())
-            if infos:
-                tile_idx.append(torch.stack([info["tile_idx"] for info in infos], dim=2).numpy())
-                scores = [info["scores"] + layer.router.balance_bias for info, layer in zip(infos, layers, strict=True)]
-                gap.append(np.stack([selection_gap(s.numpy(), tile_idx[-1].shape[-1]) for s in scores], axis=2))
-    if not tile_idx:
-        return Expected(Answer(np.concatenate(logits), None), None)
-    return Expected(Answer(np.concatenate(logits), np.concatenate(tile_idx)), np.concatenate(gap))
+    def reference(self, session: ort.InferenceSession | None = None) -> dict[str, Any]:
+        first = self._held_out[:1]
+        logits, tile_idx = self.answer if session is None else run_whole(session, first)
+        if tile_idx is None or self.gap is None:
+            return LogitsReference(first.numpy(), logits[:1], by_torch=session is None).to_metadata()
+        routing = tile_idx[:1], self.gap[:1]
+        return LogitsReference(first.numpy(), logits[:1], *routing, by_torch=session is None).to_metadata()
 
 
 def open_session(path: Path) -> tuple[ort.InferenceSession, bool]:

@@ -10,7 +10,7 @@ import re
 import secrets
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -32,28 +32,76 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises:
         OSError: the file cannot be written; it names `path`. Errors of the block about other files pass through.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.partial")
+    with whole_files(path) as (partial,):
+        yield partial
+
+
+@contextmanager
+def whole_files(*paths: Path) -> Iterator[list[Path]]:
+    """The same for files of one folder that belong together: the last is the one that names the others, and comes last.
+
+    Where one of the others is there already, the old files are set aside first, so that none ever names the parts of another
+    one. They come back if a name cannot be taken; a writer that is killed in this instant leaves none of them.
+    """
+    last = paths[-1]
+    partials = [_partial(path) for path in paths]
+    descriptors: list[int | None] = []
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove_abandoned(path.parent)
-        descriptor = _create(partial)
+        last.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(last.parent)
         try:
-            yield partial
-            _sync(partial)
-            partial.replace(path)
+            for partial in partials:
+                descriptors.append(_create(partial))
+            yield partials
+            for partial in partials:
+                _sync(partial)
+            _take_names(partials, paths)
         finally:
-            with suppress(OSError):
-                partial.unlink()
-            if descriptor is not None:
-                os.close(descriptor)
+            for partial, descriptor in zip(partials, descriptors, strict=False):  # those that were created
+                with suppress(OSError):
+                    partial.unlink()
+                if descriptor is not None:
+                    os.close(descriptor)
     except OSError as error:
         named = [Path(os.fsdecode(name)) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
-        is_about_target = not named or any(name in (partial, *path.parents) for name in named)  # a full disk names nothing
+        own = (*partials, *last.parents)
+        is_about_target = not named or any(name in own for name in named)  # a full disk names nothing
         if error.errno is None or not is_about_target:
             raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        raise OSError(error.errno, error.strerror, str(last)) from error
     with suppress(OSError):  # the file is there; that its name outlasts a power failure not every file system can promise
-        _sync(path.parent)
+        _sync(last.parent)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.partial")
+
+
+def _take_names(partials: Sequence[Path], paths: Sequence[Path]) -> None:
+    set_aside: list[tuple[Path, Path]] = []
+    taken: list[Path] = []
+    try:
+        if any(path.exists() for path in paths[:-1]):
+            for path in filter(Path.exists, reversed(paths)):
+                set_aside.append((_partial(path), path))
+                path.replace(set_aside[-1][0])
+        for partial, path in zip(partials, paths, strict=True):
+            if path is paths[-1] and taken:
+                with suppress(OSError):
+                    _sync(path.parent)
+            partial.replace(path)
+            taken.append(path)
+    except BaseException:
+        for path in reversed(taken):
+            with suppress(OSError):
+                path.unlink()
+        for old, path in reversed(set_aside):
+            with suppress(OSError):
+                old.replace(path)
+        raise
+    for old, _ in set_aside:
+        with suppress(OSError):
+            old.unlink()
 
 
 def write_whole(content: bytes, path: Path) -> None:

@@ -21,7 +21,7 @@ from lightning_modules.commands.output_file import check_output_file, output_fol
 from lightning_modules.commands.output_text import print_rich
 from lightning_modules.errors import UserError
 from lightning_modules.machine import cpu_name, instruction_sets, num_usable_cores
-from ort_ops.file_format import ModelFileError, describe_size
+from ort_ops.file_format import CLASSIFIER, LANGUAGE_MODEL, MODULE, ModelFileError, describe_size
 from ort_ops.library import LibraryNotFoundError
 from ort_ops.runtime import ExportedModel
 from ort_ops.state import StatefulReader
@@ -161,6 +161,10 @@ def cases_of(model: ExportedModel, lengths: Sequence[int]) -> list[Case]:
     also the second half of its context, or MAX_GENERATED tokens of it, token by token; after MAX_BEFORE tokens where half of
     the context is more.
     """
+    if model.record.task == MODULE:
+        raise ModelFileError(
+            f"{model.path}: task ({MODULE}) must be {LANGUAGE_MODEL} or {CLASSIFIER}: its inputs are no tokens"
+        )
     reference = model.metadata.get("reference")
     if not isinstance(reference, dict) or not isinstance(reference.get("input"), list):
         raise ModelFileError(f"{model.path}: metadata reference must hold an input")

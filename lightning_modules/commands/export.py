@@ -31,7 +31,15 @@ def run_export(arguments: list[str]) -> int:
     trusted = trusted_modules(options.trust)
     try:
         with working_folder_searched(trusted), output_folder(output.parent):
-            report = export_checkpoint(ckpt, output, not options.no_fallback, options.held_out_tokens, activations, trusted)
+            report = export_checkpoint(
+                ckpt,
+                output,
+                not options.no_fallback,
+                options.held_out_tokens,
+                activations,
+                trusted,
+                external_data=options.external_data,
+            )
     except OSError as error:  # reading has errors of its own
         raise UserError(f"output {output} cannot be written: {error.strerror or error}") from error
     except ValueError as error:
@@ -48,6 +56,8 @@ def export_checkpoint(
     held_out_tokens: int,
     activations: "Activations",
     trusted: Collection[str] = (),
+    *,
+    external_data: bool = False,
 ) -> "ExportReport":
     """Rebuild the task and the data of a checkpoint, and export its network as the task says.
 
@@ -57,6 +67,7 @@ def export_checkpoint(
         held_out_tokens: at most so many tokens of the validation data are used to compare with torch.
         activations: what the file's ternary products read.
         trusted: the modules, besides this project's, whose task and data the checkpoint may name.
+        external_data: write the weights to a file next to it.
 
     Raises:
         CheckpointError, DataError, and what ``ort_ops.export`` raises.
@@ -65,7 +76,7 @@ def export_checkpoint(
 
     task, checkpoint = load_checkpoint(ckpt, trusted)
     exporter = task.exportable(run_data(task, checkpoint, ckpt, trusted), held_out_tokens)
-    return exporter(output, fallback=fallback, activations=activations)
+    return exporter(output, fallback=fallback, activations=activations, external_data=external_data)
 
 
 def make_parser() -> CommandParser:
@@ -83,6 +94,11 @@ def make_parser() -> CommandParser:
         "--no-fallback",
         action="store_true",
         help="leave out the operators' portable definition: the file then needs the native operators",
+    )
+    parser.add_argument(
+        "--external-data",
+        action="store_true",
+        help="write the weights to a second file, OUTPUT.data, as is done anyway where they exceed the 2 GB of one ONNX file",
     )
     parser.add_argument(
         "--held-out-tokens",

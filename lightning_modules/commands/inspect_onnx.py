@@ -3,6 +3,7 @@
 import html
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,37 +29,40 @@ def make_onnx_page(model: Path) -> str:
         UserError: it is no exported model.
     """
     try:
-        proto, metadata, layers, records = read_model(model)
+        proto, about, layers, records = read_model(model)
         session = open_model(model)
         parity = session.check_parity()
     except ValueError as error:
         raise UserError(str(error)) from error
+    outside = session.external_data.file_bytes
     kernels = "native operators" if session.uses_library else "portable operators"
-    activations, drift = (_figures(metadata.get(key)) for key in ("activations", "drift"))
+    activations, drift = _figures(asdict(about.activations)), _figures(about.drift)
     facts = {
         "file": str(model),
-        "task": str(metadata.get("task")).replace("_", " "),
+        "task": f"{about.task}".replace("_", " ") + ("" if about.module is None else f" ({about.module})"),
         "size": describe_size(session.file_bytes, session.float32_bytes),
+        "external data": ", ".join(f"{name} {num_bytes / 1e6:.2f} MB" for name, num_bytes in outside.items()) or "none",
+        "inputs": ", ".join(f"{value.name} {value.type} {value.shape}" for value in session.session.get_inputs()),
+        "outputs": ", ".join(f"{value.name} {value.type} {value.shape}" for value in session.session.get_outputs()),
         "runs here": f"{parity} ({kernels})",
-        "at export": _figures(metadata.get("export_parity")),
+        "at export": _figures(about.export_parity),
         "activations": activations + (f"; against torch: {drift}" if drift else ""),
         "operators": ", ".join(f"{name} {count}" for name, count in operator_counts(proto).most_common()),
         "portable functions": ", ".join(function.name for function in proto.functions) or "none: needs the native operators",
-        "configuration": json.dumps(metadata.get("config")),
+        "configuration": json.dumps(about.config),
     }
     entries = [(index, entry) for index, record in enumerate(records) for entry in record.history]
-    reference = metadata["reference"]
-    usages = _usages(reference.get("tile_idx"), layers)
+    usages = _usages((about.reference or {}).get("tile_idx"), layers)
     sections = [_layer_section(index, *parts) for index, parts in enumerate(zip(layers, records, usages, strict=True))]
     none = "" if layers else "<p>No layer of this file is routed by signatures.</p>"
     body = f"<p>{html.escape(INTRODUCTION)}</p>{definitions(facts.items())}{surgery_table(entries)}{none}{''.join(sections)}"
     return page(f"TriX model: {model.name}", body)
 
 
-def _usages(tile_idx: Any, layers: Sequence[SignatureLayer]) -> list[NDArray[np.float64]]:
-    """Share of the reference example's assignments by tile, [E] for each layer."""
-    if not layers:
-        return []
+def _usages(tile_idx: Any, layers: Sequence[SignatureLayer]) -> list[NDArray[np.float64] | None]:
+    """Share of the reference example's assignments by tile, [E] for each layer; None where the example has no tile_idx."""
+    if not layers or tile_idx is None:
+        return [None] * len(layers)
     idx = np.asarray(tile_idx, dtype=np.int64).reshape(-1, len(layers), layers[0].top_k)
     return [_usage(idx[:, place].ravel(), len(layer.signature_ED)) for place, layer in enumerate(layers)]
 
@@ -70,7 +74,7 @@ def _usage(tile_idx: NDArray[np.int64], num_tiles: int) -> NDArray[np.float64]:
     return np.bincount(tile_idx, minlength=num_tiles) / max(len(tile_idx), 1)
 
 
-def _layer_section(index: int, layer: SignatureLayer, record: LayerRecord, usage_E: NDArray[np.float64]) -> str:
+def _layer_section(index: int, layer: SignatureLayer, record: LayerRecord, usage_E: NDArray[np.float64] | None) -> str:
     num_tiles, width = layer.signature_ED.shape
     per_token = "1 tile" if layer.top_k == 1 else f"up to {layer.top_k} tiles"
     title = heading(
@@ -88,7 +92,8 @@ def _layer_section(index: int, layer: SignatureLayer, record: LayerRecord, usage
         counts = (f"{int((signature_D == value).sum())}" for value in (1, -1, 0))
         claims = () if record.claims is None else (_claims(record.claims[tile]),)
         bias = f"{layer.bias_E[tile]:+.3f}"
-        rows.append((f"{tile} {badges}", strip(signature_D), *counts, f"{usage_E[tile]:.1%}", bias, *claims))
+        usage = "-" if usage_E is None else f"{usage_E[tile]:.1%}"
+        rows.append((f"{tile} {badges}", strip(signature_D), *counts, usage, bias, *claims))
     columns = ("tile", "signature", "plus", "minus", "zero", "usage", "bias", *(() if record.claims is None else ("claims",)))
     return title + f'<div class="signatures">{table(columns, rows)}</div>'
 

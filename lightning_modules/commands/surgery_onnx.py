@@ -10,13 +10,13 @@ from lightning_modules.commands.output_file import output_folder
 from lightning_modules.errors import UserError
 from lightning_modules.signature_values import read_signature
 from ort_ops.signature_layers import read_model
-from ort_ops.surgery import Edit, VerificationError, operate_on_file
+from ort_ops.surgery import Edit, VerificationError, operate_on_file, routed_layer
 
 
 def run_onnx_surgery(options: Namespace, model: Path, output: Path) -> int:
     """Write the edited file, and print what has changed."""
     try:
-        signature_D = None if options.signature is None else _signature(options.signature, model)
+        signature_D = None if options.signature is None else _signature(options.signature, model, options.layer)
         edit = Edit(options.action, options.layer, options.tile, options.tag, signature_D, freeze=not options.no_freeze)
         with output_folder(output.parent):
             report = operate_on_file(model, output, edit)
@@ -38,9 +38,9 @@ def run_onnx_surgery(options: Namespace, model: Path, output: Path) -> int:
     return 0
 
 
-def _signature(text: str, model: Path) -> NDArray[np.float64]:
-    _, metadata, _, _ = read_model(model)
-    return np.array(read_signature(text, metadata["config"]["d_model"]))
+def _signature(text: str, model: Path, layer: int) -> NDArray[np.float64]:
+    _, _, layers, _ = read_model(model)
+    return np.array(read_signature(text, routed_layer(model, layers, layer).signature_ED.shape[1]))
 
 
 def _described(signature_D: NDArray[np.int8], is_frozen: bool) -> str:

@@ -57,7 +57,7 @@ class Page:
 class Exporter(Protocol):
     """Writes one ONNX file and compares it with torch."""
 
-    def __call__(self, output: Path, *, fallback: bool, activations: "Activations") -> "ExportReport": ...
+    def __call__(self, output: Path, *, fallback: bool, activations: "Activations", external_data: bool) -> "ExportReport": ...
 
 
 class ExamplesByNumber(nn.Module):
@@ -96,7 +96,7 @@ def default_page(network: nn.Module, data: RunData, num_tokens: int, class_names
 
 def default_exporter(network: nn.Module, data: RunData, num_tokens: int) -> Exporter:
     """The network's forward, with a first axis of any size."""
-    from ort_ops.export import export  # type: ignore[attr-defined]
+    from ort_ops.export import export
 
     inputs, _ = data.held_out(num_tokens)
     axes = ({0: torch.export.Dim("batch")},)

@@ -12,12 +12,11 @@ Importing this package loads onnx and numpy, no torch.
 """
 
 from importlib import import_module
-from typing import Any
 
 import onnx
 from onnx import FunctionProto, helper
 
-from ort_ops.operators.operator import Operator, Translation
+from ort_ops.operators.operator import Operator
 from ort_ops.schema import DOMAIN, OPSET_VERSION, OpSchema, TensorSchema
 
 # The one list on the Python side: the files of this folder that hold an operator, in the order of native/ops/ops.inc. A test
@@ -35,12 +34,6 @@ SCHEMAS: tuple[OpSchema, ...] = tuple(operator.schema for operator in OPERATORS.
 def fallback_functions() -> tuple[FunctionProto, ...]:
     """One model-local function per operator, to be appended to `model.functions`."""
     return tuple(operator.function() for operator in OPERATORS.values())
-
-
-def translations() -> dict[Any, Translation]:
-    """What torch's exporter writes for torch's custom operators: its `custom_translation_table`. Loads torch and onnxscript."""
-    import_module("trix.functional")  # defines the custom operators of torch
-    return {overload: translate for operator in OPERATORS.values() for overload, translate in operator.translations().items()}
 
 
 def register_schemas() -> None:

@@ -19,7 +19,8 @@ class Operator:
     Attributes:
         schema: names, inputs, outputs, attributes. function: makes its definition in standard ONNX operators. check: largest
             error of a small run, relative to numpy's result in float64, for :mod:`ort_ops.self_test`. translations: what the
-            exporter writes for operators of torch, made when a model is exported, as only then torch and onnxscript are loaded.
+            exporter writes for operators of torch, whose inputs come in the order of the schema's; made when a model is
+            exported, as only then torch and onnxscript are loaded.
 
     Its native half is `native/ops/<file>_op.cpp`; `tests/support/operator_cases/<file>.py` has random valid inputs to fuzz it.
     """

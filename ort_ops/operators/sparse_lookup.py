@@ -245,12 +245,21 @@ def _translations() -> dict[Any, Translation]:
 
     opset, standard = Opset(DOMAIN, OPSET_VERSION), Opset("", ONNX_OPSET)
 
+    def gelu(x: Any) -> Any:
+        half, one = standard.Constant(value_float=0.5), standard.Constant(value_float=1.0)
+        erf = standard.Erf(standard.Mul(x, standard.Constant(value_float=math.sqrt(0.5))))
+        return standard.Mul(half, standard.Mul(x, standard.Add(erf, one)))
+
     def translate(*inputs: Any) -> Any:
         *tensors, top_k, grid_size, has_hinges, route_on_norm, epsilon = inputs
         flags = {"has_hinges": int(has_hinges), "route_on_norm": int(route_on_norm)}
         y, tile_idx = opset.SparseLookup(*tensors, top_k=top_k, grid_size=grid_size, **flags, epsilon=epsilon)
-        # Score and point are reported in torch alone: no output of a file may depend on them.
-        return y, tile_idx, standard.Constant(value_float=math.nan), standard.Constant(value_float=math.nan)
+        # The operator keeps score and point to itself. Where nothing reads them, as in most models, these nodes fall away.
+        x, routing_x, norm_weight, norm_bias, panels, bias, _, compress, compress_bias, point_weight, point_bias, *_ = tensors
+        h, *_ = standard.LayerNormalization(x, norm_weight, norm_bias, epsilon=epsilon)
+        _, _, score = opset.SignatureRoute(h if route_on_norm else routing_x, panels, bias, bias, top_k=top_k, gate=0)
+        hidden = gelu(standard.Gemm(h, compress, compress_bias))
+        return y, tile_idx, score, standard.Tanh(standard.Gemm(hidden, point_weight, point_bias, transB=1))
 
     return {torch.ops.trix.sparse_lookup.default: translate}
 

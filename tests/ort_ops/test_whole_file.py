@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ort_ops import whole_file as module
-from ort_ops.whole_file import remove_abandoned, whole_file, write_whole
+from ort_ops.whole_file import remove_abandoned, whole_file, whole_files, write_whole
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
 # Half-way through a file it says so, waits for a line, and ends it; or dies, where the line is missing.
@@ -201,3 +201,54 @@ def test_an_error_about_another_file_passes_through(tmp_path: Path) -> None:
         (tmp_path / "missing").read_bytes()
     assert caught.value.filename == str(tmp_path / "missing")
     assert names(tmp_path) == []
+
+
+def write_pair(folder: Path, content: bytes, error: BaseException | None = None) -> None:
+    with whole_files(folder / "a.data", folder / "a") as partials:
+        for partial in partials:
+            partial.write_bytes(content)
+        if error is not None:
+            raise error
+
+
+def test_files_that_belong_together_are_written_together(tmp_path: Path) -> None:
+    for content in (b"first", b"second"):
+        write_pair(tmp_path, content)
+        assert names(tmp_path) == ["a", "a.data"]
+        assert {path.read_bytes() for path in tmp_path.iterdir()} == {content}
+    with pytest.raises(KeyboardInterrupt):
+        write_pair(tmp_path, b"third", KeyboardInterrupt())
+    assert {path.read_bytes() for path in tmp_path.iterdir()} == {b"second"}
+
+
+@pytest.mark.parametrize("num_done", range(4))
+def test_a_file_never_names_the_parts_of_another(num_done: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever stops between the names: there is no pair of an old file and new parts, and the old pair comes back."""
+    write_pair(tmp_path, b"old")
+    replace, num_calls = Path.replace, 0
+
+    def replace_some(self: Path, target: Path) -> Path:
+        nonlocal num_calls
+        found = {path.read_bytes() for path in (tmp_path / "a", tmp_path / "a.data") if path.exists()}
+        assert len(found) <= 1
+        num_calls += 1
+        if num_calls == num_done + 1:
+            raise OSError(errno.EIO, "broken")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace_some)
+    with pytest.raises(OSError, match="broken"):
+        write_pair(tmp_path, b"new")
+    assert names(tmp_path) == ["a", "a.data"]
+    assert {path.read_bytes() for path in tmp_path.iterdir()} == {b"old"}
+
+
+def test_both_files_of_a_killed_writer_go(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; from pathlib import Path; from ort_ops.whole_file import whole_files\n"
+        "with whole_files(Path(sys.argv[1], 'a.data'), Path(sys.argv[1], 'a')): os._exit(1)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=ENVIRONMENT, check=False)
+    assert len(names(tmp_path)) == 2
+    write_pair(tmp_path, b"next")
+    assert names(tmp_path) == ["a", "a.data"]

@@ -1,6 +1,7 @@
 """``trix export`` and ``trix generate``, on a small trained model."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -100,6 +101,17 @@ def test_activations_of_8_bits_are_an_option(folder: Path, tmp_path: Path, capsy
     assert main(["surgery", str(tmp_path / "a.onnx"), "remove", *where]) == 0
     assert main([*command, "--group-size", "0"]) == 2
     assert "--group-size (0) belongs to --activation-bits 8, not 24" in capsys.readouterr().err
+
+
+def test_weights_go_to_a_second_file_on_demand(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ort_ops.external_weights.INLINE_BYTES", 64)
+    command = ["export", "--ckpt", str(folder / "lm.ckpt"), "--output", str(tmp_path / "a.onnx"), "--held-out-tokens", "64"]
+    assert main([*command, "--external-data"]) == 0
+    assert re.search(r"data +\d+\.\d\d MB of it in a\.onnx\.data, which belongs next to the file", capsys.readouterr().out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.onnx", "a.onnx.data"]
+    assert main(["generate", str(tmp_path / "a.onnx"), "--prompt", "The ", "--num-tokens", "3"]) == 0
 
 
 def test_classifier_is_exported_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
