@@ -13,7 +13,7 @@ from typing import Any
 import onnxruntime as ort
 import pytest
 import torch
-from own_parts import MODULES, write_parts
+from outside_parts import MODULES, write_parts
 
 from lightning_modules.cli import main
 from lightning_modules.tasks import TrixTask, load_checkpoint
