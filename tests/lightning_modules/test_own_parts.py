@@ -10,13 +10,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import onnxruntime as ort
 import pytest
 import torch
-from own_parts import MODULES, write_parts
+from outside_parts import MODULES, write_parts
 
 from lightning_modules.cli import main
 from lightning_modules.tasks import TrixTask, load_checkpoint
 from lightning_modules.trust import working_folder_searched
+from ort_ops import export
 
 KILLED_RUN = Path(__file__).parents[1] / "support" / "killed_run.py"
 OWN_MODULE = {"moons": "own_task", "vectors": "own_data", "steps": "own_steps"}
@@ -215,6 +217,21 @@ def test_own_data_is_exported_with_a_task_of_ours(folder: Path, capfd: pytest.Ca
     assert main([*reading("vectors")["export"], "--trust=own_data"]) == 0
     assert "parity" in capfd.readouterr().out
     assert Path("new/model.onnx").is_file()
+
+
+@pytest.mark.skipif(not hasattr(export, "export"), reason="ort_ops.export has no export of any module yet")
+@pytest.mark.parametrize(("name", "trust", "width"), [("moons", "own_task", 2), ("steps", "own_steps", 5)])
+def test_a_task_of_ones_own_is_exported(
+    name: str, trust: str, width: int, folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*reading(name)["export"], "--trust", trust]) == 0
+    assert "parity" in capfd.readouterr().out
+    session = ort.InferenceSession("new/model.onnx", providers=["CPUExecutionProvider"])
+    task = load_checkpoint(checkpoint(name, kind="best"), [trust])[0]
+    for num_examples in (1, 7):  # any number at a time
+        x = torch.randn(num_examples, width, generator=torch.Generator().manual_seed(0))
+        (answer,) = session.run(["output"], {"input": x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(answer), task(x).detach(), rtol=1e-5, atol=1e-6)
 
 
 HOSTILE: dict[str, tuple[str, dict[str, Any], str]] = {
