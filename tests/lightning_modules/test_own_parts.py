@@ -18,7 +18,6 @@ from outside_parts import MODULES, write_parts
 from lightning_modules.cli import main
 from lightning_modules.tasks import TrixTask, load_checkpoint
 from lightning_modules.trust import working_folder_searched
-from ort_ops import export
 
 KILLED_RUN = Path(__file__).parents[1] / "support" / "killed_run.py"
 OWN_MODULE = {"moons": "own_task", "vectors": "own_data", "steps": "own_steps"}
@@ -219,7 +218,6 @@ def test_own_data_is_exported_with_a_task_of_ours(folder: Path, capfd: pytest.Ca
     assert Path("new/model.onnx").is_file()
 
 
-@pytest.mark.skipif(not hasattr(export, "export"), reason="ort_ops.export has no export of any module yet")
 @pytest.mark.parametrize(("name", "trust", "width"), [("moons", "own_task", 2), ("steps", "own_steps", 5)])
 def test_a_task_of_ones_own_is_exported(
     name: str, trust: str, width: int, folder: Path, capfd: pytest.CaptureFixture[str]
