@@ -82,8 +82,9 @@ def export(
     check_output(file)
     inputs = read_inputs(module, example_inputs, dynamic_shapes, input_names)
     model = _float_copy(module)
+    packed = pack_model(copy.deepcopy(model))  # before the model runs: whatever it changes in itself is no part of the file
     answers = ModuleAnswers(model, inputs)
-    traced = trace(pack_model(copy.deepcopy(model)), interface(inputs))
+    traced = trace(packed, interface(inputs))
     check_dynamic(traced.program, inputs)
     graph = traced.proto.graph
     kept = outputs_of_inputs(graph)

@@ -92,10 +92,8 @@ def check_external_data(model: Path) -> ExternalData:
     for tensor in tensors:
         size = sizes[tensor.location]
         if tensor.offset + tensor.length > size:
-            rule = (
-                f"offset ({tensor.offset}) + length ({tensor.length}) of tensor {tensor.name:.80} must be <= its size ({size})"
-            )
-            raise ValueError(f"external data {tensor.location}: {rule}")
+            place = f"offset ({tensor.offset}) + length ({tensor.length}) of tensor {tensor.name!r:.80}"
+            raise ValueError(f"external data {tensor.location}: {place} must be <= its size ({size})")
         claimed[tensor.location] += tensor.length
     for location, num_bytes in claimed.items():
         if num_bytes > sizes[location]:
@@ -115,9 +113,8 @@ def _tensors_or_problem(content: mmap.mmap) -> tuple[tuple[ExternalTensor, ...],
 
 
 def _data_size(model: Path, location: str) -> int:
-    is_plain = (
-        bool(location) and location == Path(location).name and not set(location) & set("/\\:\0") and location not in (".", "..")
-    )
+    is_text = location.isprintable() and location not in ("", ".", "..")
+    is_plain = is_text and location == Path(location).name and not set(location) & set("/\\:")
     if not is_plain:
         raise ValueError(f"location of external data ({location!r:.80}) must be the name of a file in the model's folder")
     path = model.parent / location
@@ -219,17 +216,17 @@ def _external_tensor(name: str, dims: list[int], element: int, entries: Mapping[
     for size in dims:
         num_elements *= size
     if element not in _BITS or num_elements >= 2**63:
-        raise ValueError(f"tensor {name:.80} (element type {element}, shape {dims!r:.40}) must be of a type of a fixed size")
+        raise ValueError(f"tensor {name!r:.80} (element type {element}, shape {dims!r:.40}) must be of a type of a fixed size")
     num_bytes = (num_elements * _BITS[element] + 7) // 8
     offset, length = _number(name, "offset", entries.get("offset", "0")), entries.get("length")
     if length is not None and _number(name, "length", length) != num_bytes:
         raise ValueError(
-            f"length ({length:.40}) of tensor {name:.80} must be that of its shape {dims!r:.40} ({num_bytes} bytes)"
+            f"length ({length!r:.40}) of tensor {name!r:.80} must be that of its shape {dims!r:.40} ({num_bytes} bytes)"
         )
     return ExternalTensor(name, entries.get("location", ""), offset, num_bytes)
 
 
 def _number(name: str, key: str, text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 20):
-        raise ValueError(f"{key} ({text!r:.40}) of tensor {name:.80} must be a whole number")
+        raise ValueError(f"{key} ({text!r:.40}) of tensor {name!r:.80} must be a whole number")
     return int(text)

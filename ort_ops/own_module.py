@@ -11,7 +11,6 @@ import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.export import Dim
 
 from ort_ops.file_format import ARRAY_KINDS
 from ort_ops.parity import SCORE_ROUNDING, OutputDrift, OutputParity, Parity, compare_outputs, output_drift, selection_gap
@@ -146,7 +145,12 @@ def _shapes_of_inputs(names: list[str], dynamic_shapes: Mapping[str, Any] | Sequ
 def _dynamic_axes(shape: Any) -> dict[int, Any]:
     """Axes whose sizes may change, of one input's entry in dynamic_shapes."""
     axes = dict(shape) if isinstance(shape, Mapping) else dict(enumerate(shape or ()))
-    return {axis: dim for axis, dim in axes.items() if not (dim is None or isinstance(dim, int) or dim is Dim.STATIC)}
+    return {axis: dim for axis, dim in axes.items() if not (dim is None or isinstance(dim, int) or _hint(dim) == "STATIC")}
+
+
+def _hint(dim: Any) -> str:
+    """AUTO, DYNAMIC or STATIC for those of Dim, with limits or not; nothing for a name."""
+    return str(getattr(getattr(dim, "type", None), "name", ""))
 
 
 def _at_least_two(tensor: Tensor, shape: Any) -> Tensor:
@@ -168,7 +172,7 @@ def check_dynamic(exported: torch.export.ExportedProgram, inputs: Inputs) -> Non
     """Raises ExportError where an axis that was to be dynamic got a fixed size, which torch.onnx.export passes over."""
     for name, sizes, shape in zip(inputs.names, _sizes(exported), inputs.dynamic_shapes or (), strict=False):
         for axis, dim in _dynamic_axes(shape).items():
-            if dim is not Dim.AUTO and isinstance(sizes[axis], int):
+            if _hint(dim) != "AUTO" and isinstance(sizes[axis], int):
                 raise ExportError(
                     f"axis {axis} of input {name} must take other sizes, as dynamic_shapes says, but the module computes with "
                     f"{sizes[axis]} alone"
@@ -279,6 +283,8 @@ class ModuleAnswers:
         default = [f"output_{place}" for place in range(len(kept))]
         self._kept = kept
         self._output_names = default if output_names is None else checked_names("output", output_names, len(kept))
+        for name in set(self._input_names).intersection(self._output_names):
+            raise ExportError(f"output_names must be other than input_names ({', '.join(self._input_names)}), {name} is one")
         return self._output_names
 
     def add_other_sizes(self, groups: Iterator[list[tuple[Tensor, ...]]]) -> None:

@@ -11,7 +11,23 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from own_modules import (
+    BATCH,
+    TIME,
+    WIDTH,
+    Branches,
+    Counting,
+    LookupWrapper,
+    Own,
+    SharedLayers,
+    Tokens,
+    TwoInputs,
+    WithMask,
+    answers,
+    assert_close,
+    seeded,
+)
+from torch import nn
 
 from lightning_modules.cli import main
 from ort_ops.export import ExportError, export
@@ -35,79 +51,6 @@ from trix.nn import (
 )
 
 pytestmark = pytest.mark.usefixtures("native_library")
-BATCH, TIME = torch.export.Dim("batch"), torch.export.Dim("time", max=12)
-WIDTH = 16
-
-
-class Own(nn.Module):
-    """A module as a user writes one: a ternary projection, tiles in a residual, a norm, a float head."""
-
-    def __init__(self, ffn: nn.Module | None = None) -> None:
-        super().__init__()
-        self.project = TriXLinear(10, WIDTH, bias=True)
-        self.norm = nn.LayerNorm(WIDTH)
-        self.ffn = TriXFFN(WIDTH, num_tiles=4, top_k=2) if ffn is None else ffn
-        self.head = nn.Linear(WIDTH, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(self.project(x))
-        return self.head(h + self.ffn(h))
-
-
-class LookupWrapper(nn.Module):
-    """Makes a sparse lookup one of several modules in an nn.Sequential."""
-
-    def __init__(self, layer: SparseLookupFFN) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)[0]
-
-
-class TwoInputs(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.ffn, self.project = TriXFFN(WIDTH, num_tiles=4), TriXLinear(WIDTH, 8)
-
-    def forward(self, left: Tensor, right: Tensor, scale: float = 2.0) -> dict[str, Any]:
-        return {"sum": self.ffn(left) + right * scale, "rest": [None, (self.project(right), "text"), 3]}
-
-
-class SharedLayers(nn.Module):
-    """A list of ternary layers, the first of them called twice, as are the tiles."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        shared = TriXLinear(WIDTH, WIDTH)
-        self.layers = nn.ModuleList([shared, TriXLinear(WIDTH, WIDTH), shared])
-        self.ffn = TriXFFN(WIDTH, num_tiles=4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = x + layer(x)
-        return self.ffn(x + self.ffn(x))
-
-
-class Branches(nn.Module):
-    """Inner graphs: each branch has weights of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.other = TriXLinear(WIDTH, WIDTH), TriXLinear(WIDTH, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cond(x.sum() > 0, lambda x: self.one(x), lambda x: self.other(x) - 1, (x,))
-
-
-class WithMask(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("mask", torch.full((5, 5), float("-inf")).triu(1))
-        self.ffn = TriXFFN(WIDTH, num_tiles=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.ffn((x @ x.mT + self.mask).softmax(-1) @ x)
 
 
 def attention_block(ffn: FFNConfig) -> nn.Module:
@@ -131,21 +74,6 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     "gated": (lambda: GatedFFN(WIDTH, num_tiles=4), TOKENS),
     "many tiles": (lambda: HierarchicalTriXFFN(WIDTH, num_tiles=9), TOKENS),
 }
-
-
-def seeded(make: Callable[[], nn.Module]) -> nn.Module:
-    torch.manual_seed(0)
-    return make()
-
-
-def answers(module: nn.Module, *inputs: Tensor) -> Any:
-    with torch.no_grad():
-        return module.eval()(*inputs)
-
-
-def assert_close(actual: np.ndarray, expected: Tensor) -> None:
-    largest = max(float(expected.abs().max()), 1e-30)
-    np.testing.assert_allclose(actual, expected.numpy(), rtol=0, atol=1e-4 * largest)
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -340,104 +268,28 @@ def test_surgery_and_inspection_of_layers_of_several_widths(
         open_model("m.onnx").run(x.numpy())
 
 
-class Faulty(nn.Module):
-    def __init__(self, compute: Callable[[Tensor], Any], value: Tensor | None = None) -> None:
-        super().__init__()
-        self.compute = compute
-        if value is not None:
-            self.value = nn.Parameter(value)
-
-    def forward(self, x: Tensor) -> Any:
-        return self.compute(x)
-
-
-def asks_for_a_value(x: Tensor) -> Tensor:
-    return x if x.sum() > 0 else -x
-
-
-def raises(_: Tensor) -> Tensor:
-    raise RuntimeError("of its own\nin two lines")
-
-
-FAULTS: dict[str, tuple[nn.Module, Tensor, dict[str, Any], str]] = {
-    "not traceable": (
-        Faulty(asks_for_a_value),
-        torch.ones(3),
-        {},
-        r"Faulty can't be exported: GuardOnDataDependent\w+: Could not",
-    ),
-    "no ONNX operator": (
-        Faulty(torch.linalg.svd),
-        torch.ones(3, 3),
-        {},
-        r"Faulty can't be exported: \w+: No ONNX function .*svd",
-    ),
-    "raises": (Faulty(raises), torch.ones(3), {}, "Faulty fails on the example inputs: RuntimeError: of its own in two lines"),
-    "complex output": (Faulty(torch.fft.fft), torch.ones(3), {}, r"output 0 \(torch.complex64\) must be of one of the types"),
-    "an object": (Faulty(lambda x: (x, object())), torch.ones(3), {}, "output of type object must be tensors, or tuples"),
-    "no tensor": (Faulty(lambda _: None), torch.ones(3), {}, "the output of Faulty must hold a tensor"),
-    "no dependence": (Faulty(lambda _: torch.ones(3)), torch.ones(3), {}, "an output of Faulty must depend on an input"),
-    "NaN": (Faulty(torch.log), -torch.ones(3), {}, "output 0 must be numbers on the example inputs: of 3 values 3 are NaN"),
-    "float64 weights": (
-        Own().double(),
-        torch.ones(2, 10),
-        {},
-        r"weight project.\w+ \(torch.float64\) must be float32, float16 or",
-    ),
-    "float64 input": (Own(), torch.ones(2, 10).double(), {}, r"example input x \(torch.float64\) must be float32"),
-    "complex weights": (Faulty(torch.abs, torch.ones(2) * 1j), torch.ones(3), {}, r"weight value \(torch.complex64\) must be"),
-    "infinite weights": (Faulty(torch.abs, torch.ones(2) / 0), torch.ones(3), {}, "weight value must be finite: .* 2 infinite"),
-    "empty example": (Own(), torch.ones(0, 10), {}, r"example input x \(0, 10\) must have no axis of size 0"),
-    "too few inputs": (TwoInputs(), torch.ones(2, WIDTH), {}, r"must take the 1 example inputs: missing .* 'right'"),
-    "unknown input": (Own(), torch.ones(2, 10), {"dynamic_shapes": {"y": {}}}, r"dynamic_shapes \(y\) must name inputs .*: x"),
-    "shapes of two": (Own(), torch.ones(2, 10), {"dynamic_shapes": (None, None)}, r"dynamic_shapes \(2\) must have one entry"),
-    "a fixed axis": (
-        Faulty(lambda x: x.reshape(2, 5)),
-        torch.ones(2, 5),
-        {"dynamic_shapes": ({0: BATCH},)},
-        "axis 0 of input x must take other sizes, as dynamic_shapes says, but the module computes with 2 alone",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", FAULTS)
-def test_what_cannot_be_exported_is_told_in_one_line(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    module, x, options, message = FAULTS[name]
-    with pytest.raises(ExportError, match=message) as error:
-        export(module, x, tmp_path / "m.onnx", **options)
-    assert "\n" not in str(error.value)
-    assert len(str(error.value)) < 600
-    assert list(tmp_path.iterdir()) == []
-    assert capfd.readouterr() == ("", "")
-
-
-def spoiled(module: nn.Module) -> nn.Module:
-    pack_model(module).ffn.tiles.up.row_scale.mul_(1.01)
-    return module
-
-
-def test_a_file_that_computes_something_else_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ort_ops.export.pack_model", spoiled)
-    with pytest.raises(ExportError, match=r"max relative difference to torch \(.*\) must be < 1e-04 .*, at x \(2, 10\)"):
-        export(seeded(Own), torch.randn(2, 10), tmp_path / "m.onnx")
-    assert list(tmp_path.iterdir()) == []
-
-
-def tied() -> nn.Module:
-    module = Own(TriXFFN(WIDTH, num_tiles=2, routing="explicit"))
-    module.ffn.router.raw_signatures.data[1] = module.ffn.router.raw_signatures[0]
-    return module
-
-
-def test_a_choice_that_rounding_decides_is_named_as_a_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ort_ops.export.pack_model", spoiled)
-    with pytest.raises(ExportError, match="rounding decided between two tiles 2 times: try other example inputs"):
-        export(seeded(tied), torch.randn(2, 10), tmp_path / "m.onnx")
-
-
 def test_the_example_in_the_documentation_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert export.__doc__ is not None
     values: dict[str, Any] = {}
     exec(textwrap.dedent(export.__doc__.split("Example:\n")[1]), values)
     assert values["outputs"]["output_0"].shape == (7, 32)
+
+
+def test_tokens_and_truth_values_are_inputs_and_whole_numbers_outputs(tmp_path: Path) -> None:
+    module, path = seeded(Tokens), tmp_path / "m.onnx"
+    token, mask = torch.randint(0, 11, (1, 5)), torch.ones(1, 5, dtype=torch.bool)
+    export(module, (token, mask), path, dynamic_shapes=({0: BATCH, 1: TIME}, {0: BATCH, 1: TIME}))
+    token, mask = torch.randint(0, 11, (3, 7)), torch.rand(3, 7) < 0.5
+    expected = answers(module, token, mask)
+    found = open_model(path).run_outputs({"token": token.numpy(), "mask": mask.numpy()})
+    assert_close(found["output_0"], expected[0])
+    np.testing.assert_array_equal(found["output_1"], expected[1].numpy())
+
+
+def test_what_the_verification_changes_in_a_module_is_no_part_of_the_file(tmp_path: Path) -> None:
+    module, x, path = seeded(Counting), torch.randn(2, WIDTH), tmp_path / "m.onnx"
+    export(module, x, path)
+    assert float(module.calls) == 0
+    for _ in range(2):  # a file has no state
+        assert_close(open_model(path).run_outputs({"x": x.numpy()})["output_0"], answers(seeded(Counting), x))
