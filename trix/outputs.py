@@ -23,10 +23,6 @@ class TokenContext(NamedTuple):
     phase_BT: Tensor | None = None
     is_causal: bool = True
 
-    def rows(self) -> "RowContext":
-        """The same for tokens in a row, as routers see them."""
-        return RowContext(*(None if value is None else value.reshape(-1) for value in (self.token_BT, self.phase_BT)))
-
 
 class RowContext(NamedTuple):
     """What a router may read of T tokens besides their stream x_TD; each is None where it is not known.

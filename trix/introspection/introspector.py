@@ -1,5 +1,6 @@
 """Read what a model's structure says: signatures, density, routing, and why a token went where it went."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -75,7 +76,7 @@ class TriXIntrospector:
         return pairwise_cosine(self.tile_signatures(layer).float())
 
     def weight_density_map(self, layer: int = 0) -> Tensor:
-        """density[e, d] = share of tile e's first rows whose weight for input d is not 0: float [E, D]."""
+        """density[e, d] = share of the rows of tile e's first matrix whose weight for input d is not 0: float [E, D]."""
         return self._ternary_weights(layer)[0].codes_and_scale()[0].ne(0).float().mean(dim=1)
 
     def sparse_ratio(self, layer: int = 0) -> float:
@@ -106,8 +107,8 @@ class TriXIntrospector:
 
     @torch.no_grad()
     def routing_stability(self, inputs: Any, noise_level: float = 0.1, layer: int = 0, seed: int = 0) -> float:
-        """Share of tokens that keep their best tile when the router's input gets Gaussian noise, in [0, 1]; 1 where no
-        directions decide, as under a hash.
+        """Share of tokens that keep their best tile when the router's input gets Gaussian noise, in [0, 1]; 1 under a hash,
+        NaN where no directions decide.
 
         Padding is left out; NaN where there is nothing else.
 
@@ -120,9 +121,11 @@ class TriXIntrospector:
         if noise_level < 0:
             raise ValueError(f"noise_level ({noise_level}) must be >= 0")
         x_TD, decision = self._captured(inputs, layer)
+        if not self._layer(layer).router.reads_stream:
+            return 1.0
         directions = self._directions(layer)
         if directions is None:
-            return 1.0
+            return math.nan
         is_counted_T = decision.weight[:, 0] != 0
         x_TD, tile_idx_T = x_TD[is_counted_T], decision.tile_idx[is_counted_T, 0]
         noise = torch.randn(x_TD.shape, generator=torch.Generator().manual_seed(seed)).to(x_TD)
@@ -209,7 +212,7 @@ class TriXIntrospector:
 
     def _directions(self, layer: int) -> Directions | None:
         routed = self._layer(layer)
-        return routed.router.explain(routed._emergent_signatures())
+        return routed.router.explain(routed.emergent_signatures())
 
     def _captured(self, inputs: Any, layer: int) -> tuple[Tensor, RoutingDecision]:
         self._layer(layer)

@@ -98,6 +98,7 @@ def _summary(introspector: TriXIntrospector, capture: Capture) -> str:
     for index, layer in enumerate(introspector.layers):
         usage_E = introspector.routing_distribution(capture, index)
         evenness = introspector.routing_entropy(capture, index) / math.log(max(layer.num_tiles, 2))
+        stability = introspector.routing_stability(capture, NOISE_LEVEL, index)
         has_matrices = isinstance(layer, TriXFFN) and layer.tiles.ternary_weights()
         zeros = f"{introspector.sparse_ratio(index):.0%}" if has_matrices else "-"
         rows.append(
@@ -109,7 +110,7 @@ def _summary(introspector: TriXIntrospector, capture: Capture) -> str:
                 f"{introspector.signature_diversity(index):.2f}",
                 f"{evenness:.2f}",
                 f"{float(usage_E.max() * layer.num_tiles):.1f}",
-                f"{introspector.routing_stability(capture, NOISE_LEVEL, index):.0%}",
+                "-" if math.isnan(stability) else f"{stability:.0%}",
                 zeros,
                 f"{len(introspector.redundant_tiles(REDUNDANT_COSINE, index))}",
             )

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Literal, TypeVar, cast, overload
 
 from torch import Tensor, nn
 
@@ -16,7 +16,7 @@ from trix.nn.sparse_lookup import SparseLookupFFN
 from trix.outputs import AuxLosses, LayerOutput, RoutingInfo, State, TokenContext
 
 ValueT = TypeVar("ValueT")
-OF_TOKENS = frozenset({"token"})  # what routers may read, besides what a mixer gives
+KNOWN_OF_ALL_TOKENS = frozenset({"token"})  # what routers may read besides what a mixer gives
 
 
 class TriXBlock(nn.Module):
@@ -31,9 +31,10 @@ class TriXBlock(nn.Module):
     Shape:
         x_BTD: float [B, T, D] -> [B, T, D]. With ``return_routing`` a LayerOutput (x, RoutingInfo, AuxLosses), the latter two
         None where ``ffn.kind`` is a control without tiles. With a state, that of the mixer for the tokens before:
-        (LayerOutput, state). context: what else is known of the tokens: ids, for routing by ``hash``; a mask, where no token
-        looks at padding, the tiles do not count it, nor, but in a sparse lookup, compute it; the embeddings, for routing on
-        them, by default x_BTD, as in the first block.
+        (LayerOutput, state). context: what else is known of the tokens: ids, for routers that
+        read them; a mask: no token looks at padding, it is not counted, and tiles skip it, except in sparse lookups; the
+        embeddings, which signatures read, by default x_BTD, as in the first block; whether it is causal, where is_causal does
+        not say so.
 
     Raises:
         ValueError: ffn and settings of it at once, a router that reads what the mixer does not give, is_causal False with a
@@ -72,9 +73,8 @@ class TriXBlock(nn.Module):
         if layer is None or isinstance(layer, SparseLookupFFN):
             self.feed_forward = layer
         else:
-            self.feed_forward = FeedForwardResidual(nn.RMSNorm(d_model), layer, dropout)
-            # Optimizers know parameters by their place: as in checkpoints of version 1, the norm comes after its layer.
-            self.feed_forward.register_module("norm", self.feed_forward._modules.pop("norm"))
+            # As in checkpoints of version 1, whose optimizers can so go on.
+            self.feed_forward = FeedForwardResidual(nn.RMSNorm(d_model), layer, dropout, norm_last=True)
         self.routing_norm: nn.RMSNorm | None = None
         if isinstance(layer, RoutedLayer):
             _check_reads(layer, made)
@@ -88,28 +88,35 @@ class TriXBlock(nn.Module):
 
     @overload
     def forward(
-        self, x_BTD: Tensor, is_causal: bool = ..., return_routing: Literal[False] = ..., context: TokenContext = ...
+        self, x_BTD: Tensor, is_causal: bool | None = ..., return_routing: Literal[False] = ..., context: TokenContext = ...
     ) -> Tensor: ...
     @overload
     def forward(
-        self, x_BTD: Tensor, is_causal: bool = ..., *, return_routing: Literal[True], context: TokenContext = ...
+        self, x_BTD: Tensor, is_causal: bool | None = ..., *, return_routing: Literal[True], context: TokenContext = ...
     ) -> LayerOutput: ...
     @overload
     def forward(
-        self, x_BTD: Tensor, is_causal: bool = ..., return_routing: bool = ..., context: TokenContext = ..., *, state: State
+        self,
+        x_BTD: Tensor,
+        is_causal: bool | None = ...,
+        return_routing: bool = ...,
+        context: TokenContext = ...,
+        *,
+        state: State,
     ) -> tuple[LayerOutput, State]: ...
     def forward(
         self,
         x_BTD: Tensor,
-        is_causal: bool = True,
+        is_causal: bool | None = None,
         return_routing: bool = False,
         context: TokenContext = TokenContext(),
         state: State | None = None,
     ) -> Tensor | LayerOutput | tuple[LayerOutput, State]:
-        if self.mixer.inner.is_causal_only and not is_causal:
-            raise ValueError(f"is_causal ({is_causal}) must be True with mixer {type(self.mixer.inner).__name__}")
+        if is_causal is not None:
+            context = context._replace(is_causal=is_causal)
+        if self.mixer.inner.is_causal_only and not context.is_causal:
+            raise ValueError(f"is_causal ({context.is_causal}) must be True with mixer {type(self.mixer.inner).__name__}")
         embedding_BTD = x_BTD if context.embedding_BTD is None else context.embedding_BTD
-        context = context._replace(is_causal=is_causal)
         x_BTD, new_state, phase_BT = self.mixer(x_BTD, context, state)
         output = LayerOutput(x_BTD)
         if self.feed_forward is not None:
@@ -121,7 +128,7 @@ class TriXBlock(nn.Module):
 
 
 def _check_reads(layer: RoutedLayer, mixer: Mixer) -> None:
-    missing = sorted(layer.router.reads - OF_TOKENS - mixer.gives)
+    missing = sorted(layer.router.reads - KNOWN_OF_ALL_TOKENS - mixer.gives)
     if missing:
         kind, giver = type(layer.router).__name__, type(mixer).__name__
         raise ValueError(f"what router {kind} reads ({', '.join(missing)}) must be given by the mixer, which {giver} does not")
@@ -131,8 +138,9 @@ class TriXStack(nn.Module):
     """num_layers TriXBlocks, one after the other.
 
     Args:
-        n_layers: another name for num_layers. attention_at: the places of blocks, counted from 0, that mix by attention
-            whatever ``mixer`` says. block: all others of :class:`TriXBlock`.
+        num_layers: 4 by default; n_layers is another name for it.
+        attention_at: the places of blocks, counted from 0, that mix by attention whatever ``mixer`` says.
+        block: all others of :class:`TriXBlock`.
 
     Shape:
         x_BTD: float -> [B, T, D]. With ``return_routing`` also the RoutingInfo of each routed layer, in order, and the summed
@@ -145,7 +153,7 @@ class TriXStack(nn.Module):
 
     def __init__(
         self,
-        num_layers: int = 4,
+        num_layers: int | None = None,
         d_model: int = 512,
         n_heads: int = 8,
         ffn: FFNConfig | None = None,
@@ -157,7 +165,9 @@ class TriXStack(nn.Module):
         **block: Any,
     ) -> None:
         super().__init__()
-        num_layers = num_layers if n_layers is None else n_layers
+        if num_layers is not None and n_layers is not None:
+            raise ValueError(f"num_layers ({num_layers}) and n_layers ({n_layers}) are two names of one number: give one")
+        num_layers = next((number for number in (num_layers, n_layers) if number is not None), 4)
         if num_layers < 1:
             raise ValueError(f"num_layers ({num_layers}) must be >= 1")
         if not set(attention_at) <= set(range(num_layers)):
@@ -170,25 +180,25 @@ class TriXStack(nn.Module):
 
     @property
     def mixers(self) -> list[Mixer]:
-        return [block.mixer.inner for block in self.blocks if isinstance(block, TriXBlock)]
+        return [cast(TriXBlock, block).mixer.inner for block in self.blocks]
 
     def empty_state(self, batch_size: int) -> tuple[State, ...]:
-        """Of no token, for each block."""
+        """The state of each block before the first token."""
         return tuple(mixer.empty_state(batch_size) for mixer in self.mixers)
 
     @overload
     def forward(
-        self, x_BTD: Tensor, is_causal: bool = ..., return_routing: Literal[False] = ..., context: TokenContext = ...
+        self, x_BTD: Tensor, is_causal: bool | None = ..., return_routing: Literal[False] = ..., context: TokenContext = ...
     ) -> Tensor: ...
     @overload
     def forward(
-        self, x_BTD: Tensor, is_causal: bool = ..., *, return_routing: Literal[True], context: TokenContext = ...
+        self, x_BTD: Tensor, is_causal: bool | None = ..., *, return_routing: Literal[True], context: TokenContext = ...
     ) -> tuple[Tensor, list[RoutingInfo], AuxLosses | None]: ...
     @overload
     def forward(
         self,
         x_BTD: Tensor,
-        is_causal: bool = ...,
+        is_causal: bool | None = ...,
         return_routing: bool = ...,
         context: TokenContext = ...,
         *,
@@ -197,7 +207,7 @@ class TriXStack(nn.Module):
     def forward(
         self,
         x_BTD: Tensor,
-        is_causal: bool = True,
+        is_causal: bool | None = None,
         return_routing: bool = False,
         context: TokenContext = TokenContext(),
         state: Sequence[State] | None = None,
@@ -286,7 +296,8 @@ def renamed_from_version_1(state_dict: Mapping[str, ValueT]) -> dict[str, ValueT
             renamed[name] = value
             continue
         block, part, rest = match["block"], match["part"], match["rest"]
-        if part == "ffn.":
+        is_lookup_block = f"{block}attention_norm.bias" in state_dict  # no block of a stack
+        if part == "ffn." and not is_lookup_block:
             part = "feed_forward.inner." if f"{block}ffn_norm.weight" in state_dict else "feed_forward."
         renamed[block + _RENAMED.get(part, part) + rest] = value
     return renamed

@@ -25,9 +25,9 @@ def _dense(d_model: int, d_ff: int | None) -> DenseFFN:
 
 
 _ALL_ROUTED = ("num_tiles", "top_k", "balance_weight", "balance_rate")
-_ALL_TRIX = (*_ALL_ROUTED, "d_ff", "routing", "diversity_weight", "target_diversity")
+_ALL_TRIX = (*_ALL_ROUTED, "d_ff", "routing", "diversity_weight", "target_diversity", "tiles", "tiles_args")
 _KINDS = {
-    "trix": _Kind(TriXFFN, (*_ALL_TRIX, "max_k", "confidence_threshold", "tiles", "routing_args", "tiles_args")),
+    "trix": _Kind(TriXFFN, (*_ALL_TRIX, "max_k", "confidence_threshold", "routing_args")),
     "hierarchical": _Kind(HierarchicalTriXFFN, (*_ALL_TRIX, "tiles_per_cluster", "num_probes")),
     "sparse_lookup": _Kind(SparseLookupFFN, (*_ALL_ROUTED, "dropout")),
     "sparse_lookup_v2": _Kind(SparseLookupFFNv2, (*_ALL_ROUTED, "diversity_weight", "dropout")),
@@ -78,7 +78,7 @@ class FFNConfig:
         """The layer, or None for ``none``.
 
         Args:
-            dropout: of a sparse lookup, which adds its update to the residual stream itself.
+            dropout: in a sparse lookup, which adds its update to the residual stream itself.
 
         Raises:
             ValueError: another kind, an argument that the kind does not have, and as the layer.

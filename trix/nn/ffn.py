@@ -11,6 +11,7 @@ from trix.functional.ternary import threshold_ternary
 from trix.nn.tile_kinds import TILES
 from trix.outputs import AuxLosses, LayerOutput, RoutingDecision, RoutingInfo, RowContext, TokenContext
 from trix.routing.balance import balance_loss, check_weights, tile_load
+from trix.routing.base_router import Router
 from trix.routing.confidence import routing_confidence
 from trix.routing.diversity import collapsed_tiles, reseeded
 from trix.routing.router import SIGNATURE_THRESHOLD, SignatureRouter
@@ -44,7 +45,8 @@ class TriXFFN(SignatureSurgery):
 
     Shape:
         x: float [B, D] or [B, T, D] (any leading dimensions) -> the same shape and dtype. token_idx: int64, the shape of x less
-        its last dimension, the ids of the tokens; only ``hash`` reads them. mask: bool of that shape, False for padding: it is
+        its last dimension, the ids of the tokens, for routers that read them, as ``hash``. phase: float of that shape, what a
+        mixer says of each token, for routers that read it. mask: bool of that shape, False for padding: it is
         routed, but with weight 0, so it is neither computed (y = 0) nor counted in the balance. routing_x: float, the shape of
         x: what the signatures are compared with instead of x.
 
@@ -83,17 +85,18 @@ class TriXFFN(SignatureSurgery):
         self.diversity_weight, self.target_diversity = diversity_weight, target_diversity
         if adaptive_k and max_k is None:
             max_k = min(2, num_tiles)
-        self.router = ROUTERS.make(
+        self.router = self._make_router(
             routing,
-            d_model,
-            num_tiles,
-            arguments=routing_args or {},
+            routing_args or {},
             top_k=top_k,
             balance_rate=balance_rate,
             max_k=max_k,
             confidence_threshold=confidence_threshold,
         )
         self.tiles = TILES.make(tiles, d_model, num_tiles, d_ff // num_tiles, arguments=tiles_args or {})
+
+    def _make_router(self, routing: str, arguments: Mapping[str, Any], **settings: Any) -> Router:
+        return ROUTERS.make(routing, self.d_model, self.num_tiles, arguments=arguments, **settings)
 
     @overload
     def forward(
@@ -161,9 +164,9 @@ class TriXFFN(SignatureSurgery):
         return LayerOutput(y_BTD, info, aux)
 
     def _route(self, x_TD: Tensor, context: RowContext = RowContext()) -> RoutingDecision:
-        return self.router(x_TD, context, self._emergent_signatures())
+        return self.router(x_TD, context, self.emergent_signatures())
 
-    def _emergent_signatures(self) -> Tensor | None:
+    def emergent_signatures(self) -> Tensor | None:
         return self.tiles.votes() if self.router.needs_votes else None
 
     def _aux_losses(self, decision: RoutingDecision) -> AuxLosses:
@@ -183,7 +186,7 @@ class TriXFFN(SignatureSurgery):
     def _diversity_loss(self) -> Tensor:
         if not isinstance(self.router, SignatureRouter):
             return signature_diversity_loss(self.tiles.votes(), SIGNATURE_THRESHOLD, self.target_diversity)
-        return self.router.diversity_loss(self.target_diversity, self._emergent_signatures())
+        return self.router.diversity_loss(self.target_diversity, self.emergent_signatures())
 
     def get_tile_signatures(self) -> Tensor:
         """Signatures in force: [E, D] in {-1, 0, +1}. Under a control's routing, those that the tiles' weights would give."""
@@ -192,7 +195,9 @@ class TriXFFN(SignatureSurgery):
         return super().get_tile_signatures()
 
     @torch.no_grad()
-    def get_routing_stats(self, x: Tensor, token_idx: Tensor | None = None) -> dict[str, float | int | list[float]]:
+    def get_routing_stats(
+        self, x: Tensor, token_idx: Tensor | None = None, phase: Tensor | None = None
+    ) -> dict[str, float | int | list[float]]:
         """Where the tokens of x go.
 
         Returns:
@@ -200,7 +205,7 @@ class TriXFFN(SignatureSurgery):
             confidence: mean gap between the best two scores (0 with a single tile), and its quartiles in
             confidence_quartiles; mean_k: tiles per token that carry weight. An empty x gives zeros.
         """
-        decision = self._route(x.reshape(-1, x.shape[-1]), RowContext(_row(token_idx)))
+        decision = self._route(x.reshape(-1, x.shape[-1]), RowContext(_row(token_idx), _row(phase)))
         usage = tile_load(decision.tile_idx, self.num_tiles, decision.weight)
         gap = routing_confidence(decision.score.float())
         levels = gap.new_tensor([0.25, 0.5, 0.75])
@@ -246,14 +251,12 @@ class TriXFFN(SignatureSurgery):
 
     def pack(self) -> None:
         """Replace float weights and signatures by their 2-bit form; inference only afterwards. Idempotent."""
-        if isinstance(self.router, SignatureRouter):
-            self.router.pack_signatures(self._emergent_signatures())
+        self.router.pack_signatures(self.emergent_signatures())
         self.tiles.pack()
 
     def unpack(self) -> None:
         """Undo :meth:`pack`: float weights with the same ternary form."""
-        if isinstance(self.router, SignatureRouter):
-            self.router.unpack_signatures()
+        self.router.unpack_signatures()
         self.tiles.unpack()
 
 

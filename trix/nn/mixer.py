@@ -13,8 +13,8 @@ from trix.outputs import State, StateSpec, TokenContext
 class Mixer(nn.Module, ABC):
     """update, state, phase = mixer(norm(x), context, state); the block adds the update to the stream.
 
-    A mixer is made as ``Mixer(d_model, n_heads=..., context_length=..., dropout=..., **mixer_args)``; it takes no note of those
-    that it has no use for.
+    A mixer is made as ``Mixer(d_model, n_heads=..., context_length=..., ternary=..., dropout=..., **mixer_args)``; it ignores
+    those that it has no use for.
 
     Class attributes:
         is_causal_only: it cannot look at later tokens, so a model that looks both ways refuses it.
@@ -40,7 +40,8 @@ class Mixer(nn.Module, ABC):
 
     def empty_state(self, batch_size: int) -> State:
         """The state before the first token, zeros in the dtype and on the device of the weights."""
-        like = next(value for value in chain(self.parameters(), self.buffers()) if value.is_floating_point())
+        floats = (value for value in chain(self.parameters(), self.buffers()) if value.is_floating_point())
+        like = next(floats, torch.empty(0))
         size_of = {"batch": batch_size, "past": 0}
         shapes = [[size_of[size] if isinstance(size, str) else size for size in spec.shape] for spec in self.state_specs()]
         return tuple(torch.zeros(shape, dtype=like.dtype, device=like.device) for shape in shapes)

@@ -17,11 +17,20 @@ class FeedForward(Protocol):
 
 
 class Residual(nn.Module):
-    """x + dropout(inner(norm(x)))."""
+    """x + dropout(inner(norm(x))).
 
-    def __init__(self, norm: nn.Module, inner: nn.Module, dropout: float) -> None:
+    Args:
+        norm_last: the norm's parameters come after those of the inner module, for optimizers, which know parameters by their
+            place.
+    """
+
+    norm: nn.Module
+    inner: nn.Module
+
+    def __init__(self, norm: nn.Module, inner: nn.Module, dropout: float, norm_last: bool = False) -> None:
         super().__init__()
-        self.norm, self.inner = norm, inner
+        for name, module in [("inner", inner), ("norm", norm)] if norm_last else [("norm", norm), ("inner", inner)]:
+            self.add_module(name, module)
         self.dropout = nn.Dropout(dropout)
 
 

@@ -21,7 +21,10 @@ from trix.routing.surgery import SignatureSurgery
 
 
 class LookupStats(TypedDict):
-    """Usage since the last reset. active_tiles: those that got a token. usage_mean, usage_std: of the tiles' shares."""
+    """Usage since the last reset.
+
+    active_tiles: those that got a token. usage_mean, usage_std: mean and deviation of the tiles' shares.
+    """
 
     num_tiles: int
     num_clusters: int
@@ -41,7 +44,7 @@ class SparseLookupFFN(SignatureSurgery):
 
     The signatures' gradient passes straight through the sign to the directions (from the balance loss; the task reaches the
     directions themselves). All tiles' parameters are stacked and each token reads one tile's, so the cost of a token does not
-    depend on the number of tiles, but for the scores.
+    depend on the number of tiles, apart from the scores.
 
     Args:
         d_model, num_tiles: D, E.
@@ -50,7 +53,7 @@ class SparseLookupFFN(SignatureSurgery):
         ternary_splines: splines with ternary corner values and one scale per tile, instead of float ones.
         balance_weight: weight of the balance loss. balance_rate: step of the router's balance bias, per training batch; 0, the
             default, leaves the choice to the signatures alone.
-        num_classes: of the labels; by default the claims grow to the largest label seen.
+        num_classes: number of label classes; by default the claims grow to the largest label seen.
         top_k: tiles per token.
 
     Shape:
@@ -141,7 +144,7 @@ class SparseLookupFFN(SignatureSurgery):
             gate_TK = self._gate(score_TE.gather(-1, tile_idx_TK))
         else:
             h_TD = self.norm(x_TD)
-            tile_idx_TK, score_TE = self.router.select(h_TD if routing_TD is None else routing_TD, self._emergent_signatures())
+            tile_idx_TK, score_TE = self.router.select(h_TD if routing_TD is None else routing_TD, self.emergent_signatures())
             gate_TK = self._gate(score_TE.gather(-1, tile_idx_TK))
             point_T2 = self.compress(h_TD)
             y_TD = self._add_directions(x_TD, point_T2, tile_idx_TK, gate_TK)
@@ -206,7 +209,7 @@ class SparseLookupFFN(SignatureSurgery):
         )
         return y_TD, tile_idx_TK, score_TE + self.router.exclusion_E, point_T2
 
-    def _emergent_signatures(self) -> Tensor | None:
+    def emergent_signatures(self) -> Tensor | None:
         if self.router.packed_signatures is not None:
             return None
         return straight_through(self.direction_ED.detach().sign(), self.direction_ED)
@@ -299,7 +302,7 @@ class SparseLookupFFN(SignatureSurgery):
         """Hold the signatures as 2-bit codes; in evaluation mode compute by ``trix::sparse_lookup``. Inference only afterwards.
         Idempotent.
         """
-        self.router.pack_signatures(self._emergent_signatures())
+        self.router.pack_signatures(self.emergent_signatures())
 
     def unpack(self) -> None:
         """Undo :meth:`pack`."""

@@ -44,7 +44,7 @@ class SparseLookupFFNv2(SparseLookupFFN):
 
     Args:
         use_score_calibration: learn the gate's curve; without it the gate is sigmoid(score).
-        ternary_weight, sparsity_weight, diversity_weight: of the regularisers ``compute_*_loss``; 0 turns one off.
+        ternary_weight, sparsity_weight, diversity_weight: weights of the regularisers ``compute_*_loss``; 0 turns one off.
         All others: see SparseLookupFFN.
 
     Shape, Raises: as SparseLookupFFN.
@@ -105,7 +105,7 @@ class SparseLookupFFNv2(SparseLookupFFN):
         del ternary_splines
         return HingeSplines(self.num_tiles, grid_size)
 
-    def _emergent_signatures(self) -> None:
+    def emergent_signatures(self) -> None:
         return None
 
     def _gate(self, score_TK: Tensor) -> Tensor:

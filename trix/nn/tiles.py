@@ -1,4 +1,4 @@
-"""The experts of a routed layer, and the kind that stands: two-layer perceptrons with ternary weights."""
+"""The experts of a routed layer, and the project's own kind: two-layer perceptrons with ternary weights."""
 
 from abc import ABC, abstractmethod
 
@@ -38,11 +38,14 @@ class Tiles(nn.Module, ABC):
 
     def votes(self) -> Tensor:
         """What each tile responds to, with a gradient: float [E, D]; emergent signatures are the ternary form of it."""
-        return self.ternary_weights()[0].votes()
+        weights = self.ternary_weights()
+        if not weights:
+            raise ValueError(f"{type(self).__name__} holds no TernaryWeight, so it must have votes() of its own")
+        return weights[0].votes()
 
     def tile_parameters(self) -> list[nn.Parameter]:
         """The parameters of which a tile owns a row, [E, ...]."""
-        return [parameter for parameter in self.parameters() if parameter.dim() and parameter.shape[0] == self.num_tiles]
+        return [ternary.weight for ternary in self.ternary_weights() if ternary.weight is not None]
 
     @torch.no_grad()
     def redraw(self, is_redrawn_E: Tensor, votes_only: bool = False) -> None:

@@ -33,6 +33,10 @@ class Router(Facts, ABC):
 
     Class attributes:
         reads: what of the context it needs: {"token"}, {"phase"}, or nothing; a block checks it when it is made.
+        reads_stream: whether x_TD has a say in the choice.
+
+    A configuration makes it as ``Router(d_model, num_tiles, top_k=..., balance_rate=..., max_k=..., confidence_threshold=...,
+    **routing_args)``.
 
     Shape:
         x_TD: float; context: see RowContext; emergent_ED: what the tiles' weights say, where :attr:`needs_votes`. Returns a
@@ -44,6 +48,7 @@ class Router(Facts, ABC):
     """
 
     reads: ClassVar[frozenset[str]] = frozenset()
+    reads_stream: ClassVar[bool] = True
     balance_bias: Tensor
 
     def __init__(
@@ -91,6 +96,22 @@ class Router(Facts, ABC):
     def explain(self, emergent_ED: Tensor | None = None) -> Directions | None:  # noqa: ARG002
         """The directions that decide; None where the choice is no matter of directions."""
         return None
+
+    def frozen_tiles(self) -> Tensor:
+        """Which tiles have a frozen signature: bool [E]."""
+        return torch.zeros_like(self.balance_bias, dtype=torch.bool)
+
+    def free_slots(self) -> Tensor:
+        """Which tiles no token can go to: bool [E]."""
+        return torch.zeros_like(self.balance_bias, dtype=torch.bool)
+
+    def pack_signatures(self, emergent_ED: Tensor | None = None) -> None:  # noqa: ARG002
+        """Hold in 2 bits what it compares tokens with, if that is ternary. Idempotent, as :meth:`unpack_signatures`."""
+        return
+
+    def unpack_signatures(self) -> None:
+        """Undo :meth:`pack_signatures`."""
+        return
 
     def describe(self) -> str:
         """How it chooses, in a sentence or two for people."""

@@ -1,7 +1,5 @@
 """Routing that looks at the token's id alone: the control that knows nothing of the activation."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -27,10 +25,20 @@ class HashRouter(Router):
     """
 
     reads = frozenset({"token"})
+    reads_stream = False
 
     def __init__(
-        self, d_model: int, num_tiles: int, seed: int = 0, *, top_k: int = 1, max_k: int | None = None, **_: Any
+        self,
+        d_model: int,
+        num_tiles: int,
+        seed: int = 0,
+        *,
+        top_k: int = 1,
+        max_k: int | None = None,
+        balance_rate: float = 0.0,
+        confidence_threshold: float = 0.3,
     ) -> None:
+        del balance_rate, confidence_threshold  # it neither balances nor hesitates
         if top_k != 1 or max_k is not None:
             raise ValueError(f"top_k ({top_k}) must be 1 and max_k ({max_k}) None under routing ('hash')")
         super().__init__(d_model, num_tiles, balance_rate=0.0)

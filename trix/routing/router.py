@@ -252,6 +252,12 @@ class SignatureRouter(Router):
         direction_ED = signature_ED * inverse_sqrt_active(signature_ED).unsqueeze(-1)
         return Directions(direction_ED, self.balance_bias.masked_fill(self.is_free_E, -torch.inf))
 
+    def frozen_tiles(self) -> Tensor:
+        return self.is_frozen_E.clone()
+
+    def free_slots(self) -> Tensor:
+        return self.is_free_E.clone()
+
     def describe(self) -> str:
         if self.source == "explicit":
             return "Signatures choose the tiles; they are learned apart from the tiles' weights (explicit routing)."

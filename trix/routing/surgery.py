@@ -163,7 +163,7 @@ class SignatureSurgery(Facts):
 
     def freeze_signature(self, tile_idx: int, tag: str = "") -> None:
         """Hold one tile's signature at its present value: no optimizer can move it."""
-        self._signature_router().freeze(tile_idx, self._emergent_signatures())
+        self._signature_router().freeze(tile_idx, self.emergent_signatures())
         self.surgery_log.record("freeze", tile_idx, tag)
 
     def unfreeze_signature(self, tile_idx: int, tag: str = "") -> None:
@@ -187,16 +187,11 @@ class SignatureSurgery(Facts):
 
     def frozen_tiles(self) -> Tensor:
         """Which tiles have a frozen signature: bool [E]; none where signatures do not route."""
-        router = self.router
-        return router.is_frozen_E.clone() if isinstance(router, SignatureRouter) else self._no_tiles()
+        return self.router.frozen_tiles()
 
     def free_slots(self) -> Tensor:
         """Which slots no token can go to, as a merger of two tiles left them: bool [E]; none where signatures do not route."""
-        router = self.router
-        return router.is_free_E.clone() if isinstance(router, SignatureRouter) else self._no_tiles()
-
-    def _no_tiles(self) -> Tensor:
-        return torch.zeros(self.router.num_tiles, dtype=torch.bool, device=self.router.balance_bias.device)
+        return self.router.free_slots()
 
     def get_signature_analysis(self, tile_idx: int) -> dict[str, int | bool | list[int]]:
         """The signature in force, for reading: tile_idx, positive_dims, negative_dims, zero_count, frozen."""
@@ -217,11 +212,11 @@ class SignatureSurgery(Facts):
 
     def get_tile_signatures(self) -> Tensor:
         """Signatures in force: [E, D] in {-1, 0, +1}."""
-        return self._signature_router().signatures(self._emergent_signatures()).detach()
+        return self._signature_router().signatures(self.emergent_signatures()).detach()
 
     def get_raw_signatures(self) -> Tensor:
         """What the signatures in force are the ternary form of: float [E, D], with frozen values in their places."""
-        return self._signature_router().raw(self._emergent_signatures()).detach()
+        return self._signature_router().raw(self.emergent_signatures()).detach()
 
     def get_signature_diversity(self) -> float:
         """Mean over pairs of tiles of the fraction of positions at which their signatures differ, in [0, 1]."""
@@ -270,7 +265,7 @@ class SignatureSurgery(Facts):
             check_frozen_facts(self, state_dict, prefix, names, args[-1])
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _emergent_signatures(self) -> Tensor | None:
+    def emergent_signatures(self) -> Tensor | None:
         """What the tiles' weights say, [E, D]; None where the router holds the signatures itself."""
         return None
 

@@ -16,6 +16,7 @@ from trix.nn import (
     Classifier,
     ClassifierConfig,
     FFNConfig,
+    HierarchicalTriXFFN,
     LanguageModel,
     LanguageModelConfig,
     Mixer,
@@ -158,7 +159,7 @@ def test_a_report_and_introspection_take_a_router_they_do_not_know() -> None:
     assert "PhaseRouter chooses the tiles." in page
     introspector = TriXIntrospector(model)
     assert math.isfinite(introspector.routing_entropy(token))
-    assert introspector.routing_stability(token) == 1.0
+    assert math.isnan(introspector.routing_stability(token))
     with pytest.raises(ValueError, match=r"layer \(0\) is routed by a PhaseRouter, which has no directions"):
         introspector.why(token)
 
@@ -239,3 +240,54 @@ def test_names_that_users_of_the_interface_rely_on() -> None:
     assert ScoreCalibrationSpline(5).knot_values.tolist() == pytest.approx([0.0, 0.25, 0.5, 0.75, 1.0])
     linear = TriXLinear(8, 8, num_tiles=2)
     assert torch.equal(linear.cached_signatures, linear.get_tile_signatures())
+
+
+def test_the_context_says_whether_it_is_causal_unless_the_argument_does() -> None:
+    block = TriXBlock(16, 2, num_tiles=4).eval()
+    x = torch.randn(1, 5, 16)
+    both_ways = TokenContext(is_causal=False)
+    assert torch.equal(block(x, context=both_ways), block(x, is_causal=False))
+    assert torch.equal(block(x, is_causal=True, context=both_ways), block(x))
+    assert not torch.equal(block(x, context=both_ways), block(x))
+
+
+class SharedTiles(LinearTiles):
+    """Tiles with a weight that they share, whose first axis happens to be the number of tiles."""
+
+    def __init__(self, d_model: int, num_tiles: int, tile_width: int) -> None:
+        super().__init__(d_model, num_tiles, tile_width)
+        self.shared = nn.Parameter(torch.zeros(num_tiles, num_tiles))
+
+
+def test_a_shared_weight_belongs_to_no_tile() -> None:
+    ffn = TriXFFN(8, 4, routing="explicit", tiles=path(SharedTiles))
+    assert [tuple(value.shape) for value in ffn.tiles.tile_parameters()] == [(4, 8, 8)]
+
+
+def test_settings_that_a_layer_does_not_have_are_refused() -> None:
+    with pytest.raises(TypeError, match="max_k"):
+        HierarchicalTriXFFN(16, 8, max_k=3)  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match="unexpected keyword argument 'sede'"):
+        TriXFFN(8, 4, routing="hash", routing_args={"sede": 3})
+    with pytest.raises(ValueError, match=r"num_layers \(2\) and n_layers \(3\) are two names of one number"):
+        TriXStack(2, n_layers=3)
+
+
+def test_hierarchical_layers_take_tiles_of_ones_own() -> None:
+    config = FFNConfig("hierarchical", num_tiles=4, tiles=path(LinearTiles), tiles_args={"scale": 2.0})
+    ffn = config.build(8)
+    assert isinstance(ffn, HierarchicalTriXFFN)
+    assert isinstance(ffn.tiles, LinearTiles)
+    assert ffn(torch.randn(3, 8)).shape == (3, 8)
+
+
+class VotelessTiles(Tiles):
+    def forward(self, x_TD: Tensor, tile_idx_TK: Tensor, weight_TK: Tensor, skip_unused: bool = False) -> Tensor:
+        return x_TD
+
+
+def test_tiles_without_votes_say_what_is_missing() -> None:
+    ffn = TriXFFN(8, 2, routing="explicit", tiles=path(VotelessTiles))
+    assert torch.equal(ffn(torch.ones(1, 8)), torch.ones(1, 8))
+    with pytest.raises(ValueError, match=r"VotelessTiles holds no TernaryWeight, so it must have votes\(\) of its own"):
+        TriXFFN(8, 2, routing="emergent", tiles=path(VotelessTiles))(torch.ones(1, 8))
