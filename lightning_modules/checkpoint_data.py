@@ -56,7 +56,8 @@ def run_data(task: "TrixTask", checkpoint: dict[str, Any], ckpt: Path | str, tru
 def _make_data(checkpoint: dict[str, Any], ckpt: Path | str, trusted: Collection[str]) -> "L.LightningDataModule":
     import lightning as L
 
-    from lightning_modules.class_paths import import_class
+    from lightning_modules.class_paths import class_path, import_class
+    from lightning_modules.data import TrixDataModule
     from lightning_modules.tasks.task import CHECKPOINT_KEY
 
     entry, settings = checkpoint[CHECKPOINT_KEY], checkpoint.get("datamodule_hyper_parameters", {})
@@ -67,6 +68,8 @@ def _make_data(checkpoint: dict[str, Any], ckpt: Path | str, trusted: Collection
     if not isinstance(settings, dict):
         raise UserError(f"{ckpt}: datamodule_hyper_parameters ({type(settings).__name__}) must be keys and values")
     kind = import_class(path, L.LightningDataModule, ckpt, trusted)
+    if kind is TrixDataModule:
+        raise UserError(f"{path} (named by {ckpt}) must be a class derived from {class_path(TrixDataModule)}")
     try:
         return kind(**settings)
     except UserError:

@@ -1,4 +1,4 @@
-"""The keys and classes that a configuration may name, from which corrections of misspelt ones are chosen."""
+"""The keys and classes that a configuration may name: the errors about a misspelt name suggest one of these."""
 
 import inspect
 from collections.abc import Iterator

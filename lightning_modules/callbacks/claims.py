@@ -80,8 +80,8 @@ class ClaimMonitor(L.Callback):
 
     Of the last validation of a fit, all classes stand in claims.csv in the folder of the logs, however many: class, layer,
     favourite_tile, claim_rate (the share of the class that this tile gets), tile_purity, count (the class's assignments to all
-    tiles). With few classes also a figure ``claims/class_by_tile`` for TensorBoard, of the last validation and of so many
-    before that drawing takes at most 1 % of the time; at the end of ``fit`` it is in the log folder as class_by_tile.png,
+    tiles). With few classes also a figure ``claims/class_by_tile`` for TensorBoard, of the last validation and of as many
+    earlier ones as can be drawn in 1 % of the time; at the end of ``fit`` it is in the log folder as class_by_tile.png,
     and at the end of ``fit`` and ``validate`` there is a table: which class goes to which tile.
     Classes and their names are those of the task (``class_names``); the classes of a language model are its characters. A token
     of a classifier is of the class of its sequence; padding is not counted.

@@ -32,7 +32,7 @@ class DiversityMonitor(L.Callback):
             at each look from there on, down to the weight that the layer was made with; logs ``diversity_weight/<layer>``.
     hard    draws collapsed tiles of a TriXFFN anew: those whose signature repeats another's but for a fraction
             ``min_difference`` of its positions. The optimizer's memory of them is reset, and the surgery history says so. Not
-            beside :class:`Evolution`, whose splits begin as such a pair.
+            together with :class:`Evolution`, whose splits begin as such a pair.
 
     Args:
         threshold: warn and act below it, in [0, 1]. every_n_steps: training steps between two looks.

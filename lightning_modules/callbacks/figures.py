@@ -68,7 +68,7 @@ class DrawingBudget:
     Time is that of this thread on the CPU: what others do on the machine makes figures neither fewer nor more.
 
     Args:
-        share: of the time, in (0, 1]. first_cost_s: what the first drawing is expected to take, in seconds.
+        share: fraction of the time, in (0, 1]. first_cost_s: what the first drawing is expected to take, in seconds.
     """
 
     def __init__(self, share: float = 0.01, first_cost_s: float = 0.5) -> None:
@@ -100,7 +100,7 @@ def signature_figure(signatures: Mapping[str, Tensor]) -> Figure:
         Patch(facecolor=colour, edgecolor="#999999", label=f"{value:+d}" if value else "0")
         for value, colour in SIGNATURE_COLOURS.items()
     ]
-    figure.suptitle("Signatures of the tiles", x=0.02, horizontalalignment="left")  # beside the legend
+    figure.suptitle("Signatures of the tiles", x=0.02, horizontalalignment="left")  # next to the legend
     figure.legend(handles=legend, loc="upper right", ncols=3, frameon=False)
     return figure
 

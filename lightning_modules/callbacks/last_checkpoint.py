@@ -39,7 +39,7 @@ class LastCheckpoint(Checkpoint):
     ``save_last``.
 
     Attributes:
-        path: of the file, in ``checkpoints`` in the folder of the logs (without logs: in the default folder of the trainer);
+        path: last.ckpt, in ``checkpoints`` in the folder of the logs (without logs: in the default folder of the trainer);
             None before it is written.
     """
 

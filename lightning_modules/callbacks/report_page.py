@@ -1,4 +1,4 @@
-"""A page to read beside the logs of a run."""
+"""A page to read next to the logs of a run."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ class ReportPage(L.Callback):
     ``trix`` adds it to every ``fit``, with its settings as ``report``: ``--report.num_tokens 0`` leaves the page out.
 
     Args:
-        num_tokens: draw it from at most so many tokens of the validation data (at least one sequence); 0: no page.
+        num_tokens: largest number of tokens of the validation data that it is drawn from; at least one sequence is. 0: no page.
 
     Raises:
         ValueError: num_tokens < 0.
@@ -53,7 +53,8 @@ class ReportPage(L.Callback):
         (checkpoint_path, _), page_path = written, self._folder / PAGE_NAME
         try:
             # The classes that this run is made of are trusted, for it has been running them.
-            trusted = [type(part).__module__ for part in (pl_module, getattr(trainer, "datamodule", None))]
+            parts = (pl_module, getattr(trainer, "datamodule", None))
+            trusted = [type(part).__module__ for part in parts if part is not None]
             task, checkpoint = load_checkpoint(checkpoint_path, trusted)
             data = run_data(task, checkpoint, checkpoint_path, trusted)
             page = make_page(task, data, checkpoint, str(checkpoint_path), self.num_tokens)

@@ -37,7 +37,7 @@ class RoutingMonitor(L.Callback):
     Histograms: ``routing/<layer>/tiles``, the tile indices chosen, and ``routing/<layer>/confidences``, of the first 2048
     tokens. Figures: ``routing/signatures``, ``routing/usage``, ``routing/similarity`` (cosine of signatures, tile by tile) and
     ``routing/tokens`` (the first sequence of the validation, token by tile). They are drawn for the last validation of a fit,
-    and for so many before that it takes at most 1 % of the time; outside of a fit for every one.
+    and for as many earlier ones as take at most 1 % of the time; outside of a fit for every one.
 
     A checkpoint holds the best tiles of those tokens, so that a resumed run logs the churn of an uninterrupted one.
 

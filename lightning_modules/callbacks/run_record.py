@@ -1,4 +1,4 @@
-"""What a run leaves beside its config.yaml, so that it can be repeated and compared: environment.json and metrics.csv."""
+"""What a run leaves next to its config.yaml, so that it can be repeated and compared: environment.json and metrics.csv."""
 
 import csv
 import io

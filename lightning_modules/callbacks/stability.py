@@ -18,8 +18,8 @@ from lightning_modules.errors import UserError
 
 SpikeAction = Literal["warn", "stop"]
 SPIKE_ACTIONS: tuple[SpikeAction, ...] = ("warn", "stop")
-NUM_NORMS, MIN_NORMS = 50, 20  # that a median is of
-STEPS_BETWEEN_LOOKS = 50  # of a GPU, which would have to be waited for at each
+NUM_NORMS, MIN_NORMS = 50, 20  # norms that the median is taken of
+STEPS_BETWEEN_LOOKS = 50  # on a GPU, every look forces a synchronisation
 
 
 class StabilityMonitor(L.Callback):

@@ -63,8 +63,9 @@ class SurgeryEvent:
         tiles: tile indices; one for insert. layers: ``all``, or indices of routed layers.
         step, epoch, when: exactly one of them; the event happens before that training step or epoch, both counted from 0, or
             after the first validation at which the condition is met.
-        signature: of insert: signs ("+0-", in YAML with quotes), a list of -1, 0 and 1, or positive_dims and negative_dims.
-        freeze: of insert: hold the signature; without it, learning goes on from it.
+        signature: what an inserted tile answers to: signs ("+0-", in YAML with quotes), a list of -1, 0 and 1, or
+            positive_dims and negative_dims.
+        freeze: whether an inserted tile holds its signature; without it, learning goes on from it.
         tag: a name for the layer's surgery history.
 
     Raises:

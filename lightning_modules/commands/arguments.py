@@ -32,12 +32,12 @@ class CommandParser(argparse.ArgumentParser):
             metavar="MODULE",
             action="append",
             default=[],
-            help="let the checkpoint name a task or data of this module of your own, which is then imported, also from the "
-            "working folder; may be given several times, and TRIX_TRUST=MODULE,MODULE does the same",
+            help="let the checkpoint name a task, data or parts of a network from this module, which is then imported, also "
+            "from the working folder; may be given several times, and TRIX_TRUST=MODULE,MODULE does the same",
         )
 
     def parse_strictly(self, arguments: list[str]) -> argparse.Namespace:
-        # Before argparse looks: it would first miss the required option that a misspelt one was to be.
+        # Before argparse looks: it would first miss the required option that was misspelt.
         for argument in arguments:
             name = argument.split("=")[0]
             if name.startswith("--") and name not in ("--", *self._known_options):

@@ -324,6 +324,6 @@ def make_parser() -> CommandParser:
         "--rounds", type=int, default=DEFAULT_ROUNDS, help=f"how often all take turns, >= {MIN_ROUNDS} (default: %(default)s)"
     )
     parser.add_argument(
-        "--output", help="the JSON file to write, with the plot beside it (default: MODEL.bench.json, beside the model)"
+        "--output", help="the JSON file to write, with the plot next to it (default: MODEL.bench.json, next to the model)"
     ).complete = FILE
     return parser

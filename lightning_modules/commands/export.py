@@ -64,9 +64,9 @@ def export_checkpoint(
     Args:
         ckpt: a file written by `trix fit`. output: the file to write, in a folder that exists.
         fallback: also write the operators' portable definition.
-        held_out_tokens: at most so many tokens of the validation data are used to compare with torch.
+        held_out_tokens: largest number of tokens of the validation data that are compared with torch.
         activations: what the file's ternary products read.
-        trusted: the modules, besides this project's, whose task and data the checkpoint may name.
+        trusted: the modules, besides this project's, whose task, data and parts of a network the checkpoint may name.
         external_data: write the weights to a file next to it.
 
     Raises:
@@ -104,7 +104,7 @@ def make_parser() -> CommandParser:
         "--held-out-tokens",
         type=int,
         default=4096,
-        help="compare with torch on at most so many tokens of the validation data (default: %(default)s)",
+        help="largest number of tokens of the validation data to compare with torch on (default: %(default)s)",
     )
     parser.add_argument(
         "--activation-bits",

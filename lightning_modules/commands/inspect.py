@@ -69,12 +69,12 @@ def make_parser() -> CommandParser:
     )
     parser.add_argument("model", metavar="MODEL", help=f"{CHECKPOINT_HELP}, or a file written by `trix export`").complete = FILE
     parser.add_argument(
-        "--output", help="the HTML file to write (default: beside the checkpoint or model, with the ending .html)"
+        "--output", help="the HTML file to write (default: next to the checkpoint or model, with the ending .html)"
     ).complete = FILE
     parser.add_argument(
         "--num-tokens",
         type=int,
-        help="measure a checkpoint on at most so many tokens of the validation data, in whole sequences "
+        help="largest number of tokens of the validation data to measure a checkpoint on, in whole sequences "
         f"(default: {DEFAULT_TOKENS})",
     )
     parser.add_trust()

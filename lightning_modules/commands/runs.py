@@ -160,13 +160,13 @@ def _metric(values: Sequence[float]) -> Metric:
 
 
 def _owner(ckpt: Path, runs: Sequence[Run]) -> Run | None:
-    """The run whose folder holds the checkpoint; of the versions beside it, the last that had begun when it was written."""
+    """The run whose folder holds the checkpoint; of the versions next to it, the last that had begun when it was written."""
     inside = [run for run in runs if run.folder in ckpt.parents]
     if inside:
         return max(inside, key=lambda run: len(run.folder.parts))
-    beside = [run for run in runs if run.version is not None and run.folder.parent == ckpt.parent]
-    begun = [run for run in beside if run.start is not None and run.start.timestamp() <= ckpt.stat().st_mtime]
-    return next(reversed(begun or beside), None)
+    others = [run for run in runs if run.version is not None and run.folder.parent == ckpt.parent]
+    begun = [run for run in others if run.start is not None and run.start.timestamp() <= ckpt.stat().st_mtime]
+    return next(reversed(begun or others), None)
 
 
 def _by_start(run: Run) -> tuple[float, str, int]:
@@ -218,7 +218,7 @@ def make_parser() -> CommandParser:
     parser = CommandParser(
         prog="trix runs",
         description="List the runs below a folder, in the order in which they began: last step, metrics, checkpoints.\n"
-        "Checkpoints beside several versions of a run are those of the last one that had begun when they were written.",
+        "Checkpoints next to several versions of a run are those of the last one that had begun when they were written.",
         epilog="examples:\n  trix runs\n  trix runs runs/digits --sort val/accuracy --descending\n  trix runs --json",
     )
     parser.add_argument("folder", nargs="?", default="runs", help="where to look (default: %(default)s)")

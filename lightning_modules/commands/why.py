@@ -124,6 +124,6 @@ def make_parser() -> CommandParser:
     parser.add_argument("--layer", type=int, default=0, help="the routed layer, counted from 0 (default: %(default)s)")
     parser.add_argument("--num-dims", type=int, default=5, help="how many dimensions to name (default: %(default)s)")
     parser.add_argument("--position", type=int, help="only the token at this place, counted from 0")
-    parser.add_argument("--last", type=int, help="only the last so many tokens")
+    parser.add_argument("--last", type=int, metavar="N", help="only the last N tokens")
     parser.add_trust()
     return parser

@@ -50,6 +50,20 @@ class TrixDataModule(L.LightningDataModule):
         return as_numbers(x)
 
 
+class _DefaultAnswers(TrixDataModule):
+    """What is said of a module that does not derive from TrixDataModule."""
+
+    def __init__(self, module: L.LightningDataModule) -> None:
+        super().__init__()
+        self._module = module
+
+    def held_out(self, num_tokens: int) -> HeldOut:
+        return first_examples(self._module, num_tokens)
+
+    def facts(self) -> dict[str, str]:
+        return described(self._module)
+
+
 class RunData:
     """The data that a run trained on, made when it is first asked for.
 
@@ -70,13 +84,17 @@ class RunData:
         module.setup("validate")
         return module
 
+    @cached_property
+    def _answers(self) -> TrixDataModule:
+        return self.module if isinstance(self.module, TrixDataModule) else _DefaultAnswers(self.module)
+
     @property
     def noun(self) -> str:
-        return self.module.noun if isinstance(self.module, TrixDataModule) else TrixDataModule.noun
+        return self._answers.noun
 
     @property
     def is_picture(self) -> bool:
-        return isinstance(self.module, TrixDataModule) and self.module.is_picture
+        return self._answers.is_picture
 
     def held_out(self, num_tokens: int) -> HeldOut:
         """As :meth:`TrixDataModule.held_out`.
@@ -84,17 +102,15 @@ class RunData:
         Raises:
             DataError: there is no validation data, or none that is made of tensors.
         """
-        module = self.module
-        return module.held_out(num_tokens) if isinstance(module, TrixDataModule) else first_examples(module, num_tokens)
+        return self._answers.held_out(num_tokens)
 
     def facts(self) -> dict[str, str]:
         """As :meth:`TrixDataModule.facts`, with the digests that the data has."""
-        module = self.module
-        return (module.facts() if isinstance(module, TrixDataModule) else described(module)) | digests(module)
+        return self._answers.facts() | digests(self.module)
 
     def written(self, x: Tensor) -> list[str]:
         """As :meth:`TrixDataModule.written`."""
-        return self.module.written(x) if isinstance(self.module, TrixDataModule) else as_numbers(x)
+        return self._answers.written(x)
 
     def example(self, index: int) -> HeldOut:
         """One example of the validation data, as a batch of one.

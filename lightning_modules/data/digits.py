@@ -37,7 +37,7 @@ class DigitsDataModule(TrixDataModule):
     Args:
         batch_size: B, images in a batch (of each process).
         validation_fraction: the part of the images that is held out, in (0, 1), rounded to whole images.
-        seed: of the split and of the order of training images, >= 0.
+        seed: seed of the split and of the order of training images, >= 0.
 
     Attributes:
         class_names: the ten digits as text, by label. num_features: pixels of a row, 8.

@@ -57,7 +57,7 @@ class LanguageIdDataModule(TrixDataModule):
         context_length: T.
         min_length: the least number of characters of a text, placeholders and markup not counted.
         validation_fraction, test_fraction: the parts of the messages that are held out, each in (0, 1), together below 1.
-        seed: of the split and of the order of the training texts, >= 0.
+        seed: seed of the split and of the order of the training texts, >= 0.
         django_version: the version that must be installed; None accepts any. A checkpoint keeps the one that was.
 
     Attributes:

@@ -109,7 +109,7 @@ def permuted_loader(
     """Whole batches of each epoch's permutation, `numpy.random.default_rng((seed, epoch))`; each process takes its own part.
 
     Args:
-        noun: what the examples are, in the plural. settings: what, beside the sizes and the seed, must be equal on
+        noun: what the examples are, in the plural. settings: what, besides the sizes and the seed, must be equal on
             resuming.
 
     Raises:

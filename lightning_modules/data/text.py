@@ -41,7 +41,7 @@ class TextDataModule(TrixDataModule):
         batch_size: B, windows in a batch (of each process).
         validation_fraction: the part at the end of the text that is held out, in (0, 1); wikitext-2 has its own
             validation file and ignores it.
-        seed: of the training windows, >= 0.
+        seed: seed of the training windows, >= 0.
         batches_per_epoch: training batches in an epoch.
         sha256: hex digest that the text must have: of the file's bytes (wikitext-2: test.txt, then valid.txt; pydoc:
             the joined topics in UTF-8). None accepts any text.

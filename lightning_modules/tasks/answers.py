@@ -95,14 +95,12 @@ def default_page(network: nn.Module, data: RunData, num_tokens: int, class_names
 
 
 def default_exporter(network: nn.Module, data: RunData, num_tokens: int) -> Exporter:
-    """The network's forward, with a first axis of any size."""
+    """The network's forward, input -> output_0, output_1, ..., with a first axis of any size."""
     from ort_ops.export import export
 
     inputs, _ = data.held_out(num_tokens)
     axes = ({0: torch.export.Dim("batch")},)
-    exporter: Exporter = partial(
-        export, network, (inputs,), dynamic_shapes=axes, input_names=["input"], output_names=["output"]
-    )
+    exporter: Exporter = partial(export, network, (inputs,), dynamic_shapes=axes, input_names=["input"])
     return exporter
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_modules.class_paths import class_path, import_class, import_parts
+from lightning_modules.class_paths import class_path, import_class, import_parts, part_paths
 from lightning_modules.error_text import one_line
 from lightning_modules.errors import UserError
 from lightning_modules.tasks.checkpoint_file import load_plain, walk
@@ -45,7 +45,7 @@ def load_checkpoint(path: Path | str, trusted: Collection[str] = ()) -> tuple[Tr
     """The task of a checkpoint, with its weights, in evaluation mode on the CPU; and the whole checkpoint.
 
     Args:
-        trusted: the modules, besides this project's, whose task the checkpoint may name.
+        trusted: the modules, besides this project's, whose task and parts of a network the checkpoint may name.
 
     Raises:
         CheckpointError: as :func:`read_checkpoint`, :func:`~lightning_modules.class_paths.import_class` and
@@ -134,8 +134,8 @@ def _make_task(kind: type[TrixTask], checkpoint: Mapping[str, Any]) -> TrixTask:
         with torch.device("meta"):  # parameters with shapes, but without memory
             sketch = kind(**settings)
     except Exception as error:  # what a wrong value leads to depends on where it is used first
-        if kind.__module__.split(".")[0] not in OWN and "meta" in str(error):
-            return _made(kind, settings)  # it reads values as it is made: of this module there can be no sketch
+        if any(path.split(".")[0] not in OWN for path in (class_path(kind), *part_paths(settings))):
+            return _made(kind, settings)  # where one of these reads values as it is made, there can be no sketch
         raise CheckpointError(f"the hyperparameters of the checkpoint do not fit: {one_line(error)}") from error
     _check_tensors(state_dict)
     with warnings.catch_warnings():

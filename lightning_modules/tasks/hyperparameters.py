@@ -14,8 +14,8 @@ def check_hyperparameters(part: L.LightningModule | L.LightningDataModule) -> No
     """Raise UserError unless the hyperparameters are plain values, and enough to call the part's class with them."""
     kind, settings = type(part).__name__, dict(part.hparams)
     for name, value in settings.items():
-        if (odd := _odd_value(value)) is not None:
-            raise UserError(f"hyperparameter {name} of {kind} ({type(odd).__name__}) must be a plain value: {_SAVE}")
+        if (found := _not_plain(value)) is not None:
+            raise UserError(f"hyperparameter {name} of {kind} ({type(found).__name__}) must be a plain value: {_SAVE}")
     parameters = inspect.signature(type(part)).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for name, parameter in parameters.items():
@@ -30,12 +30,12 @@ def check_hyperparameters(part: L.LightningModule | L.LightningDataModule) -> No
             raise UserError(f"hyperparameter {name} of {kind} must be a parameter of its __init__: {_SAVE}")
 
 
-def _odd_value(value: Any) -> Any:
+def _not_plain(value: Any) -> Any:
     """The first value that no checkpoint can hold; None where all are plain."""
     if value is None or type(value) in (bool, int, float, str, bytes):
         return None
     if type(value) in (list, tuple):
-        return next((odd for one in value if (odd := _odd_value(one)) is not None), None)
+        return next((found for one in value if (found := _not_plain(one)) is not None), None)
     if isinstance(value, dict):
-        return next((odd for one in (*value, *value.values()) if (odd := _odd_value(one)) is not None), None)
+        return next((found for one in (*value, *value.values()) if (found := _not_plain(one)) is not None), None)
     return value

@@ -106,7 +106,7 @@ class LanguageModelTask(RoutedTask):
 
     @override
     def exportable(self, data: RunData, num_tokens: int) -> Exporter:
-        """With keys and values of the tokens before: see :func:`ort_ops.export.export_language_model`."""
+        """With the state after the tokens before: see :func:`ort_ops.export.export_language_model`."""
         from ort_ops.export import export_language_model
 
         tokens = self._held_out(data, num_tokens).flatten()[:num_tokens]

@@ -1,7 +1,6 @@
 """What every task shares: the network, its optimizer and schedule, what a checkpoint says of itself, what commands ask."""
 
 import math
-from abc import ABC
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, cast
 
@@ -17,6 +16,7 @@ from lightning_modules.class_paths import class_path
 from lightning_modules.data.data_module import RunData
 from lightning_modules.errors import UserError
 from lightning_modules.tasks.answers import Example, Exporter, Page, Request, default_example, default_exporter, default_page
+from lightning_modules.tasks.cut_epoch import settle_epoch
 from lightning_modules.tasks.upgrade import upgrade
 
 OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
@@ -51,7 +51,7 @@ def default_lr_scheduler(optimizer: Optimizer, num_steps: int) -> LRScheduler:
     return LambdaLR(optimizer, lambda step: 0.5 * (1.0 + math.cos(math.pi * min(step / num_steps, 1.0))))
 
 
-class TrixTask(L.LightningModule, ABC):
+class TrixTask(L.LightningModule):
     """A LightningModule that `trix` can train, resume, measure, read and export: the base class of a task of your own.
 
     A subclass has the steps of any LightningModule; :class:`~lightning_modules.tasks.RoutedTask` has them already. It saves
@@ -65,8 +65,8 @@ class TrixTask(L.LightningModule, ABC):
             max_steps; stepped after every training step. None keeps the learning rate.
 
     Attributes:
-        task_name: what checkpoints call the task; by default the name of the class. reports_routing: whether each step returns
-            a :class:`~lightning_modules.tasks.StepOutput`, which some callbacks read.
+        task_name: what checkpoints call the task; by default that of the class it derives from, else the name of the class.
+        reports_routing: whether each step returns a :class:`~lightning_modules.tasks.StepOutput`, which some callbacks read.
     """
 
     task_name: ClassVar[str] = ""
@@ -100,7 +100,7 @@ class TrixTask(L.LightningModule, ABC):
         """What ``trix inspect`` and the report at the end of a run show; by default held-out data, whatever it is.
 
         Args:
-            num_tokens: at most so many tokens, but at least one example.
+            num_tokens: largest number of tokens shown; at least one example is.
         """
         return default_page(self.network, data, num_tokens, getattr(self, "class_names", None))
 
@@ -108,7 +108,7 @@ class TrixTask(L.LightningModule, ABC):
         """What writes the ONNX file of ``trix export``; by default the network with any number of examples at a time.
 
         Args:
-            num_tokens: compare with torch on at most so many tokens of held-out data, but at least one example.
+            num_tokens: largest number of held-out tokens compared with torch; at least one example is.
         """
         return default_exporter(self.network, data, num_tokens)
 
@@ -178,6 +178,7 @@ class TrixTask(L.LightningModule, ABC):
         if self._trainer is not None and self.trainer.precision == "64-true":
             self.double()  # Lightning does so after it has loaded the weights, which would round them to float32
         if self._trainer is not None and self.trainer.training:
+            settle_epoch(checkpoint)
             stored, now = checkpoint[CHECKPOINT_KEY].get("max_steps"), self.trainer.max_steps
             if stored != now and self._make_lr_scheduler is not None:
                 is_stretched = self._make_lr_scheduler is default_lr_scheduler
@@ -193,6 +194,9 @@ class TrixTask(L.LightningModule, ABC):
             raise CheckpointError("the checkpoint was not written by trix")
         if entry["task"] != self.task_name:
             raise CheckpointError(f"task ({self.task_name}) must equal the checkpoint's ({entry['task']})")
+        own_class = class_path(type(self))  # a class derived from another task has its name
+        if entry.get("task_class", own_class) != own_class:
+            raise CheckpointError(f"class of the task ({own_class}) must equal the checkpoint's ({entry['task_class']!s:.80})")
         stored, now = _flat(checkpoint.get("hyper_parameters", {})), _flat(self.hparams)
         for name, value in now.items():
             if name in stored and stored[name] != value:
@@ -214,9 +218,10 @@ class TrixTask(L.LightningModule, ABC):
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted names; the arguments of a part (``mixer_args``) are one value, which an argument left out changes."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and not name.endswith("_args"):
             flat |= _flat(value, f"{prefix}{name}.")
         else:
             flat[prefix + name] = value

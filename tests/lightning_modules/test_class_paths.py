@@ -4,8 +4,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from lightning import LightningDataModule
 
-from lightning_modules.class_paths import class_path, import_class
+from lightning_modules.class_paths import class_path, import_class, import_parts, part_paths
 from lightning_modules.data.text import TextDataModule
 from lightning_modules.errors import UserError
 from lightning_modules.tasks import ClassifierTask, LanguageModelTask, TrixTask
@@ -14,7 +15,7 @@ from trix.nn import TriXFFN
 
 @pytest.mark.parametrize("kind", [ClassifierTask, TextDataModule, TriXFFN])
 def test_a_path_leads_back_to_its_class(kind: type) -> None:
-    assert import_class(class_path(kind), object, "a.ckpt") is kind
+    assert import_class(class_path(kind), object, "a.ckpt", package=kind.__module__.split(".")[0]) is kind
 
 
 @pytest.mark.parametrize(
@@ -31,6 +32,11 @@ def test_a_path_leads_back_to_its_class(kind: type) -> None:
         ("lightning_modules.tasks.Nothing", "cannot be imported: AttributeError"),
         ("lightning_modules.nothing.Task", "cannot be imported: ModuleNotFoundError"),
         ("lightning_modules.tasks.load_checkpoint", "must be a class derived from lightning_modules.tasks.task.TrixTask"),
+        ("torch.nn.Linear", "must be in lightning_modules; if you trust it, add --trust torch$"),
+        ("lightning.pytorch.demos.boring_classes.BoringModel", "must be in lightning_modules; if you trust it, add --trust"),
+        ("trix.nn.TriXFFN", "must be in lightning_modules"),
+        ("lightning_modules.tasks.TrixTask", "must be a class derived from lightning_modules.tasks.task.TrixTask"),
+        ("lightning_modules.tasks.RoutedTask", "must have no abstract methods, it has predict_step"),
         ("lightning_modules.data.text.TextDataModule", "must be a class derived from lightning_modules.tasks.task.TrixTask"),
     ],
 )
@@ -53,3 +59,36 @@ def test_trust_is_for_a_module_and_those_below_it(tmp_path: Path, monkeypatch: p
     assert "package_a" not in sys.modules
     assert issubclass(import_class("package_a.tasks.Task", TrixTask, "a.ckpt", ["package_a.tasks"]), LanguageModelTask)
     assert issubclass(import_class("package_a.tasks2.Task", TrixTask, "a.ckpt", ["package_a"]), LanguageModelTask)
+
+
+def test_torch_and_lightning_are_trusted_like_any_other_module() -> None:
+    path = "lightning.pytorch.demos.boring_classes.BoringDataModule"
+    assert class_path(import_class(path, LightningDataModule, "a.ckpt", ["lightning"])) == path
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"network": {"num_layers": 1, "mixer": "own.Mixer", "ffn": {"num_tiles": 2, "tiles": "own.Tiles"}}}, 2),
+        ({"any_name": {"num_tiles": 2, "routing": "own.Router"}}, 1),
+        ({"network": {"num_layers": 1, "mixer": "attention"}}, 0),
+        ({"tiles": "sprites.png", "mixer": "desk.wav", "routing": "a.b"}, 0),  # settings of a task of the user's own
+        ({"network": {"num_layers": 1, "tiles": "sprites.png"}}, 0),
+        ({"num_tiles": 2, "tiles": 5}, 0),
+        (None, 0),
+    ],
+)
+def test_parts_are_looked_for_in_settings_of_our_networks(settings: object, expected: int) -> None:
+    assert len(list(part_paths(settings))) == expected
+    if expected:
+        with pytest.raises(UserError, match=r"own\..* add --trust own$"):
+            import_parts(settings, "a.ckpt")
+    else:
+        import_parts(settings, "a.ckpt")
+
+
+def test_a_part_is_of_trix_or_of_a_module_that_is_trusted() -> None:
+    settings = {"num_tiles": 2, "tiles": "torch.utils.benchmark.Timer"}
+    with pytest.raises(UserError, match=r"Timer .* must be in trix; if you trust it, add --trust torch"):
+        import_parts(settings, "a.ckpt")
+    assert "torch.utils.benchmark" not in sys.modules

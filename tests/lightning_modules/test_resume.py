@@ -175,6 +175,19 @@ def test_other_options_go_with_resume(folder: Path, capfd: pytest.CaptureFixture
     assert "training     5 steps on cpu, going on after step 4" in capfd.readouterr().out
 
 
+@pytest.mark.parametrize("options", [[], ["--trainer.limit_val_batches=0"]], ids=["validated", "not_validated"])
+def test_a_run_is_extended_as_if_it_had_not_ended(options: list[str], folder: Path) -> None:
+    write_config({**LANGUAGE_MODEL, "init_args": {**LANGUAGE_MODEL["init_args"], "lr_scheduler": None}}, TEXT)
+    fit = ["fit", "--config", "small.yaml", "--trainer.callbacks=[]", *options]
+    assert main([*fit, "--trainer.max_steps=10"]) == 0
+    # It ends within the first epoch of seven steps, at its end, and within the second one.
+    assert main([*fit, "--trainer.max_steps=6"]) == 0
+    for version, max_steps in enumerate([7, 9, 10], start=1):
+        resume = ["fit", "--resume", f"runs/small/version_{version}", *options]
+        assert main([*resume, f"--trainer.max_steps={max_steps}"]) == 0
+    assert differing(weights(checkpoint(version=4), step=10), weights(checkpoint(), step=10)) == []
+
+
 def test_a_run_without_a_checkpoint_is_passed_over(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", "--config", "small.yaml", "--trainer.max_steps=4"]) == 0
     # A later run that ended before its first checkpoint.

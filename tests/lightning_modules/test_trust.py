@@ -72,9 +72,9 @@ def write(path: Path | str, content: Any) -> str:
     return str(path)
 
 
-def trained_run(content: dict[str, Any]) -> Path:
-    """A run folder whose config.yaml says something else than what it was trained with."""
-    assert main(["fit", "--config", write("small.yaml", config())]) == 0
+def trained_run(content: dict[str, Any], **changes: Any) -> Path:
+    """A run folder whose config.yaml says something else than what it was trained with. changes: to what it is trained with."""
+    assert main(["fit", "--config", write("small.yaml", config(**changes))]) == 0
     write(RUN / "version_0/config.yaml", content)
     return RUN
 
@@ -107,7 +107,9 @@ def test_a_run_folder_imports_nothing_on_its_own_word(
 def test_the_user_may_trust_a_module(
     way: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = trained_run(config(**OWN_PARTS["task"]))
+    run = trained_run(config(**OWN_PARTS["task"]), **OWN_PARTS["task"])
+    sys.modules.pop("own_parts")
+    Path("imported").unlink()
     options = {"option": ["--trust", "own_parts"], "option=": ["--trust=other,own_parts"], "variable": []}[way]
     if way == "variable":
         monkeypatch.setenv("TRIX_TRUST", "other, own_parts")

@@ -1,12 +1,16 @@
 """ReportPage: a page at the end of a run, about its best checkpoint; and a run that is not lost where there is none."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_modules.callbacks import report_page
 from lightning_modules.callbacks.report_page import ReportPage
 from lightning_modules.cli import main
+from lightning_modules.data.text import TextDataModule
+from lightning_modules.tasks import LanguageModelTask
 
 SMALL = """\
 model:
@@ -72,3 +76,23 @@ def test_a_page_that_cannot_be_drawn_is_a_warning(
 def test_a_negative_number_of_tokens_is_refused() -> None:
     with pytest.raises(ValueError, match=r"num_tokens \(-1\) must be >= 0"):
         ReportPage(-1)
+
+
+def test_only_modules_of_the_run_are_trusted(
+    language_model: LanguageModelTask, text: TextDataModule, make_trainer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trusted: list[list[str]] = []
+
+    def load(path: Path, modules: list[str]) -> None:
+        trusted.append(modules)
+        raise ValueError("seen")
+
+    monkeypatch.setattr(report_page, "load_checkpoint", load)
+    for data in (
+        {"datamodule": text},
+        {"train_dataloaders": text.train_dataloader(), "val_dataloaders": text.val_dataloader()},
+    ):
+        trainer = make_trainer(callbacks=[ReportPage(), ModelCheckpoint()], logger=True, enable_checkpointing=True)
+        trainer.fit(language_model, **data)
+    tasks = "lightning_modules.tasks.language_model"
+    assert trusted == [[tasks, "lightning_modules.data.text"], [tasks]]

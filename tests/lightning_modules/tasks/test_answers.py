@@ -1,5 +1,6 @@
 """The answers of any task over any data: tokens, classes, and what is run on them."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_modules.data import RunData, TrixDataModule
 from lightning_modules.errors import UserError
 from lightning_modules.tasks import Request
-from lightning_modules.tasks.answers import default_example, default_page, tokens_per_example
+from lightning_modules.tasks.answers import default_example, default_exporter, default_page, tokens_per_example
+from ort_ops.graph import Activations
+from ort_ops.runtime import open_model
 from trix.introspection import html_report
 from trix.nn import TriXFFN
 
@@ -40,6 +43,18 @@ class Data(TrixDataModule):
 
     def val_dataloader(self) -> Any:
         return DataLoader(TensorDataset(*self.tensors), batch_size=2)
+
+
+class Several(nn.Module):
+    """Answers with several tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ffn = TriXFFN(4, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        y = self.ffn(x)
+        return y, {"mean": y.mean(-1)}
 
 
 def data(*tensors: Tensor) -> RunData:
@@ -107,3 +122,14 @@ def test_an_example_is_told_by_number_and_label() -> None:
     assert patched.tokens == [f"example 1, token {place}" for place in range(4)]
     with pytest.raises(UserError, match=r"^Task needs one of its validation examples: --index N$"):
         default_example("Task", TriXFFN(4, 2), data(X), Request(prompt="a"))
+
+
+@pytest.mark.parametrize(("network", "names"), [(TriXFFN(4, 2), ["output_0"]), (Several(), ["output_0", "output_1"])])
+def test_a_network_with_any_number_of_outputs_is_exported(network: nn.Module, names: list[str], tmp_path: Path) -> None:
+    exporter = default_exporter(network.eval(), data(X), 1000)
+    exporter(tmp_path / "a.onnx", fallback=True, activations=Activations(), external_data=False)
+    session = open_model(tmp_path / "a.onnx")
+    outputs = session.run_outputs({"input": X[:3].numpy()})
+    assert list(outputs) == names
+    expected = network(X[:3]) if isinstance(network, TriXFFN) else network(X[:3])[0]
+    torch.testing.assert_close(torch.from_numpy(outputs["output_0"]), expected.detach(), rtol=1e-5, atol=1e-6)

@@ -33,7 +33,7 @@ def test_checkpoint_rebuilds_the_task(saved: Path, language_model: LanguageModel
     assert torch.equal(task(token), language_model.eval()(token))
     assert checkpoint["trix"] == {
         "task": "language_model",
-        "version": 1,
+        "version": 2,
         "data": "TextDataModule",
         "max_steps": 2,
         "task_class": "lightning_modules.tasks.language_model.LanguageModelTask",
@@ -140,7 +140,7 @@ def test_a_checkpoint_without_class_paths_is_read_by_its_names(saved: Path, text
     ("change", "message"),
     [
         (lambda c: c.pop("trix"), "was not written by `trix fit`"),
-        (lambda c: c["trix"].update(version=2), r"version \(2\) must be <= 1"),
+        (lambda c: c["trix"].update(version=3), r"version \(3\) must be <= 2"),
         (lambda c: as_before(c, task="poetry"), r"task \('poetry'\) must be one of language_model, classifier"),
         (lambda c: as_before(c, task=["poetry"]), "must be one of language_model, classifier"),
         (
