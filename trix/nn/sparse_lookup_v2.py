@@ -59,15 +59,29 @@ class SparseLookupFFNv2(SparseLookupFFN):
         tiles_per_cluster: int = 8,
         grid_size: int = 16,
         *,
+        compress_hidden: int | None = None,
+        dropout: float = 0.1,
         use_score_calibration: bool = True,
         ternary_weight: float = 0.01,
         sparsity_weight: float = 0.01,
         diversity_weight: float = 0.01,
-        **lookup: Any,
+        balance_weight: float = 0.01,
+        balance_rate: float = 0.0,
+        num_classes: int | None = None,
+        top_k: int = 1,
     ) -> None:
-        if "ternary_splines" in lookup:
-            raise TypeError("SparseLookupFFNv2 has no splines: ternary_splines must not be given")
-        super().__init__(d_model, num_tiles, tiles_per_cluster, grid_size, **lookup)
+        super().__init__(
+            d_model,
+            num_tiles,
+            tiles_per_cluster,
+            grid_size,
+            compress_hidden=compress_hidden,
+            dropout=dropout,
+            balance_weight=balance_weight,
+            balance_rate=balance_rate,
+            num_classes=num_classes,
+            top_k=top_k,
+        )
         check_weights(ternary_weight=ternary_weight, sparsity_weight=sparsity_weight, diversity_weight=diversity_weight)
         self.ternary_weight, self.sparsity_weight, self.diversity_weight = ternary_weight, sparsity_weight, diversity_weight
         self.calibration = ScoreCalibrationSpline() if use_score_calibration else None

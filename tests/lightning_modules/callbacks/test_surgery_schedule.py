@@ -17,7 +17,6 @@ from lightning_modules.errors import UserError
 from lightning_modules.routed_layers import routed_layers
 from lightning_modules.tasks import ClassifierTask, LanguageModelTask
 from trix.nn import ClassifierConfig, FFNConfig
-from trix.nn.ffn import Routing
 
 
 class SignatureRecorder(L.Callback):
@@ -130,7 +129,7 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("routing", ["explicit", "emergent"])
 def test_no_optimizer_moves_an_inserted_signature_until_it_is_unfrozen(
-    optimizer: str, routing: Routing, text: TextDataModule, make_trainer: MakeTrainer
+    optimizer: str, routing: str, text: TextDataModule, make_trainer: MakeTrainer
 ) -> None:
     L.seed_everything(0)
     network = small_network(ffn=FFNConfig(num_tiles=4, routing=routing))
@@ -386,7 +385,7 @@ def test_events_are_checked_against_the_network(
 
 
 @pytest.mark.parametrize(("routing", "router"), [("learned", "LearnedRouter"), ("hash", "HashRouter")])
-def test_a_router_without_signatures_has_nothing_to_freeze(routing: Routing, router: str, text: TextDataModule) -> None:
+def test_a_router_without_signatures_has_nothing_to_freeze(routing: str, router: str, text: TextDataModule) -> None:
     task = LanguageModelTask(text.vocabulary, small_network(ffn=FFNConfig(num_tiles=4, routing=routing)))
     with pytest.raises(UserError, match=rf"the router \({router}\) of layer 0 has no signatures"):
         SurgerySchedule([SurgeryEvent("freeze", [0], step=1)]).check_network(task)
