@@ -60,7 +60,7 @@ def attention_block(ffn: FFNConfig) -> nn.Module:
 TOKENS = ({0: BATCH, 1: TIME},)
 MODULES: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     "a block": (lambda: attention_block(FFNConfig(num_tiles=4, top_k=2)), TOKENS),
-    "a stack": (lambda: TriXStack(2, WIDTH, 2, FFNConfig(kind="sparse_lookup", num_tiles=4), 12), TOKENS),
+    "a stack": (lambda: TriXStack(2, WIDTH, 2, FFNConfig(kind="sparse_lookup", num_tiles=4), context_length=12), TOKENS),
     "a lookup alone": (lambda: nn.Sequential(SparseLookupFFN(WIDTH, 8)), TOKENS),
     "a lookup last": (lambda: nn.Sequential(TriXLinear(WIDTH, WIDTH), SparseLookupFFNv2(WIDTH, 8, top_k=2)), TOKENS),
     "a lookup in the middle": (
