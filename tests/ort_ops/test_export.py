@@ -9,7 +9,7 @@ import torch
 
 from ort_ops import file_format, schema
 from ort_ops.export import ExportError, export_classifier, export_language_model
-from ort_ops.graph import Activations
+from ort_ops.file_format import Activations
 from ort_ops.library import session_options
 from ort_ops.runtime import ExportedModel
 from ort_ops.signature_layers import read_model

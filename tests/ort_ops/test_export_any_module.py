@@ -31,8 +31,7 @@ from torch import nn
 
 from lightning_modules.cli import main
 from ort_ops.export import ExportError, export
-from ort_ops.file_format import ModelFileError
-from ort_ops.graph import Activations
+from ort_ops.file_format import Activations, ModelFileError
 from ort_ops.runtime import ExportedModel, open_model
 from ort_ops.signature_layers import read_model
 from ort_ops.surgery import Edit, operate_on_file
