@@ -22,7 +22,7 @@ def is_external(tensor: TensorProto) -> bool:
 
 
 def weight_bytes(proto: ModelProto) -> int:
-    """Of all tensors of the graph that are in the model itself."""
+    """Bytes of all tensors stored in the model itself."""
     return sum(len(tensor.raw_data) for tensor in proto.graph.initializer)
 
 
@@ -76,7 +76,7 @@ def _to_array(tensor: TensorProto, folder: Path) -> NDArray[Any]:
 
 
 def digests(proto: ModelProto, folder: Path) -> dict[str, tuple[int, tuple[int, ...], str]]:
-    """Of each constant: type, shape, and a digest of its elements, wherever they lie."""
+    """Type, shape and digest of each constant, wherever its elements lie."""
     return {
         tensor.name: (tensor.data_type, tuple(tensor.dims), sha256(tensor_bytes(tensor, folder)).hexdigest())
         for tensor in proto.graph.initializer
@@ -85,7 +85,7 @@ def digests(proto: ModelProto, folder: Path) -> dict[str, tuple[int, tuple[int, 
 
 
 def move_out(proto: ModelProto, data: Path, folder: Path) -> None:
-    """Write all tensors that are not small to a data file and let the model name it. folder: of data that lies outside now."""
+    """Write all tensors that are not small to a data file and let the model name it. folder: where external data is now."""
     with data.open("wb") as file:
         for tensor in proto.graph.initializer:
             content = b"" if tensor.data_type == TensorProto.STRING else tensor_bytes(tensor, folder)

@@ -180,15 +180,17 @@ def check_dynamic(exported: torch.export.ExportedProgram, inputs: Inputs) -> Non
 
 
 def _sizes(exported: torch.export.ExportedProgram) -> list[list[Any]]:
-    """Of each input: whole numbers, and expressions where the size may change."""
+    """Sizes of each input: numbers, or expressions where they may change."""
     placeholders = {node.name: node.meta.get("val") for node in exported.graph.nodes if node.op == "placeholder"}
     shapes = [placeholders[name].shape for name in exported.graph_signature.user_inputs]
     return [[size.node.expr if isinstance(size, torch.SymInt) else size for size in shape] for shape in shapes]
 
 
 def other_sizes(exported: torch.export.ExportedProgram, examples: Sequence[Tensor]) -> Iterator[list[tuple[Tensor, ...]]]:
-    """Example inputs of other sizes along the dynamic axes, their content repeated or cut: groups, of each of which one is
-    wanted, the first that the module takes."""
+    """Example inputs of other sizes along the dynamic axes, their content repeated or cut.
+
+    Yields groups; the first member of each group that the module accepts is used.
+    """
     expressions = _sizes(exported)
     size_of: dict[Any, int] = {}
     for example, row in zip(examples, expressions, strict=True):

@@ -30,7 +30,7 @@ class ExportedModel:
 
     Args:
         path: a file written by ``trix export``. use_library: run the native kernels; otherwise the portable functions in the
-            file. num_threads: of the session; None leaves the choice to onnxruntime.
+            file. num_threads: threads of the session; None leaves the choice to onnxruntime.
 
     Attributes:
         record: what the exporter wrote (task, configuration, parity at export, ...). metadata: the same as plain JSON values.
@@ -192,13 +192,13 @@ class LanguageModelSession(ExportedModel):
     ) -> Iterator[str]:
         """Yield num_tokens characters that follow the prompt, as they are drawn. Threads may generate at the same time.
 
-        The prompt, its last context_length tokens, is read once, then each token, with keys and values of those before. When
+        The prompt, its last context_length tokens, is read once, then each token, with the state of those before. When
         these are context_length tokens, the last half of them is read anew: a token is drawn after the last context_length / 2
         to context_length tokens.
 
         Args:
             temperature: 0 takes the likeliest character, else logits are divided by it. top_p: draw from the smallest set of
-                characters whose probabilities reach it. seed: of the draws.
+                characters whose probabilities reach it. seed: seed of the draws.
 
         Raises:
             PromptError, and ValueError for num_tokens < 0, temperature < 0 or top_p outside (0, 1]; at the call, before the
