@@ -17,8 +17,8 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import ModelProto, ValueInfoProto
 
-from ort_ops.external_data import data_path
-from ort_ops.external_weights import digests, is_external, move_out, session_of, set_location
+from ort_ops.external_data import data_path, remove_old_data
+from ort_ops.external_weights import data_digest, digests, is_external, move_out, session_of, set_location
 from ort_ops.file_format import MODULE, FileRecord, LayerRecord, ModelFileError
 from ort_ops.library import LibraryNotFoundError, session_options
 from ort_ops.operators.signature_route import SIGNATURE_ROUTE
@@ -299,15 +299,14 @@ def _write(
     if not any(map(is_external, proto.graph.initializer)):
         with whole_file(output) as partial:
             verify(partial)
-        return
-    data = data_path(output)
-    if data.exists():
-        raise ValueError(f"external data {data} must not exist yet: another model may need it")
-    with whole_files(data, output) as (partial_data, partial):
-        move_out(proto, partial_data, folder)
-        verify(partial)
-        set_location(proto, data.name)
-        partial.write_bytes(proto.SerializeToString())
+    else:
+        data = data_path(output, data_digest(proto, folder))
+        with whole_files(data, output) as (partial_data, partial):
+            move_out(proto, partial_data, folder)
+            verify(partial)
+            set_location(proto, data.name)
+            partial.write_bytes(proto.SerializeToString())
+    remove_old_data(output)
 
 
 def _check_answer(path: Path) -> None:

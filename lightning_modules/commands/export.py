@@ -98,7 +98,7 @@ def make_parser() -> CommandParser:
     parser.add_argument(
         "--external-data",
         action="store_true",
-        help="write the weights to a second file, OUTPUT.data, as is done anyway where they exceed the 2 GB of one ONNX file",
+        help="write the weights to a second file, OUTPUT.DIGEST.data, as is done anyway where they exceed the 2 GB of one file",
     )
     parser.add_argument(
         "--held-out-tokens",
