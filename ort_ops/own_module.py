@@ -289,15 +289,22 @@ class ModuleAnswers:
             raise ExportError(f"output_names must be other than input_names ({', '.join(self._input_names)}), {name} is one")
         return self._output_names
 
-    def add_other_sizes(self, groups: Iterator[list[tuple[Tensor, ...]]]) -> None:
-        """Ask torch at other sizes, too; those that the module refuses are not its."""
+    def add_other_sizes(self, groups: Iterator[list[tuple[Tensor, ...]]]) -> tuple[str, ...] | None:
+        """Ask torch at other sizes, too; those that the module refuses are skipped.
+
+        Returns the sizes of the inputs that it takes, as text; None where there are no other sizes.
+        """
+        taken, has_others = [], False
         for group in groups:
+            has_others = True
             for tensors in group:
                 try:
                     self._runs.append((tensors, self._answer(tensors)))
                 except Exception:  # whatever the module raises
                     continue
+                taken.append(self._sizes_text(tensors))
                 break
+        return tuple(taken) if has_others else None
 
     def parity(self, session: ort.InferenceSession) -> OutputParity:
         parities = [self._parity(session, *run) for run in self._runs]
@@ -305,7 +312,7 @@ class ModuleAnswers:
         return OutputParity(sum(parity.num_values for parity in parities), largest)
 
     def _parity(self, session: ort.InferenceSession, tensors: Sequence[Tensor], outputs: Sequence[Tensor]) -> OutputParity:
-        sizes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in zip(self._input_names, tensors, strict=True))
+        sizes = self._sizes_text(tensors)
         try:
             parity = compare_outputs(self._run(session, tensors), self._by_name(outputs))
         except ValueError as error:
@@ -318,6 +325,9 @@ class ModuleAnswers:
                 f"{ties if self._num_near_ties else ''}"
             )
         return parity
+
+    def _sizes_text(self, tensors: Sequence[Tensor]) -> str:
+        return ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in zip(self._input_names, tensors, strict=True))
 
     def stepwise_parity(self, session: ort.InferenceSession) -> Parity | None:  # noqa: ARG002
         return None

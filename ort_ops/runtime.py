@@ -163,8 +163,8 @@ class LanguageModelSession(ExportedModel):
         shape_of = {value.name: value.shape for value in self.session.get_outputs()}
         past = past_names(self.session)
         expected = {"logits", *map(present_name, past)}
-        if inputs != ["token", *past] or not past or not expected <= shape_of.keys():
-            rule = "must be ['token', 'past_key_0', ...] and outputs hold 'logits' and a present_ for each past_"
+        if inputs != ["token", *past] or not expected <= shape_of.keys():
+            rule = "must be ['token', 'past_NAME_LAYER', ...] and outputs hold 'logits' and a present_ for each past_"
             raise ModelFileError(f"{self.path}: inputs ({inputs}) {rule}, got ({[*shape_of]})")
         if shape_of["logits"][-1:] != [len(self.vocabulary)]:
             rule = f"vocabulary ({len(self.vocabulary)} characters) must be as long as the last axis of logits"
