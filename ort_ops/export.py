@@ -7,7 +7,8 @@ returns what its mixers keep of the tokens before (:mod:`ort_ops.state`).
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -56,11 +57,13 @@ def export(
         dynamic_shapes: the axes of the inputs whose sizes may change, as ``torch.export.export`` takes them: for each input
             ``{axis: torch.export.Dim(name)}`` or None, in a tuple or in a dict by the names of forward's parameters. With None,
             the default, the file takes inputs of the sizes of the examples alone. Where sizes may change, the file is verified
-            at other sizes, too.
+            at other sizes, too. Sizes that the module refuses are skipped; the report says which were checked.
         input_names: by default those of forward's parameters. output_names: by default output_0, output_1 ...
         fallback: also write the portable definition of each operator. activations: by default of 24 bits.
-        external_data: write the weights to a second file next to it, NAME.data, as it is done anyway where they take more than
-            the 2 GB that one ONNX file can have. The two files belong together.
+        external_data: write the weights to a second file next to it, as is done anyway where they take more than the 2 GB that
+            one ONNX file can have. Its name is that of the file with 12 hexadecimal digits of the SHA-256 of its bytes and
+            ".data". The two files belong together; data of a former export to the same path is removed. Tensors of at most 1024
+            bytes stay in the file: with no larger one, there is no second file.
 
     Raises:
         ExportError: the module cannot be traced or translated (with torch's first cause), holds weights that are not finite or
@@ -81,6 +84,7 @@ def export(
     file = OutputFile(Path(path), fallback, activations or Activations(), external_data)
     check_output(file)
     inputs = read_inputs(module, example_inputs, dynamic_shapes, input_names)
+    _check_weights(module)
     model = _float_copy(module)
     packed = pack_model(copy.deepcopy(model))  # before the model runs: whatever it changes in itself is no part of the file
     answers = ModuleAnswers(model, inputs)
@@ -91,8 +95,9 @@ def export(
     if not kept:
         raise ExportError(f"an output of {type(module).__name__} must depend on an input, none of {len(graph.output)} does")
     name_values(graph, inputs.names, kept, answers.name_outputs(kept, output_names))
-    answers.add_other_sizes(other_sizes(traced.program, inputs.tensors))
-    return write_file(model, traced, answers, file, task=MODULE, module=type(module).__name__)
+    sizes = answers.add_other_sizes(other_sizes(traced.program, inputs.tensors))
+    report = write_file(model, traced, answers, file, task=MODULE, module=type(module).__name__)
+    return replace(report, other_sizes=sizes)
 
 
 def export_language_model(
@@ -110,8 +115,8 @@ def export_language_model(
     The file also takes and returns the state after P tokens before, P + T <= context_length: see :mod:`ort_ops.state`.
 
     Args:
-        model: trained; not changed. vocabulary: the character of each token, in order. held_out_tokens: int64 [N], N >= 2, cut
-            into windows of the context length for the parity check.
+        model: trained; not changed. Weights in float64 are rounded to float32. vocabulary: the character of each token, in
+            order. held_out_tokens: int64 [N], N >= 2, cut into windows of the context length for the parity check.
         output: written whole or not at all. fallback: also write the portable definition of each operator. activations: by
             default of 24 bits. external_data: as :func:`export`.
 
@@ -153,7 +158,7 @@ def export_classifier(
     """Export a classifier: ``features`` float32 [B, T, F] -> ``logits`` [B, C] and ``tile_idx`` int64 [B, T, L, K].
 
     With a vocabulary, the input is ``token`` int64 [B, T], the places of the characters in it; token 0 is padding.
-    external_data: as :func:`export`.
+    Weights and features in float64 are rounded to float32. external_data: as :func:`export`.
 
     Raises:
         ExportError: class_names or vocabulary do not fit the model, no held-out input, or parity is not reached.
@@ -165,6 +170,8 @@ def export_classifier(
     if model.vocab_size != (None if vocabulary is None else len(vocabulary)):
         size = "none" if vocabulary is None else f"{len(vocabulary)} characters"
         raise ExportError(f"vocabulary ({size}) must have vocab_size ({model.vocab_size}) characters")
+    if held_out_inputs.is_floating_point():
+        held_out_inputs = held_out_inputs.float()
     about: dict[str, Any] = {"task": CLASSIFIER, "class_names": class_names}
     if vocabulary is not None:
         about |= {"vocabulary": vocabulary, "context_length": model.config.context_length}
@@ -189,9 +196,12 @@ class _WithState(nn.Module):
     def __init__(self, model: LanguageModel) -> None:
         super().__init__()
         self.model = model
+        self.num_parts = [len(of_layer) for of_layer in model.state_specs()]
 
-    def forward(self, token_BT: Tensor, past: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        answer, present = self.model(token_BT, state=past)
+    def forward(self, token_BT: Tensor, past: list[Tensor]) -> tuple[Tensor, ...]:
+        """The parts of all layers in one list: the tracer takes no empty tuple of a layer that keeps nothing."""
+        parts = iter(past)
+        answer, present = self.model(token_BT, state=[tuple(islice(parts, number)) for number in self.num_parts])
         return (*_answer(*answer), *(part for state in present for part in state))
 
 
@@ -210,11 +220,10 @@ def _stateful_interface(model: LanguageModel, token_BT: Tensor) -> Interface:
     specs = model.state_specs()
     names = [past_name(spec.name, layer) for layer, of_layer in enumerate(specs) for spec in of_layer]
     has_tiles = bool(routed_layers(model))
-    past, dynamic = [], []
-    for of_layer in specs:
-        # Two texts after two tokens: sizes of 0 and 1 would be taken for constants.
-        past.append(tuple(torch.zeros([size if isinstance(size, int) else 2 for size in spec.shape]) for spec in of_layer))
-        dynamic.append(tuple({i: axes[s] for i, s in enumerate(spec.shape) if isinstance(s, str)} for spec in of_layer))
+    shapes = [spec.shape for of_layer in specs for spec in of_layer]
+    # Two texts after two tokens: sizes of 0 and 1 would be taken for constants.
+    past = [torch.zeros([size if isinstance(size, int) else 2 for size in shape]) for shape in shapes]
+    dynamic = [{axis: axes[size] for axis, size in enumerate(shape) if isinstance(size, str)} for shape in shapes]
     return Interface(
         _WithState,
         (_two(token_BT)[:, :2], past),
@@ -237,10 +246,14 @@ def _export_logits(
     return write_file(model, traced, HeldOutAnswers(model, held_out), file, config=asdict(model.config), **about)
 
 
-def _float_copy(model: ModuleT) -> ModuleT:
-    """A copy in evaluation, in float32 on the CPU."""
-    for name, value in (*model.named_parameters(), *model.named_buffers()):
+def _check_weights(module: nn.Module) -> None:
+    """Raises ExportError, which names the parameter or buffer, where somebody's own module holds what float32 does not."""
+    for name, value in (*module.named_parameters(), *module.named_buffers()):
         check_dtype(f"weight {name}", value)
+
+
+def _float_copy(model: ModuleT) -> ModuleT:
+    """A copy in evaluation, in float32 on the CPU; float64 is rounded."""
     check_finite(model)
     try:
         return copy.deepcopy(model).to(device="cpu", dtype=torch.float32).eval()

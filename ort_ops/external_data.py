@@ -1,26 +1,32 @@
-"""Weights of an ONNX file that lie in a second file next to it, ``NAME.onnx.data``: checked, read and written.
+"""Weights of an ONNX file that lie in a second file next to it: checked, named, and removed when no longer needed.
 
 The checks need numpy alone: they read the fields of the protobuf message that matter, before onnxruntime opens the file, which
 follows what it says. A location is a plain name of a regular file in the model's own folder; no range goes beyond that file,
 and all ranges together are not more than it.
 """
 
+import math
 import mmap
+import re
 import stat
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from ort_ops.regular_files import open_regular
+from ort_ops.whole_file import remove_unless_used
 
 MARK = b"location"  # a file without these bytes has no external data
-MAX_FIELDS = 10_000_000  # beyond those of any model: each takes a microsecond
+MAX_FIELDS = 10_000_000  # beyond those of any model: each takes a microsecond. Packed numbers count as fields do
+MAX_DIMS = 64  # beyond those of any tensor
 MAX_DEPTH = 50
 INLINE_BYTES = 1024  # smaller tensors stay in the model: onnxruntime needs the values of shapes when it loads it
 ALIGNMENT = 4096  # so that a tensor can be mapped into memory
 KEYS = ("location", "offset", "length", "checksum")
-DATA_SUFFIX = ".data"
+DATA_SUFFIX, DIGEST_LENGTH = ".data", 12
 
 # Bits of an element by ONNX's number of its type.
 _BITS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 14: 64, 15: 128, 16: 16}
@@ -61,15 +67,31 @@ class ExternalData:
     def total_bytes(self) -> int:
         return sum(self.file_bytes.values())
 
-    def read(self, tensor: ExternalTensor, folder: Path) -> bytes:
-        with open_regular(folder / tensor.location) as file:
-            file.seek(tensor.offset)
-            return file.read(tensor.length)
+
+def data_path(model: Path, digest: str) -> Path:
+    """Where the external data of a model goes that is written here, for the hexadecimal digest of its bytes.
+
+    A model names its data by the content, so it never reads what was written for another one.
+    """
+    return model.with_name(f"{model.name}.{digest[:DIGEST_LENGTH]}{DATA_SUFFIX}")
 
 
-def data_path(model: Path) -> Path:
-    """Where the external data of a model goes that is written here."""
-    return model.with_name(model.name + DATA_SUFFIX)
+def remove_old_data(model: Path) -> None:
+    """Remove the data files that were written here for the model's former content, or by a writer that was killed.
+
+    The data that the model names stays, and what a live writer is about to name. What cannot be removed stays, too.
+    """
+    pattern = re.compile(rf"{re.escape(model.name)}\.[0-9a-f]{{{DIGEST_LENGTH}}}{re.escape(DATA_SUFFIX)}")
+
+    def is_used(data: Path) -> bool:
+        try:
+            return data.name in check_external_data(model).file_bytes
+        except (OSError, ValueError):
+            return True
+
+    with suppress(OSError):
+        for data in [path for path in model.parent.iterdir() if pattern.fullmatch(path.name)]:
+            remove_unless_used(data, partial(is_used, data))
 
 
 def check_external_data(model: Path) -> ExternalData:
@@ -170,17 +192,21 @@ class _Walk:
     def _packed(self, content: memoryview) -> list[int]:
         values, place = [], 0
         while place < len(content):
+            self._count_field()
             value, place = _varint(content, place)
             values.append(value)
         return values
+
+    def _count_field(self) -> None:
+        self._num_fields += 1
+        if self._num_fields > MAX_FIELDS:
+            raise ValueError(f"number of fields of the file must be <= {MAX_FIELDS}")
 
     def _fields(self, content: memoryview) -> Iterator[tuple[int, int | memoryview]]:
         """Number and value of each field; those of a fixed size have the value 0, as no one needs them."""
         place = 0
         while place < len(content):
-            self._num_fields += 1
-            if self._num_fields > MAX_FIELDS:
-                raise ValueError(f"number of fields of the file must be <= {MAX_FIELDS}")
+            self._count_field()
             tag, place = _varint(content, place)
             number, wire_type = tag >> 3, tag & 7
             if wire_type == 0:
@@ -212,9 +238,9 @@ def _text(content: memoryview) -> str:
 
 
 def _external_tensor(name: str, dims: list[int], element: int, entries: Mapping[str, str]) -> ExternalTensor:
-    num_elements = 1
-    for size in dims:
-        num_elements *= size
+    if len(dims) > MAX_DIMS:
+        raise ValueError(f"number of dimensions of tensor {name!r:.80} ({len(dims)}) must be <= {MAX_DIMS}")
+    num_elements = math.prod(dims)
     if element not in _BITS or num_elements >= 2**63:
         raise ValueError(f"tensor {name!r:.80} (element type {element}, shape {dims!r:.40}) must be of a type of a fixed size")
     num_bytes = (num_elements * _BITS[element] + 7) // 8

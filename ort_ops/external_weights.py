@@ -3,7 +3,7 @@
 All of it is for models that :func:`~ort_ops.external_data.check_external_data` has passed. Needs onnx, onnxruntime and numpy.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ def is_external(tensor: TensorProto) -> bool:
 
 
 def weight_bytes(proto: ModelProto) -> int:
-    """Of all tensors of the graph that are in the model itself."""
+    """Bytes of all tensors stored in the model itself."""
     return sum(len(tensor.raw_data) for tensor in proto.graph.initializer)
 
 
@@ -76,7 +76,7 @@ def _to_array(tensor: TensorProto, folder: Path) -> NDArray[Any]:
 
 
 def digests(proto: ModelProto, folder: Path) -> dict[str, tuple[int, tuple[int, ...], str]]:
-    """Of each constant: type, shape, and a digest of its elements, wherever they lie."""
+    """Type, shape and digest of each constant, wherever its elements lie."""
     return {
         tensor.name: (tensor.data_type, tuple(tensor.dims), sha256(tensor_bytes(tensor, folder)).hexdigest())
         for tensor in proto.graph.initializer
@@ -84,15 +84,32 @@ def digests(proto: ModelProto, folder: Path) -> dict[str, tuple[int, tuple[int, 
     }
 
 
+def _moved(proto: ModelProto, folder: Path) -> Iterator[tuple[TensorProto, int, bytes]]:
+    """Each tensor that is not small, its offset in a data file, and its elements. folder: where external data is now."""
+    end = 0
+    for tensor in proto.graph.initializer:
+        content = b"" if tensor.data_type == TensorProto.STRING else tensor_bytes(tensor, folder)
+        if len(content) > INLINE_BYTES:
+            offset = end + -end % ALIGNMENT
+            end = offset + len(content)
+            yield tensor, offset, content
+
+
+def data_digest(proto: ModelProto, folder: Path) -> str:
+    """SHA-256 of the data file that :func:`move_out` writes."""
+    digest, end = sha256(), 0
+    for _, offset, content in _moved(proto, folder):
+        digest.update(bytes(offset - end))
+        digest.update(content)
+        end = offset + len(content)
+    return digest.hexdigest()
+
+
 def move_out(proto: ModelProto, data: Path, folder: Path) -> None:
-    """Write all tensors that are not small to a data file and let the model name it. folder: of data that lies outside now."""
+    """Write all tensors that are not small to a data file and let the model name it. folder: where external data is now."""
     with data.open("wb") as file:
-        for tensor in proto.graph.initializer:
-            content = b"" if tensor.data_type == TensorProto.STRING else tensor_bytes(tensor, folder)
-            if len(content) <= INLINE_BYTES:
-                continue
-            file.write(bytes(-file.tell() % ALIGNMENT))
-            offset = file.tell()
+        for tensor, offset, content in _moved(proto, folder):
+            file.write(bytes(offset - file.tell()))
             file.write(content)
             moved = TensorProto(
                 name=tensor.name, data_type=tensor.data_type, dims=tensor.dims, data_location=TensorProto.EXTERNAL

@@ -36,10 +36,10 @@ class ModelFileError(ValueError):
 class Activations:
     """What the file's ternary products read: activations of 24 bits, nearly as exact as float32, or of 8, in groups of columns.
 
-    How far 24 bits are from float32 stands with TernaryTileMatMul in schema.py.
+    How far 24 bits are from float32: see TernaryTileMatMul in ort_ops/operators/ternary_tile_matmul.py.
 
     Args:
-        bits: 24 or 8; routing reads 24 either way. group_size: of 8 bits: columns that share a scale, 128, or 0 for all.
+        bits: 24 or 8; routing reads 24 either way. group_size: columns that share a scale at 8 bits: 128, or 0 for all.
 
     Raises:
         ValueError: another number.
@@ -81,8 +81,9 @@ class FileRecord:
     Attributes:
         task: ``language_model``, ``classifier`` or ``module``, a module of somebody's own. module: its class.
         float32_bytes: the parameters at 4 bytes each.
-        config: of the model, by field. activations: what its ternary products read.
-        vocabulary, context_length: of a model that reads text. class_names: of a classifier.
+        config: fields of the model's configuration. activations: what its ternary products read.
+        vocabulary, context_length: characters of a model that reads text, and tokens that it looks back. class_names: the
+            classes of a classifier, in order.
         reference: an example with torch's answer; with activations of 8 bits, or after surgery on the file, with the file's
             own, by onnxruntime. :mod:`ort_ops.reference` reads it.
         export_parity: what the comparison at export found, at 24 bits. drift: what 8 bits change.
@@ -238,7 +239,7 @@ def _from_json(key: str, value: str) -> Any:
 
 
 def describe_size(file_bytes: int, float32_bytes: int) -> str:
-    """Size of a file beside that of its parameters at 4 bytes each, for people."""
+    """Size of a file compared with that of its parameters at 4 bytes each, for people."""
     ratio = float32_bytes / file_bytes
     return f"{file_bytes / 1e6:.2f} MB; the float32 parameters take {float32_bytes / 1e6:.2f} MB ({ratio:.1f}x)"
 

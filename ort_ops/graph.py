@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 from onnx import GraphProto, helper, numpy_helper
 
-from ort_ops.file_format import Activations as Activations
+from ort_ops.file_format import Activations
 from ort_ops.operators import SCHEMAS
 from ort_ops.schema import DOMAIN
 

@@ -180,15 +180,17 @@ def check_dynamic(exported: torch.export.ExportedProgram, inputs: Inputs) -> Non
 
 
 def _sizes(exported: torch.export.ExportedProgram) -> list[list[Any]]:
-    """Of each input: whole numbers, and expressions where the size may change."""
+    """Sizes of each input: numbers, or expressions where they may change."""
     placeholders = {node.name: node.meta.get("val") for node in exported.graph.nodes if node.op == "placeholder"}
     shapes = [placeholders[name].shape for name in exported.graph_signature.user_inputs]
     return [[size.node.expr if isinstance(size, torch.SymInt) else size for size in shape] for shape in shapes]
 
 
 def other_sizes(exported: torch.export.ExportedProgram, examples: Sequence[Tensor]) -> Iterator[list[tuple[Tensor, ...]]]:
-    """Example inputs of other sizes along the dynamic axes, their content repeated or cut: groups, of each of which one is
-    wanted, the first that the module takes."""
+    """Example inputs of other sizes along the dynamic axes, their content repeated or cut.
+
+    Yields groups; the first member of each group that the module accepts is used.
+    """
     expressions = _sizes(exported)
     size_of: dict[Any, int] = {}
     for example, row in zip(examples, expressions, strict=True):
@@ -287,15 +289,22 @@ class ModuleAnswers:
             raise ExportError(f"output_names must be other than input_names ({', '.join(self._input_names)}), {name} is one")
         return self._output_names
 
-    def add_other_sizes(self, groups: Iterator[list[tuple[Tensor, ...]]]) -> None:
-        """Ask torch at other sizes, too; those that the module refuses are not its."""
+    def add_other_sizes(self, groups: Iterator[list[tuple[Tensor, ...]]]) -> tuple[str, ...] | None:
+        """Ask torch at other sizes, too; those that the module refuses are skipped.
+
+        Returns the sizes of the inputs that it takes, as text; None where there are no other sizes.
+        """
+        taken, has_others = [], False
         for group in groups:
+            has_others = True
             for tensors in group:
                 try:
                     self._runs.append((tensors, self._answer(tensors)))
                 except Exception:  # whatever the module raises
                     continue
+                taken.append(self._sizes_text(tensors))
                 break
+        return tuple(taken) if has_others else None
 
     def parity(self, session: ort.InferenceSession) -> OutputParity:
         parities = [self._parity(session, *run) for run in self._runs]
@@ -303,7 +312,7 @@ class ModuleAnswers:
         return OutputParity(sum(parity.num_values for parity in parities), largest)
 
     def _parity(self, session: ort.InferenceSession, tensors: Sequence[Tensor], outputs: Sequence[Tensor]) -> OutputParity:
-        sizes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in zip(self._input_names, tensors, strict=True))
+        sizes = self._sizes_text(tensors)
         try:
             parity = compare_outputs(self._run(session, tensors), self._by_name(outputs))
         except ValueError as error:
@@ -316,6 +325,9 @@ class ModuleAnswers:
                 f"{ties if self._num_near_ties else ''}"
             )
         return parity
+
+    def _sizes_text(self, tensors: Sequence[Tensor]) -> str:
+        return ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in zip(self._input_names, tensors, strict=True))
 
     def stepwise_parity(self, session: ort.InferenceSession) -> Parity | None:  # noqa: ARG002
         return None

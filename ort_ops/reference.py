@@ -19,7 +19,7 @@ Arrays = Mapping[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class LogitsReference:
-    """Of a language model or classifier.
+    """Reference of a language model or classifier.
 
     inputs: the example, in the type that the file takes. logits: float32 [B, T, V] or [B, C]. tile_idx: int64 [B, T, L, K],
     and gap: float32 [B, T, L], by which they were chosen, where layers are routed. by_torch: whose answer it is.
@@ -61,7 +61,7 @@ class LogitsReference:
 
 @dataclass(frozen=True)
 class ModuleReference:
-    """Of somebody's own module: its inputs and outputs by name. by_torch: whose answer it is."""
+    """Reference of any other module: inputs and outputs by name. by_torch: whose answer it is."""
 
     inputs: Arrays
     outputs: Arrays

@@ -30,7 +30,7 @@ class ExportedModel:
 
     Args:
         path: a file written by ``trix export``. use_library: run the native kernels; otherwise the portable functions in the
-            file. num_threads: of the session; None leaves the choice to onnxruntime.
+            file. num_threads: threads of the session; None leaves the choice to onnxruntime.
 
     Attributes:
         record: what the exporter wrote (task, configuration, parity at export, ...). metadata: the same as plain JSON values.
@@ -163,8 +163,8 @@ class LanguageModelSession(ExportedModel):
         shape_of = {value.name: value.shape for value in self.session.get_outputs()}
         past = past_names(self.session)
         expected = {"logits", *map(present_name, past)}
-        if inputs != ["token", *past] or not past or not expected <= shape_of.keys():
-            rule = "must be ['token', 'past_key_0', ...] and outputs hold 'logits' and a present_ for each past_"
+        if inputs != ["token", *past] or not expected <= shape_of.keys():
+            rule = "must be ['token', 'past_NAME_LAYER', ...] and outputs hold 'logits' and a present_ for each past_"
             raise ModelFileError(f"{self.path}: inputs ({inputs}) {rule}, got ({[*shape_of]})")
         if shape_of["logits"][-1:] != [len(self.vocabulary)]:
             rule = f"vocabulary ({len(self.vocabulary)} characters) must be as long as the last axis of logits"
@@ -192,13 +192,13 @@ class LanguageModelSession(ExportedModel):
     ) -> Iterator[str]:
         """Yield num_tokens characters that follow the prompt, as they are drawn. Threads may generate at the same time.
 
-        The prompt, its last context_length tokens, is read once, then each token, with keys and values of those before. When
+        The prompt, its last context_length tokens, is read once, then each token, with the state of those before. When
         these are context_length tokens, the last half of them is read anew: a token is drawn after the last context_length / 2
         to context_length tokens.
 
         Args:
             temperature: 0 takes the likeliest character, else logits are divided by it. top_p: draw from the smallest set of
-                characters whose probabilities reach it. seed: of the draws.
+                characters whose probabilities reach it. seed: seed of the draws.
 
         Raises:
             PromptError, and ValueError for num_tokens < 0, temperature < 0 or top_p outside (0, 1]; at the call, before the

@@ -57,7 +57,7 @@ class SignatureLayer:
             shapes = f"{self.bias_E.dtype} {self.bias_E.shape} and {self.log_mass_E.dtype} {self.log_mass_E.shape}"
             raise ValueError(f"bias and log_mass ({shapes}) must be float32, one value a tile")
         if np.isnan(self.bias_E).any() or np.isposinf(self.bias_E).any() or not np.isfinite(self.log_mass_E).all():
-            raise ValueError("bias and log_mass must be finite, but for a bias of -inf in a free slot")
+            raise ValueError("bias and log_mass must be finite, except for a bias of -inf in a free slot")
         if not 1 <= self.top_k <= len(self.bias_E):
             raise ValueError(f"top_k ({self.top_k}) must be >= 1 and <= tiles ({len(self.bias_E)})")
         panels = self._constant(node, place["signatures"])

@@ -17,8 +17,8 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import ModelProto, ValueInfoProto
 
-from ort_ops.external_data import data_path
-from ort_ops.external_weights import digests, is_external, move_out, session_of, set_location
+from ort_ops.external_data import data_path, remove_old_data
+from ort_ops.external_weights import data_digest, digests, is_external, move_out, session_of, set_location
 from ort_ops.file_format import MODULE, FileRecord, LayerRecord, ModelFileError
 from ort_ops.library import LibraryNotFoundError, session_options
 from ort_ops.operators.signature_route import SIGNATURE_ROUTE
@@ -39,7 +39,7 @@ class VerificationError(RuntimeError):
 class Edit:
     """What to do: ``insert`` (needs signature_D, numbers [D] in {-1, 0, +1}), ``freeze``, ``unfreeze`` or ``remove``.
 
-    freeze: of an insertion, hold the signature, so that a training from this file's history would not move it.
+    freeze: whether an insertion holds the signature, so that a training from this file's history would not move it.
     """
 
     action: str
@@ -52,8 +52,8 @@ class Edit:
 
 @dataclass(frozen=True)
 class SurgeryReport:
-    """signature_D, before and after: of the tile. changed: the initializers. num_rerouted: of num_tokens of the reference
-    example, those that go to other tiles than before at the edited layer.
+    """before_D, after_D: the tile's signature. changed: names of the initializers that changed. num_rerouted: tokens, out of
+    num_tokens of the reference example, that go to other tiles than before at the edited layer.
     """
 
     before_D: NDArray[np.int8]
@@ -188,8 +188,8 @@ def _remove(layer: SignatureLayer, is_frozen: bool, tile: int) -> None:
 class _Run:
     """One run of a graph on an example, with what its routed layers read and answered, tokens flattened.
 
-    output: of the graph as it is, by name. Lists by layer, of the graph with open lookups: x [T, D], tile_idx [T, K], score
-    [T, E].
+    output: outputs of the unchanged graph, by name. Lists by layer, of the graph with open lookups: x [T, D], tile_idx [T, K],
+    score [T, E].
     """
 
     def __init__(self, proto: ModelProto, folder: Path, example: Mapping[str, NDArray[Any]] | NDArray[Any]) -> None:
@@ -299,15 +299,14 @@ def _write(
     if not any(map(is_external, proto.graph.initializer)):
         with whole_file(output) as partial:
             verify(partial)
-        return
-    data = data_path(output)
-    if data.exists():
-        raise ValueError(f"external data {data} must not exist yet: another model may need it")
-    with whole_files(data, output) as (partial_data, partial):
-        move_out(proto, partial_data, folder)
-        verify(partial)
-        set_location(proto, data.name)
-        partial.write_bytes(proto.SerializeToString())
+    else:
+        data = data_path(output, data_digest(proto, folder))
+        with whole_files(data, output) as (partial_data, partial):
+            move_out(proto, partial_data, folder)
+            verify(partial)
+            set_location(proto, data.name)
+            partial.write_bytes(proto.SerializeToString())
+    remove_old_data(output)
 
 
 def _check_answer(path: Path) -> None:

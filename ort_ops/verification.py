@@ -51,7 +51,7 @@ class Answer(NamedTuple):
 
 
 class HeldOutAnswers:
-    """Of a language model or classifier on held-out input [B, T] or [B, T, F]; gap [B, T, L]: by which tiles were chosen."""
+    """Torch's answers to held-out input [B, T] or [B, T, F]; gap [B, T, L]: margin by which the tiles were chosen."""
 
     def __init__(self, model: LanguageModel | Classifier, held_out: Tensor) -> None:
         self._held_out, self._is_language_model = held_out, isinstance(model, LanguageModel)
@@ -75,7 +75,7 @@ class HeldOutAnswers:
         return self._parity(run_stepwise(session, self._held_out[:CHECK_BATCH])) if self._is_language_model else None
 
     def _parity(self, actual: Answer) -> Parity:
-        """Of the first of the sequences, as many as there are in actual."""
+        """Compares the first sequences, as many as actual holds."""
         (logits, tile_idx), gap, num = self.answer, self.gap, len(actual.logits)
         if tile_idx is None or gap is None:
             parity = compare(actual.logits, logits[:num])

@@ -10,7 +10,7 @@ import re
 import secrets
 import stat
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -38,10 +38,10 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_files(*paths: Path) -> Iterator[list[Path]]:
-    """The same for files of one folder that belong together: the last is the one that names the others, and comes last.
+    """The same for files of one folder that belong together: the last one names the others, and gets its name last.
 
-    Where one of the others is there already, the old files are set aside first, so that none ever names the parts of another
-    one. They come back if a name cannot be taken; a writer that is killed in this instant leaves none of them.
+    The others must have names that say what they hold, as a digest does: what is replaced by one of them is the same, and the
+    old last file keeps its own parts whenever the writer stops. The locks are held until all have their names.
     """
     last = paths[-1]
     partials = [_partial(path) for path in paths]
@@ -78,30 +78,11 @@ def _partial(path: Path) -> Path:
 
 
 def _take_names(partials: Sequence[Path], paths: Sequence[Path]) -> None:
-    set_aside: list[tuple[Path, Path]] = []
-    taken: list[Path] = []
-    try:
-        if any(path.exists() for path in paths[:-1]):
-            for path in filter(Path.exists, reversed(paths)):
-                set_aside.append((_partial(path), path))
-                path.replace(set_aside[-1][0])
-        for partial, path in zip(partials, paths, strict=True):
-            if path is paths[-1] and taken:
-                with suppress(OSError):
-                    _sync(path.parent)
-            partial.replace(path)
-            taken.append(path)
-    except BaseException:
-        for path in reversed(taken):
-            with suppress(OSError):
-                path.unlink()
-        for old, path in reversed(set_aside):
-            with suppress(OSError):
-                old.replace(path)
-        raise
-    for old, _ in set_aside:
-        with suppress(OSError):
-            old.unlink()
+    for partial, path in zip(partials, paths, strict=True):
+        if path is paths[-1] and len(paths) > 1:
+            with suppress(OSError):  # the names of the others are on the disk before the file that names them
+                _sync(path.parent)
+        partial.replace(path)
 
 
 def write_whole(content: bytes, path: Path) -> None:
@@ -120,9 +101,17 @@ def remove_abandoned(folder: Path) -> None:
     with suppress(OSError), os.scandir(folder) as entries:
         found += [Path(entry.path) for entry in entries if _PARTIAL.fullmatch(entry.name)]
     for partial in found:
-        with suppress(OSError):
-            if stat.S_ISREG(partial.lstat().st_mode):
-                _remove_if_abandoned(partial)
+        remove_unless_used(partial, lambda: False)
+
+
+def remove_unless_used(path: Path, is_used: Callable[[], bool]) -> None:
+    """Remove a file that :func:`whole_files` has written or begun, unless its writer lives or it is used.
+
+    `is_used` is asked while the file is locked: no writer is about to name it. What cannot be removed stays.
+    """
+    with suppress(OSError):
+        if stat.S_ISREG(path.lstat().st_mode):
+            _remove_if_abandoned(path, is_used)
 
 
 def _sync(path: Path) -> None:
@@ -140,10 +129,10 @@ if sys.platform == "win32":
         os.close(os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL))
         return None
 
-    def _remove_if_abandoned(partial: Path) -> None:
-        match = _PARTIAL.fullmatch(partial.name)
-        if match is not None and not _is_running(int(match["pid"])):
-            partial.unlink()
+    def _remove_if_abandoned(path: Path, is_used: Callable[[], bool]) -> None:
+        match = _PARTIAL.fullmatch(path.name)
+        if (match is None or not _is_running(int(match["pid"]))) and not is_used():
+            path.unlink()
 
     def _is_running(pid: int) -> bool:
         QUERY_LIMITED_INFORMATION, ACCESS_DENIED = 0x1000, 5
@@ -166,12 +155,12 @@ else:
                 return descriptor
             os.close(descriptor)  # another process found it before it was locked, and has removed it
 
-    def _remove_if_abandoned(partial: Path) -> None:
-        descriptor = os.open(partial, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)  # NFS locks only what is open for writing
+    def _remove_if_abandoned(path: Path, is_used: Callable[[], bool]) -> None:
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)  # NFS locks only what is open for writing
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises where its writer lives
-            if _is_at(partial, descriptor):
-                partial.unlink()
+            if _is_at(path, descriptor) and not is_used():
+                path.unlink()
         finally:
             os.close(descriptor)
 

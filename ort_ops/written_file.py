@@ -1,6 +1,5 @@
 """The exported file: put together from a traced graph and its record, verified against torch, and only then given its name."""
 
-import copy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,8 +7,8 @@ from typing import Any, NamedTuple
 import onnx
 from torch import nn
 
-from ort_ops.external_data import data_path
-from ort_ops.external_weights import has_large_weights, move_out, set_location, weight_bytes
+from ort_ops.external_data import data_path, remove_old_data
+from ort_ops.external_weights import data_digest, has_large_weights, move_out, set_location, weight_bytes
 from ort_ops.file_format import SINGLE_FILE_BYTES, Activations, FileRecord, LayerRecord, describe_size
 from ort_ops.graph import set_activations
 from ort_ops.operators import fallback_functions
@@ -18,7 +17,7 @@ from ort_ops.signature_layers import signature_nodes
 from ort_ops.tracing import Traced
 from ort_ops.verification import Expectation, ExportError, open_session
 from ort_ops.whole_file import whole_file, whole_files
-from trix.nn import RoutedLayer, SparseLookupFFN, unpack_model
+from trix.nn import RoutedLayer, SparseLookupFFN, TernaryWeight
 from trix.routing import SignatureRouter
 
 
@@ -26,30 +25,38 @@ from trix.routing import SignatureRouter
 class ExportReport:
     """What was written, and how it compares with torch on held-out input.
 
-    parity: on whole sequences, activations at 24 bits; of somebody's own module, on the example inputs and on other sizes of
+    parity: on whole sequences, activations at 24 bits; of somebody's own module, on the example inputs and at other sizes of
     their dynamic axes. used_library: the check ran the native kernels, not the portable functions. float32_bytes: the
-    parameters at 4 bytes each. cached_parity: of a language model that reads half a sequence, then token by token. drift: what
-    activations of 8 bits change, where the file has them. outputs: their names in the file. data_file, data_bytes: of its
-    external data, which file_bytes counts too.
+    parameters at 4 bytes each. stepwise_parity: the comparison where a language model reads half a sequence, then
+    token by token. drift: what activations of 8 bits change, where the file has them. outputs: their names in the file.
+    data_file, data_bytes: name and size of its external data, which file_bytes counts too. other_sizes: of somebody's own
+    module, the sizes of the inputs, besides those of the examples, that parity was checked at; None where the inputs have no
+    axes whose sizes may change.
     """
 
     parity: Parity | OutputParity
     used_library: bool
     file_bytes: int
     float32_bytes: int
-    cached_parity: Parity | None = None
+    stepwise_parity: Parity | None = None
     drift: Drift | OutputDrift | None = None
     outputs: tuple[str, ...] = ()
     data_file: str | None = None
     data_bytes: int = 0
+    other_sizes: tuple[str, ...] | None = None
 
     def __str__(self) -> str:
         kernels = "native kernels" if self.used_library else "portable functions, the native library was not found"
         lines = [f"size    {describe_size(self.file_bytes, self.float32_bytes)}", f"parity  {self.parity} ({kernels})"]
         if self.data_file is not None:
             lines.insert(1, f"data    {self.data_bytes / 1e6:.2f} MB of it in {self.data_file}, which belongs next to the file")
-        if self.cached_parity is not None:
-            lines.append(f"cached  token by token {self.cached_parity}")
+        if self.other_sizes is not None:
+            sizes = (
+                f"also checked at {'; '.join(self.other_sizes)}" if self.other_sizes else "the module refused all others tried"
+            )
+            lines.append(f"sizes   {sizes}")
+        if self.stepwise_parity is not None:
+            lines.append(f"stepwise {self.stepwise_parity}")
         if self.drift is not None:
             lines.append(f"8 bits  {self.drift}")
         return "\n".join(lines)
@@ -68,9 +75,8 @@ def check_output(file: OutputFile) -> None:
     """Raises ExportError where no file can be written."""
     if not file.path.parent.is_dir():
         raise ExportError(f"the folder of the output ({file.path.parent}) must exist")
-    for path in (file.path, *([data_path(file.path)] if file.external_data else [])):
-        if path.is_dir():
-            raise ExportError(f"the output ({path}) must be a file, it is a folder")
+    if file.path.is_dir():
+        raise ExportError(f"the output ({file.path}) must be a file, it is a folder")
 
 
 def write_file(model: nn.Module, traced: Traced, expected: Expectation, file: OutputFile, **about: Any) -> ExportReport:
@@ -79,8 +85,7 @@ def write_file(model: nn.Module, traced: Traced, expected: Expectation, file: Ou
     if file.fallback:
         proto.functions.extend(fallback_functions())
     record = FileRecord(
-        # Of a model that came packed, the weights that it had.
-        float32_bytes=sum(parameter.numel() for parameter in unpack_model(copy.deepcopy(model)).parameters()) * 4,
+        float32_bytes=_num_parameters(model) * 4,
         activations=file.activations,
         reference=expected.reference(),
         layers=_layer_records(proto.graph, traced.wrapped),
@@ -88,10 +93,23 @@ def write_file(model: nn.Module, traced: Traced, expected: Expectation, file: Ou
     )
     target = file.path.resolve()  # a link stays, the file that it names is replaced
     wants_data = file.external_data or weight_bytes(proto) > SINGLE_FILE_BYTES
-    if not wants_data or not has_large_weights(proto):
+    if wants_data and has_large_weights(proto):
+        report = _write_pair(proto, record, expected, target)
+    else:
         with whole_file(target) as partial:
-            return _write_verified(proto, record, expected, partial)
-    data = data_path(target)
+            report = _write_verified(proto, record, expected, partial)
+    remove_old_data(target)
+    return report
+
+
+def _num_parameters(model: nn.Module) -> int:
+    """Parameters of the model with all weights in their float form."""
+    packed = [module for module in model.modules() if isinstance(module, TernaryWeight) and module.is_packed]
+    return sum(parameter.numel() for parameter in model.parameters()) + sum(weight.shape.numel() for weight in packed)
+
+
+def _write_pair(proto: onnx.ModelProto, record: FileRecord, expected: Expectation, target: Path) -> ExportReport:
+    data = data_path(target, data_digest(proto, target.parent))
     with whole_files(data, target) as (partial_data, partial):
         move_out(proto, partial_data, target.parent)
         report = _write_verified(proto, record, expected, partial)

@@ -30,7 +30,8 @@ from onnx import helper, numpy_helper
 from rich.progress import track
 
 from ort_ops.export import export_language_model
-from ort_ops.graph import Activations, set_activations
+from ort_ops.file_format import Activations
+from ort_ops.graph import set_activations
 from ort_ops.library import session_options
 from ort_ops.panels import from_panels
 from ort_ops.schema import DOMAIN
@@ -104,12 +105,12 @@ def make_step(way: str, folder: Path, config: LanguageModelConfig, past: int, nu
     options = session_options() if way.startswith("trix") else ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = num_threads, 4
     session = ort.InferenceSession(str(folder / FILES[way]), options, providers=["CPUExecutionProvider"])
-    caches = empty_state(session, 1)
+    state = empty_state(session, 1)
     outputs = [output.name for output in session.get_outputs() if output.name.startswith("present")]
     for place in range(past):  # the float graph takes one token at a time
-        values = session.run(outputs, {"token": token[:, place : place + 1], **caches})
-        caches = dict(zip(caches, values, strict=True))
-    return partial(session.run, ["logits", *outputs], {"token": token[:, past:], **caches})
+        values = session.run(outputs, {"token": token[:, place : place + 1], **state})
+        state = dict(zip(state, values, strict=True))
+    return partial(session.run, ["logits", *outputs], {"token": token[:, past:], **state})
 
 
 def torch_step(path: Path, config: LanguageModelConfig, token: torch.Tensor, num_threads: int) -> Step:

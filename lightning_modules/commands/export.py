@@ -13,7 +13,7 @@ from lightning_modules.trust import trusted_modules, working_folder_searched
 
 if TYPE_CHECKING:
     from ort_ops.export import ExportReport
-    from ort_ops.graph import Activations
+    from ort_ops.file_format import Activations
 
 
 def run_export(arguments: list[str]) -> int:
@@ -25,7 +25,7 @@ def run_export(arguments: list[str]) -> int:
         raise UserError(f"--held-out-tokens ({options.held_out_tokens}) must be >= 2")
     if options.group_size is not None and options.activation_bits != 8:
         raise UserError(f"--group-size ({options.group_size}) belongs to --activation-bits 8, not {options.activation_bits}")
-    from ort_ops.graph import Activations
+    from ort_ops.file_format import Activations
 
     activations = Activations(options.activation_bits, 128 if options.group_size is None else options.group_size)
     trusted = trusted_modules(options.trust)
@@ -98,7 +98,7 @@ def make_parser() -> CommandParser:
     parser.add_argument(
         "--external-data",
         action="store_true",
-        help="write the weights to a second file, OUTPUT.data, as is done anyway where they exceed the 2 GB of one ONNX file",
+        help="write the weights to a second file, OUTPUT.DIGEST.data, as is done anyway where they exceed the 2 GB of one file",
     )
     parser.add_argument(
         "--held-out-tokens",

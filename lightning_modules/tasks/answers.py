@@ -17,7 +17,7 @@ from lightning_modules.errors import UserError
 
 if TYPE_CHECKING:  # what a training has no need of
     from ort_ops.export import ExportReport
-    from ort_ops.graph import Activations
+    from ort_ops.file_format import Activations
 
 MAX_LEVELS = 5  # of labels that are no classes
 

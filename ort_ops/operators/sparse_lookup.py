@@ -175,7 +175,7 @@ def _grid_magnitude() -> list[NodeProto]:
 
 
 def _hinge_magnitude() -> list[NodeProto]:
-    """Of the rows [T, K, 4 G + 1], five parts; points as columns [T, 1, 1].
+    """Five parts of the rows [T, K, 4 G + 1]; points as columns [T, 1, 1].
 
     Cut out one by one: shape inference would refuse a Split of rows that belong to the other branch.
     """

@@ -31,8 +31,7 @@ from torch import nn
 
 from lightning_modules.cli import main
 from ort_ops.export import ExportError, export
-from ort_ops.file_format import ModelFileError
-from ort_ops.graph import Activations
+from ort_ops.file_format import Activations, ModelFileError
 from ort_ops.runtime import ExportedModel, open_model
 from ort_ops.signature_layers import read_model
 from ort_ops.surgery import Edit, operate_on_file
@@ -104,6 +103,28 @@ def test_an_own_module_with_dynamic_batch_and_time(tmp_path: Path) -> None:
         x = torch.randn(shape)
         assert_close(model.run_outputs({"x": x.numpy()})["output_0"], answers(module, x))
     assert "max relative difference" in str(model.check_parity())
+
+
+class OfOneSize(nn.Module):
+    """Takes any number of rows as it is traced, but refuses all but four when it runs."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.compiler.is_compiling() and x.shape[0] != 4:
+            raise ValueError("other rows")
+        return 2 * x
+
+
+def test_the_report_says_at_which_sizes_the_file_was_checked(tmp_path: Path) -> None:
+    x = torch.randn(4, 10)
+    report = export(seeded(lambda: nn.Linear(10, 3)), x, tmp_path / "m.onnx", dynamic_shapes=({0: BATCH},))
+    assert report.other_sizes == ("input (5, 10)", "input (1, 10)")
+    assert "sizes   also checked at input (5, 10); input (1, 10)" in str(report)
+    report = export(seeded(lambda: nn.Linear(10, 3)), x, tmp_path / "m.onnx")
+    assert report.other_sizes is None
+    assert "sizes   " not in str(report)
+    report = export(OfOneSize(), x, tmp_path / "m.onnx", dynamic_shapes=({0: BATCH},))
+    assert report.other_sizes == ()
+    assert "sizes   the module refused all others tried" in str(report)
 
 
 def test_no_packed_weight_is_in_the_file_as_floats(tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 """Weights in a second file: written whole, read from anywhere, edited as a pair, and followed nowhere else."""
 
+import fcntl
 import os
 import shutil
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 
 import exported_models
@@ -16,7 +18,7 @@ from torch import nn
 
 from lightning_modules.cli import main
 from ort_ops.export import ExportError, export, export_language_model
-from ort_ops.external_data import check_external_data
+from ort_ops.external_data import check_external_data, remove_old_data
 from ort_ops.file_format import ModelFileError
 from ort_ops.library import session_options
 from ort_ops.runtime import ExportedModel, open_model
@@ -35,16 +37,23 @@ def make_module() -> nn.Module:
     return nn.Sequential(nn.Linear(WIDTH, WIDTH), TriXFFN(WIDTH, num_tiles=6), nn.Linear(WIDTH, 3))
 
 
+def data_of(folder: Path, model: str = "model.onnx") -> Path:
+    """The only data file of a model, which is named by its content."""
+    (path,) = folder.glob(f"{model}.*.data")
+    assert path.name == f"{model}.{sha256(path.read_bytes()).hexdigest()[:12]}.data"
+    return path
+
+
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A language model whose weights of more than 64 bytes are in model.onnx.data, and in single.onnx the same in one file."""
+    """A language model whose weights of more than 64 bytes are in a data file, and in single.onnx the same in one file."""
     folder = tmp_path_factory.mktemp("pair")
     model = exported_models.make_model(FFNConfig(num_tiles=6))
     held_out = torch.randint(0, 11, (60,))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ort_ops.external_weights.INLINE_BYTES", 64)
         report = export_language_model(model, exported_models.VOCABULARY, held_out, folder / "model.onnx", external_data=True)
-    assert f"data    {report.data_bytes / 1e6:.2f} MB of it in model.onnx.data" in str(report)
+    assert f"data    {report.data_bytes / 1e6:.2f} MB of it in {data_of(folder).name}" in str(report)
     onnx.save_model(onnx.load(folder / "model.onnx"), folder / "single.onnx")
     return folder
 
@@ -64,7 +73,7 @@ def logits(path: Path) -> np.ndarray:
 def test_the_pair_answers_as_one_file_and_both_are_counted(folder: Path) -> None:
     model = open_model(folder / "model.onnx")
     assert np.array_equal(model.run(TOKEN)[0], logits(folder / "single.onnx"))
-    sizes = [(folder / name).stat().st_size for name in ("model.onnx", "model.onnx.data")]
+    sizes = [(folder / name).stat().st_size for name in ("model.onnx", data_of(folder).name)]
     assert min(sizes) > 0
     assert model.file_bytes == sum(sizes)
     assert model.check_parity().num_unexplained == 0
@@ -76,14 +85,15 @@ def test_the_pair_answers_as_one_file_and_both_are_counted(folder: Path) -> None
 def test_every_command_reads_it_from_another_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = str(folder / "model.onnx")
     assert main(["inspect", model]) == 0
-    num_mb = (folder / "model.onnx.data").stat().st_size / 1e6
-    assert f"model.onnx.data {num_mb:.2f} MB" in (folder / "model.html").read_text()
+    num_mb = data_of(folder).stat().st_size / 1e6
+    assert f"{data_of(folder).name} {num_mb:.2f} MB" in (folder / "model.html").read_text()
     assert main(["generate", model, "--prompt", "abc", "--num-tokens", "3"]) == 0
     assert main(["bench", model, "--threads", "1", "--lengths", "4", "--rounds", "5"]) == 0
     where = ["--layer", "1", "--tile", "5", "--tag", "off", "--output"]
     assert main(["surgery", model, "remove", *where, "elsewhere/edited.onnx"]) == 0
     assert "wrote   elsewhere/edited.onnx" in capsys.readouterr().out
-    assert sorted(path.name for path in Path("elsewhere").iterdir()) == ["edited.onnx", "edited.onnx.data"]
+    data = data_of(Path("elsewhere"), "edited.onnx")
+    assert sorted(path.name for path in Path("elsewhere").iterdir()) == ["edited.onnx", data.name]
     single = ["surgery", str(folder / "single.onnx"), "remove", *where, "single.onnx"]
     assert main(single) == 0
     assert np.array_equal(logits(Path("elsewhere/edited.onnx")), logits(Path("single.onnx")))
@@ -97,15 +107,67 @@ def test_an_edit_leaves_its_source_alone_and_needs_no_file_of_it(folder: Path) -
     for name in before:
         (folder / name).unlink()
     assert open_model(folder / "edited.onnx").check_parity().max_relative_difference < 1e-5
-    assert set(check_external_data(folder / "edited.onnx").file_bytes) == {"edited.onnx.data"}
+    assert set(check_external_data(folder / "edited.onnx").file_bytes) == {data_of(folder, "edited.onnx").name}
 
 
-def test_an_edit_takes_no_data_from_another_model(folder: Path) -> None:
-    (folder / "edited.onnx.data").write_bytes(b"of another model")
-    with pytest.raises(ValueError, match=r"edited\.onnx\.data must not exist yet"):
-        operate_on_file(folder / "model.onnx", folder / "edited.onnx", Edit("freeze", 0, 1, "held"))
-    assert (folder / "edited.onnx.data").read_bytes() == b"of another model"
-    assert not (folder / "edited.onnx").exists()
+def test_no_data_of_another_model_is_touched(folder: Path) -> None:
+    others = [
+        "edited.onnx.data",
+        "edited.onnx.0123456789ab.data.txt",
+        "edited.onnx.0123456789AB.data",
+        "m.data",
+        "edited.onnx.a.data",
+    ]
+    others += ["another_edited.onnx.0123456789ab.data", data_of(folder).name]
+    before = {name: (folder / name).read_bytes() if (folder / name).exists() else b"of another model" for name in others}
+    for name, content in before.items():
+        (folder / name).write_bytes(content)
+    operate_on_file(folder / "model.onnx", folder / "edited.onnx", Edit("freeze", 0, 1, "held"))
+    assert {name: (folder / name).read_bytes() for name in others} == before
+
+
+def test_the_same_weights_are_written_to_the_same_names(tmp_path: Path) -> None:
+    module, x = make_module(), torch.randn(4, WIDTH)
+    written = []
+    for _ in range(2):
+        export(module, x, tmp_path / "m.onnx", external_data=True)
+        written.append({path.name: path.read_bytes() for path in tmp_path.iterdir()})
+    assert len(written[0]) == 2
+    assert written[0] == written[1]
+
+
+@pytest.mark.parametrize("external_data", [True, False])
+def test_a_new_export_removes_the_data_of_the_old_one(external_data: bool, tmp_path: Path) -> None:
+    module, x, path = make_module(), torch.randn(4, WIDTH), tmp_path / "m.onnx"
+    export(module, x, path, external_data=True)
+    old = data_of(tmp_path, "m.onnx")
+    (tmp_path / "m.onnx.0123456789ab.data").write_bytes(b"of a killed writer")
+    module[0].weight.data.add_(1)
+    report = export(module, x, path, external_data=external_data)
+    expected = [path.name] if report.data_file is None else [path.name, data_of(tmp_path, "m.onnx").name]
+    assert len(expected) == 1 + external_data
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted(expected)
+    assert not old.exists()
+    assert open_model(path).check_parity().max_relative_difference < 1e-5
+
+
+def test_data_that_a_live_writer_is_about_to_name_stays(folder: Path) -> None:
+    begun = folder / "model.onnx.0123456789ab.data"
+    with begun.open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        remove_old_data(folder / "model.onnx")
+        assert begun.exists()
+    remove_old_data(folder / "model.onnx")
+    assert not begun.exists()
+    assert np.array_equal(logits(folder / "model.onnx"), logits(folder / "single.onnx"))
+
+
+def test_data_of_any_plain_name_is_read(folder: Path) -> None:
+    onnx.save_model(
+        onnx.load(folder / "single.onnx"), folder / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=64
+    )
+    assert set(check_external_data(folder / "m.onnx").file_bytes) == {"m.data"}
+    assert np.array_equal(logits(folder / "m.onnx"), logits(folder / "single.onnx"))
 
 
 def test_an_edit_that_does_not_verify_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,9 +188,9 @@ def test_what_one_file_cannot_hold_goes_to_a_second_one(tmp_path: Path, monkeypa
     single = open_model(path).run_outputs({"input": x.numpy()})["output_0"]
     monkeypatch.setattr("ort_ops.written_file.SINGLE_FILE_BYTES", 10_000)
     report = export(module, x, path)
-    assert report.data_file == "m.onnx.data"
+    assert report.data_file == data_of(tmp_path, "m.onnx").name
     assert report.file_bytes == sum(entry.stat().st_size for entry in tmp_path.iterdir())
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["m.onnx", report.data_file]
     np.testing.assert_array_equal(open_model(path).run_outputs({"input": x.numpy()})["output_0"], single)
     offsets = [tensor.offset for tensor in check_external_data(path).tensors]
     assert all(offset % 4096 == 0 for offset in offsets)
@@ -169,7 +231,7 @@ def in_an_inner_graph(proto: ModelProto) -> None:
     node = proto.graph.node.add(op_type="If", output=["unused"])
     inner = node.attribute.add(name="then_branch", type=onnx.AttributeProto.GRAPH).g
     inner.initializer.add().CopyFrom(external(proto))
-    inner.initializer[0].external_data[0].value = "../model.onnx.data"
+    inner.initializer[0].external_data[0].value = "../any.data"
 
 
 def many_times(proto: ModelProto) -> None:
@@ -183,17 +245,21 @@ def a_larger_shape(proto: ModelProto) -> None:
     external(proto).dims[0] = 2**40
 
 
+def many_dims(proto: ModelProto) -> None:
+    external(proto).dims.extend([2**62] * 20_000)
+
+
 LOCATION = r"location of external data \(.*\) must be the name of a file in the model's folder"
 HOSTILE: dict[str, tuple[Callable[[ModelProto], object], str]] = {
     "an absolute path": (entry("location", "/etc/passwd"), LOCATION),
     "a device": (entry("location", "/dev/zero"), LOCATION),
-    "the folder above": (entry("location", "../model.onnx.data"), LOCATION),
+    "the folder above": (entry("location", "../any.data"), LOCATION),
     "two dots": (entry("location", ".."), LOCATION),
-    "a subfolder": (entry("location", "sub/model.onnx.data"), LOCATION),
-    "another system's path": (entry("location", "..\\model.onnx.data"), LOCATION),
+    "a subfolder": (entry("location", "sub/any.data"), LOCATION),
+    "another system's path": (entry("location", "..\\any.data"), LOCATION),
     "nothing": (entry("location", ""), LOCATION),
     "two lines": (entry("location", "model.onnx\n.data"), LOCATION),
-    "a NUL": (entry("location", "model.onnx.data\0"), LOCATION),
+    "a NUL": (entry("location", "any.data\0"), LOCATION),
     "an address in memory": (entry("location", "*/_ORT_MEM_ADDR_/*"), LOCATION),
     "a missing file": (entry("location", "none.data"), "external data none.data must lie next to the model: No such file"),
     "a link to elsewhere": (entry("location", "link.data"), "external data link.data must lie in the model's folder"),
@@ -201,19 +267,20 @@ HOSTILE: dict[str, tuple[Callable[[ModelProto], object], str]] = {
     "a folder": (entry("location", "folder.data"), "external data folder.data must be a regular file"),
     "an offset beyond the file": (
         entry("offset", f"{10**12}"),
-        r"external data model.onnx.data: offset \(1000000000000\) \+ length \(\d+\) .* must be <= its size",
+        r"external data model\.onnx\.\w+\.data: offset \(1000000000000\) \+ length \(\d+\) .* must be <= its size",
     ),
     "an offset below 0": (entry("offset", "-1"), r"offset \('-1'\) of tensor .* must be a whole number"),
     "an offset of 400 digits": (entry("offset", "9" * 400), "offset .* must be a whole number"),
     "another length": (entry("length", "7"), r"length \('7'\) of tensor .* must be that of its shape"),
     "a length of text": (entry("length", "many"), r"length \('many'\) of tensor .* must be a whole number"),
     "a key twice": (
-        another_entry("location", "model.onnx.data"),
+        another_entry("location", "any.data"),
         r"key of external data \('location'\) must be one of .*, each once",
     ),
     "an unknown key": (another_entry("basepath", "/"), r"key of external data \('basepath'\) must be one of"),
     "a larger shape": (a_larger_shape, r"length \('80'\) of tensor .* must be that of its shape"),
-    "one range many times": (many_times, r"external data model.onnx.data: lengths together \(\d+\) must be <= its size"),
+    "many dimensions": (many_dims, r"number of dimensions of tensor .* \(2000\d\) must be <= 64"),
+    "one range many times": (many_times, r"external data model\.onnx\.\w+\.data: lengths together \(\d+\) must be <= its size"),
     "a constant of a function": (in_a_function, LOCATION),
     "a constant of an inner graph": (in_an_inner_graph, LOCATION),
 }
@@ -223,7 +290,7 @@ HOSTILE: dict[str, tuple[Callable[[ModelProto], object], str]] = {
 def test_what_a_file_says_of_its_data_is_checked_before_it_is_followed(name: str, folder: Path) -> None:
     edit, problem = HOSTILE[name]
     (folder / "link.data").symlink_to("../outside.data")
-    Path("outside.data").write_bytes((folder / "model.onnx.data").read_bytes())
+    Path("outside.data").write_bytes(data_of(folder).read_bytes())
     os.mkfifo(folder / "pipe.data")
     (folder / "folder.data").mkdir()
     proto = onnx.load(folder / "model.onnx", load_external_data=False)
@@ -235,13 +302,29 @@ def test_what_a_file_says_of_its_data_is_checked_before_it_is_followed(name: str
 
 
 def test_data_that_was_cut_short_is_refused(folder: Path) -> None:
-    data = folder / "model.onnx.data"
+    data = data_of(folder)
     data.write_bytes(data.read_bytes()[:-5000])
-    with pytest.raises(ModelFileError, match=r"external data model\.onnx\.data: offset .* must be <= its size"):
+    with pytest.raises(ModelFileError, match=r"external data model\.onnx\.\w+\.data: offset .* must be <= its size"):
         open_model(folder / "model.onnx")
 
 
 def test_a_link_within_the_folder_is_followed(folder: Path) -> None:
-    (folder / "model.onnx.data").rename(folder / "moved")
-    (folder / "model.onnx.data").symlink_to("moved")
+    data = data_of(folder)
+    data.rename(folder / "moved")
+    data.symlink_to("moved")
     assert np.array_equal(logits(folder / "model.onnx"), logits(folder / "single.onnx"))
+
+
+def test_packed_numbers_count_as_fields(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ort_ops.external_data.MAX_FIELDS", 50)
+    (tmp_path / "m.data").write_bytes(bytes(4))
+    entries = TensorProto(data_type=TensorProto.FLOAT, data_location=TensorProto.EXTERNAL)
+    entries.external_data.add(key="location", value="m.data")
+    for num_dims in (20, 60):
+        tensor = bytes([0x0A, num_dims]) + b"\1" * num_dims + entries.SerializeToString()
+        graph = bytes([0x2A, len(tensor)]) + tensor
+        (tmp_path / "m.onnx").write_bytes(bytes([0x3A, len(graph)]) + graph)
+        if num_dims == 20:
+            assert check_external_data(tmp_path / "m.onnx").file_bytes == {"m.data": 4}
+    with pytest.raises(ValueError, match="number of fields of the file must be <= 50"):
+        check_external_data(tmp_path / "m.onnx")

@@ -169,6 +169,14 @@ def test_another_graph_with_the_metadata_of_a_language_model_is_refused(path: Pa
         LanguageModelSession(edited(path, tmp_path, edit))
 
 
+def test_a_language_model_with_an_input_of_another_name_is_refused(path: Path, tmp_path: Path) -> None:
+    def edit(model: onnx.ModelProto, properties: dict[str, str]) -> None:
+        model.graph.input.append(onnx.helper.make_tensor_value_info("future_key_0", onnx.TensorProto.FLOAT, ["batch"]))
+
+    with pytest.raises(ModelFileError, match=r"'future_key_0'\]\) must be \['token', 'past_NAME_LAYER', \.\.\.\]"):
+        LanguageModelSession(edited(path, tmp_path, edit))
+
+
 def test_nan_weights_end_in_an_error_not_in_text(path: Path, tmp_path: Path) -> None:
     def edit(model: onnx.ModelProto, properties: dict[str, str]) -> None:
         for tensor in model.graph.initializer:

@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import exported_models
 import numpy as np
@@ -7,11 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor, nn
 
-from ort_ops.export import export_classifier
-from ort_ops.runtime import ExportedModel
+from ort_ops.export import export_classifier, export_language_model
+from ort_ops.runtime import ExportedModel, LanguageModelSession
 from ort_ops.state import StatefulReader, empty_state
-from trix.nn import Classifier, ClassifierConfig, FFNConfig
+from trix.nn import Classifier, ClassifierConfig, FFNConfig, LanguageModel, LanguageModelConfig, Mixer
+from trix.outputs import State, StateSpec, TokenContext
 
 pytestmark = pytest.mark.usefixtures("native_library")
 CONTEXT = exported_models.CONTEXT
@@ -45,6 +48,36 @@ def test_names_and_shapes_are_those_that_stand_in_the_document(model: ExportedMo
     outputs = [value.name for value in model.session.get_outputs()]
     assert outputs == ["logits", "tile_idx", *(name.replace("past", "present") for name in list(inputs)[1:])]
     assert {value.shape for value in empty_state(model.session, 3).values()} == {(3, 2, 0, 10)}
+
+
+class Alone(Mixer):
+    """Each token by itself: nothing is kept of those before."""
+
+    def __init__(self, d_model: int, **_: Any) -> None:
+        super().__init__()
+        self.project = nn.Linear(d_model, d_model)
+
+    def state_specs(self) -> tuple[StateSpec, ...]:
+        return ()
+
+    def forward(self, x_BTD: Tensor, context: TokenContext, state: State | None = None) -> tuple[Tensor, State, None]:
+        return self.project(x_BTD), (), None
+
+
+def test_a_language_model_that_keeps_nothing_generates(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    mixer = f"{Alone.__module__}.{Alone.__qualname__}"
+    config = LanguageModelConfig(16, 2, 2, CONTEXT, False, 0.0, FFNConfig(num_tiles=4), mixer=mixer)
+    model = LanguageModel(11, config).eval()
+    report = export_language_model(model, exported_models.VOCABULARY, torch.randint(0, 11, (60,)), tmp_path / "m.onnx")
+    assert report.stepwise_parity.max_relative_difference < 1e-5
+    session = LanguageModelSession(tmp_path / "m.onnx")
+    assert [value.name for value in session.session.get_inputs()] == ["token"]
+    token = [0, 3]
+    for _ in range(20):
+        token.append(int(model(torch.tensor([token[-1:]]))[0, -1].argmax()))
+    expected = "".join(exported_models.VOCABULARY[place] for place in token[2:])
+    assert "".join(session.generate("ad", 20, temperature=0.0)) == expected
 
 
 def test_a_classifier_keeps_nothing(tmp_path: Path) -> None:

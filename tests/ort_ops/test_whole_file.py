@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ort_ops import whole_file as module
-from ort_ops.whole_file import remove_abandoned, whole_file, whole_files, write_whole
+from ort_ops.whole_file import remove_abandoned, remove_unless_used, whole_file, whole_files, write_whole
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
 # Half-way through a file it says so, waits for a line, and ends it; or dies, where the line is missing.
@@ -204,33 +204,40 @@ def test_an_error_about_another_file_passes_through(tmp_path: Path) -> None:
 
 
 def write_pair(folder: Path, content: bytes, error: BaseException | None = None) -> None:
-    with whole_files(folder / "a.data", folder / "a") as partials:
-        for partial in partials:
-            partial.write_bytes(content)
+    """A file that holds the name of another one, which is named by its content."""
+    other = folder / f"a.{content.decode()}"
+    with whole_files(other, folder / "a") as (partial_other, partial):
+        partial_other.write_bytes(content)
+        partial.write_text(other.name)
         if error is not None:
             raise error
 
 
+def content_of_pair(folder: Path) -> bytes:
+    return (folder / (folder / "a").read_text()).read_bytes()
+
+
 def test_files_that_belong_together_are_written_together(tmp_path: Path) -> None:
-    for content in (b"first", b"second"):
+    for content in (b"first", b"second", b"first"):
         write_pair(tmp_path, content)
-        assert names(tmp_path) == ["a", "a.data"]
-        assert {path.read_bytes() for path in tmp_path.iterdir()} == {content}
+        assert names(tmp_path)[0] == "a"
+        assert content_of_pair(tmp_path) == content
     with pytest.raises(KeyboardInterrupt):
         write_pair(tmp_path, b"third", KeyboardInterrupt())
-    assert {path.read_bytes() for path in tmp_path.iterdir()} == {b"second"}
+    assert content_of_pair(tmp_path) == b"first"
+    assert names(tmp_path) == ["a", "a.first", "a.second"]
 
 
-@pytest.mark.parametrize("num_done", range(4))
-def test_a_file_never_names_the_parts_of_another(num_done: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever stops between the names: there is no pair of an old file and new parts, and the old pair comes back."""
+@pytest.mark.parametrize("num_done", range(2))
+def test_a_file_keeps_its_parts_wherever_the_next_writer_stops(
+    num_done: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_pair(tmp_path, b"old")
     replace, num_calls = Path.replace, 0
 
     def replace_some(self: Path, target: Path) -> Path:
         nonlocal num_calls
-        found = {path.read_bytes() for path in (tmp_path / "a", tmp_path / "a.data") if path.exists()}
-        assert len(found) <= 1
+        assert content_of_pair(tmp_path) == b"old"
         num_calls += 1
         if num_calls == num_done + 1:
             raise OSError(errno.EIO, "broken")
@@ -239,8 +246,17 @@ def test_a_file_never_names_the_parts_of_another(num_done: int, tmp_path: Path, 
     monkeypatch.setattr(Path, "replace", replace_some)
     with pytest.raises(OSError, match="broken"):
         write_pair(tmp_path, b"new")
-    assert names(tmp_path) == ["a", "a.data"]
-    assert {path.read_bytes() for path in tmp_path.iterdir()} == {b"old"}
+    assert content_of_pair(tmp_path) == b"old"
+    assert names(tmp_path) == ["a", *["a.new"] * num_done, "a.old"]
+
+
+def test_two_writers_of_a_pair_do_not_mix_theirs(tmp_path: Path) -> None:
+    with whole_files(tmp_path / "a.first", tmp_path / "a") as (other, partial):
+        other.write_bytes(b"first")
+        partial.write_text("a.first")
+        write_pair(tmp_path, b"second")
+        assert content_of_pair(tmp_path) == b"second"
+    assert content_of_pair(tmp_path) == b"first"
 
 
 def test_both_files_of_a_killed_writer_go(tmp_path: Path) -> None:
@@ -251,4 +267,16 @@ def test_both_files_of_a_killed_writer_go(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=ENVIRONMENT, check=False)
     assert len(names(tmp_path)) == 2
     write_pair(tmp_path, b"next")
-    assert names(tmp_path) == ["a", "a.data"]
+    assert names(tmp_path) == ["a", "a.next"]
+
+
+def test_only_what_is_neither_used_nor_held_is_removed(tmp_path: Path) -> None:
+    path = tmp_path / "a.data"
+    path.touch()
+    remove_unless_used(path, lambda: True)
+    with path.open("rb") as held:
+        module.fcntl.flock(held, module.fcntl.LOCK_EX)
+        remove_unless_used(path, lambda: False)
+    assert names(tmp_path) == ["a.data"]
+    remove_unless_used(path, lambda: False)
+    assert names(tmp_path) == []

@@ -15,7 +15,7 @@
 namespace trix {
 namespace {
 
-constexpr std::size_t kTokensAtOnce = 64;   // so many rows of coarse scores are held
+constexpr std::size_t kTokensAtOnce = 64;   // rows of coarse scores held at a time
 constexpr std::size_t kWorthGathering = 4;  // gather if fewer than 1/4 of the tiles remain
 
 // Finds the tiles whose key may be among the top_k, in order of index, and returns how many. `found` has room

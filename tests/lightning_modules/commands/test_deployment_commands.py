@@ -109,8 +109,10 @@ def test_weights_go_to_a_second_file_on_demand(
     monkeypatch.setattr("ort_ops.external_weights.INLINE_BYTES", 64)
     command = ["export", "--ckpt", str(folder / "lm.ckpt"), "--output", str(tmp_path / "a.onnx"), "--held-out-tokens", "64"]
     assert main([*command, "--external-data"]) == 0
-    assert re.search(r"data +\d+\.\d\d MB of it in a\.onnx\.data, which belongs next to the file", capsys.readouterr().out)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.onnx", "a.onnx.data"]
+    assert re.search(
+        r"data +\d+\.\d\d MB of it in a\.onnx\.[0-9a-f]{12}\.data, which belongs next to the file", capsys.readouterr().out
+    )
+    assert len(list(tmp_path.iterdir())) == 2
     assert main(["generate", str(tmp_path / "a.onnx"), "--prompt", "The ", "--num-tokens", "3"]) == 0
 
 
