@@ -1,4 +1,4 @@
-"""Small exported models that several tests share; made once a session."""
+"""Small exported models that several tests share; each is exported once in a process."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +32,16 @@ def make_model(ffn: FFNConfig, ternary_attention: bool = True, seed: int = 0) ->
     return model
 
 
+_WRITTEN: dict[tuple[str, bool], tuple[bytes, ExportReport]] = {}  # by layer and fallback: an export takes seconds
+
+
 def export(folder: Path, ffn: FFNConfig, fallback: bool = True) -> Exported:
     model = make_model(ffn)
     held_out = torch.randint(0, len(VOCABULARY), (20 * CONTEXT,))
-    path = folder / "model.onnx"
-    return Exported(model, held_out, path, export_language_model(model, VOCABULARY, held_out, path, fallback))
+    path, key = folder / "model.onnx", (repr(ffn), fallback)
+    if key not in _WRITTEN:
+        report = export_language_model(model, VOCABULARY, held_out, path, fallback)
+        _WRITTEN[key] = path.read_bytes(), report
+    content, report = _WRITTEN[key]
+    path.write_bytes(content)
+    return Exported(model, held_out, path, report)
