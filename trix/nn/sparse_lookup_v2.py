@@ -194,8 +194,28 @@ class SparseLookupBlockV2(LookupBlock):
         n_heads: int = 4,
         num_tiles: int = 64,
         *,
+        tiles_per_cluster: int = 8,
+        grid_size: int = 16,
+        compress_hidden: int | None = None,
         dropout: float = 0.1,
+        use_score_calibration: bool = True,
+        ternary_weight: float = 0.01,
+        sparsity_weight: float = 0.01,
+        diversity_weight: float = 0.01,
         context_length: int = 1024,
         **ffn: Any,
     ) -> None:
-        super().__init__(SparseLookupFFNv2(d_model, num_tiles, dropout=dropout, **ffn), n_heads, dropout, context_length)
+        layer = SparseLookupFFNv2(
+            d_model,
+            num_tiles,
+            tiles_per_cluster,
+            grid_size,
+            compress_hidden=compress_hidden,
+            dropout=dropout,
+            use_score_calibration=use_score_calibration,
+            ternary_weight=ternary_weight,
+            sparsity_weight=sparsity_weight,
+            diversity_weight=diversity_weight,
+            **ffn,
+        )
+        super().__init__(layer, n_heads, dropout, context_length)
