@@ -38,8 +38,8 @@ static constexpr std::size_t panel_bytes(std::size_t num_columns) {
 /// Index of the first byte that holds the reserved code 11, or kNotFound.
 std::size_t find_reserved_code(const std::uint8_t* panels, std::size_t num_bytes);
 
-/// How many rows and columns of a matrix have a code other than 0 in its last panel and in its last block: the
-/// matrix has at least this many rows and columns.
+/// How many rows and columns of a matrix have a code other than 0 in its last panel and in its last block:
+/// the matrix has at least this many rows and columns.
 struct UsedSize {
     std::size_t rows;
     std::size_t columns;
