@@ -1,7 +1,7 @@
 """Which feed-forward layer a block holds: the configuration, and the layer made of it."""
 
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple
 
 from torch import nn
@@ -97,10 +97,10 @@ class FFNConfig:
         return kind.make(d_model, **{name: available[name] for name in kind.settings})
 
     def _check_foreign(self, kind: _Kind) -> None:
+        defaults = FFNConfig()
         for f in fields(self):
             if f.name in ("kind", "route_on", *kind.settings):
                 continue
-            default = f.default_factory() if f.default is MISSING and f.default_factory is not MISSING else f.default
-            value = getattr(self, f.name)
+            default, value = getattr(defaults, f.name), getattr(self, f.name)
             if value != default:
                 raise ValueError(f"{f.name} ({value}) must be {default} where kind is {self.kind!r}")

@@ -3,10 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
-from small_runs import small_network
+from small_runs import MakeTrainer, small_network
 
 from lightning_modules.data.text import TextDataModule
 from lightning_modules.tasks import LanguageModelTask, load_checkpoint, read_checkpoint
@@ -64,19 +63,6 @@ def test_names_outside_blocks_stay() -> None:
     assert renamed_from_version_1(names) == names
 
 
-def trainer(folder: Path, max_steps: int) -> L.Trainer:
-    return L.Trainer(
-        max_steps=max_steps,
-        accelerator="cpu",
-        limit_val_batches=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-    )
-
-
 def as_version_1(path: Path, target: Path) -> None:
     """The file that the version before would have written."""
     checkpoint: dict[str, Any] = torch.load(path, weights_only=True)
@@ -90,11 +76,11 @@ def as_version_1(path: Path, target: Path) -> None:
     torch.save(checkpoint, target)
 
 
-def test_a_run_of_version_1_goes_on_to_the_very_weights(tmp_path: Path) -> None:
+def test_a_run_of_version_1_goes_on_to_the_very_weights(tmp_path: Path, make_trainer: MakeTrainer) -> None:
     torch.manual_seed(0)
     data = TextDataModule(context_length=8)
     task = LanguageModelTask(data.vocabulary, small_network())
-    short = trainer(tmp_path, 2)
+    short = make_trainer(limit_val_batches=0)
     short.fit(task, data)
     short.save_checkpoint(tmp_path / "now.ckpt")
     as_version_1(tmp_path / "now.ckpt", tmp_path / "old.ckpt")
@@ -107,6 +93,7 @@ def test_a_run_of_version_1_goes_on_to_the_very_weights(tmp_path: Path) -> None:
     ends = []
     for name in ("now.ckpt", "old.ckpt"):
         again = LanguageModelTask(data.vocabulary, small_network())
-        trainer(tmp_path, 4).fit(again, TextDataModule(context_length=8), ckpt_path=tmp_path / name, weights_only=True)
+        longer = make_trainer(max_steps=4, limit_val_batches=0)
+        longer.fit(again, TextDataModule(context_length=8), ckpt_path=tmp_path / name, weights_only=True)
         ends.append(again.state_dict())
     assert all(torch.equal(ends[0][name], value) for name, value in ends[1].items())

@@ -1,5 +1,4 @@
 import copy
-import itertools
 from typing import Any
 
 import pytest
@@ -7,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pieces import assert_pieces_are_the_whole
 
 from trix import TriXBlock, TriXStack
 from trix.nn import (
@@ -58,14 +58,7 @@ def test_read_in_any_pieces_a_text_is_answered_as_a_whole(data: st.DataObject, f
     model = small_model(ffn, ternary_attention=True).double().eval()
     model = pack_model(model) if is_packed else model
     token = torch.randint(0, 11, (2, 12))
-    cuts = sorted(data.draw(st.sets(st.integers(0, 12))) | {0, 12})
-    logits, infos, _ = model(token, return_routing=True)
-    state = model.empty_state(2)
-    for start, stop in itertools.pairwise(cuts):
-        (part, part_infos, _), state = model(token[:, start:stop], state=state)
-        torch.testing.assert_close(part, logits[:, start:stop])
-        for info, part_info in zip(infos, part_infos, strict=True):
-            assert torch.equal(part_info["tile_idx"], info["tile_idx"][:, start:stop])
+    state = assert_pieces_are_the_whole(model, token, data.draw(st.sets(st.integers(0, 12))))
     with pytest.raises(ValueError, match=r"sequence length \(1 after 12 before\) must be <= context_length \(12\)"):
         model(token[:, :1], state=state)
 

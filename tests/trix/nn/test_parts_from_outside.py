@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pieces import assert_pieces_are_the_whole
 from torch import Tensor, nn
 
 from trix.introspection import TriXIntrospector, html_report
@@ -111,14 +112,7 @@ def test_a_stack_of_own_and_known_parts_reads_texts_in_any_pieces(
     assert kinds == [RotaryAttention if index in attention_at else DecayMixer for index in range(3)]
     model = pack_model(model) if is_packed else model
     token = torch.randint(0, 11, (2, 12))
-    whole, infos, _ = model(token, return_routing=True)
-    cuts = sorted(data.draw(st.sets(st.integers(0, 12))) | {0, 12})
-    state = model.empty_state(2)
-    for start, stop in itertools.pairwise(cuts):
-        (part, part_infos, _), state = model(token[:, start:stop], state=state)
-        torch.testing.assert_close(part, whole[:, start:stop])
-        for info, part_info in zip(infos, part_infos, strict=True):
-            assert torch.equal(part_info["tile_idx"], info["tile_idx"][:, start:stop])
+    assert_pieces_are_the_whole(model, token, data.draw(st.sets(st.integers(0, 12))))
 
 
 def test_own_tiles_train_pack_and_load() -> None:
