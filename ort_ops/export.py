@@ -216,7 +216,9 @@ def _interface(held_out: Tensor, is_text: bool) -> Interface:
 
 
 def _stateful_interface(model: LanguageModel, token_BT: Tensor) -> Interface:
-    axes: dict[str, Any] = {name: torch.export.Dim(name) for name in ("batch", "past")}
+    # Without the largest lengths torch traces twice: its first attempt ends with finding them.
+    longest = model.config.context_length
+    axes: dict[str, Any] = {"batch": torch.export.Dim("batch"), "past": torch.export.Dim("past", max=longest)}
     specs = model.state_specs()
     names = [past_name(spec.name, layer) for layer, of_layer in enumerate(specs) for spec in of_layer]
     has_tiles = bool(routed_layers(model))
@@ -227,7 +229,7 @@ def _stateful_interface(model: LanguageModel, token_BT: Tensor) -> Interface:
     return Interface(
         _WithState,
         (_two(token_BT)[:, :2], past),
-        ({0: axes["batch"], 1: torch.export.Dim("time")}, dynamic),
+        ({0: axes["batch"], 1: torch.export.Dim("time", max=longest)}, dynamic),
         ["token", *names],
         ["logits", *(["tile_idx"] if has_tiles else []), *map(present_name, names)],
     )
