@@ -13,9 +13,12 @@ from trix.nn.linear import TriXLinear
 from trix.nn.magnitudes import GridSplines, HingeSplines
 from trix.nn.mixer import Mixer
 from trix.nn.packing import pack_model, unpack_model
+from trix.nn.recurrent_mixer import RecurrentMixer
+from trix.nn.resolvent_mixer import ResolventMixer
 from trix.nn.routed_layer import RoutedLayer, routed_layers
 from trix.nn.sparse_lookup import SparseLookupBlock, SparseLookupFFN
 from trix.nn.sparse_lookup_v2 import SparseLookupBlockV2, SparseLookupFFNv2
+from trix.nn.ssd_mixer import SSDMixer
 from trix.nn.ternary_weight import TernaryWeight
 from trix.nn.tiles import TernaryTiles, Tiles
 
@@ -33,8 +36,11 @@ __all__ = [
     "LanguageModel",
     "LanguageModelConfig",
     "Mixer",
+    "RecurrentMixer",
+    "ResolventMixer",
     "RotaryAttention",
     "RoutedLayer",
+    "SSDMixer",
     "SparseLookupBlock",
     "SparseLookupBlockV2",
     "SparseLookupFFN",

@@ -2,9 +2,9 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from trix.nn.linear import TriXLinear
+from trix.nn.linear import projection
 from trix.nn.mixer import Mixer
 from trix.outputs import State, StateSpec, TokenContext
 
@@ -38,8 +38,8 @@ class RotaryAttention(Mixer):
         if n_heads < 1 or d_model % (2 * n_heads):
             raise ValueError(f"d_model ({d_model}) must be divisible by 2 * n_heads ({2 * n_heads})")
         self.n_heads, self.context_length, self.dropout = n_heads, context_length, dropout
-        self.qkv = _projection(d_model, 3 * d_model, ternary)
-        self.out = _projection(d_model, d_model, ternary)
+        self.qkv = projection(d_model, 3 * d_model, ternary)
+        self.out = projection(d_model, d_model, ternary)
         width = d_model // n_heads
         frequency = ROTARY_BASE ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
         angle = torch.outer(torch.arange(context_length, dtype=torch.float64), frequency)
@@ -107,7 +107,3 @@ def _attention_mask(mask_BT: Tensor, is_causal: bool) -> Tensor:
     T = mask_BT.shape[1]
     mask_B1TT = mask_BT[:, None, None, :].expand(-1, 1, T, T)
     return mask_B1TT.tril() if is_causal else mask_B1TT
-
-
-def _projection(d_in: int, d_out: int, ternary: bool) -> nn.Module:
-    return TriXLinear(d_in, d_out, num_tiles=1) if ternary else nn.Linear(d_in, d_out, bias=False)

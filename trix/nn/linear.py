@@ -54,3 +54,8 @@ class TriXLinear(TernaryWeight):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, num_tiles={self.num_tiles}, bias={self.bias is not None}"
+
+
+def projection(d_in: int, d_out: int, ternary: bool) -> nn.Module:
+    """A linear map without bias, with ternary or float weights."""
+    return TriXLinear(d_in, d_out, num_tiles=1) if ternary else nn.Linear(d_in, d_out, bias=False)

@@ -1,0 +1,119 @@
+"""Mixing by the resolvent of a tridiagonal operator, and its one-way member."""
+
+import math
+from typing import ClassVar, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trix.functional.resolvent import Pair, check_choice, open_left_end, resolvent_pivots
+from trix.nn.recurrent_mixer import Hops, RecurrentMixer
+from trix.outputs import State, StateSpec
+
+Hopping = Literal["hermitian", "one_way"]
+ETA_MIN = 1e-3  # the error of float32 pivots is about 1e-7 / eta
+ENERGY_SCALE = 0.5  # of v where training starts: a rough potential shortens the memory (Anderson localisation)
+BAND = (0.15, 0.85)  # of the heads' wave numbers, in units of pi: inside the band, off its edges
+ETA_START = (0.01, 0.5)  # of the heads' eta, from long memory to short
+
+
+class ResolventMixer(RecurrentMixer):
+    """Tokens learn of each other by the last row of a resolvent: L_ij = [(H_i - z)^-1]_ij, H_i the leading block 0..i.
+
+    H is tridiagonal, and each token's entries are read from it: alpha_i = v_i - lambda - i eta_i on the diagonal, and the hop
+    c_i = softplus(.) e^(i theta) to the token before. With ``hopping="hermitian"`` the operator also hops back, w = |c|^2, and
+    G_i = 1 / (alpha_i - w_i G_{i-1}): |G_i| <= 1 / eta_i and, as u is scaled by sqrt(eta) and y by sqrt(eta), |y|_2 <= |u|_2
+    [theorem, vector state]. With ``"one_way"`` w = 0, G = 1 / alpha with Im alpha = -(|c| + eta): the ablation. Given G, both
+    are Mamba-2's recurrence with complex decay -c_i G_{i-1}, which may exceed 1 at single tokens.
+
+    Two gauges unwind the mean rotation of a head: theta = -arg(-G*), and the output is turned by -arg(G*). G* is the pivot of
+    an endless row of equal tokens, with the dynamics' biases as their entries; a text begins at such a row's open end.
+
+    A token's phase is arg of the sum over heads of eta G, in (0, pi).
+
+    Args:
+        hopping: see above. gauge: unwind the mean rotation. All others: see :class:`~trix.nn.recurrent_mixer.RecurrentMixer`.
+
+    Raises:
+        ValueError: another hopping, and as RecurrentMixer.
+    """
+
+    gives: ClassVar[frozenset[str]] = frozenset({"phase"})
+
+    def __init__(
+        self,
+        d_model: int,
+        n_heads: int = 8,
+        context_length: int | None = None,
+        ternary: bool = False,
+        dropout: float = 0.0,
+        *,
+        d_state: int = 16,
+        conv_width: int = 4,
+        hopping: Hopping = "hermitian",
+        gauge: bool = True,
+    ) -> None:
+        check_choice("hopping", hopping, get_args(Hopping))
+        super().__init__(
+            d_model, n_heads, context_length, ternary, dropout, d_state=d_state, conv_width=conv_width, num_dynamics=3
+        )
+        self.hopping, self.gauge = hopping, gauge
+        with torch.no_grad():
+            energy, eta, hop = torch.split(self.dynamics.bias, n_heads)
+            wave_number = torch.linspace(BAND[0], BAND[1], n_heads) * math.pi
+            energy.copy_(-2 * wave_number.cos() if hopping == "hermitian" else torch.zeros(n_heads))
+            eta.copy_(
+                torch.logspace(math.log10(ETA_START[0]), math.log10(ETA_START[1]), n_heads).expm1().log()
+            )  # softplus of it
+            hop.fill_(math.log(math.e - 1))  # softplus of it is 1
+            self.dynamics.weight[:n_heads] *= ENERGY_SCALE
+
+    def hop_specs(self) -> tuple[StateSpec, ...]:
+        """The last pivot, less G*: zeros are the open end. The one-way member needs none."""
+        return (StateSpec("pivot", ("batch", self.n_heads, 2)),) if self.hopping == "hermitian" else ()
+
+    def hops(self, dynamics_BHT: tuple[Tensor, ...], is_token_B1T: Tensor | None, state: State) -> Hops:
+        alpha, eta, hop = self._operator(*dynamics_BHT)
+        mean_alpha, _, mean_hop = self._operator(*torch.split(self.dynamics.bias.to(hop.dtype), self.n_heads))
+        is_hermitian = self.hopping == "hermitian"
+        end = open_left_end(mean_alpha, mean_hop.square() if is_hermitian else torch.zeros_like(mean_hop))
+        if is_token_B1T is not None:
+            hop = hop * is_token_B1T
+            alpha = _where(is_token_B1T, alpha, end)
+        kept: State = ()
+        G = resolvent_pivots(alpha, None)
+        if is_hermitian:
+            first = Pair(*(part.expand(eta.shape[:2]) for part in end))
+            if state:
+                first = Pair(*(part + rest for part, rest in zip(first, state[0].to(eta.dtype).unbind(-1), strict=True)))
+            G = resolvent_pivots(alpha, hop.square(), first)
+            kept = (torch.stack([part[..., -1] - mean for part, mean in zip(G, end, strict=True)], dim=-1),)
+        scale = eta.sqrt()
+        if not self.gauge:
+            return Hops(G, Pair(hop, torch.zeros_like(hop)), scale, scale, None, kept)
+        modulus = (end.re.square() + end.im.square()).sqrt()
+        cos, sin = (end.re / modulus)[:, None], (end.im / modulus)[:, None]
+        return Hops(G, Pair(-hop * cos, hop * sin), scale, scale, Pair(cos[..., None], -sin[..., None]), kept)
+
+    def _operator(self, energy: Tensor, eta: Tensor, hop: Tensor) -> tuple[Pair, Tensor, Tensor]:
+        """alpha, eta and |c| of these dynamics."""
+        eta, hop = F.softplus(eta) + ETA_MIN, F.softplus(hop)
+        return Pair(energy, -eta if self.hopping == "hermitian" else -(eta + hop)), eta, hop
+
+    def phase(self, hops: Hops) -> Tensor:
+        """arg of sum_h eta_h G_h, by arccos: real division and square root round alike wherever a token stands."""
+        weight = hops.scale_in.square().unbind(1)
+        re, im = (
+            torch.stack([w * part for w, part in zip(weight, of_heads.unbind(1), strict=True)]).sum(0) for of_heads in hops.G
+        )
+        return (re / (re * re + im * im).sqrt()).acos()
+
+
+def _where(is_token_B1T: Tensor, alpha: Pair, end: Pair) -> Pair:
+    """alpha, and at padding 1 / end, which has the pivot end: what follows padding begins at an open end."""
+    square = end.re.square() + end.im.square()
+    return Pair(
+        torch.where(is_token_B1T, alpha.re, (end.re / square)[:, None]),
+        torch.where(is_token_B1T, alpha.im, (-end.im / square)[:, None]),
+    )
