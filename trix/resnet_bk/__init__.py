@@ -1,0 +1,7 @@
+"""ResNet-BK: research tools around the resolvent of a lattice operator, with the names of the interface that they follow."""
+
+from trix.resnet_bk.potential import PrimeBumpPotential
+from trix.resnet_bk.scattering import ScatteringRouter
+from trix.resnet_bk.statistics import SpacingStatistics, spacing_statistics
+
+__all__ = ["PrimeBumpPotential", "ScatteringRouter", "SpacingStatistics", "spacing_statistics"]
