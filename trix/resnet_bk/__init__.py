@@ -2,6 +2,7 @@
 
 from trix.resnet_bk.potential import PrimeBumpPotential
 from trix.resnet_bk.scattering import ScatteringRouter
+from trix.resnet_bk.semiseparable import SemiseparableMatrix
 from trix.resnet_bk.statistics import SpacingStatistics, spacing_statistics
 
-__all__ = ["PrimeBumpPotential", "ScatteringRouter", "SpacingStatistics", "spacing_statistics"]
+__all__ = ["PrimeBumpPotential", "ScatteringRouter", "SemiseparableMatrix", "SpacingStatistics", "spacing_statistics"]
