@@ -1,0 +1,8 @@
+"""ResNet-BK: research tools around the resolvent of a lattice operator, with the names of the interface that they follow."""
+
+from trix.resnet_bk.potential import PrimeBumpPotential
+from trix.resnet_bk.scattering import ScatteringRouter
+from trix.resnet_bk.semiseparable import SemiseparableMatrix
+from trix.resnet_bk.statistics import SpacingStatistics, spacing_statistics
+
+__all__ = ["PrimeBumpPotential", "ScatteringRouter", "SemiseparableMatrix", "SpacingStatistics", "spacing_statistics"]
