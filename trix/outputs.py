@@ -22,6 +22,7 @@ class TokenContext(NamedTuple):
     embedding_BTD: Tensor | None = None
     phase_BT: Tensor | None = None
     is_causal: bool = True
+    is_running_BT: Tensor | None = None
 
 
 class RowContext(NamedTuple):

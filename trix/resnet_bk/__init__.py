@@ -1,8 +1,21 @@
 """ResNet-BK: research tools around the resolvent of a lattice operator, with the names of the interface that they follow."""
 
+from trix.resnet_bk.config import ResNetBKConfig
+from trix.resnet_bk.language_model import LanguageModel, LanguageModelOutput
+from trix.resnet_bk.mixer import BirmanSchwingerMixer
 from trix.resnet_bk.potential import PrimeBumpPotential
 from trix.resnet_bk.scattering import ScatteringRouter
 from trix.resnet_bk.semiseparable import SemiseparableMatrix
 from trix.resnet_bk.statistics import SpacingStatistics, spacing_statistics
 
-__all__ = ["PrimeBumpPotential", "ScatteringRouter", "SemiseparableMatrix", "SpacingStatistics", "spacing_statistics"]
+__all__ = [
+    "BirmanSchwingerMixer",
+    "LanguageModel",
+    "LanguageModelOutput",
+    "PrimeBumpPotential",
+    "ResNetBKConfig",
+    "ScatteringRouter",
+    "SemiseparableMatrix",
+    "SpacingStatistics",
+    "spacing_statistics",
+]

@@ -85,13 +85,17 @@ class PrimeBumpPotential(nn.Module):
                 total += self.compute_alpha_coefficients(p, k) * bump
         return total
 
+    def values(self) -> Tensor:
+        """The fixed potential: float64 [n_seq]."""
+        return self.scale * self.bump.double()
+
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim != 3 or not x.is_floating_point():
             raise ValueError(f"x {tuple(x.shape)} {x.dtype} must be float [batch, sequence, width]")
         if not 1 <= x.shape[1] <= self.n_seq:
             raise ValueError(f"sequence of x ({x.shape[1]}) must be >= 1 and <= n_seq ({self.n_seq})")
         dtype = torch.promote_types(x.dtype, torch.float32)
-        v_BN = (self.scale * self.bump[: x.shape[1]]).to(dtype).expand(x.shape[:2])
+        v_BN = self.values()[: x.shape[1]].to(dtype).expand(x.shape[:2])
         if self.projection is None:
             return v_BN
         if x.shape[-1] != self.projection.in_features:
@@ -100,13 +104,12 @@ class PrimeBumpPotential(nn.Module):
 
     def get_prime_indices(self) -> list[int]:
         """The primes below n_seq, in order (Eratosthenes)."""
-        is_prime = torch.ones(max(self.n_seq, 2), dtype=torch.bool)
-        is_prime[:2] = False
+        is_prime = bytearray([1]) * max(self.n_seq, 2)
+        is_prime[:2] = bytes(2)
         for p in range(2, math.isqrt(self.n_seq) + 1):
             if is_prime[p]:
-                is_prime[p * p :: p] = False
-        primes: list[int] = is_prime[: self.n_seq].nonzero().flatten().tolist()
-        return primes
+                is_prime[p * p :: p] = bytes(len(is_prime[p * p :: p]))
+        return [p for p in range(self.n_seq) if is_prime[p]]
 
     def compute_alpha_coefficients(self, p: int, k: int) -> float:
         """alpha_{p,k} = log p / p^{k (1/2 + epsilon)}.
@@ -130,7 +133,7 @@ class PrimeBumpPotential(nn.Module):
         Raises:
             ValueError: n_seq is too small to be unfolded, below 38.
         """
-        diagonal = (self.scale * self.bump).double().cpu().numpy()
+        diagonal = self.values().cpu().numpy()
         found = spacing_statistics(eigh_tridiagonal(diagonal, torch.ones(self.n_seq - 1).numpy(), eigvals_only=True))._asdict()
         return {"n": found.pop("num_spacings"), **found}
 
