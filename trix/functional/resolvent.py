@@ -112,7 +112,7 @@ def log_prefix_determinant(G: Pair, G0: Pair) -> Pair:
 
 
 def open_left_end(alpha: Pair, w: Tensor) -> Pair:
-    """The pivot G* that an endless row of equal tokens to the left has: the root of w G^2 - alpha G + 1 = 0 with sqrt(w)|G| <= 1.
+    """The pivot G* of an endless row of equal tokens to the left: the root of w G^2 - alpha G + 1 = 0 with sqrt(w)|G| <= 1.
 
     Given as ``first``, it lets the first token see no edge. alpha with Im alpha < 0 and w >= 0, of any one shape; w = 0 gives
     1 / alpha.
