@@ -30,7 +30,7 @@ def linear_recurrence(a: Tensor, x: Tensor, first: Tensor, *, is_reversed: bool 
 
 
 def _run_chunks(a: Tensor, x: Tensor, first: Tensor, h: Tensor, chunk: int, is_reversed: bool) -> None:
-    a_RKS, x_RKSQ, h_RKSQ = (tensor.unflatten(1, (-1, chunk)) for tensor in (a, x, h))
+    a_RKS, x_RKSQ, h_RKSQ = (z.view(len(z), -1, chunk, *z.shape[2:]) for z in (a, x, h))
     num_chunks = a_RKS.shape[1]
     before = first.unsqueeze(1)
     if num_chunks > 1:
@@ -54,11 +54,11 @@ def _chunk_ends(a_RKS: Tensor, x_RKSQ: Tensor, first: Tensor, is_reversed: bool)
     return linear_recurrence(whole_RK, ends, first, is_reversed=is_reversed)
 
 
-def segments(num_rows: int, num_tokens: int, sites: int, chunk: int = 1) -> Iterator[slice]:
-    """Slices of the tokens that hold about the given number of sites (rows times tokens), in whole chunks.
+def segments(shape: torch.Size, num_values: int, chunk: int = 1) -> Iterator[slice]:
+    """Slices of N that hold about num_values of a tensor [R, N, ...], in whole chunks.
 
     What a segment needs at once then stays in the cache, however long the sequence is.
     """
-    size = max(sites // (num_rows * chunk), 1) * chunk
-    for start in range(0, num_tokens, size):
-        yield slice(start, min(start + size, num_tokens))
+    size = max(num_values // (shape.numel() // shape[1] * chunk), 1) * chunk
+    for start in range(0, shape[1], size):
+        yield slice(start, min(start + size, shape[1]))

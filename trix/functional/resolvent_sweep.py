@@ -22,7 +22,7 @@ CHUNK = 32
 
 @torch.library.custom_op("trix::resolvent_sweep", mutates_args=())
 def resolvent_sweep(alpha_re: Tensor, alpha_im: Tensor, w: Tensor, first_re: Tensor, first_im: Tensor) -> tuple[Tensor, Tensor]:
-    """G_i = 1 / (alpha_i - w_i G_{i-1}), G_{-1} = first. alpha, w [..., N], first [...] -> real and imaginary part of G [..., N].
+    """G_i = 1 / (alpha_i - w_i G_{i-1}), G_{-1} = first. alpha, w [..., N], first [...] -> the two parts of G [..., N].
 
     The last G is the state: given as first with the tokens that follow, it continues the sweep.
     """
@@ -108,7 +108,7 @@ def _reduce(maps: Tensor) -> Tensor:
 
 
 def _starts(maps: Tensor, first: Tensor) -> Tensor:
-    """The state before each of K chunks, from the maps of all but the last [..., K - 1, R] and the first [2, 1, R]: [2, K, R]."""
+    """The state before each of K chunks, from the maps of all but the last [..., K - 1, R] and the first of them [2, 1, R]."""
     num_maps = maps.shape[-2]
     if num_maps == 0:
         return first
@@ -169,7 +169,10 @@ def _(
     first_re: Tensor,
     first_im: Tensor,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return (*(w.new_empty(w.shape) for _ in range(3)), *(w.new_empty(first_re.shape) for _ in range(2)))
+    def like(x: Tensor) -> Tensor:
+        return x.new_empty(x.shape)
+
+    return like(w), like(w), like(w), like(first_re), like(first_re)
 
 
 def _save_for_backward(
