@@ -1,6 +1,8 @@
 """ResNet-BK: research tools around the resolvent of a lattice operator, with the names of the interface that they follow."""
 
 from trix.resnet_bk.config import ResNetBKConfig
+from trix.resnet_bk.core import BirmanSchwingerCore
+from trix.resnet_bk.kernel import birman_schwinger_kernel, free_resolvent
 from trix.resnet_bk.language_model import LanguageModel, LanguageModelOutput
 from trix.resnet_bk.mixer import BirmanSchwingerMixer
 from trix.resnet_bk.potential import PrimeBumpPotential
@@ -9,6 +11,7 @@ from trix.resnet_bk.semiseparable import SemiseparableMatrix
 from trix.resnet_bk.statistics import SpacingStatistics, spacing_statistics
 
 __all__ = [
+    "BirmanSchwingerCore",
     "BirmanSchwingerMixer",
     "LanguageModel",
     "LanguageModelOutput",
@@ -17,5 +20,7 @@ __all__ = [
     "ScatteringRouter",
     "SemiseparableMatrix",
     "SpacingStatistics",
+    "birman_schwinger_kernel",
+    "free_resolvent",
     "spacing_statistics",
 ]

