@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import trix.nn.language_model
 import trix.resnet_bk.mixer
 from trix.resnet_bk.config import ResNetBKConfig
+from trix.resnet_bk.core import BirmanSchwingerCore
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -187,8 +188,6 @@ class LanguageModel(nn.Module):
         """What can be said of the operators: ``band``, the largest |energy| / hop of a head's mean (below 2: inside the band);
         ``eta_min`` and ``eta_max`` of the heads' means; with ``use_mourre``, ``mourre``: the commutator identities hold.
         """
-        from trix.resnet_bk.core import BirmanSchwingerCore
-
         mixers = [mixer for mixer in self.model.stack.mixers if isinstance(mixer, trix.resnet_bk.mixer.BirmanSchwingerMixer)]
         means = [mixer.mean_operator() for mixer in mixers]
         energy = torch.cat([alpha.re for alpha, _, _ in means])
