@@ -1,7 +1,7 @@
 """ResNet-BK: research tools around the resolvent of a lattice operator, with the names of the interface that they follow."""
 
 from trix.resnet_bk.core import BirmanSchwingerCore
-from trix.resnet_bk.kernel import birman_schwinger_kernel, free_resolvent
+from trix.resnet_bk.kernel import birman_schwinger_kernel, free_resolvent, prefix_determinant
 from trix.resnet_bk.potential import PrimeBumpPotential
 from trix.resnet_bk.scattering import ScatteringRouter
 from trix.resnet_bk.semiseparable import SemiseparableMatrix
@@ -15,5 +15,6 @@ __all__ = [
     "SpacingStatistics",
     "birman_schwinger_kernel",
     "free_resolvent",
+    "prefix_determinant",
     "spacing_statistics",
 ]
