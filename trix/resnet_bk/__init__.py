@@ -1,8 +1,10 @@
 """ResNet-BK: research tools around the resolvent of a lattice operator, with the names of the interface that they follow."""
 
+from importlib.util import find_spec
+
 from trix.resnet_bk.config import ResNetBKConfig
 from trix.resnet_bk.core import BirmanSchwingerCore
-from trix.resnet_bk.kernel import birman_schwinger_kernel, free_resolvent
+from trix.resnet_bk.kernel import birman_schwinger_kernel, free_resolvent, prefix_determinant
 from trix.resnet_bk.language_model import LanguageModel, LanguageModelOutput
 from trix.resnet_bk.mixer import BirmanSchwingerMixer
 from trix.resnet_bk.potential import PrimeBumpPotential
@@ -22,5 +24,9 @@ __all__ = [
     "SpacingStatistics",
     "birman_schwinger_kernel",
     "free_resolvent",
+    "prefix_determinant",
     "spacing_statistics",
 ]
+
+if find_spec("transformers") is not None:
+    import trix.resnet_bk.hugging_face  # noqa: F401 (it registers the model)

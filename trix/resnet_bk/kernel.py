@@ -1,4 +1,4 @@
-"""The Birman-Schwinger kernel and its norms: free resolvents, exact norms, bounds that hold, and those that are only claimed.
+"""The Birman-Schwinger kernel: free resolvents, determinants, norms, bounds that hold, and those that are only claimed.
 
 K = |V|^(1/2) R0(z) sgn(V) |V|^(1/2), z = lambda + i eta. With the sign det(1 + K) = det(H - z) / det(H0 - z) for every real V;
 without it that holds for V >= 0 alone.
@@ -18,7 +18,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from trix.functional.resolvent import Pair, resolvent_pivots, two_sided_diagonal
+from trix.functional.linear_recurrence import linear_recurrence
+from trix.functional.resolvent import Pair, log_prefix_determinant, resolvent_pivots, two_sided_diagonal
 
 FreeKind = Literal["lattice", "first_order"]
 
@@ -74,12 +75,15 @@ def weighted_hilbert_schmidt(v: Tensor, z: complex, weight: Tensor) -> Tensor:
     G = resolvent_pivots(alpha, w)
     diagonal_square, G_square = diagonal_re.square() + diagonal_im.square(), G.re.square() + G.im.square()
     square = weight.square()
-    before, total = torch.zeros_like(square[..., 0]), torch.zeros_like(square[..., 0])
-    for i in range(v.shape[-1]):
-        if i:
-            before = G_square[..., i - 1] * (before + square[..., i - 1])
-        total = total + square[..., i] * diagonal_square[..., i] * (square[..., i] + 2.0 * before)
-    return total.sqrt()
+    return (square * diagonal_square * (square + 2.0 * _sum_before(square, G_square))).sum(dim=-1).sqrt()
+
+
+def _sum_before(value: Tensor, decay: Tensor) -> Tensor:
+    """sum_{j < i} value_j prod_{k=j}^{i-1} decay_k, both [..., N]."""
+    shape = value.shape
+    decay, value = (torch.nn.functional.pad(one.reshape(-1, one.shape[-1])[:, :-1], (1, 0)) for one in (decay, value))
+    h = linear_recurrence(decay, (decay * value).unsqueeze(-1), torch.zeros_like(value[:, :1]))
+    return h.reshape(shape)
 
 
 def hilbert_schmidt_norm(v: Tensor, z: complex, kind: FreeKind = "lattice") -> Tensor:
@@ -87,17 +91,31 @@ def hilbert_schmidt_norm(v: Tensor, z: complex, kind: FreeKind = "lattice") -> T
     size = v.double().abs()
     if kind == "lattice":
         return weighted_hilbert_schmidt(torch.zeros_like(size), z, size.sqrt())
-    decay = math.exp(-2.0 * z.imag)
-    before, total = torch.zeros_like(size[..., 0]), torch.zeros_like(size[..., 0])
-    for i in range(1, v.shape[-1]):
-        before = decay * (before + size[..., i - 1])
-        total = total + size[..., i] * before
-    return total.sqrt()
+    decay = torch.full_like(size, math.exp(-2.0 * z.imag))
+    return (size * _sum_before(size, decay)).sum(dim=-1).sqrt()
 
 
 def trace_norm(v: Tensor, z: complex, kind: FreeKind = "lattice") -> Tensor:
     """|K|_1, exactly, by the singular values, in O(N^3): float64 [...] of v [..., N]."""
     return torch.linalg.svdvals(birman_schwinger_kernel(v, z, kind)).sum(dim=-1)
+
+
+def prefix_determinant(v: Tensor, z: complex, *, is_regularized: bool = True) -> Tensor:
+    """D_t = det(1 + K_t), or det_2(1 + K_t) = D_t exp(-tr K_t), K_t the lattice kernel of sites 0..t: complex128 [..., N].
+
+    Causal, O(N): D_t = prod_{i <= t} G0_i / G_i with the pivots with and without v; and tr K_t grows by m_t / G0_t, where
+    m_t = sum_i v_i R0_it^2 = G0_t^2 (m_{t-1} + v_t) on sites 0..t. The trace on the whole lattice would look ahead: its R0_ii
+    depends on the number of sites.
+    """
+    v = v.double()
+    G, G0 = (resolvent_pivots(*lattice_pivots(one, z)) for one in (v, torch.zeros_like(v)))
+    log_D = torch.complex(*log_prefix_determinant(G, G0))
+    if is_regularized:
+        free = torch.complex(*G0).reshape(-1, v.shape[-1])
+        x = free.square() * v.reshape(free.shape)
+        m = linear_recurrence(free.square(), x.unsqueeze(-1), torch.zeros_like(x[:, :1])).squeeze(-1)
+        log_D = log_D - (m / free).cumsum(-1).reshape(v.shape)
+    return log_D.exp()
 
 
 def norm_bounds(v: Tensor, z: complex, kind: FreeKind = "lattice") -> dict[str, Tensor]:

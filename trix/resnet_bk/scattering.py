@@ -112,7 +112,8 @@ class ScatteringRouter(nn.Module):
         """Where |D| < resonance_threshold: bool [B, N]. Each token for itself: no quantile over the batch.
 
         Args:
-            D_eps: the prefix determinant, complex [B, N], or float [B, N, 2] (real, imaginary).
+            D_eps: a determinant of each prefix, such as :func:`~trix.resnet_bk.kernel.prefix_determinant`: complex [B, N], or
+                float [B, N, 2] (real, imaginary).
         """
         if not D_eps.is_complex():
             D_eps = torch.complex(*_pair("D_eps", D_eps))

@@ -27,6 +27,7 @@ def test_the_seeds_example() -> None:
     G_ii = core(torch.randn(8, 512), z=1.0j)
     assert G_ii.shape == (8, 512, 2)
     assert G_ii.dtype == torch.float64
+    core(torch.randn(1, 512))
     s1, s2 = core.compute_schatten_norms()
     assert isinstance(s1, float)
     assert s1 > s2 > 0

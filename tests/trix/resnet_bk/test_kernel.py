@@ -15,6 +15,7 @@ from trix.resnet_bk.kernel import (
     hilbert_schmidt_norm,
     lattice_operator,
     norm_bounds,
+    prefix_determinant,
     trace_norm,
     weighted_hilbert_schmidt,
 )
@@ -59,6 +60,19 @@ def test_the_kernel_gives_the_ratio_of_determinants_also_of_a_signed_potential(z
     torch.testing.assert_close(found, with_v / free, rtol=1e-9, atol=0)
     unsigned = torch.linalg.det(identity(24) + birman_schwinger_kernel(v.abs(), z))
     assert not torch.allclose(unsigned, with_v / free, rtol=0.1)
+
+
+@pytest.mark.parametrize("z", [1j, 0.4 + 0.3j, 1.95 + 0.01j])
+def test_prefix_determinants_are_those_of_each_leading_block(z: complex) -> None:
+    v = potential(2, 37)
+    plain, regularized = (prefix_determinant(v, z, is_regularized=one) for one in (False, True))
+    for t in range(37):
+        K = birman_schwinger_kernel(v[:, : t + 1], z)
+        det = torch.linalg.det(identity(t + 1) + K)
+        torch.testing.assert_close(plain[:, t], det, rtol=1e-9, atol=0)
+        trace = K.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
+        torch.testing.assert_close(regularized[:, t], det * (-trace).exp(), rtol=1e-9, atol=0)
+    torch.testing.assert_close(prefix_determinant(v[0, :9], z), regularized[0, :9])
 
 
 @every_kind

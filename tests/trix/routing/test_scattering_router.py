@@ -144,6 +144,8 @@ def test_edges_that_do_not_rise_are_refused(edge: list[float]) -> None:
     state = router.state_dict() | {"edge": torch.tensor(edge)}
     with pytest.raises(ValueError, match=r"edges \(\[.*\]\) must rise from 0 to pi"):
         router.load_state_dict(state)
+    with pytest.raises(RuntimeError, match="size mismatch for edge"):
+        router.load_state_dict(state | {"edge": torch.ones(3, 3)})
 
 
 def test_what_does_not_fit_is_refused() -> None:
