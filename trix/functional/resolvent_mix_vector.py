@@ -58,7 +58,7 @@ def _mix_backward(
     A_i sum_P p_i conj(y_{i-1}), of G_i as the factor of u_i sum_P p_i u_i.
     """
     G, A, u_RNP = _rows(G_re, G_im, c_re, c_im, u)
-    num_rows, num_tokens = G.shape
+    num_rows = G.shape[0]
     decay = torch.cat([A[:, 1:].conj(), A.new_ones(num_rows, 1)], dim=1)
     grad_re, grad_im, y_re, y_im = (x.reshape(u_RNP.shape) for x in (grad_re, grad_im, y_re, y_im))
     first = torch.complex(first_re, first_im).view(num_rows, 1, -1)

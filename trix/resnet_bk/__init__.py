@@ -1,6 +1,6 @@
 """ResNet-BK: research tools around the resolvent of a lattice operator, with the names of the interface that they follow."""
 
-from importlib.util import find_spec
+import sys
 
 from trix.resnet_bk.config import ResNetBKConfig
 from trix.resnet_bk.core import BirmanSchwingerCore
@@ -28,5 +28,5 @@ __all__ = [
     "spacing_statistics",
 ]
 
-if find_spec("transformers") is not None:
+if "transformers" in sys.modules:  # importing it takes seconds, so it is left to those who use it
     import trix.resnet_bk.hugging_face  # noqa: F401 (it registers the model)

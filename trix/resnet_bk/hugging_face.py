@@ -1,6 +1,6 @@
 """ResNet-BK among the models of transformers: AutoConfig and AutoModelForCausalLM know it once this file is imported.
 
-``import trix.resnet_bk`` imports it where transformers is installed.
+``import trix.resnet_bk`` imports it too where transformers has been imported before.
 """
 
 from dataclasses import asdict, fields
