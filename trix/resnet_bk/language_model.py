@@ -184,6 +184,7 @@ class LanguageModel(nn.Module):
             self.train(was_training)
         return torch.cat(tokens, dim=1)
 
+    @torch.no_grad()
     def diagnostics(self) -> dict[str, float | bool]:
         """What can be said of the operators: ``band``, the largest |energy| / hop of a head's mean (below 2: inside the band);
         ``eta_min`` and ``eta_max`` of the heads' means; with ``use_mourre``, ``mourre``: the commutator identities hold.
