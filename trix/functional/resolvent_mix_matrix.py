@@ -103,7 +103,7 @@ class _Chunks:
         self.E = self.e.cumprod(-1)
         self.M = decay_matrix(self.r)
         self.b = self.M[..., 0] * self.r[..., :1]
-        self.x = (self.E.conj() * G).unsqueeze(-1) * u
+        self.x = (self.E.conj_physical() * G).unsqueeze(-1) * u
         self.decay = (self.E * self.b)[..., -1]  # of the whole chunk
 
     def states(self, before: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ class _Chunks:
     def state_gradients(self, grad_z: Tensor, grad_after: Tensor) -> Tensor:
         """The gradient of the state before each chunk and after the last: as states, from that of the last [B, H, n, P]."""
         own = _complex((self.b.unsqueeze(-1) * self.q).mT @ grad_z)
-        rows = (self.decay.conj().flatten(0, 1), own.flatten(3).flatten(0, 1), grad_after.flatten(2).flatten(0, 1))
+        rows = (self.decay.conj_physical().flatten(0, 1), own.flatten(3).flatten(0, 1), grad_after.flatten(2).flatten(0, 1))
         return torch.cat([linear_recurrence(*rows, is_reversed=True).view(own.shape), grad_after.unsqueeze(2)], dim=2)
 
     def outputs(self, states: Tensor) -> Tensor:
@@ -193,15 +193,15 @@ def _mix_backward(
     grad_state = torch.complex(grad_last_re, grad_last_im)
     for part, before in zip(reversed(parts), reversed(befores), strict=True):
         chunks = sequence.chunks(part)
-        grad_z = _in_columns(chunks.E.conj().unsqueeze(-1) * grad_y[:, :, part])
+        grad_z = _in_columns(chunks.E.conj_physical().unsqueeze(-1) * grad_y[:, :, part])
         grad_states = chunks.state_gradients(grad_z, grad_state)
         found = _chunk_gradients(chunks, grad_z, chunks.states(before)[:, :, :-1], grad_states[:, :, 1:])
         for grad, value in zip(grads, found, strict=True):
             grad[:, :, part] = value
         grad_state = grad_states[:, :, 0]
     grad_G, grad_A, grad_u, grad_q, grad_k = (_tokens(x, u.shape[2]) for x in grads)
-    grad_G -= grad_A * c.conj()
-    grad_c = -grad_A * G.conj()
+    grad_G -= grad_A * c.conj_physical()
+    grad_c = -grad_A * G.conj_physical()
     complex_grads = (part.contiguous() for x in (grad_G, grad_c) for part in (x.real, x.imag))
     return (*complex_grads, grad_u, grad_q, grad_k, grad_state.real.contiguous(), grad_state.imag.contiguous())
 
@@ -220,7 +220,7 @@ def _chunk_gradients(chunks: _Chunks, grad_z: Tensor, before: Tensor, grad_after
     x = _in_columns(chunks.x)
     turned_x, turned_before = _in_columns(1j * chunks.x), _in_columns(1j * before)
     before_columns = _in_columns(before)
-    grad_own = _in_columns(E[..., -1, None, None].conj() * grad_after)
+    grad_own = _in_columns(E[..., -1, None, None].conj_physical() * grad_after)
 
     agreement = q @ k.mT
     grad_weight = torch.stack([grad_z @ x.mT, grad_z @ turned_x.mT])
@@ -234,7 +234,7 @@ def _chunk_gradients(chunks: _Chunks, grad_z: Tensor, before: Tensor, grad_after
     grad_k = _over_heads(grad_agreement.mT @ q + late * written[0], k)
     grad_x = _complex((M * agreement).mT @ grad_z + (late * k) @ grad_own)
     grad_b = (read * q).sum(-1)
-    grad_decay = E[..., -1].conj() * (grad_after * before.conj()).sum((-1, -2))
+    grad_decay = E[..., -1].conj_physical() * (grad_after * before.conj_physical()).sum((-1, -2))
     grad_b[..., -1] += torch.view_as_real(grad_decay).movedim(-1, 0)
     grad_M[..., -1, :] += (written * k).sum(-1)
     grad_M[..., 0] += grad_b * chunks.r[..., :1]
@@ -242,7 +242,7 @@ def _chunk_gradients(chunks: _Chunks, grad_z: Tensor, before: Tensor, grad_after
     grad_r[..., 0] += (grad_b * M[..., 0]).sum(-1)
 
     grad_drive = E.unsqueeze(-1) * grad_x
-    grad_u = (chunks.G.conj().unsqueeze(-1) * grad_drive).real
+    grad_u = (chunks.G.conj_physical().unsqueeze(-1) * grad_drive).real
     grad_G = (grad_drive * chunks.u).sum(-1)
     return _Sequence(grad_G, chunks.e * torch.complex(*grad_r), grad_u, grad_q, grad_k)
 

@@ -59,7 +59,7 @@ def _mix_backward(
     """
     G, A, u_RNP = _rows(G_re, G_im, c_re, c_im, u)
     num_rows, num_tokens = G.shape
-    decay = torch.cat([A[:, 1:].conj(), A.new_ones(num_rows, 1)], dim=1)
+    decay = torch.cat([A[:, 1:].conj_physical(), A.new_ones(num_rows, 1)], dim=1)
     grad_re, grad_im, y_re, y_im = (x.reshape(u_RNP.shape) for x in (grad_re, grad_im, y_re, y_im))
     first = torch.complex(first_re, first_im).view(num_rows, 1, -1)
     grad_u, grad_G, grad_A = torch.empty_like(u_RNP), torch.empty_like(G), torch.empty_like(A)
@@ -74,10 +74,10 @@ def _mix_backward(
         y_before = torch.complex(y_re[:, before], y_im[:, before])
         if part.start == 0:
             y_before = torch.cat([first, y_before], dim=1)
-        grad_A[:, part] = (p * y_before.conj()).sum(-1)
+        grad_A[:, part] = (p * y_before.conj_physical()).sum(-1)
     grad_G -= grad_A * torch.complex(c_re, -c_im).view(G.shape)
-    grad_c = -grad_A * G.conj()
-    grad_first = (A[:, :1].conj() * p_after).view(first_re.shape)
+    grad_c = -grad_A * G.conj_physical()
+    grad_first = (A[:, :1].conj_physical() * p_after).view(first_re.shape)
     return (
         *(part.contiguous().view(c_re.shape) for part in (grad_G.real, grad_G.imag, grad_c.real, grad_c.imag)),
         grad_u.view(u.shape),
