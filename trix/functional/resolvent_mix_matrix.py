@@ -18,7 +18,7 @@ from torch import Tensor
 from trix.functional.linear_recurrence import linear_recurrence, segments
 
 CHUNK = 32
-SEGMENT_SITES = 2**12
+SEGMENT_SITES = 2**14
 
 
 def decay_matrix(r: Tensor) -> Tensor:
@@ -35,20 +35,10 @@ def decay_matrix(r: Tensor) -> Tensor:
     return M
 
 
-def decay_matrix_backward(grad_M: Tensor, M: Tensor, r: Tensor) -> Tensor:
-    """The gradient of r from that of M, which is overwritten; both may have leading dimensions that M has not."""
-    grad_r = torch.zeros_like(grad_M[..., 0])
-    size = r.shape[-1] // 2
-    while size:
-        grad, blocks, start = _diagonal_blocks(grad_M, 2 * size), _diagonal_blocks(M, 2 * size), r[..., size :: 2 * size]
-        head, row = blocks[..., size:, size], blocks[..., size - 1, :size]
-        block = grad[..., size:, :size]
-        grad_column = (block * row.unsqueeze(-2)).sum(-1)
-        grad[..., size - 1, :size] += (block * (head * start.unsqueeze(-1)).unsqueeze(-1)).sum(-2)
-        grad[..., size:, size] += grad_column * start.unsqueeze(-1)
-        grad_r[..., size :: 2 * size] = (grad_column * head).sum(-1)
-        size //= 2
-    return grad_r
+def decay_matrix_backward(grad_M: Tensor, M: Tensor) -> Tensor:
+    """The gradient of r [..., C] from that of M [..., C, C]: sum over i >= k > j of M_ik grad_M_ij M_{k-1,j} for r_k."""
+    after_j = grad_M @ M.mT
+    return F.pad((M[..., 1:] * after_j[..., :-1]).sum(-2), (1, 0))
 
 
 def _diagonal_blocks(M: Tensor, size: int) -> Tensor:
@@ -238,7 +228,7 @@ def _chunk_gradients(chunks: _Chunks, grad_z: Tensor, before: Tensor, grad_after
     grad_b[..., -1] += torch.view_as_real(grad_decay).movedim(-1, 0)
     grad_M[..., -1, :] += (written * k).sum(-1)
     grad_M[..., 0] += grad_b * chunks.r[..., :1]
-    grad_r = decay_matrix_backward(grad_M, M, chunks.r)
+    grad_r = decay_matrix_backward(grad_M, M)
     grad_r[..., 0] += (grad_b * M[..., 0]).sum(-1)
 
     grad_drive = E.unsqueeze(-1) * grad_x
