@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trix.functional.linear_recurrence import linear_recurrence, segments
+from trix.functional.linear_recurrence import linear_recurrence, parts, segments
 
 CHUNK = 32
 SEGMENT_SITES = 2**14
@@ -36,7 +36,7 @@ def decay_matrix(r: Tensor) -> Tensor:
 
 
 def decay_matrix_backward(grad_M: Tensor, M: Tensor) -> Tensor:
-    """The gradient of r [..., C] from that of M [..., C, C]: sum over i >= k > j of M_ik grad_M_ij M_{k-1,j} for r_k."""
+    """The gradient of r from that of M: sum over i >= k > j of M_ik grad_M_ij M_{k-1,j} is that of r_k."""
     after_j = grad_M @ M.mT
     return F.pad((M[..., 1:] * after_j[..., :-1]).sum(-2), (1, 0))
 
@@ -76,8 +76,8 @@ class _Sequence(NamedTuple):
         chunk = min(CHUNK, 1 << (num_tokens - 1).bit_length())
         fill = -num_tokens % chunk
         A = F.pad(-c * G, (0, fill), value=1.0)
-        parts = [F.pad(G, (0, fill)), A, *(F.pad(x, (0, 0, 0, fill)) if fill else x for x in (u, q, k))]
-        return cls(*(x.unflatten(2, (-1, chunk)) for x in parts))
+        filled = [F.pad(G, (0, fill)), A, *(F.pad(x, (0, 0, 0, fill)) if fill else x for x in (u, q, k))]
+        return cls(*(x.reshape(*x.shape[:2], -1, chunk, *x.shape[3:]) for x in filled))
 
     def chunks(self, part: slice) -> "_Chunks":
         return _Chunks(*(x[:, :, part] for x in self))
@@ -142,8 +142,7 @@ def resolvent_mix_matrix(
         y = chunks.outputs(states[:, :, :-1])
         y_re[:, :, part], y_im[:, :, part] = y.real, y.imag
         state = states[:, :, -1]
-    y_re, y_im = (_tokens(y, u.shape[2]) for y in (y_re, y_im))
-    return y_re, y_im, state.real.contiguous(), state.imag.contiguous()
+    return _tokens(y_re, u.shape[2]), _tokens(y_im, u.shape[2]), *parts(state)
 
 
 def _segments(sequence: _Sequence) -> list[slice]:
@@ -177,11 +176,11 @@ def _mix_backward(
     sequence = _Sequence.of(G, c, u, q, k)
     grad_y = torch.complex(*(_as_chunks(x, sequence) for x in (grad_re, grad_im)))
     grads = _Sequence(*(torch.empty_like(x) for x in sequence))
-    parts, befores = _segments(sequence), [torch.complex(first_re, first_im)]
-    for part in parts[:-1]:
+    slices, befores = _segments(sequence), [torch.complex(first_re, first_im)]
+    for part in slices[:-1]:
         befores.append(sequence.chunks(part).states(befores[-1])[:, :, -1])
     grad_state = torch.complex(grad_last_re, grad_last_im)
-    for part, before in zip(reversed(parts), reversed(befores), strict=True):
+    for part, before in zip(reversed(slices), reversed(befores), strict=True):
         chunks = sequence.chunks(part)
         grad_z = _in_columns(chunks.E.conj_physical().unsqueeze(-1) * grad_y[:, :, part])
         grad_states = chunks.state_gradients(grad_z, grad_state)
@@ -192,8 +191,7 @@ def _mix_backward(
     grad_G, grad_A, grad_u, grad_q, grad_k = (_tokens(x, u.shape[2]) for x in grads)
     grad_G -= grad_A * c.conj_physical()
     grad_c = -grad_A * G.conj_physical()
-    complex_grads = (part.contiguous() for x in (grad_G, grad_c) for part in (x.real, x.imag))
-    return (*complex_grads, grad_u, grad_q, grad_k, grad_state.real.contiguous(), grad_state.imag.contiguous())
+    return *parts(grad_G), *parts(grad_c), grad_u, grad_q, grad_k, *parts(grad_state)
 
 
 def _as_chunks(x: Tensor, sequence: _Sequence) -> Tensor:
@@ -272,9 +270,8 @@ def _(
     first_re: Tensor,
     first_im: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    parts = (G_re, G_im, c_re, c_im, u, q, k)
-    G_re, G_im, c_re, c_im, u, q, k = (_like(x) for x in parts)
-    return G_re, G_im, c_re, c_im, u, q, k, _like(first_re), _like(first_im)
+    complex_grads = _like(G_re), _like(G_im), _like(c_re), _like(c_im)
+    return *complex_grads, _like(u), _like(q), _like(k), _like(first_re), _like(first_im)
 
 
 def _like(x: Tensor) -> Tensor:

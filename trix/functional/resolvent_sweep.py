@@ -15,7 +15,7 @@ Legend: N tokens, R rows, S steps of a chunk, K chunks. A leading 2 holds real a
 import torch
 from torch import Tensor
 
-from trix.functional.linear_recurrence import linear_recurrence
+from trix.functional.linear_recurrence import linear_recurrence, parts
 
 CHUNK = 32
 
@@ -132,19 +132,6 @@ def _starts(maps: Tensor, first: Tensor, has_resets: bool) -> Tensor:
     return starts
 
 
-def scan_pivots(alpha_re: Tensor, alpha_im: Tensor, w: Tensor, first_re: Tensor, first_im: Tensor) -> tuple[Tensor, Tensor]:
-    """G as of :func:`resolvent_sweep`, by a scan of depth log2 N over the maps of the tokens. Its gradient is torch's own."""
-    zero = torch.zeros_like(w)
-    above = torch.stack([torch.stack([zero, zero]), torch.stack([torch.ones_like(w), zero])])
-    below = torch.stack([torch.stack([-w, zero]), torch.stack([alpha_re, alpha_im])])
-    maps, distance = torch.stack([above, below]), 1
-    while distance < w.shape[-1]:
-        maps = torch.cat([maps[..., :distance], _compose(maps[..., distance:], maps[..., :-distance], True)], dim=-1)
-        distance *= 2
-    re, im = _transform(maps, torch.stack([first_re, first_im]).unsqueeze(-1))
-    return re, im
-
-
 @torch.library.custom_op("trix::resolvent_sweep_backward", mutates_args=())
 def _sweep_backward(
     grad_re: Tensor, grad_im: Tensor, G_re: Tensor, G_im: Tensor, w: Tensor, first_re: Tensor, first_im: Tensor
@@ -158,7 +145,7 @@ def _sweep_backward(
     decay = square * torch.nn.functional.pad(w[..., 1:], (0, 1)).reshape(square.shape)
     drive = -square * torch.complex(grad_re, grad_im).reshape(square.shape)
     e = linear_recurrence(decay, drive.unsqueeze(-1), drive.new_zeros(len(drive), 1), is_reversed=True).view(w.shape)
-    e_re, e_im = e.real.contiguous(), e.imag.contiguous()
+    e_re, e_im = parts(e)
     previous_re, previous_im = (
         torch.cat([first.unsqueeze(-1), G[..., :-1]], dim=-1) for first, G in ((first_re, G_re), (first_im, G_im))
     )
@@ -181,10 +168,8 @@ def _(
     first_re: Tensor,
     first_im: Tensor,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    def like(x: Tensor) -> Tensor:
-        return x.new_empty(x.shape)
-
-    return like(w), like(w), like(w), like(first_re), like(first_re)
+    grad_alpha = w.new_empty(w.shape), w.new_empty(w.shape)
+    return *grad_alpha, w.new_empty(w.shape), first_re.new_empty(first_re.shape), first_re.new_empty(first_re.shape)
 
 
 def _save_for_backward(
@@ -199,3 +184,26 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad_re: Tensor, grad_im
 
 
 resolvent_sweep.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def _scan(alpha_re: Tensor, alpha_im: Tensor, w: Tensor, first_re: Tensor, first_im: Tensor) -> tuple[Tensor, Tensor]:
+    zero = torch.zeros_like(w)
+    above = torch.stack([torch.stack([zero, zero]), torch.stack([torch.ones_like(w), zero])])
+    below = torch.stack([torch.stack([-w, zero]), torch.stack([alpha_re, alpha_im])])
+    maps, distance = torch.stack([above, below]), 1
+    while distance < w.shape[-1]:
+        maps = torch.cat([maps[..., :distance], _compose(maps[..., distance:], maps[..., :-distance], True)], dim=-1)
+        distance *= 2
+    re, im = _transform(maps, torch.stack([first_re, first_im]).unsqueeze(-1))
+    return re, im
+
+
+class _Scan(torch.autograd.Function):
+    forward = staticmethod(_scan)
+    setup_context = staticmethod(_save_for_backward)
+    backward = staticmethod(_backward)
+
+
+def scan_pivots(alpha_re: Tensor, alpha_im: Tensor, w: Tensor, first_re: Tensor, first_im: Tensor) -> tuple[Tensor, Tensor]:
+    """G as of :func:`resolvent_sweep`, by a scan of depth log2 N over the maps of the tokens."""
+    return _Scan.apply(alpha_re, alpha_im, w, first_re, first_im)  # type: ignore[no-untyped-call]

@@ -164,6 +164,19 @@ def test_a_reset_cuts_exactly_and_a_later_token_changes_nothing(state: str) -> N
         assert not is_same[80:].any()
 
 
+def test_one_value_is_mixed() -> None:
+    one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    G, c, first = Pair(one[0], 2 * one[0]), Pair(3 * one[0], one[0]), Pair(one[0], -one[0])
+    for method in MIX_METHODS:
+        for more in ({}, {"q": 2 * one, "k": 3 * one}):
+            y, last = resolvent_mix(
+                G, c, one, Pair(*(x.view(1, 1, *[1] * (2 if more else 1)) for x in first)), **more, method=method
+            )
+            state = (1 + 2j) * ((3 if more else 1) - (3 + 1j) * (1 - 1j))
+            assert complex(last.re, last.im) == pytest.approx(state)
+            assert complex(y.re, y.im) == pytest.approx((2 if more else 1) * state)
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 100), st.sampled_from([1e-2, 0.3, 4.0]), st.sampled_from([0.0, 1.0, 1e9]), st.integers(0, 99))
 def test_hermitian_mixing_has_gain_1_between_scaled_tokens(num_tokens: int, eta: float, spikes: float, seed: int) -> None:
