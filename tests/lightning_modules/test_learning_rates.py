@@ -1,6 +1,7 @@
 """scale_rates: every rate that a schedule gives after it is the old one times the factor."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,8 @@ MAKERS: dict[str, Callable[[Optimizer], LRScheduler]] = {
 def rates(make: Callable[[Optimizer], LRScheduler] | None, factor: float, at: int = 4) -> list[float]:
     """The rates of 12 steps of two groups; scaled after the step `at`, the rates before it at once."""
     weight = [torch.nn.Parameter(torch.ones(1)) for _ in range(2)]
-    optimizer = SGD([{"params": weight[:1]}, {"params": weight[1:], "lr": 0.02}], lr=0.2, momentum=0.9)
+    groups: list[dict[str, Any]] = [{"params": weight[:1]}, {"params": weight[1:], "lr": 0.02}]
+    optimizer = SGD(groups, lr=0.2, momentum=0.9)
     scheduler = None if make is None else make(optimizer)
     seen = []
     for step in range(12):

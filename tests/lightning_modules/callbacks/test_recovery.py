@@ -167,7 +167,7 @@ def test_a_bad_gradient_is_left_out(
 
 @pytest.mark.parametrize(
     "spoil",
-    [out_of_memory, out_of_memory_on_cpu, lambda output: output | {"loss": OutOfMemoryInBackward.apply(output["loss"])}],
+    [out_of_memory, out_of_memory_on_cpu, lambda output: output | {"loss": OutOfMemoryInBackward.apply(output["loss"])}],  # type: ignore[no-untyped-call]
     ids=["forward", "cpu", "backward"],
 )
 def test_where_memory_runs_out_the_batch_is_left_out_at_the_same_rate(
