@@ -194,6 +194,14 @@ class Trainer:
             trainer.fit(self._module, self.train_loader, self.val_loader, ckpt_path=path, weights_only=True)
 
 
+def logits_of(output: Any) -> Tensor:
+    """The logits in what a model answers, in float32 or float64: a tensor, or a mapping or an object that has ``logits``."""
+    logits: Tensor = (
+        output if isinstance(output, Tensor) else output["logits"] if isinstance(output, Mapping) else output.logits
+    )
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 class _Module(L.LightningModule):
     """The model, with its steps."""
 
@@ -259,9 +267,7 @@ class _Module(L.LightningModule):
             target = F.pad(label[:, 1:], (0, 1), value=IGNORED_LABEL)
         else:
             (inputs, target), mask = batch, None
-        output = self.model(inputs) if mask is None else self.model(inputs, attention_mask=mask)
-        logits = output if isinstance(output, Tensor) else output["logits"] if isinstance(output, Mapping) else output.logits
-        exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        exact = logits_of(self.model(inputs) if mask is None else self.model(inputs, attention_mask=mask))
         loss = F.cross_entropy(exact.reshape(-1, exact.shape[-1]), target.reshape(-1), ignore_index=IGNORED_LABEL)
         return loss, (target != IGNORED_LABEL).sum()
 
