@@ -263,7 +263,9 @@ class AutoRecovery(L.Callback):
         if self._state is None:  # this step has been undone already
             return
         parameters = [parameter.detach() for group in optimizer.param_groups for parameter in group["params"]]
-        largest = torch.nn.utils.get_total_norm(parameters, norm_type=math.inf)  # unlike a sum of squares, it does not overflow
+        if torch.nn.utils.get_total_norm(parameters).isfinite():
+            return
+        largest = torch.nn.utils.get_total_norm(parameters, norm_type=math.inf)  # slower, but no sum of squares that overflows
         failure = not_finite(largest)
         if failure is not None:
             text = f"the weights after step {trainer.global_step + 1} ({float(largest)}) {_RULES[failure]}"
