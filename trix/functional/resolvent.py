@@ -14,6 +14,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from trix.functional.resolvent_sweep import resolvent_sweep, scan_pivots
+
 
 class Pair(NamedTuple):
     """A complex tensor as two real ones of one shape and dtype: re + i im."""
@@ -49,12 +51,13 @@ def resolvent_pivots(alpha: Pair, w: Tensor | None, first: Pair | None = None, *
     _check_pivots(alpha, w, first)
     if w is None:
         return _reciprocal(alpha)
-    return _pivots_loop(alpha, w, _zero_before(alpha) if first is None else first)
-
-
-def _zero_before(alpha: Pair) -> Pair:
-    zero = torch.zeros_like(alpha.re[..., 0])
-    return Pair(zero, zero)
+    if first is None:
+        zero = torch.zeros_like(alpha.re[..., 0])
+        first = Pair(zero, zero)
+    if method == "loop":
+        return _pivots_loop(alpha, w, first)
+    sweep = scan_pivots if method == "scan" else resolvent_sweep
+    return Pair(*sweep(*alpha, w, *first))
 
 
 def _pivots_loop(alpha: Pair, w: Tensor, first: Pair) -> Pair:
@@ -112,7 +115,7 @@ def log_prefix_determinant(G: Pair, G0: Pair) -> Pair:
 
 
 def open_left_end(alpha: Pair, w: Tensor) -> Pair:
-    """The pivot G* that an endless row of equal tokens to the left has: the root of w G^2 - alpha G + 1 = 0 with sqrt(w)|G| <= 1.
+    """The pivot G* of an endless row of equal tokens to the left: the root of w G^2 - alpha G + 1 = 0 with sqrt(w)|G| <= 1.
 
     Given as ``first``, it lets the first token see no edge. alpha with Im alpha < 0 and w >= 0, of any one shape; w = 0 gives
     1 / alpha.

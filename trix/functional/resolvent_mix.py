@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from trix.functional.resolvent import Pair, check_choice, check_floats, check_like
+from trix.functional.resolvent_mix_matrix import resolvent_mix_matrix
+from trix.functional.resolvent_mix_vector import resolvent_mix_vector
 
 MixMethod = Literal["chunk", "loop"]
 MIX_METHODS: tuple[MixMethod, ...] = ("chunk", "loop")
@@ -56,7 +58,13 @@ def resolvent_mix(
         shape = u.shape[:2] + u.shape[3:] if k is None else (*u.shape[:2], k.shape[-1], u.shape[-1])
         zero = u.new_zeros(shape)
         first = Pair(zero, zero)
-    return _mix_loop(G, c, u, first, q, k)
+    if method == "loop":
+        return _mix_loop(G, c, u, first, q, k)
+    if q is None or k is None:
+        y_re, y_im, last_re, last_im = resolvent_mix_vector(*G, *c, u, *first)
+    else:
+        y_re, y_im, last_re, last_im = resolvent_mix_matrix(*G, *c, u, q, k, *first)
+    return Pair(y_re, y_im), Pair(last_re, last_im)
 
 
 def _mix_loop(G: Pair, c: Pair, u: Tensor, first: Pair, q: Tensor | None, k: Tensor | None) -> tuple[Pair, Pair]:

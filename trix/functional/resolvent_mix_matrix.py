@@ -1,0 +1,305 @@
+"""Resolvent mixing with a matrix as state: S_i = G_i (k_i (x) u_i - c_i S_{i-1}), y_i = q_i S_i, in products of matrices.
+
+Within a chunk, A_i = -c_i G_i is r_i times a unit number e_i, and E_i is the product of the e up to i. Then
+y_i = E_i z_i with z = (M * q k^T) x + (b q) S, where x_j = conj(E_j) G_j u_j, M_ij = prod_{k=j+1}^{i} r_k, b_i = M_i0 r_0 and S
+the state before the chunk: M is real, and all products are of real matrices, the parts of a complex number in two columns.
+M is built from products alone, not from differences of logarithms: r_i may be 0, which cuts, or exceed 1.
+
+Legend: B batch, H heads (1 for q and k that all share), N tokens, P channels per head, n width of a query, K chunks, C tokens
+of a chunk.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trix.functional.linear_recurrence import linear_recurrence, segments
+
+CHUNK = 32
+SEGMENT_SITES = 2**12
+
+
+def decay_matrix(r: Tensor) -> Tensor:
+    """M_ij = prod_{k=j+1}^{i} r_k for i >= j, else 0: r [..., C], C a power of 2 -> [..., C, C]."""
+    chunk = r.shape[-1]
+    M = torch.diag_embed(torch.ones_like(r))
+    size = 1
+    while size < chunk:
+        # The block below two diagonal blocks is a column of the one times a row of the other.
+        blocks, start = _diagonal_blocks(M, 2 * size), r[..., size :: 2 * size].unsqueeze(-1)
+        column, row = blocks[..., size:, size] * start, blocks[..., size - 1, :size]
+        torch.mul(column.unsqueeze(-1), row.unsqueeze(-2), out=blocks[..., size:, :size])
+        size *= 2
+    return M
+
+
+def decay_matrix_backward(grad_M: Tensor, M: Tensor, r: Tensor) -> Tensor:
+    """The gradient of r from that of M, which is overwritten; both may have leading dimensions that M has not."""
+    grad_r = torch.zeros_like(grad_M[..., 0])
+    size = r.shape[-1] // 2
+    while size:
+        grad, blocks, start = _diagonal_blocks(grad_M, 2 * size), _diagonal_blocks(M, 2 * size), r[..., size :: 2 * size]
+        head, row = blocks[..., size:, size], blocks[..., size - 1, :size]
+        block = grad[..., size:, :size]
+        grad_column = (block * row.unsqueeze(-2)).sum(-1)
+        grad[..., size - 1, :size] += (block * (head * start.unsqueeze(-1)).unsqueeze(-1)).sum(-2)
+        grad[..., size:, size] += grad_column * start.unsqueeze(-1)
+        grad_r[..., size :: 2 * size] = (grad_column * head).sum(-1)
+        size //= 2
+    return grad_r
+
+
+def _diagonal_blocks(M: Tensor, size: int) -> Tensor:
+    """A view of the blocks on the diagonal of M [..., C, C]: [..., C / size, size, size]."""
+    num_blocks = M.shape[-1] // size
+    blocks = M.view(*M.shape[:-2], num_blocks, size, num_blocks, size).diagonal(dim1=-4, dim2=-2)
+    return blocks.movedim(-1, -3)
+
+
+def _in_columns(z: Tensor) -> Tensor:
+    """Complex [..., P] as real [..., 2 P]."""
+    return torch.view_as_real(z).flatten(-2)
+
+
+def _complex(x: Tensor) -> Tensor:
+    """Real [..., 2 P] as complex [..., P]."""
+    return torch.view_as_complex(x.view(*x.shape[:-1], -1, 2))
+
+
+class _Sequence(NamedTuple):
+    """The inputs in whole chunks: G, A = -c G complex [B, H, K, C]; u [B, H, K, C, P]; q, k [B, H or 1, K, C, n].
+
+    The tokens that fill the last chunk leave the state as it is.
+    """
+
+    G: Tensor
+    A: Tensor
+    u: Tensor
+    q: Tensor
+    k: Tensor
+
+    @classmethod
+    def of(cls, G: Tensor, c: Tensor, u: Tensor, q: Tensor, k: Tensor) -> "_Sequence":
+        num_tokens = u.shape[2]
+        chunk = min(CHUNK, 1 << (num_tokens - 1).bit_length())
+        fill = -num_tokens % chunk
+        A = F.pad(-c * G, (0, fill), value=1.0)
+        parts = [F.pad(G, (0, fill)), A, *(F.pad(x, (0, 0, 0, fill)) if fill else x for x in (u, q, k))]
+        return cls(*(x.unflatten(2, (-1, chunk)) for x in parts))
+
+    def chunks(self, part: slice) -> "_Chunks":
+        return _Chunks(*(x[:, :, part] for x in self))
+
+
+class _Chunks:
+    """What forward and backward need of some chunks, in the terms of the formula above."""
+
+    def __init__(self, G: Tensor, A: Tensor, u: Tensor, q: Tensor, k: Tensor) -> None:
+        self.G, self.u, self.q, self.k = G, u, q, k
+        self.r = A.abs()
+        self.e = A.sgn().masked_fill_(self.r == 0, 1.0)
+        self.E = self.e.cumprod(-1)
+        self.M = decay_matrix(self.r)
+        self.b = self.M[..., 0] * self.r[..., :1]
+        self.x = (self.E.conj() * G).unsqueeze(-1) * u
+        self.decay = (self.E * self.b)[..., -1]  # of the whole chunk
+
+    def states(self, before: Tensor) -> Tensor:
+        """The state before each chunk and after the last: complex [B, H, K + 1, n, P], from the first [B, H, n, P]."""
+        k_late = self.k * self.M[..., -1, :].unsqueeze(-1)
+        own = self.E[..., -1, None, None] * _complex(k_late.mT @ _in_columns(self.x))
+        after = linear_recurrence(self.decay.flatten(0, 1), own.flatten(3).flatten(0, 1), before.flatten(2).flatten(0, 1))
+        return torch.cat([before.unsqueeze(2), after.view(own.shape)], dim=2)
+
+    def state_gradients(self, grad_z: Tensor, grad_after: Tensor) -> Tensor:
+        """The gradient of the state before each chunk and after the last: as states, from that of the last [B, H, n, P]."""
+        own = _complex((self.b.unsqueeze(-1) * self.q).mT @ grad_z)
+        rows = (self.decay.conj().flatten(0, 1), own.flatten(3).flatten(0, 1), grad_after.flatten(2).flatten(0, 1))
+        return torch.cat([linear_recurrence(*rows, is_reversed=True).view(own.shape), grad_after.unsqueeze(2)], dim=2)
+
+    def outputs(self, states: Tensor) -> Tensor:
+        """y, complex [B, H, K, C, P], from the state before each chunk."""
+        z = (self.M * (self.q @ self.k.mT)) @ _in_columns(self.x)
+        z += (self.b.unsqueeze(-1) * self.q) @ _in_columns(states)
+        return self.E.unsqueeze(-1) * _complex(z)
+
+
+@torch.library.custom_op("trix::resolvent_mix_matrix", mutates_args=())
+def resolvent_mix_matrix(
+    G_re: Tensor,
+    G_im: Tensor,
+    c_re: Tensor,
+    c_im: Tensor,
+    u: Tensor,
+    q: Tensor,
+    k: Tensor,
+    first_re: Tensor,
+    first_im: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """S_i = G_i (k_i (x) u_i - c_i S_{i-1}), S_{-1} = first, y_i = q_i S_i.
+
+    G, c [B, H, N], u [B, H, N, P], q, k [B, H or 1, N, n], first [B, H, n, P] -> the two parts of y [B, H, N, P], and those of
+    the last S [B, H, n, P].
+    """
+    sequence = _Sequence.of(torch.complex(G_re, G_im), torch.complex(c_re, c_im), u, q, k)
+    state = torch.complex(first_re, first_im)
+    y_re, y_im = torch.empty_like(sequence.u), torch.empty_like(sequence.u)
+    for part in _segments(sequence):
+        chunks = sequence.chunks(part)
+        states = chunks.states(state)
+        y = chunks.outputs(states[:, :, :-1])
+        y_re[:, :, part], y_im[:, :, part] = y.real, y.imag
+        state = states[:, :, -1]
+    y_re, y_im = (_tokens(y, u.shape[2]) for y in (y_re, y_im))
+    return y_re, y_im, state.real.contiguous(), state.imag.contiguous()
+
+
+def _segments(sequence: _Sequence) -> list[slice]:
+    """Slices of the chunks."""
+    return list(segments(sequence.A.flatten(0, 1).shape, SEGMENT_SITES))
+
+
+def _tokens(x: Tensor, num_tokens: int) -> Tensor:
+    """[B, H, K, C, ...] as [B, H, N, ...]."""
+    return x.flatten(2, 3)[:, :, :num_tokens].contiguous()
+
+
+@torch.library.custom_op("trix::resolvent_mix_matrix_backward", mutates_args=())
+def _mix_backward(
+    grad_re: Tensor,
+    grad_im: Tensor,
+    grad_last_re: Tensor,
+    grad_last_im: Tensor,
+    G_re: Tensor,
+    G_im: Tensor,
+    c_re: Tensor,
+    c_im: Tensor,
+    u: Tensor,
+    q: Tensor,
+    k: Tensor,
+    first_re: Tensor,
+    first_im: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the inputs, in their order. The states are computed anew, a segment at a time."""
+    G, c = torch.complex(G_re, G_im), torch.complex(c_re, c_im)
+    sequence = _Sequence.of(G, c, u, q, k)
+    grad_y = torch.complex(*(_as_chunks(x, sequence) for x in (grad_re, grad_im)))
+    grads = _Sequence(*(torch.empty_like(x) for x in sequence))
+    parts, befores = _segments(sequence), [torch.complex(first_re, first_im)]
+    for part in parts[:-1]:
+        befores.append(sequence.chunks(part).states(befores[-1])[:, :, -1])
+    grad_state = torch.complex(grad_last_re, grad_last_im)
+    for part, before in zip(reversed(parts), reversed(befores), strict=True):
+        chunks = sequence.chunks(part)
+        grad_z = _in_columns(chunks.E.conj().unsqueeze(-1) * grad_y[:, :, part])
+        grad_states = chunks.state_gradients(grad_z, grad_state)
+        found = _chunk_gradients(chunks, grad_z, chunks.states(before)[:, :, :-1], grad_states[:, :, 1:])
+        for grad, value in zip(grads, found, strict=True):
+            grad[:, :, part] = value
+        grad_state = grad_states[:, :, 0]
+    grad_G, grad_A, grad_u, grad_q, grad_k = (_tokens(x, u.shape[2]) for x in grads)
+    grad_G -= grad_A * c.conj()
+    grad_c = -grad_A * G.conj()
+    complex_grads = (part.contiguous() for x in (grad_G, grad_c) for part in (x.real, x.imag))
+    return (*complex_grads, grad_u, grad_q, grad_k, grad_state.real.contiguous(), grad_state.imag.contiguous())
+
+
+def _as_chunks(x: Tensor, sequence: _Sequence) -> Tensor:
+    return F.pad(x, (0, 0, 0, sequence.u.shape[2:4].numel() - x.shape[2])).view(sequence.u.shape)
+
+
+def _chunk_gradients(chunks: _Chunks, grad_z: Tensor, before: Tensor, grad_after: Tensor) -> _Sequence:
+    """Gradients of the inputs of some chunks, from those of z [B, H, K, C, 2 P] and of the states after [B, H, K, n, P].
+
+    A is varied as e (r + delta) with a complex delta and a fixed e: exact where r is 0, too. Whatever delta multiplies has a
+    complex gradient, stacked as [2, ...].
+    """
+    M, b, q, k, E = chunks.M, chunks.b, chunks.q, chunks.k, chunks.E
+    x = _in_columns(chunks.x)
+    turned_x, turned_before = _in_columns(1j * chunks.x), _in_columns(1j * before)
+    before_columns = _in_columns(before)
+    grad_own = _in_columns(E[..., -1, None, None].conj() * grad_after)
+
+    agreement = q @ k.mT
+    grad_weight = torch.stack([grad_z @ x.mT, grad_z @ turned_x.mT])
+    grad_agreement = M * grad_weight[0]
+    grad_M = grad_weight.mul_(agreement)
+    read = torch.stack([grad_z @ before_columns.mT, grad_z @ turned_before.mT])
+    written = torch.stack([x @ grad_own.mT, turned_x @ grad_own.mT])
+    late = M[..., -1, :].unsqueeze(-1)
+
+    grad_q = _over_heads(grad_agreement @ k + b.unsqueeze(-1) * read[0], q)
+    grad_k = _over_heads(grad_agreement.mT @ q + late * written[0], k)
+    grad_x = _complex((M * agreement).mT @ grad_z + (late * k) @ grad_own)
+    grad_b = (read * q).sum(-1)
+    grad_decay = E[..., -1].conj() * (grad_after * before.conj()).sum((-1, -2))
+    grad_b[..., -1] += torch.view_as_real(grad_decay).movedim(-1, 0)
+    grad_M[..., -1, :] += (written * k).sum(-1)
+    grad_M[..., 0] += grad_b * chunks.r[..., :1]
+    grad_r = decay_matrix_backward(grad_M, M, chunks.r)
+    grad_r[..., 0] += (grad_b * M[..., 0]).sum(-1)
+
+    grad_drive = E.unsqueeze(-1) * grad_x
+    grad_u = (chunks.G.conj().unsqueeze(-1) * grad_drive).real
+    grad_G = (grad_drive * chunks.u).sum(-1)
+    return _Sequence(grad_G, chunks.e * torch.complex(*grad_r), grad_u, grad_q, grad_k)
+
+
+def _over_heads(grad: Tensor, like: Tensor) -> Tensor:
+    return grad if grad.shape[1] == like.shape[1] else grad.sum(1, keepdim=True)
+
+
+@resolvent_mix_matrix.register_fake
+def _(
+    G_re: Tensor,  # noqa: ARG001
+    G_im: Tensor,  # noqa: ARG001
+    c_re: Tensor,  # noqa: ARG001
+    c_im: Tensor,  # noqa: ARG001
+    u: Tensor,
+    q: Tensor,  # noqa: ARG001
+    k: Tensor,  # noqa: ARG001
+    first_re: Tensor,
+    first_im: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _like(u), _like(u), _like(first_re), _like(first_im)
+
+
+@_mix_backward.register_fake
+def _(
+    grad_re: Tensor,  # noqa: ARG001
+    grad_im: Tensor,  # noqa: ARG001
+    grad_last_re: Tensor,  # noqa: ARG001
+    grad_last_im: Tensor,  # noqa: ARG001
+    G_re: Tensor,
+    G_im: Tensor,
+    c_re: Tensor,
+    c_im: Tensor,
+    u: Tensor,
+    q: Tensor,
+    k: Tensor,
+    first_re: Tensor,
+    first_im: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    parts = (G_re, G_im, c_re, c_im, u, q, k)
+    G_re, G_im, c_re, c_im, u, q, k = (_like(x) for x in parts)
+    return G_re, G_im, c_re, c_im, u, q, k, _like(first_re), _like(first_im)
+
+
+def _like(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _save_for_backward(
+    ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]
+) -> None:
+    del output
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor, ...]:
+    return _mix_backward(*grads, *ctx.saved_tensors)  # type: ignore[attr-defined]
+
+
+resolvent_mix_matrix.register_autograd(_backward, setup_context=_save_for_backward)

@@ -1,0 +1,135 @@
+"""Resolvent mixing with a vector as state: y_i = G_i (u_i - c_i y_{i-1}).
+
+Legend: B batch, H heads, N tokens, P channels per head, R = B H rows.
+"""
+
+import torch
+from torch import Tensor
+
+from trix.functional.linear_recurrence import linear_recurrence, segments
+
+SEGMENT_VALUES = 2**18
+
+
+@torch.library.custom_op("trix::resolvent_mix", mutates_args=())
+def resolvent_mix_vector(
+    G_re: Tensor, G_im: Tensor, c_re: Tensor, c_im: Tensor, u: Tensor, first_re: Tensor, first_im: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y_i = G_i (u_i - c_i y_{i-1}), y_{-1} = first.
+
+    G, c [B, H, N], u [B, H, N, P], first [B, H, P] -> the two parts of y [B, H, N, P], and those of the last y [B, H, P].
+    """
+    G, A, u_RNP = _rows(G_re, G_im, c_re, c_im, u)
+    y_re, y_im = torch.empty_like(u_RNP), torch.empty_like(u_RNP)
+    state = torch.complex(first_re, first_im).view(len(G), -1)
+    for part in segments(u_RNP.shape, SEGMENT_VALUES):
+        h = linear_recurrence(A[:, part], G[:, part].unsqueeze(-1) * u_RNP[:, part], state)
+        y_re[:, part], y_im[:, part] = h.real, h.imag
+        state = h[:, -1]
+    state = state.view(first_re.shape)
+    return y_re.view(u.shape), y_im.view(u.shape), state.real.contiguous(), state.imag.contiguous()
+
+
+def _rows(G_re: Tensor, G_im: Tensor, c_re: Tensor, c_im: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """G and A = -c G, complex [R, N], and u [R, N, P]."""
+    G, c = torch.complex(G_re, G_im).view(-1, u.shape[2]), torch.complex(c_re, c_im).view(-1, u.shape[2])
+    return G, -c * G, u.reshape(-1, *u.shape[2:])
+
+
+@torch.library.custom_op("trix::resolvent_mix_backward", mutates_args=())
+def _mix_backward(
+    grad_re: Tensor,
+    grad_im: Tensor,
+    grad_last_re: Tensor,
+    grad_last_im: Tensor,
+    G_re: Tensor,
+    G_im: Tensor,
+    c_re: Tensor,
+    c_im: Tensor,
+    u: Tensor,
+    first_re: Tensor,
+    first_im: Tensor,
+    y_re: Tensor,
+    y_im: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the inputs, in their order.
+
+    With A_i = -c_i G_i, the whole gradient of y_i is p_i = grad_i + conj(A_{i+1}) p_{i+1}. That of u_i is Re(conj(G_i) p_i), of
+    A_i sum_P p_i conj(y_{i-1}), of G_i as the factor of u_i sum_P p_i u_i.
+    """
+    G, A, u_RNP = _rows(G_re, G_im, c_re, c_im, u)
+    num_rows, num_tokens = G.shape
+    decay = torch.cat([A[:, 1:].conj(), A.new_ones(num_rows, 1)], dim=1)
+    grad_re, grad_im, y_re, y_im = (x.reshape(u_RNP.shape) for x in (grad_re, grad_im, y_re, y_im))
+    first = torch.complex(first_re, first_im).view(num_rows, 1, -1)
+    grad_u, grad_G, grad_A = torch.empty_like(u_RNP), torch.empty_like(G), torch.empty_like(A)
+    p_after = torch.complex(grad_last_re, grad_last_im).view(num_rows, -1)
+    for part in reversed(list(segments(u_RNP.shape, SEGMENT_VALUES))):
+        p = linear_recurrence(decay[:, part], torch.complex(grad_re[:, part], grad_im[:, part]), p_after, is_reversed=True)
+        p_after = p[:, 0]
+        G_part, u_part = G[:, part].unsqueeze(-1), u_RNP[:, part]
+        grad_u[:, part] = G_part.real * p.real + G_part.imag * p.imag
+        grad_G[:, part] = (p * u_part).sum(-1)
+        before = slice(max(part.start - 1, 0), part.stop - 1)
+        y_before = torch.complex(y_re[:, before], y_im[:, before])
+        if part.start == 0:
+            y_before = torch.cat([first, y_before], dim=1)
+        grad_A[:, part] = (p * y_before.conj()).sum(-1)
+    grad_G -= grad_A * torch.complex(c_re, -c_im).view(G.shape)
+    grad_c = -grad_A * G.conj()
+    grad_first = (A[:, :1].conj() * p_after).view(first_re.shape)
+    return (
+        *(part.contiguous().view(c_re.shape) for part in (grad_G.real, grad_G.imag, grad_c.real, grad_c.imag)),
+        grad_u.view(u.shape),
+        *(part.contiguous() for part in (grad_first.real, grad_first.imag)),
+    )
+
+
+def _like(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@resolvent_mix_vector.register_fake
+def _(
+    G_re: Tensor,  # noqa: ARG001
+    G_im: Tensor,  # noqa: ARG001
+    c_re: Tensor,  # noqa: ARG001
+    c_im: Tensor,  # noqa: ARG001
+    u: Tensor,
+    first_re: Tensor,
+    first_im: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _like(u), _like(u), _like(first_re), _like(first_im)
+
+
+@_mix_backward.register_fake
+def _(
+    grad_re: Tensor,  # noqa: ARG001
+    grad_im: Tensor,  # noqa: ARG001
+    grad_last_re: Tensor,  # noqa: ARG001
+    grad_last_im: Tensor,  # noqa: ARG001
+    G_re: Tensor,
+    G_im: Tensor,
+    c_re: Tensor,
+    c_im: Tensor,
+    u: Tensor,
+    first_re: Tensor,
+    first_im: Tensor,
+    y_re: Tensor,  # noqa: ARG001
+    y_im: Tensor,  # noqa: ARG001
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _like(G_re), _like(G_im), _like(c_re), _like(c_im), _like(u), _like(first_re), _like(first_im)
+
+
+def _save_for_backward(
+    ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]
+) -> None:
+    y_re, y_im, _, _ = output
+    ctx.save_for_backward(*inputs, y_re, y_im)
+
+
+def _backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor, ...]:
+    return _mix_backward(*grads, *ctx.saved_tensors)  # type: ignore[attr-defined]
+
+
+resolvent_mix_vector.register_autograd(_backward, setup_context=_save_for_backward)
