@@ -6,12 +6,12 @@ Legend: B batch, H heads, T tokens, N width of a query, P channels per head.
 from typing import Any
 
 import numpy as np
-from onnx import FunctionProto
+from onnx import FunctionProto, numpy_helper
 
-from ort_ops.graph_nodes import as_function, int_vector, node, scan_tokens
+from ort_ops.graph_nodes import ONNX_OPSET, as_function, int_vector, node, scan_tokens
 from ort_ops.operators.checks import NUM_TOKENS, Array, Run, relative_error
-from ort_ops.operators.operator import Operator
-from ort_ops.schema import OpSchema, TensorSchema
+from ort_ops.operators.operator import Operator, Translation
+from ort_ops.schema import DOMAIN, OPSET_VERSION, OpSchema, TensorSchema
 
 RESOLVENT_MIX = OpSchema(
     name="ResolventMix",
@@ -117,4 +117,25 @@ def _check(run: Run) -> float:
     return float(np.max(errors))  # NaN where one is
 
 
-OPERATOR = Operator(RESOLVENT_MIX, _function, _check)
+def _translations() -> dict[Any, Translation]:
+    import torch
+    from onnxscript.values import Opset
+
+    import trix.functional.resolvent_mix  # noqa: F401  defines the operators
+
+    opset, standard = Opset(DOMAIN, OPSET_VERSION), Opset("", ONNX_OPSET)
+
+    def matrix(*inputs: Any) -> Any:
+        return opset.ResolventMix(*inputs)
+
+    def vector(G_re: Any, G_im: Any, c_re: Any, c_im: Any, u: Any, first_re: Any, first_im: Any) -> Any:
+        one = standard.Constant(value=numpy_helper.from_array(np.ones((1, 1, 1, 1), np.float32)))
+        row = standard.Constant(value_ints=[2])
+        first = (standard.Unsqueeze(part, row) for part in (first_re, first_im))
+        y_re, y_im, *last = opset.ResolventMix(G_re, G_im, c_re, c_im, u, one, one, *first)
+        return y_re, y_im, *(standard.Squeeze(part, row) for part in last)
+
+    return {torch.ops.trix.resolvent_mix_matrix.default: matrix, torch.ops.trix.resolvent_mix.default: vector}
+
+
+OPERATOR = Operator(RESOLVENT_MIX, _function, _check, _translations)

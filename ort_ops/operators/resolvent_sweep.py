@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from onnx import FunctionProto
 
-from ort_ops.graph_nodes import as_function, node, scan_tokens
+from ort_ops.graph_nodes import ONNX_OPSET, as_function, node, scan_tokens
 from ort_ops.operators.checks import NUM_TOKENS, Array, Run, relative_error
 from ort_ops.operators.operator import Operator, Translation
 from ort_ops.schema import DOMAIN, OPSET_VERSION, OpSchema, TensorSchema
@@ -79,10 +79,17 @@ def _translations() -> dict[Any, Translation]:
 
     import trix.functional.resolvent  # noqa: F401  defines the operator
 
-    opset = Opset(DOMAIN, OPSET_VERSION)
+    opset, standard = Opset(DOMAIN, OPSET_VERSION), Opset("", ONNX_OPSET)
 
-    def translate(*inputs: Any) -> Any:
-        return opset.ResolventSweep(*inputs)
+    def translate(alpha_re: Any, alpha_im: Any, w: Any, first_re: Any, first_im: Any) -> Any:
+        if len(alpha_re.shape) == 3:
+            return opset.ResolventSweep(alpha_re, alpha_im, w, first_re, first_im)
+        # torch's operator takes [..., T]: all other axes become H.
+        rows = standard.Concat(standard.Constant(value_ints=[1, -1]), standard.Shape(alpha_re, start=-1), axis=0)
+        of_tokens = (standard.Reshape(x, rows) for x in (alpha_re, alpha_im, w))
+        of_rows = (standard.Reshape(x, standard.Constant(value_ints=[1, -1])) for x in (first_re, first_im))
+        G = opset.ResolventSweep(*of_tokens, *of_rows)
+        return tuple(standard.Reshape(part, standard.Shape(alpha_re)) for part in G)
 
     return {torch.ops.trix.resolvent_sweep.default: translate}
 

@@ -182,7 +182,7 @@ def sweep_reference(inputs: Arrays) -> tuple[np.ndarray, np.ndarray]:
 def mix_inputs(
     rng: np.random.Generator, B: int, H: int, T: int, N: int, P: int, q_axes: Axes = None, k_axes: Axes = None
 ) -> dict[str, np.ndarray]:
-    """Random valid inputs of ResolventMix. The decay |c G| is below 1 for most tokens. q_axes, k_axes: those that are shared."""
+    """Random valid inputs of ResolventMix. The decay |c G| is below 1 for most tokens. q_axes, k_axes: the shared ones."""
     shapes = {"G_re": (B, H, T), "c_re": (B, H, T), "u": (B, H, T, P), "first_re": (B, H, N, P)}
     shapes |= {name.replace("re", "im"): shape for name, shape in shapes.items() if name != "u"}
     shapes |= {
