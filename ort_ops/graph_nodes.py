@@ -1,6 +1,6 @@
 """What the bodies of the portable functions are made of: nodes, constants, and the function around them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,3 +50,49 @@ def as_function(op: OpSchema, nodes: Sequence[NodeProto]) -> FunctionProto:
         attribute_protos=[helper.make_attribute(attribute.name, attribute.default) for attribute in op.attributes],
         doc_string=op.doc,
     )
+
+
+def scan_tokens(
+    step: Sequence[NodeProto],
+    states: Sequence[tuple[str, str, str, str]],
+    read: Sequence[tuple[str, str]],
+    written: Sequence[tuple[str, str]],
+    without_tokens: Mapping[str, str],
+) -> list[NodeProto]:
+    """A Scan along axis 2, the tokens, of tensors of floats.
+
+    step: the nodes of one step. states: the name before the first step, then in a step before and after it, and after the last
+    step. read: what is cut along the axis, outside and in a step. written: what is joined, in a step and outside.
+    without_tokens: which of the inputs each output is where one of `read` is empty, at which onnxruntime's Scan crashes.
+    """
+    body = helper.make_graph(
+        step,
+        "step",
+        [_float_of_any_rank(name) for name in (*(state[1] for state in states), *(inner for _, inner in read))],
+        [_float_of_any_rank(name) for name in (*(state[2] for state in states), *(inner for inner, _ in written))],
+    )
+    outputs = [*(state[3] for state in states), *(outer for _, outer in written)]
+    scan = node(
+        "Scan",
+        [*(state[0] for state in states), *(outer for outer, _ in read)],
+        [f"{name}_of_tokens" for name in outputs],
+        body=body,
+        num_scan_inputs=len(read),
+        scan_input_axes=[2] * len(read),
+        scan_output_axes=[2] * len(written),
+    )
+    copies = [node("Identity", [without_tokens[name]], [f"{name}_of_none"]) for name in outputs]
+    with_tokens, empty = (
+        helper.make_graph(nodes, ending, [], [_float_of_any_rank(f"{name}_{ending}") for name in outputs])
+        for nodes, ending in (([scan], "of_tokens"), (copies, "of_none"))
+    )
+    return [
+        *(node("Size", [outer], [f"size_of_{outer}"]) for outer, _ in read),
+        node("Min", [f"size_of_{outer}" for outer, _ in read], ["smallest_size"]),
+        node("Cast", ["smallest_size"], ["has_tokens"], to=TensorProto.BOOL),
+        node("If", ["has_tokens"], outputs, then_branch=with_tokens, else_branch=empty),
+    ]
+
+
+def _float_of_any_rank(name: str) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, None)

@@ -46,7 +46,10 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
 def make_table(lay_out: Callable[[Any], Any]) -> dict[Callable[..., Any], Callable[..., Any]]:
     """The table; lay_out: what is done to packed rows before an operator reads them."""
     register_schemas()
-    table: dict[Callable[..., Any], Callable[..., Any]] = {torch.ops.aten.sort.stable: _stable_sort}
+    table: dict[Callable[..., Any], Callable[..., Any]] = {
+        torch.ops.aten.sort.stable: _stable_sort,
+        torch.ops.aten.softplus.default: _softplus,
+    }
     for operator in OPERATORS.values():
         packed = [place for place, tensor in enumerate(operator.schema.inputs) if tensor.element_type == "uint8"]
         for overload, translate in operator.translations().items():
@@ -65,6 +68,14 @@ def _stable_sort(x: Any, stable: bool, dim: int = -1, descending: bool = False) 
     # TopK gives equal values by their index, as a stable sort does; the exporter knows only the other sort.
     size = _ONNX.Gather(_ONNX.Shape(x), _ONNX.Constant(value_ints=[dim]))
     return _ONNX.TopK(x, size, axis=dim, largest=int(descending), sorted=1)
+
+
+def _softplus(x: Any, beta: float = 1.0, threshold: float = 20.0) -> Any:
+    # One node where the exporter writes three: above torch's threshold of 20, log(1 + exp(x)) is x in float32 anyway.
+    if beta == 1.0 and threshold >= 20.0:
+        return _ONNX.Softplus(x)
+    scaled = _ONNX.Mul(x, beta)
+    return _ONNX.Where(_ONNX.Greater(scaled, threshold), x, _ONNX.Div(_ONNX.Softplus(scaled), beta))
 
 
 def _in_panels(rows: Any) -> Any:

@@ -26,6 +26,8 @@ FILES = (
     "signature_route",
     "ternary_ffn",
     "sparse_lookup",
+    "resolvent_sweep",
+    "resolvent_mix",
 )
 OPERATORS: dict[str, Operator] = {file: import_module(f"{__name__}.{file}").OPERATOR for file in FILES}
 SCHEMAS: tuple[OpSchema, ...] = tuple(operator.schema for operator in OPERATORS.values())

@@ -10,12 +10,14 @@ import onnxruntime as ort
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import softplus
 
 from ort_ops.export import translation_table
 from ort_ops.library import session_options
 from ort_ops.operators import fallback_functions
 from ort_ops.panels import to_panels
 from ort_ops.schema import DOMAIN
+from trix.functional.resolvent import Pair, resolvent_pivots
 from trix.nn import HierarchicalTriXFFN, SparseLookupFFNv2, TriXFFN, TriXLinear, pack_model
 
 pytestmark = pytest.mark.usefixtures("native_library")
@@ -46,6 +48,28 @@ def test_the_table_alone_gives_a_file_that_runs_with_the_library(name: str) -> N
         session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
         found = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+class Pivots(nn.Module):
+    """The pivots of rows of any number of axes, [..., 2, T]."""
+
+    def forward(self, alpha: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        alpha_re, alpha_im = alpha.unbind(-2)
+        return resolvent_pivots(Pair(alpha_re, -softplus(alpha_im, 2.0, 1.0)), softplus(w))
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 2), (2, 1, 3)], ids=str)
+def test_pivots_of_rows_of_any_number_of_axes(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(*shape, 2, 7), torch.randn(*shape, 7)
+    program = torch.onnx.export(
+        Pivots().eval(), inputs, opset_version=18, custom_translation_table=translation_table(), verbose=False
+    )
+    assert program is not None
+    session = ort.InferenceSession(program.model_proto.SerializeToString(), session_options(), ["CPUExecutionProvider"])
+    found = session.run(None, {value.name: x.numpy() for value, x in zip(session.get_inputs(), inputs, strict=True)})
+    for part, expected in zip(found, Pivots()(*inputs), strict=True):
+        np.testing.assert_allclose(part, expected.numpy(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (33, 17), (2, 40, 20)], ids=str)

@@ -18,6 +18,7 @@ from ort_ops.schema import DOMAIN, OPSET_VERSION, OpSchema
 
 ELEMENT_TYPES = {"float32": TensorProto.FLOAT, "uint8": TensorProto.UINT8, "int64": TensorProto.INT64}
 Arrays = Mapping[str, np.ndarray]
+Axes = Collection[int] | None
 
 
 def random_ternary(rng: np.random.Generator, *shape: int) -> np.ndarray:
@@ -154,6 +155,59 @@ def route_inputs(
         "log_mass": rng.standard_normal(num_tiles, dtype=np.float32) * np.float32(0.5),
     }
     return inputs, signatures
+
+
+def sweep_inputs(rng: np.random.Generator, B: int, H: int, T: int) -> dict[str, np.ndarray]:
+    """Random valid inputs of ResolventSweep; now and then a token begins a new text."""
+    w = rng.uniform(0.0, 2.0, (B, H, T)) * (rng.random((B, H, T)) > 0.1)
+    values = {
+        "alpha_re": rng.standard_normal((B, H, T)),
+        "alpha_im": -rng.uniform(0.05, 1.0, (B, H, T)),
+        "w": w,
+        "first_re": rng.standard_normal((B, H)),
+        "first_im": rng.random((B, H)),
+    }
+    return {name: value.astype(np.float32) for name, value in values.items()}
+
+
+def sweep_reference(inputs: Arrays) -> tuple[np.ndarray, np.ndarray]:
+    """G_re and G_im in float64."""
+    alpha, G = (_complex(inputs, name) for name in ("alpha", "first"))
+    result = np.zeros(alpha.shape, np.complex128)
+    for t in range(alpha.shape[-1]):
+        result[..., t] = G = 1.0 / (alpha[..., t] - inputs["w"][..., t].astype(np.float64) * G)
+    return result.real, result.imag
+
+
+def mix_inputs(
+    rng: np.random.Generator, B: int, H: int, T: int, N: int, P: int, q_axes: Axes = None, k_axes: Axes = None
+) -> dict[str, np.ndarray]:
+    """Random valid inputs of ResolventMix. The decay |c G| is below 1 for most tokens. q_axes, k_axes: the shared ones."""
+    shapes = {"G_re": (B, H, T), "c_re": (B, H, T), "u": (B, H, T, P), "first_re": (B, H, N, P)}
+    shapes |= {name.replace("re", "im"): shape for name, shape in shapes.items() if name != "u"}
+    shapes |= {
+        name: (*(1 if axis in (shared or ()) else size for axis, size in enumerate((B, H, T))), N)
+        for name, shared in (("q", q_axes), ("k", k_axes))
+    }
+    inputs = {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
+    return inputs | {name: inputs[name] * np.float32(0.4) for name in ("G_re", "G_im")}
+
+
+def mix_reference(inputs: Arrays) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """y_re, y_im, last_re and last_im in float64."""
+    G, c, state = (_complex(inputs, name) for name in ("G", "c", "first"))
+    u = inputs["u"].astype(np.float64)
+    q, k = (np.broadcast_to(inputs[name].astype(np.float64), (*G.shape, inputs[name].shape[-1])) for name in ("q", "k"))
+    y = np.zeros(u.shape, np.complex128)
+    for t in range(u.shape[2]):
+        drive = k[:, :, t, :, None] * u[:, :, t, None, :]
+        state = G[:, :, t, None, None] * (drive - c[:, :, t, None, None] * state)
+        y[:, :, t] = (q[:, :, t, :, None] * state).sum(axis=2)
+    return y.real, y.imag, state.real, state.imag
+
+
+def _complex(inputs: Arrays, name: str) -> np.ndarray:
+    return inputs[f"{name}_re"].astype(np.float64) + 1j * inputs[f"{name}_im"].astype(np.float64)
 
 
 def tile_matmul_reference(inputs: Arrays, weight: np.ndarray) -> np.ndarray:

@@ -55,6 +55,13 @@ std::size_t checked_bytes(const char* what, std::initializer_list<std::int64_t> 
     return bytes;
 }
 
+void check_shape(const TensorView& view, std::initializer_list<std::int64_t> wanted, const TensorView& like) {
+    if (!std::equal(view.shape.begin(), view.shape.end(), wanted.begin(), wanted.end())) {
+        reject("shape of ", view.name, " ", shape_text(view.shape), " must be ", shape_text(wanted), ", as ",
+               like.name, " ", shape_text(like.shape), " has it");
+    }
+}
+
 TensorView view_tensor(const OrtApi* api, const OrtValue* value, const TensorSpec& spec) {
     if (value == nullptr) reject(spec.name, " must be given, it is missing");
     OrtTensorTypeAndShapeInfo* raw_info = nullptr;

@@ -104,6 +104,9 @@ std::size_t checked_bytes(const char* what, std::initializer_list<std::int64_t> 
 /// Checks type and rank of `value` against `spec`; the view borrows the data.
 TensorView view_tensor(const OrtApi* api, const ort_abi::OrtValue* value, const TensorSpec& spec);
 
+/// Rejects a view whose shape is not `wanted`, which follows from that of `like`.
+void check_shape(const TensorView& view, std::initializer_list<std::int64_t> wanted, const TensorView& like);
+
 /// What a kernel sees when its session is created.
 class KernelInfo {
   public:
