@@ -67,7 +67,8 @@ class AutoRecovery(L.Callback):
 
     Args:
         checkpoint_dir: folder whose newest checkpoint (\\*.ckpt) is gone back to; None: the run's own checkpoints.
-        max_retries: >= 0. loss_spike_factor, gradient_spike_factor: > 1; see above.
+        max_retries: number of recoveries in a run, >= 0. loss_spike_factor, gradient_spike_factor: multiples of the medians
+            that a loss and a norm may reach, > 1.
 
     Raises:
         ValueError: arguments out of range. In the run, UserError: one failure too many, or a module that optimizes by hand.
@@ -277,7 +278,8 @@ class AutoRecovery(L.Callback):
         if not self.recover(failure, pl_module, optimizer):
             if self._state is not None:
                 self._state.restore()
-            raise UserError(f"{text}; recoveries must be <= max_retries ({self.max_retries}); {remedy(trainer)}")
+            count = f"recoveries ({self.num_recoveries + 1}) must be <= max_retries ({self.max_retries})"
+            raise UserError(f"{text}; {count}; {remedy(trainer)}")
         if failure == "out_of_memory" and torch.cuda.is_available():
             torch.cuda.empty_cache()
         rate = optimizer.param_groups[0]["lr"]
@@ -313,11 +315,12 @@ class AutoRecovery(L.Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"num_recoveries": self.num_recoveries} | {name: list(values) for name, values in self._seen.items()}
+        counts = {"num_recoveries": self.num_recoveries, "last_recovered_step": self._last_recovered_step}
+        return counts | {name: list(values) for name, values in self._seen.items()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.num_recoveries = state_dict["num_recoveries"]
+        self.num_recoveries, self._last_recovered_step = state_dict["num_recoveries"], state_dict["last_recovered_step"]
         for name, values in self._seen.items():
             values.extend(state_dict[name])
 

@@ -245,8 +245,8 @@ def not_finite(value: Any) -> Literal["nan_detected", "inf_detected"] | None:
 
 
 def usual(history: Sequence[float]) -> float:
-    """The median of what has been seen; infinite while that is too little to say."""
-    return statistics.median(history) if len(history) >= MIN_NORMS else math.inf
+    """The median of what has been seen; infinite while that says nothing: there is too little, or most of it is 0."""
+    return (statistics.median(history) or math.inf) if len(history) >= MIN_NORMS else math.inf
 
 
 def gradient_norm(optimizer: Optimizer) -> Tensor:

@@ -237,8 +237,8 @@ def test_one_failure_too_many_ends_the_run(make_task: MakeTask, text: TextDataMo
 
     settings = {"enable_checkpointing": True, "val_check_interval": 2, "limit_val_batches": 1}
     message = (
-        r"^the loss of step 6 \(nan\) must not be NaN; recoveries must be <= max_retries \(2\); lower model\.optimizer\.lr .*"
-        r"the last good checkpoint is \S*last\.ckpt$"
+        r"^the loss of step 6 \(nan\) must not be NaN; recoveries \(3\) must be <= max_retries \(2\); "
+        r"lower model\.optimizer\.lr .*the last good checkpoint is \S*last\.ckpt$"
     )
     with pytest.raises(UserError, match=message), pytest.warns(UserWarning, match="recovery 2 of 2"):
         fit(make_trainer, text, task, recovery, last, Note(), **settings)
@@ -324,6 +324,8 @@ def test_failures_are_told_apart() -> None:
     assert recovery.detect_failure({"grads": [torch.ones(2), torch.tensor([1.0, -math.inf])]}) == "inf_detected"
     assert recovery.detect_failure({"error": MemoryError()}) == "out_of_memory"
     assert recovery.detect_failure({"error": ValueError()}) is None
+    perfect = AutoRecovery()
+    assert {perfect.detect_failure({"loss": loss}) for loss in (*[0.0] * 25, 1e-9)} == {None}
 
 
 def test_a_module_that_optimizes_by_hand_is_refused(
