@@ -46,6 +46,12 @@ CONTESTANTS: dict[str, MakeModel] = {
     "trix": lambda vocab_size, context_length: LanguageModel(
         vocab_size, LanguageModelConfig(64, 2, 4, context_length, ffn=FFNConfig("trix", num_tiles=16, d_ff=240))
     ),
+    "resnetbk": lambda vocab_size, context_length: LanguageModel(
+        vocab_size, LanguageModelConfig(64, 2, 8, context_length, ffn=FFNConfig("dense", d_ff=254), mixer="resolvent")
+    ),
+    "ssd": lambda vocab_size, context_length: LanguageModel(
+        vocab_size, LanguageModelConfig(64, 2, 8, context_length, ffn=FFNConfig("dense", d_ff=262), mixer="ssd")
+    ),
 }
 
 

@@ -23,17 +23,24 @@ class ResolventMonitor(L.Callback):
     with the pivots G* that the head would have without a potential. TensorBoard also gets the histogram
     ``resolvent/<layer>/phase``, radians from 0 to pi, which routing by phase reads. The load of the tiles is RoutingMonitor's.
 
+    Args:
+        bins: number of bins of the histogram.
+
     Raises:
-        UserError: as the run starts, where the network has no resolvent mixer.
+        ValueError: bins < 1. UserError: as the run starts, where the network has no resolvent mixer.
 
     Example::
 
         trainer:
           callbacks+:
           - class_path: ResolventMonitor
+            init_args: {bins: 32}
     """
 
-    def __init__(self) -> None:
+    def __init__(self, bins: int = 64) -> None:
+        if bins < 1:
+            raise ValueError(f"bins ({bins}) must be >= 1")
+        self.bins = bins
         self._inputs: dict[str, tuple[Tensor, Tensor | None]] = {}
         self._hooks: list[RemovableHandle] = []
 
@@ -87,7 +94,7 @@ class ResolventMonitor(L.Callback):
             pl_module.log_dict({f"resolvent/layer_{index}/{key}": value for key, value in metrics.items()}, sync_dist=True)
             for logger in tensorboard_loggers(trainer):
                 tag = f"resolvent/layer_{index}/phase"
-                logger.experiment.add_histogram(tag, phase, global_step=trainer.global_step, bins=64)
+                logger.experiment.add_histogram(tag, phase, global_step=trainer.global_step, bins=self.bins)
 
 
 @torch.no_grad()

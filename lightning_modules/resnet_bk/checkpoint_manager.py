@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,8 @@ class CheckpointManager:
     """Keep the checkpoints of the last epochs, and of each metric the best.
 
     A file, ``epoch_N.ckpt``, is written whole or not at all, and read as plain data: no code in it is ever run. It holds
-    ``epoch``, ``state_dict``, ``optimizer_states`` (of one optimizer) and ``metrics``, named as in Lightning's checkpoints.
+    ``epoch``, ``state_dict``, ``optimizer_states`` (of one optimizer) and ``metrics``, named as in Lightning's checkpoints, and
+    ``config``, where the model has one that is a dataclass, for :meth:`trix.resnet_bk.LanguageModel.from_checkpoint`.
     An epoch that is saved again replaces its file. Nothing but such files is ever removed.
 
     Args:
@@ -65,6 +67,9 @@ class CheckpointManager:
             "optimizer_states": [optimizer.state_dict()],
             "metrics": values,
         }
+        config = getattr(model, "config", None)
+        if is_dataclass(config) and not isinstance(config, type):
+            content["config"] = asdict(config)
         self._files.save_checkpoint(content, self.checkpoint_dir / f"epoch_{epoch}{CHECKPOINT_SUFFIX}")
         paths = self._paths()
         old = paths[: -self.keep_last_n]

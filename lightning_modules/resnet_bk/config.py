@@ -11,44 +11,11 @@ from jsonargparse import ArgumentParser
 from lightning_modules.error_text import did_you_mean, shorten_parser_error
 from lightning_modules.errors import UserError
 from lightning_modules.yaml_files import read_yaml
+from trix.resnet_bk.config import ResNetBKConfig
 
 
 class ConfigError(UserError, ValueError):
     """A configuration cannot be used: a key is unknown, or a value is of another type or out of range."""
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The arguments of :class:`trix.resnet_bk.LanguageModel`, which says what they do.
-
-    Raises:
-        ValueError: a size < 1, top_k > num_experts, a width or threshold <= 0.
-    """
-
-    vocab_size: int = 30000
-    d_model: int = 256
-    n_layers: int = 6
-    n_seq: int = 512
-    epsilon: float = 1.0
-    use_prime_bump: bool = True
-    prime_bump_scale: float = 0.02
-    k_max: int = 3
-    num_experts: int = 4
-    top_k: int = 2
-    use_scattering_router: bool = True
-    use_mourre: bool = True
-    use_lap: bool = True
-    schatten_threshold: float = 100.0
-    use_semiseparable: bool = True
-    low_rank: int | None = None
-    use_act: bool = False
-    act_halt_threshold: float = 0.2
-
-    def __post_init__(self) -> None:
-        _check_at_least_1(self, "vocab_size", "d_model", "n_layers", "n_seq", "k_max", "num_experts", "top_k", "low_rank")
-        _check_positive(self, "epsilon", "schatten_threshold", "act_halt_threshold")
-        if self.top_k > self.num_experts:
-            raise ValueError(f"top_k ({self.top_k}) must be <= num_experts ({self.num_experts})")
 
 
 @dataclass(frozen=True)
@@ -91,11 +58,11 @@ class TrainingConfig:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be >= 0 and finite")
 
 
-SECTIONS: dict[str, type[ModelConfig] | type[TrainingConfig]] = {"model": ModelConfig, "training": TrainingConfig}
+SECTIONS: dict[str, type[ResNetBKConfig] | type[TrainingConfig]] = {"model": ResNetBKConfig, "training": TrainingConfig}
 
 
 class ConfigLoader:
-    """Read and check a configuration of two sections, ``model`` (:class:`ModelConfig`) and ``training``.
+    """Read and check a configuration of two sections, ``model`` (:class:`~trix.resnet_bk.ResNetBKConfig`) and ``training``.
 
     As in every configuration of this project, an unknown key is an error, and a number is read as one: ``1e-3``, which YAML 1.1
     takes for text, is 0.001.

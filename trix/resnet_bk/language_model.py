@@ -249,9 +249,9 @@ class LanguageModel(nn.Module):
             raise ValueError(f"checkpoint ({checkpoint_path}) must exist") from error
         except Exception as error:  # whatever a damaged or hostile file makes torch raise
             raise ValueError(f"checkpoint ({checkpoint_path}) must hold tensors and plain values only: {error}") from error
-        if not isinstance(content, dict) or not {"config", "model"} <= content.keys():
-            raise ValueError(f"checkpoint ({checkpoint_path}) must hold config and model")
-        return cls._made(content["config"], content["model"], str(checkpoint_path))
+        if not isinstance(content, dict) or not all(isinstance(content.get(key), dict) for key in ("config", "state_dict")):
+            raise ValueError(f"checkpoint ({checkpoint_path}) must hold config and state_dict")
+        return cls._made(content["config"], content["state_dict"], str(checkpoint_path))
 
     @classmethod
     def _made(cls, about: Any, weights: dict[str, Tensor], source: str) -> Self:

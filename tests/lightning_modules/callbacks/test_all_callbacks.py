@@ -39,6 +39,7 @@ STATEFUL = {
     *("AutoRecovery", "DiversityMonitor", "Evolution", "RandomState", "ReclusterSchedule", "RoutingMonitor"),
     *("RunNotebook", "RunRecord", "StabilityMonitor", "SurgerySchedule"),
 }
+MIXERS = {"ResolventMonitor": "resolvent"}  # callbacks that want another one than attention
 ADDED_BY_TRIX = {"LastCheckpoint", "RandomState", "ReportPage", "RunNotebook", "RunRecord", "RunReport"}
 EVENTS = [
     SurgeryEvent("insert", [3], step=1, signature={"positive_dims": [0], "negative_dims": [1]}, tag="concept"),
@@ -70,7 +71,8 @@ def test_state_is_plain_and_resumes(
     name: str, text: TextDataModule, make_trainer: MakeTrainer, tensorboard: TensorBoardLogger, tmp_path: Path
 ) -> None:
     def fit(callback: L.Callback, max_steps: int, **settings: Any) -> tuple[L.Trainer, dict[str, Any]]:
-        task = LanguageModelTask(text.vocabulary, small_network(ffn=FFNConfig("hierarchical", num_tiles=4)), lr_scheduler=None)
+        network = small_network(ffn=FFNConfig("hierarchical", num_tiles=4), mixer=MIXERS.get(name, "attention"))
+        task = LanguageModelTask(text.vocabulary, network, lr_scheduler=None)
         recorder = StateAtStart(callback)
         settings_of_trainer = {"max_steps": max_steps, "val_check_interval": 1, "limit_val_batches": 1, "logger": tensorboard}
         is_checkpoint = isinstance(callback, Checkpoint)
@@ -99,7 +101,8 @@ def test_the_example_of_the_docstring_runs(name: str, tmp_path: Path, monkeypatc
     Path("text.txt").write_text(SENTENCE * 30)
     Path("example.yaml").write_text(dedent(example))
     Path("small.yaml").write_text(SMALL)
-    assert main(["fit", "--config", "small.yaml", "--config", "example.yaml", "--trainer.fast_dev_run=1"]) == 0
+    mixer = f"--model.network.mixer={MIXERS.get(name, 'attention')}"
+    assert main(["fit", "--config", "small.yaml", "--config", "example.yaml", "--trainer.fast_dev_run=1", mixer]) == 0
 
 
 SMALL = """

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from lightning_modules.errors import UserError
-from lightning_modules.resnet_bk import ConfigError, ConfigLoader, ModelConfig, TrainingConfig
+from lightning_modules.resnet_bk import ConfigError, ConfigLoader, TrainingConfig
+from trix.resnet_bk import ResNetBKConfig
 
 COMPLETE = """
 model:
@@ -52,7 +53,7 @@ def load(text: str, folder: Path) -> dict[str, dict[str, Any]]:
 def test_the_complete_configuration_is_that_of_the_defaults(tmp_path: Path) -> None:
     config = load(COMPLETE, tmp_path)
     assert config == load("", tmp_path) == load("model: {}\n", tmp_path)
-    assert ModelConfig(**config["model"]) == ModelConfig()
+    assert ResNetBKConfig(**config["model"]) == ResNetBKConfig(schatten_threshold=100.0)  # the model has none by default
     assert TrainingConfig(**config["training"]) == TrainingConfig()
     named = [line.split(":")[0].strip() for line in COMPLETE.splitlines() if line.startswith("  ")]
     assert named == [*config["model"], *config["training"]]

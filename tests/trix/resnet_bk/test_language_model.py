@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -179,10 +180,8 @@ def test_a_pickle_is_not_read(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_is_its_configuration_and_weights(tmp_path: Path) -> None:
-    from dataclasses import asdict
-
     model, ids = make(), tokens()
-    torch.save({"config": asdict(model.config), "model": model.state_dict()}, tmp_path / "model.pt")
+    torch.save({"config": asdict(model.config), "state_dict": model.state_dict()}, tmp_path / "model.pt")
     assert torch.equal(LanguageModel.from_checkpoint(tmp_path / "model.pt").eval()(ids).logits, model(ids).logits)
 
 
