@@ -1,11 +1,11 @@
 """Time and memory of resolvent mixing by the length of the sequence, next to causal attention.
 
-vector, matrix    pivots and mixing of this package (trix.functional), hermitian couplings; a vector or a 16 x 16 matrix per head
+vector, matrix    pivots and mixing of trix.functional, hermitian couplings; a vector or a 16 x 16 matrix as state of a head
 one_way_vector, one_way_matrix    the same mixing without couplings back (G = 1 / alpha): no sweep
 sweep             the pivots alone
 attention         torch.nn.functional.scaled_dot_product_attention, causal: its flash kernel for CPUs
 mambapy           the parallel scan of mambapy 1.2.0, where it is installed: selective_scan of mambapy.mamba.MambaBlock, 128
-                  channels with a state of 16 each, as many numbers of state as matrix has
+                  channels with a state of 16 each, as many numbers of state as matrix has (there complex)
 
 The mixer alone, without projections: forward, and backward to all inputs, batch 1, 8 heads of 16, float32, one thread, CPU time
 of that thread. The contestants take turns; the first turn is not measured. Ratios are taken turn by turn. Peak memory is what a
