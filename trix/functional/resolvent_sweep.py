@@ -141,10 +141,10 @@ def _sweep_backward(
     With d_i = 1 / G_i, the gradient of d_i, which is that of alpha_i, is e_i = conj(G_i^2) (w_{i+1} e_{i+1} - grad_i): a linear
     recurrence from the last token to the first. That of w_i is -Re(e_i conj G_{i-1}), and that of first -w_0 e_0.
     """
-    square = torch.complex(G_re, -G_im).square().view(-1, w.shape[-1])  # [R, N]
+    square = torch.complex(G_re, -G_im).square().reshape(-1, w.shape[-1])  # [R, N]
     decay = square * torch.nn.functional.pad(w[..., 1:], (0, 1)).reshape(square.shape)
     drive = -square * torch.complex(grad_re, grad_im).reshape(square.shape)
-    e = linear_recurrence(decay, drive.unsqueeze(-1), drive.new_zeros(len(drive), 1), is_reversed=True).view(w.shape)
+    e = linear_recurrence(decay, drive.unsqueeze(-1), drive.new_zeros(len(drive), 1), is_reversed=True).reshape(w.shape)
     e_re, e_im = parts(e)
     previous_re, previous_im = (
         torch.cat([first.unsqueeze(-1), G[..., :-1]], dim=-1) for first, G in ((first_re, G_re), (first_im, G_im))
