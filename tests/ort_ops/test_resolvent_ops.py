@@ -40,7 +40,7 @@ def assert_right(session: ort.InferenceSession, op: OpSchema, inputs: dict[str, 
     expected = REFERENCES[op.name](inputs)
     size = max((np.abs(exact).max(initial=1.0) for exact in expected), default=1.0)
     for found, exact in zip(session.run(None, inputs), expected, strict=True):
-        np.testing.assert_allclose(found, exact, rtol=0, atol=2e-5 * size, strict=False)
+        np.testing.assert_allclose(found, exact, rtol=0, atol=2e-5 * size)
         assert found.shape == exact.shape
 
 
