@@ -62,3 +62,9 @@ def segments(shape: torch.Size, num_values: int, chunk: int = 1) -> Iterator[sli
     size = max(num_values // (shape.numel() // shape[1] * chunk), 1) * chunk
     for start in range(0, shape[1], size):
         yield slice(start, min(start + size, shape[1]))
+
+
+def parts(z: Tensor) -> tuple[Tensor, Tensor]:
+    """The real and the imaginary part of a complex tensor, as tensors of their own."""
+    # A clone even of one value: contiguous() would give back a view of it.
+    return z.real.clone(memory_format=torch.contiguous_format), z.imag.clone(memory_format=torch.contiguous_format)

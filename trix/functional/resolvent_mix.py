@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from trix.functional.autocast import without_autocast
 from trix.functional.resolvent import Pair, check_choice, check_floats, check_like
 from trix.functional.resolvent_mix_matrix import resolvent_mix_matrix
 from trix.functional.resolvent_mix_vector import resolvent_mix_vector
@@ -60,10 +61,11 @@ def resolvent_mix(
         first = Pair(zero, zero)
     if method == "loop":
         return _mix_loop(G, c, u, first, q, k)
-    if q is None or k is None:
-        y_re, y_im, last_re, last_im = resolvent_mix_vector(*G, *c, u, *first)
-    else:
-        y_re, y_im, last_re, last_im = resolvent_mix_matrix(*G, *c, u, q, k, *first)
+    with without_autocast(u):
+        if q is None or k is None:
+            y_re, y_im, last_re, last_im = resolvent_mix_vector(*G, *c, u, *first)
+        else:
+            y_re, y_im, last_re, last_im = resolvent_mix_matrix(*G, *c, u, q, k, *first)
     return Pair(y_re, y_im), Pair(last_re, last_im)
 
 

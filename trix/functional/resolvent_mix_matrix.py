@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trix.functional.linear_recurrence import linear_recurrence, segments
+from trix.functional.linear_recurrence import linear_recurrence, parts, segments
 
 CHUNK = 32
-SEGMENT_SITES = 2**12
+SEGMENT_SITES = 2**14
 
 
 def decay_matrix(r: Tensor) -> Tensor:
@@ -35,20 +35,10 @@ def decay_matrix(r: Tensor) -> Tensor:
     return M
 
 
-def decay_matrix_backward(grad_M: Tensor, M: Tensor, r: Tensor) -> Tensor:
-    """The gradient of r from that of M, which is overwritten; both may have leading dimensions that M has not."""
-    grad_r = torch.zeros_like(grad_M[..., 0])
-    size = r.shape[-1] // 2
-    while size:
-        grad, blocks, start = _diagonal_blocks(grad_M, 2 * size), _diagonal_blocks(M, 2 * size), r[..., size :: 2 * size]
-        head, row = blocks[..., size:, size], blocks[..., size - 1, :size]
-        block = grad[..., size:, :size]
-        grad_column = (block * row.unsqueeze(-2)).sum(-1)
-        grad[..., size - 1, :size] += (block * (head * start.unsqueeze(-1)).unsqueeze(-1)).sum(-2)
-        grad[..., size:, size] += grad_column * start.unsqueeze(-1)
-        grad_r[..., size :: 2 * size] = (grad_column * head).sum(-1)
-        size //= 2
-    return grad_r
+def decay_matrix_backward(grad_M: Tensor, M: Tensor) -> Tensor:
+    """The gradient of r from that of M: sum over i >= k > j of M_ik grad_M_ij M_{k-1,j} is that of r_k."""
+    after_j = grad_M @ M.mT
+    return F.pad((M[..., 1:] * after_j[..., :-1]).sum(-2), (1, 0))
 
 
 def _diagonal_blocks(M: Tensor, size: int) -> Tensor:
@@ -86,8 +76,8 @@ class _Sequence(NamedTuple):
         chunk = min(CHUNK, 1 << (num_tokens - 1).bit_length())
         fill = -num_tokens % chunk
         A = F.pad(-c * G, (0, fill), value=1.0)
-        parts = [F.pad(G, (0, fill)), A, *(F.pad(x, (0, 0, 0, fill)) if fill else x for x in (u, q, k))]
-        return cls(*(x.unflatten(2, (-1, chunk)) for x in parts))
+        filled = [F.pad(G, (0, fill)), A, *(F.pad(x, (0, 0, 0, fill)) if fill else x for x in (u, q, k))]
+        return cls(*(x.reshape(*x.shape[:2], -1, chunk, *x.shape[3:]) for x in filled))
 
     def chunks(self, part: slice) -> "_Chunks":
         return _Chunks(*(x[:, :, part] for x in self))
@@ -103,7 +93,7 @@ class _Chunks:
         self.E = self.e.cumprod(-1)
         self.M = decay_matrix(self.r)
         self.b = self.M[..., 0] * self.r[..., :1]
-        self.x = (self.E.conj() * G).unsqueeze(-1) * u
+        self.x = (self.E.conj_physical() * G).unsqueeze(-1) * u
         self.decay = (self.E * self.b)[..., -1]  # of the whole chunk
 
     def states(self, before: Tensor) -> Tensor:
@@ -116,7 +106,7 @@ class _Chunks:
     def state_gradients(self, grad_z: Tensor, grad_after: Tensor) -> Tensor:
         """The gradient of the state before each chunk and after the last: as states, from that of the last [B, H, n, P]."""
         own = _complex((self.b.unsqueeze(-1) * self.q).mT @ grad_z)
-        rows = (self.decay.conj().flatten(0, 1), own.flatten(3).flatten(0, 1), grad_after.flatten(2).flatten(0, 1))
+        rows = (self.decay.conj_physical().flatten(0, 1), own.flatten(3).flatten(0, 1), grad_after.flatten(2).flatten(0, 1))
         return torch.cat([linear_recurrence(*rows, is_reversed=True).view(own.shape), grad_after.unsqueeze(2)], dim=2)
 
     def outputs(self, states: Tensor) -> Tensor:
@@ -152,8 +142,7 @@ def resolvent_mix_matrix(
         y = chunks.outputs(states[:, :, :-1])
         y_re[:, :, part], y_im[:, :, part] = y.real, y.imag
         state = states[:, :, -1]
-    y_re, y_im = (_tokens(y, u.shape[2]) for y in (y_re, y_im))
-    return y_re, y_im, state.real.contiguous(), state.imag.contiguous()
+    return _tokens(y_re, u.shape[2]), _tokens(y_im, u.shape[2]), *parts(state)
 
 
 def _segments(sequence: _Sequence) -> list[slice]:
@@ -187,23 +176,22 @@ def _mix_backward(
     sequence = _Sequence.of(G, c, u, q, k)
     grad_y = torch.complex(*(_as_chunks(x, sequence) for x in (grad_re, grad_im)))
     grads = _Sequence(*(torch.empty_like(x) for x in sequence))
-    parts, befores = _segments(sequence), [torch.complex(first_re, first_im)]
-    for part in parts[:-1]:
+    slices, befores = _segments(sequence), [torch.complex(first_re, first_im)]
+    for part in slices[:-1]:
         befores.append(sequence.chunks(part).states(befores[-1])[:, :, -1])
     grad_state = torch.complex(grad_last_re, grad_last_im)
-    for part, before in zip(reversed(parts), reversed(befores), strict=True):
+    for part, before in zip(reversed(slices), reversed(befores), strict=True):
         chunks = sequence.chunks(part)
-        grad_z = _in_columns(chunks.E.conj().unsqueeze(-1) * grad_y[:, :, part])
+        grad_z = _in_columns(chunks.E.conj_physical().unsqueeze(-1) * grad_y[:, :, part])
         grad_states = chunks.state_gradients(grad_z, grad_state)
         found = _chunk_gradients(chunks, grad_z, chunks.states(before)[:, :, :-1], grad_states[:, :, 1:])
         for grad, value in zip(grads, found, strict=True):
             grad[:, :, part] = value
         grad_state = grad_states[:, :, 0]
     grad_G, grad_A, grad_u, grad_q, grad_k = (_tokens(x, u.shape[2]) for x in grads)
-    grad_G -= grad_A * c.conj()
-    grad_c = -grad_A * G.conj()
-    complex_grads = (part.contiguous() for x in (grad_G, grad_c) for part in (x.real, x.imag))
-    return (*complex_grads, grad_u, grad_q, grad_k, grad_state.real.contiguous(), grad_state.imag.contiguous())
+    grad_G -= grad_A * c.conj_physical()
+    grad_c = -grad_A * G.conj_physical()
+    return *parts(grad_G), *parts(grad_c), grad_u, grad_q, grad_k, *parts(grad_state)
 
 
 def _as_chunks(x: Tensor, sequence: _Sequence) -> Tensor:
@@ -220,7 +208,7 @@ def _chunk_gradients(chunks: _Chunks, grad_z: Tensor, before: Tensor, grad_after
     x = _in_columns(chunks.x)
     turned_x, turned_before = _in_columns(1j * chunks.x), _in_columns(1j * before)
     before_columns = _in_columns(before)
-    grad_own = _in_columns(E[..., -1, None, None].conj() * grad_after)
+    grad_own = _in_columns(E[..., -1, None, None].conj_physical() * grad_after)
 
     agreement = q @ k.mT
     grad_weight = torch.stack([grad_z @ x.mT, grad_z @ turned_x.mT])
@@ -234,15 +222,15 @@ def _chunk_gradients(chunks: _Chunks, grad_z: Tensor, before: Tensor, grad_after
     grad_k = _over_heads(grad_agreement.mT @ q + late * written[0], k)
     grad_x = _complex((M * agreement).mT @ grad_z + (late * k) @ grad_own)
     grad_b = (read * q).sum(-1)
-    grad_decay = E[..., -1].conj() * (grad_after * before.conj()).sum((-1, -2))
+    grad_decay = E[..., -1].conj_physical() * (grad_after * before.conj_physical()).sum((-1, -2))
     grad_b[..., -1] += torch.view_as_real(grad_decay).movedim(-1, 0)
     grad_M[..., -1, :] += (written * k).sum(-1)
     grad_M[..., 0] += grad_b * chunks.r[..., :1]
-    grad_r = decay_matrix_backward(grad_M, M, chunks.r)
+    grad_r = decay_matrix_backward(grad_M, M)
     grad_r[..., 0] += (grad_b * M[..., 0]).sum(-1)
 
     grad_drive = E.unsqueeze(-1) * grad_x
-    grad_u = (chunks.G.conj().unsqueeze(-1) * grad_drive).real
+    grad_u = (chunks.G.conj_physical().unsqueeze(-1) * grad_drive).real
     grad_G = (grad_drive * chunks.u).sum(-1)
     return _Sequence(grad_G, chunks.e * torch.complex(*grad_r), grad_u, grad_q, grad_k)
 
@@ -282,9 +270,8 @@ def _(
     first_re: Tensor,
     first_im: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    parts = (G_re, G_im, c_re, c_im, u, q, k)
-    G_re, G_im, c_re, c_im, u, q, k = (_like(x) for x in parts)
-    return G_re, G_im, c_re, c_im, u, q, k, _like(first_re), _like(first_im)
+    complex_grads = _like(G_re), _like(G_im), _like(c_re), _like(c_im)
+    return *complex_grads, _like(u), _like(q), _like(k), _like(first_re), _like(first_im)
 
 
 def _like(x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Legend: B batch, H heads, N tokens, P channels per head, R = B H rows.
 import torch
 from torch import Tensor
 
-from trix.functional.linear_recurrence import linear_recurrence, segments
+from trix.functional.linear_recurrence import linear_recurrence, parts, segments
 
 SEGMENT_VALUES = 2**18
 
@@ -26,8 +26,7 @@ def resolvent_mix_vector(
         h = linear_recurrence(A[:, part], G[:, part].unsqueeze(-1) * u_RNP[:, part], state)
         y_re[:, part], y_im[:, part] = h.real, h.imag
         state = h[:, -1]
-    state = state.view(first_re.shape)
-    return y_re.view(u.shape), y_im.view(u.shape), state.real.contiguous(), state.imag.contiguous()
+    return y_re.view(u.shape), y_im.view(u.shape), *parts(state.view(first_re.shape))
 
 
 def _rows(G_re: Tensor, G_im: Tensor, c_re: Tensor, c_im: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,8 +57,8 @@ def _mix_backward(
     A_i sum_P p_i conj(y_{i-1}), of G_i as the factor of u_i sum_P p_i u_i.
     """
     G, A, u_RNP = _rows(G_re, G_im, c_re, c_im, u)
-    num_rows, num_tokens = G.shape
-    decay = torch.cat([A[:, 1:].conj(), A.new_ones(num_rows, 1)], dim=1)
+    num_rows = len(G)
+    decay = torch.cat([A[:, 1:].conj_physical(), A.new_ones(num_rows, 1)], dim=1)
     grad_re, grad_im, y_re, y_im = (x.reshape(u_RNP.shape) for x in (grad_re, grad_im, y_re, y_im))
     first = torch.complex(first_re, first_im).view(num_rows, 1, -1)
     grad_u, grad_G, grad_A = torch.empty_like(u_RNP), torch.empty_like(G), torch.empty_like(A)
@@ -74,15 +73,12 @@ def _mix_backward(
         y_before = torch.complex(y_re[:, before], y_im[:, before])
         if part.start == 0:
             y_before = torch.cat([first, y_before], dim=1)
-        grad_A[:, part] = (p * y_before.conj()).sum(-1)
+        grad_A[:, part] = (p * y_before.conj_physical()).sum(-1)
     grad_G -= grad_A * torch.complex(c_re, -c_im).view(G.shape)
-    grad_c = -grad_A * G.conj()
-    grad_first = (A[:, :1].conj() * p_after).view(first_re.shape)
-    return (
-        *(part.contiguous().view(c_re.shape) for part in (grad_G.real, grad_G.imag, grad_c.real, grad_c.imag)),
-        grad_u.view(u.shape),
-        *(part.contiguous() for part in (grad_first.real, grad_first.imag)),
-    )
+    grad_c = -grad_A * G.conj_physical()
+    grad_first = A[:, :1].conj_physical() * p_after
+    grad_G, grad_c = grad_G.view(c_re.shape), grad_c.view(c_re.shape)
+    return *parts(grad_G), *parts(grad_c), grad_u.view(u.shape), *parts(grad_first.view(first_re.shape))
 
 
 def _like(x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ Legend: N tokens, R rows, S steps of a chunk, K chunks. A leading 2 holds real a
 import torch
 from torch import Tensor
 
-from trix.functional.linear_recurrence import linear_recurrence
+from trix.functional.linear_recurrence import linear_recurrence, parts
 
 CHUNK = 32
 
@@ -32,8 +32,9 @@ def resolvent_sweep(alpha_re: Tensor, alpha_im: Tensor, w: Tensor, first_re: Ten
     first = torch.stack([first_re.reshape(-1), first_im.reshape(-1)])
     G = first.unsqueeze(1)
     if num_chunks > 1:
-        maps = _reduce(_site_pairs(alpha[:, :, :-1], w_SKR[:, :-1]))
-        G = _starts(maps, G)
+        has_resets = bool((w[..., 1:] == 0).any())
+        maps = _reduce(_site_pairs(alpha[:, :, :-1], w_SKR[:, :-1], has_resets), has_resets)
+        G = _starts(maps, G, has_resets)
     re, im = _recurrence(alpha, w_SKR, G)
     return _from_steps(re, alpha_re.shape), _from_steps(im, alpha_re.shape)
 
@@ -68,7 +69,7 @@ def _recurrence(alpha: Tensor, w: Tensor, G: Tensor) -> Tensor:
     return conj
 
 
-def _site_pairs(alpha: Tensor, w: Tensor) -> Tensor:
+def _site_pairs(alpha: Tensor, w: Tensor, has_resets: bool) -> Tensor:
     """The maps of two tokens in a row: alpha [2, S, ...], w [S, ...] -> [2, 2, 2, S / 2, ...]."""
     a, b, w_a, w_b = alpha[:, 0::2], alpha[:, 1::2], w[0::2], w[1::2]
     maps = torch.zeros(2, 2, *a.shape, dtype=w.dtype, device=w.device)
@@ -77,17 +78,28 @@ def _site_pairs(alpha: Tensor, w: Tensor) -> Tensor:
     torch.mul(b, maps[0, 0, 0], out=maps[1, 0])
     torch.sub(a[0] * b[0] - a[1] * b[1], w_b, out=maps[1, 1, 0])
     torch.add(a[0] * b[1], a[1] * b[0], out=maps[1, 1, 1])
+    if has_resets:
+        is_reset = w_b == 0
+        maps[:, 0].masked_fill_(is_reset, 0.0)
+        maps[0, 1, 0].masked_fill_(is_reset, 1.0)
+        maps[0, 1, 1].masked_fill_(is_reset, 0.0)
+        maps[1, 1] = torch.where(is_reset, b, maps[1, 1])
     return maps.div_(maps.abs().amax((0, 1, 2)))
 
 
-def _compose(after: Tensor, before: Tensor) -> Tensor:
+def _compose(after: Tensor, before: Tensor, has_resets: bool) -> Tensor:
     """The product of two maps [2, 2, 2, ...], up to a positive factor."""
     after_re, after_im = after.unsqueeze(2).unbind(3)  # [2, 2, 1, ...]
     before_re, before_im = before.unbind(2)
     re = after_re * before_re - after_im * before_im
     im = after_re * before_im + after_im * before_re
     product = torch.stack([re[:, 0] + re[:, 1], im[:, 0] + im[:, 1]], dim=2)
-    return product / product.abs().amax((0, 1, 2))
+    product = product / product.abs().amax((0, 1, 2))
+    if not has_resets:
+        return product
+    # A reset within after makes it constant: what stood before must then not even change the rounding.
+    is_constant = after[:, 0].abs().amax((0, 1)) == 0
+    return torch.where(is_constant, after, product)
 
 
 def _transform(maps: Tensor, G: Tensor) -> Tensor:
@@ -100,37 +112,24 @@ def _transform(maps: Tensor, G: Tensor) -> Tensor:
     return torch.stack([(above_re * below_re + above_im * below_im) / norm, (above_im * below_re - above_re * below_im) / norm])
 
 
-def _reduce(maps: Tensor) -> Tensor:
+def _reduce(maps: Tensor, has_resets: bool) -> Tensor:
     """The maps of the steps of each chunk [..., S, K, R] in one: [..., K, R]."""
     while maps.shape[-3] > 1:
-        maps = _compose(maps[..., 1::2, :, :], maps[..., 0::2, :, :])
+        maps = _compose(maps[..., 1::2, :, :], maps[..., 0::2, :, :], has_resets)
     return maps[..., 0, :, :]
 
 
-def _starts(maps: Tensor, first: Tensor) -> Tensor:
+def _starts(maps: Tensor, first: Tensor, has_resets: bool) -> Tensor:
     """The state before each of K chunks, from the maps of all but the last [..., K - 1, R] and the first of them [2, 1, R]."""
     num_maps = maps.shape[-2]
     if num_maps == 0:
         return first
     before, after = maps[..., 0::2, :], maps[..., 1::2, :]
-    even = _starts(_compose(after, before[..., : after.shape[-2], :]), first)
+    even = _starts(_compose(after, before[..., : after.shape[-2], :], has_resets), first, has_resets)
     starts = first.new_empty(2, num_maps + 1, first.shape[-1])
     starts[:, 0::2] = even
     starts[:, 1::2] = _transform(before, even[:, : before.shape[-2]])
     return starts
-
-
-def scan_pivots(alpha_re: Tensor, alpha_im: Tensor, w: Tensor, first_re: Tensor, first_im: Tensor) -> tuple[Tensor, Tensor]:
-    """G as of :func:`resolvent_sweep`, by a scan of depth log2 N over the maps of the tokens. Its gradient is torch's own."""
-    zero = torch.zeros_like(w)
-    above = torch.stack([torch.stack([zero, zero]), torch.stack([torch.ones_like(w), zero])])
-    below = torch.stack([torch.stack([-w, zero]), torch.stack([alpha_re, alpha_im])])
-    maps, distance = torch.stack([above, below]), 1
-    while distance < w.shape[-1]:
-        maps = torch.cat([maps[..., :distance], _compose(maps[..., distance:], maps[..., :-distance])], dim=-1)
-        distance *= 2
-    re, im = _transform(maps, torch.stack([first_re, first_im]).unsqueeze(-1))
-    return re, im
 
 
 @torch.library.custom_op("trix::resolvent_sweep_backward", mutates_args=())
@@ -146,7 +145,7 @@ def _sweep_backward(
     decay = square * torch.nn.functional.pad(w[..., 1:], (0, 1)).reshape(square.shape)
     drive = -square * torch.complex(grad_re, grad_im).reshape(square.shape)
     e = linear_recurrence(decay, drive.unsqueeze(-1), drive.new_zeros(len(drive), 1), is_reversed=True).view(w.shape)
-    e_re, e_im = e.real.contiguous(), e.imag.contiguous()
+    e_re, e_im = parts(e)
     previous_re, previous_im = (
         torch.cat([first.unsqueeze(-1), G[..., :-1]], dim=-1) for first, G in ((first_re, G_re), (first_im, G_im))
     )
@@ -169,10 +168,8 @@ def _(
     first_re: Tensor,
     first_im: Tensor,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    def like(x: Tensor) -> Tensor:
-        return x.new_empty(x.shape)
-
-    return like(w), like(w), like(w), like(first_re), like(first_re)
+    grad_alpha = w.new_empty(w.shape), w.new_empty(w.shape)
+    return *grad_alpha, w.new_empty(w.shape), first_re.new_empty(first_re.shape), first_re.new_empty(first_re.shape)
 
 
 def _save_for_backward(
@@ -187,3 +184,26 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad_re: Tensor, grad_im
 
 
 resolvent_sweep.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def _scan(alpha_re: Tensor, alpha_im: Tensor, w: Tensor, first_re: Tensor, first_im: Tensor) -> tuple[Tensor, Tensor]:
+    zero = torch.zeros_like(w)
+    above = torch.stack([torch.stack([zero, zero]), torch.stack([torch.ones_like(w), zero])])
+    below = torch.stack([torch.stack([-w, zero]), torch.stack([alpha_re, alpha_im])])
+    maps, distance = torch.stack([above, below]), 1
+    while distance < w.shape[-1]:
+        maps = torch.cat([maps[..., :distance], _compose(maps[..., distance:], maps[..., :-distance], True)], dim=-1)
+        distance *= 2
+    re, im = _transform(maps, torch.stack([first_re, first_im]).unsqueeze(-1))
+    return re, im
+
+
+class _Scan(torch.autograd.Function):
+    forward = staticmethod(_scan)
+    setup_context = staticmethod(_save_for_backward)
+    backward = staticmethod(_backward)
+
+
+def scan_pivots(alpha_re: Tensor, alpha_im: Tensor, w: Tensor, first_re: Tensor, first_im: Tensor) -> tuple[Tensor, Tensor]:
+    """G as of :func:`resolvent_sweep`, by a scan of depth log2 N over the maps of the tokens."""
+    return _Scan.apply(alpha_re, alpha_im, w, first_re, first_im)  # type: ignore[no-untyped-call]
