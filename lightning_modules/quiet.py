@@ -39,6 +39,7 @@ _ROUTINE_WARNINGS = (
     r".*GPU available but not used",
     r".*callbacks used to create the checkpoint need to be provided",  # validate, test and predict do without them
     r".*The dirpath has changed from",  # LastCheckpoint takes over what is to be kept; the other commands write no checkpoint
+    r".*`training_step` returned `None`",  # a batch that AutoRecovery has left out, and told of
     r".*It is recommended to use `self\.log\(.*sync_dist=True",  # torchmetrics has summed over processes
 )
 

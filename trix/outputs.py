@@ -13,8 +13,8 @@ class TokenContext(NamedTuple):
     """What is known of the tokens besides their stream x_BTD. Each may be None.
 
     token_BT: int64, their ids. mask_BT: bool, False for padding. embedding_BTD: float, their embeddings; what a router reads
-    instead of its layer's own input. phase_BT: float, what the block's mixer says of each token. is_causal: no token may look
-    at later ones.
+    instead of its layer's own input. phase_BT: float, what the block's mixer says of each token; a resolvent says arg G, in
+    radians from 0 to pi. is_causal: no token may look at later ones.
     """
 
     token_BT: Tensor | None = None
@@ -22,6 +22,7 @@ class TokenContext(NamedTuple):
     embedding_BTD: Tensor | None = None
     phase_BT: Tensor | None = None
     is_causal: bool = True
+    is_running_BT: Tensor | None = None
 
 
 class RowContext(NamedTuple):

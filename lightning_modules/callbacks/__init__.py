@@ -7,7 +7,9 @@ from lightning_modules.callbacks.evolution import Evolution, EvolutionPolicy
 from lightning_modules.callbacks.last_checkpoint import LastCheckpoint
 from lightning_modules.callbacks.prediction_writer import PredictionWriter
 from lightning_modules.callbacks.random_state import RandomState
+from lightning_modules.callbacks.recovery import AutoRecovery
 from lightning_modules.callbacks.report_page import ReportPage
+from lightning_modules.callbacks.resolvent_monitor import ResolventMonitor
 from lightning_modules.callbacks.routing_monitor import RoutingMonitor
 from lightning_modules.callbacks.run_notebook import RunNotebook
 from lightning_modules.callbacks.run_record import RunRecord
@@ -16,6 +18,7 @@ from lightning_modules.callbacks.stability import StabilityMonitor
 from lightning_modules.callbacks.surgery import MetricCondition, SurgeryEvent, SurgerySchedule
 
 __all__ = [
+    "AutoRecovery",
     "ClaimMonitor",
     "ClaimWatch",
     "DiversityMonitor",
@@ -27,6 +30,7 @@ __all__ = [
     "RandomState",
     "ReclusterSchedule",
     "ReportPage",
+    "ResolventMonitor",
     "RoutingMonitor",
     "RunNotebook",
     "RunRecord",

@@ -139,9 +139,10 @@ class Evolution(L.Callback):
         step, policy = trainer.global_step, self.policy
         if policy.stop_after is not None and step > policy.stop_after:
             return
-        for name, statistics in self._statistics.items():
-            info = outputs["routing"][name]
-            statistics.update(info["tile_idx"], info["weight"], info["scores"])
+        if outputs:  # nothing comes of a batch that has been left out
+            for name, statistics in self._statistics.items():
+                info = outputs["routing"][name]
+                statistics.update(info["tile_idx"], info["weight"], info["scores"])
         # With gradients accumulated, several batches belong to one step.
         if step % policy.every_n_steps or step == self._last_step:
             return

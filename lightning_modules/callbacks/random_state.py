@@ -29,7 +29,7 @@ class RandomState(L.Callback):
     def state_dict(self) -> dict[str, Any]:
         """{"processes": one state a process}; with several, each of them has to call it, as Lightning does."""
         _, world_size = rank_and_world_size()
-        states: list[Any] = [_state()]
+        states: list[Any] = [generator_states()]
         if world_size > 1:
             own, states = states[0], [None] * world_size
             torch.distributed.all_gather_object(states, own)
@@ -43,7 +43,7 @@ class RandomState(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         states, self._restored = self._restored, []
         if len(states) == trainer.world_size:
-            _put_back(states[trainer.global_rank])
+            put_back(states[trainer.global_rank])
         elif states:
             rank_zero_warn(
                 f"number of processes ({trainer.world_size}) differs from the checkpoint's ({len(states)}): "
@@ -51,7 +51,8 @@ class RandomState(L.Callback):
             )
 
 
-def _state() -> dict[str, Any]:
+def generator_states() -> dict[str, Any]:
+    """The states of this process's generators, as plain values."""
     name, key, *place = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),
@@ -61,7 +62,8 @@ def _state() -> dict[str, Any]:
     }
 
 
-def _put_back(state: dict[str, Any]) -> None:
+def put_back(state: dict[str, Any]) -> None:
+    """Let the generators go on from what :func:`generator_states` has kept."""
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and _is_on_gpu():
         torch.cuda.set_rng_state(state["cuda"])

@@ -4,6 +4,7 @@ from lightning_modules.tasks.answers import Example, Exporter, Page, Request
 from lightning_modules.tasks.checkpoint import check_finite, check_resumable, load_checkpoint, load_weights, read_checkpoint
 from lightning_modules.tasks.classifier import ClassifierTask
 from lightning_modules.tasks.language_model import LanguageModelTask
+from lightning_modules.tasks.resnet_bk import ResNetBKTask
 from lightning_modules.tasks.routed_task import RoutedTask, StepOutput
 from lightning_modules.tasks.task import CheckpointError, LRSchedulerCallable, OptimizerCallable, TrixTask
 
@@ -17,6 +18,7 @@ __all__ = [
     "OptimizerCallable",
     "Page",
     "Request",
+    "ResNetBKTask",
     "RoutedTask",
     "StepOutput",
     "TrixTask",

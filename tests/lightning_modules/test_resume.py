@@ -15,6 +15,7 @@ import yaml  # type: ignore[import-untyped]
 
 from lightning_modules.callbacks.run_record import read_metrics
 from lightning_modules.cli import main
+from lightning_modules.commands.surgery import is_equal
 from lightning_modules.tasks import RoutedTask
 
 KILLED_RUN = Path(__file__).parents[1] / "support" / "killed_run.py"
@@ -109,6 +110,39 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(
     assert differing(weights(checkpoint("best", 1), 5), expected_best) == []  # taken over
     assert Path("runs/small/version_1/metrics.csv").read_text() == metrics
     assert Path("runs/small/version_0/metrics.csv").read_text() != metrics
+
+
+SPOIL = """
+import lightning as L
+
+
+class Spoil(L.Callback):
+    def on_after_backward(self, trainer, pl_module):
+        if trainer.global_step in (7, 13):
+            for parameter in pl_module.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.fill_(float("nan"))
+"""
+
+
+def test_a_killed_run_that_has_recovered_before_recovers_again(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    Path("spoil.py").write_text(SPOIL)
+    config = yaml.safe_load(Path("small.yaml").read_text())
+    config["trainer"]["callbacks"] += [{"class_path": "AutoRecovery"}, {"class_path": "spoil.Spoil"}]
+    Path("small.yaml").write_text(yaml.safe_dump(config))
+    assert main(["fit", "--config", "small.yaml"]) == 0
+    assert "step 8 (nan) must not be NaN: its batch is left out" in capfd.readouterr().err
+    expected = torch.load(checkpoint(), weights_only=True)
+    shutil.rmtree("runs")
+
+    run_and_kill(12)
+    assert main(["fit", "--resume", "runs/small", "--trust", "spoil"]) == 0
+    assert "(recovery 2 of 3)" in capfd.readouterr().err
+    made = torch.load(checkpoint(version=1), weights_only=True)
+    assert made["global_step"] == expected["global_step"] == 16
+    for part in ("state_dict", "optimizer_states", "lr_schedulers"):
+        assert is_equal(made[part], expected[part])
+    assert is_equal(made["callbacks"]["AutoRecovery"], expected["callbacks"]["AutoRecovery"])
 
 
 def test_a_resumed_run_that_is_killed_before_its_validation_loses_nothing(

@@ -84,6 +84,28 @@ def test_two_processes_train_as_one_with_their_batches_together(folder: Path) ->
     assert Path("lightning_logs/version_0/report.html").is_file()
 
 
+SPOIL = """
+import lightning as L
+
+
+class SpoilOne(L.Callback):
+    def on_after_backward(self, trainer, pl_module):
+        if trainer.global_rank == 1 and trainer.global_step == 5:
+            next(pl_module.parameters()).grad.fill_(float("nan"))
+"""
+
+
+def test_where_a_step_fails_in_one_process_both_leave_it_out(folder: Path) -> None:
+    Path("spoil.py").write_text(SPOIL)
+    changes = ["--trainer.callbacks+=AutoRecovery", "--trainer.callbacks+=spoil.SpoilOne", "--report.num_tokens=0"]
+    result = run_two("fit", "--config", "small.yaml", *changes)
+    assert result.stderr.count("step 6 must go well in every process: its batch is left out") == 1  # what the first one says
+    checkpoint = torch.load("lightning_logs/version_0/checkpoints/last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 12
+    assert checkpoint["optimizer_states"][0]["state"][0]["step"] == 11
+    assert checkpoint["callbacks"]["AutoRecovery"]["num_recoveries"] == 1
+
+
 def test_each_process_gets_its_own_random_numbers_back(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     changes = ["--model.network.dropout=0.3", "--trainer.callbacks+=uneven_draws.UnevenDraws", "--report.num_tokens=0"]
     run_two("fit", "--config", "small.yaml", *changes, "--trainer.callbacks+=Evolution")  # which acts at step 100

@@ -16,6 +16,7 @@ from own_modules import (
     TIME,
     WIDTH,
     Branches,
+    ByPhase,
     Counting,
     LookupWrapper,
     Own,
@@ -71,6 +72,7 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     "a mask": (WithMask, ({0: BATCH},)),
     "a control": (lambda: nn.Sequential(DenseFFN(WIDTH, 32), nn.ReLU()), TOKENS),
     "gated": (lambda: GatedFFN(WIDTH, num_tiles=4), TOKENS),
+    "by phase": (ByPhase, TOKENS),
     "many tiles": (lambda: HierarchicalTriXFFN(WIDTH, num_tiles=9), TOKENS),
 }
 

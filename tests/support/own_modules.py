@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from trix.functional.phase import resolvent_phase
+from trix.functional.resolvent import Pair
 from trix.nn import SparseLookupFFN, TriXFFN, TriXLinear
 
 BATCH, TIME = torch.export.Dim("batch"), torch.export.Dim("time", max=12)
@@ -93,6 +95,19 @@ class Tokens(nn.Module):
     def forward(self, token: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         x = self.embed(token)
         return self.tiles(x, mask=mask) + self.hashed(x, token_idx=token), mask.sum(-1)
+
+
+class ByPhase(nn.Module):
+    """Tiles routed by the phase of the resolvent of single sites, 1 / (v - i eta)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ffn = TriXFFN(WIDTH, num_tiles=8, top_k=2, routing="scattering")
+
+    def forward(self, x: Tensor) -> Tensor:
+        v, eta = x[..., 0], 0.5 + x[..., 1].square()
+        square = v * v + eta * eta
+        return self.ffn(x, phase=resolvent_phase(Pair(v / square, eta / square)))
 
 
 class Counting(nn.Module):

@@ -319,7 +319,7 @@ def test_errors_state_the_rule_and_the_values() -> None:
     raise_k(probing)
     with pytest.raises(ValueError, match=r"top_k \(4\) must be <= the number of tiles in use and in reach \(3\)"):
         raise_k(probing)
-    for routing in ("learned", "hash"):
+    for routing in ("learned", "hash", "scattering"):
         with pytest.raises(ValueError, match="must be a SignatureRouter"):
             reseed_tile(TriXFFN(8, 4, routing=routing), 0)
     with pytest.raises(ValueError, match=r"min_cosine \(2.0\) must be >= -1 and <= 1"):

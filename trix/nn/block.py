@@ -5,9 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, cast, overload
 
+import torch
 from torch import Tensor, nn
 
 from trix.nn.feed_forward import FFNConfig
+from trix.nn.halting import Halting
 from trix.nn.mixer import Mixer
 from trix.nn.mixers import MIXERS
 from trix.nn.residual import FeedForwardResidual, MixerResidual
@@ -26,7 +28,8 @@ class TriXBlock(nn.Module):
         d_model: width. n_heads: attention heads. context_length: the longest sequence. dropout: after each sublayer.
         ffn: the feed-forward layer; or its settings one by one, as ``num_tiles=8``.
         ternary_attention: the mixer's projections are ternary.
-        mixer: ``attention``, or the import path of a :class:`~trix.nn.mixer.Mixer`. mixer_args: what it is made with besides.
+        mixer: ``attention``, ``resolvent``, ``ssd``, or the import path of a :class:`~trix.nn.mixer.Mixer`. mixer_args: what it
+            is made with besides.
 
     Shape:
         x_BTD: float [B, T, D] -> [B, T, D]. With ``return_routing`` a LayerOutput (x, RoutingInfo, AuxLosses), the latter two
@@ -121,10 +124,18 @@ class TriXBlock(nn.Module):
         output = LayerOutput(x_BTD)
         if self.feed_forward is not None:
             routing_BTD = None if self.routing_norm is None else self.routing_norm(embedding_BTD)
-            output = self.feed_forward.layer_output(x_BTD, context._replace(embedding_BTD=routing_BTD, phase_BT=phase_BT))
+            mask_BT = _both(context.mask_BT, context.is_running_BT)
+            known = context._replace(embedding_BTD=routing_BTD, phase_BT=phase_BT, mask_BT=mask_BT)
+            output = self.feed_forward.layer_output(x_BTD, known)
         if state is not None:
             return output, new_state
         return output if return_routing else output.x_BTD
+
+
+def _both(mask_BT: Tensor | None, is_running_BT: Tensor | None) -> Tensor | None:
+    if mask_BT is None or is_running_BT is None:
+        return is_running_BT if mask_BT is None else mask_BT
+    return mask_BT & is_running_BT
 
 
 def _check_reads(layer: RoutedLayer, mixer: Mixer) -> None:
@@ -140,6 +151,8 @@ class TriXStack(nn.Module):
     Args:
         num_layers: 4 by default; n_layers is another name for it.
         attention_at: the places of blocks, counted from 0, that mix by attention whatever ``mixer`` says.
+        halt_threshold: adaptive computation time: each token ends its computation after a block of its own choice, see
+            :class:`~trix.nn.halting.Halting`. None: after the last.
         block: all others of :class:`TriXBlock`.
 
     Shape:
@@ -162,6 +175,7 @@ class TriXStack(nn.Module):
         attention_at: Sequence[int] = (),
         mixer: str = "attention",
         mixer_args: Mapping[str, Any] | None = None,
+        halt_threshold: float | None = None,
         **block: Any,
     ) -> None:
         super().__init__()
@@ -177,6 +191,7 @@ class TriXStack(nn.Module):
             TriXBlock(d_model, n_heads, ffn, **({} if index in attention_at else of_mixer), **block)
             for index in range(num_layers)
         )
+        self.halting = None if halt_threshold is None else Halting(d_model, halt_threshold)
 
     @property
     def mixers(self) -> list[Mixer]:
@@ -218,7 +233,11 @@ class TriXStack(nn.Module):
         if state is not None and len(state) != len(self.blocks):
             raise ValueError(f"states ({len(state)}) must be as many as blocks ({len(self.blocks)})")
         new_state: list[State] = []
+        halted = None if self.halting is None else self.halting.start(x_BTD)
         for index, block in enumerate(self.blocks):
+            before_BTD = x_BTD
+            if halted is not None:
+                context = context._replace(is_running_BT=halted.is_running_BT)
             if state is None:
                 output = block(x_BTD, is_causal, return_routing=True, context=context)
             else:
@@ -229,9 +248,22 @@ class TriXStack(nn.Module):
                 infos.append(output.routing)
             if output.aux is not None:
                 total = output.aux if total is None else _add(total, output.aux)
+            if self.halting is not None and halted is not None:
+                x_BTD = torch.where(halted.is_running_BT.unsqueeze(-1), x_BTD, before_BTD)
+                halted = self.halting.step(x_BTD, halted, is_last=index == len(self.blocks) - 1)
+        if self.halting is not None and halted is not None:
+            x_BTD = halted.mean_BTD
+            total = _with_ponder(total, self.halting.ponder(halted, context.mask_BT))
         if state is not None:
             return (x_BTD, infos, total), tuple(new_state)
         return (x_BTD, infos, total) if return_routing else x_BTD
+
+
+def _with_ponder(aux: AuxLosses | None, ponder: Tensor) -> AuxLosses:
+    zero = torch.zeros_like(ponder)
+    if aux is None:
+        aux = {"balance": zero, "ternary": zero, "sparsity": zero, "diversity": zero, "total_aux": zero}
+    return {**aux, "total_aux": aux["total_aux"] + ponder}
 
 
 def _add(a: AuxLosses, b: AuxLosses) -> AuxLosses:
@@ -252,8 +284,10 @@ class StackConfig:
         d_model: width. num_layers: blocks. n_heads: attention heads. context_length: the longest sequence, in tokens.
         ternary_attention: the projections of the mixers are ternary too. dropout: after mixer and feed-forward layer.
         ffn: the feed-forward layers.
-        mixer: ``attention``, or the import path of a :class:`~trix.nn.Mixer`. mixer_args: what it is made with besides.
+        mixer: ``attention``, ``resolvent`` (:class:`~trix.nn.ResolventMixer`), ``ssd`` (:class:`~trix.nn.SSDMixer`), or the
+            import path of a :class:`~trix.nn.Mixer`. mixer_args: what it is made with besides.
         attention_at: the places of blocks, counted from 0, that mix by attention whatever ``mixer`` says.
+        halt_threshold: adaptive computation time, see :class:`~trix.nn.halting.Halting`; None: every token passes all blocks.
     """
 
     d_model: int = 128
@@ -266,6 +300,7 @@ class StackConfig:
     mixer: str = "attention"
     mixer_args: dict[str, Any] = field(default_factory=dict)
     attention_at: tuple[int, ...] = ()
+    halt_threshold: float | None = None
 
     def make_stack(self) -> TriXStack:
         return TriXStack(
@@ -279,6 +314,7 @@ class StackConfig:
             mixer=self.mixer,
             mixer_args=self.mixer_args,
             attention_at=self.attention_at,
+            halt_threshold=self.halt_threshold,
         )
 
 

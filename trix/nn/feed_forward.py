@@ -45,15 +45,16 @@ class FFNConfig:
         kind: ``trix`` (tiles), ``hierarchical`` (many tiles, found by clusters: :class:`~trix.nn.HierarchicalTriXFFN`),
             ``sparse_lookup`` or ``sparse_lookup_v2`` (:class:`~trix.nn.SparseLookupFFN`, :class:`~trix.nn.SparseLookupFFNv2`),
             or a control: ``dense`` (float, width d_ff) or ``none`` (no feed-forward layer at all).
-        routing: ``explicit``, ``emergent``, or a control, ``learned`` or ``hash``: see :class:`~trix.nn.TriXFFN`. Or the import
-            path of a :class:`~trix.routing.Router`.
+        routing: ``explicit``, ``emergent``, ``scattering``, or a control, ``learned`` or ``hash``: see
+            :class:`~trix.nn.TriXFFN`. Or the import path of a :class:`~trix.routing.Router`.
         route_on: what a block lets the signatures read. ``embedding``: the normalised embedding of the token, in every layer: a
             token goes to the same tiles whatever its context. ``hidden``: the layer's own input, so the context, too.
         tiles_per_cluster, num_probes: for a hierarchical layer alone, which in turn has no max_k.
         tiles: ``ternary``, or the import path of a :class:`~trix.nn.Tiles`. routing_args, tiles_args: what a router and tiles
             of the user's own are made with besides.
         All others: see :class:`~trix.nn.TriXFFN`; a dense layer reads only d_ff (default 4 * d_model), a sparse lookup
-            num_tiles, top_k, route_on, balance_weight, balance_rate and, v2, diversity_weight. ``hash`` needs token ids.
+            num_tiles, top_k, route_on, balance_weight, balance_rate and, v2, diversity_weight. ``hash`` needs token ids,
+            ``scattering`` a mixer that gives the phase.
     """
 
     kind: Literal["trix", "hierarchical", "sparse_lookup", "sparse_lookup_v2", "dense", "none"] = "trix"

@@ -23,8 +23,8 @@ class TriXFFN(SignatureSurgery):
     """Each token is computed by the top_k tiles whose signatures agree with it most.
 
     y[t] = sum_k weight[t, k] * tile_{tile_idx[t, k]}(x[t]); the tiles are :class:`~trix.nn.tiles.TernaryTiles`, the routing
-    is :class:`~trix.routing.router.SignatureRouter`, or a learned gate or a hash of the token's id as controls; or either is a
-    class of the user's.
+    is :class:`~trix.routing.router.SignatureRouter`, or :class:`~trix.routing.scattering_router.ScatteringRouter`, or a learned
+    gate or a hash of the token's id as controls; or either is a class of the user's.
 
     Args:
         d_model: width of input and output.
@@ -33,13 +33,14 @@ class TriXFFN(SignatureSurgery):
             token meets the same width whatever top_k is.
         top_k: tiles per token.
         routing: ``emergent`` reads signatures from the up weights, which the gate's gradient moves, too: +1 or -1 where most of
-            a tile's rows agree, 0 where their votes nearly cancel; ``explicit`` learns them apart; ``learned`` is a float gate,
-            ``hash`` looks at the token's id alone. Or the import path of a :class:`~trix.routing.base_router.Router`.
+            a tile's rows agree, 0 where their votes nearly cancel; ``explicit`` learns them apart; ``scattering`` goes by the
+            phase that the mixer gives; ``learned`` is a float gate, ``hash`` looks at the token's id alone. Or the import path
+            of a :class:`~trix.routing.base_router.Router`.
         balance_weight: weight of the balance loss. balance_rate: step of the balance bias, per training batch.
         max_k: adaptive k: one tile where the confidence exceeds ``confidence_threshold``, else more, up to max_k.
             adaptive_k: the same with a max_k of 2 by default.
         diversity_weight: weight of relu(target_diversity - diversity of the signatures). Where routing has none (``learned``,
-            ``hash``), of those that :meth:`get_tile_signatures` reads from the tiles.
+            ``hash``, ``scattering``), of those that :meth:`get_tile_signatures` reads from the tiles.
         tiles: ``ternary``, or the import path of a :class:`~trix.nn.tiles.Tiles`.
         routing_args, tiles_args: what the router and the tiles are made with besides.
 
@@ -53,7 +54,7 @@ class TriXFFN(SignatureSurgery):
     Raises:
         ValueError: d_ff not divisible by num_tiles, top_k or max_k > num_tiles, a weight or rate that is negative, infinite or
             NaN, target_diversity outside [0, 1], a wrong last dimension of x, a mask or routing_x that does not fit, or
-            ``hash`` without token ids or with more than one tile per token.
+            ``hash`` without token ids or with more than one tile per token, or ``scattering`` without phases.
     """
 
     def __init__(

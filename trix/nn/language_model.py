@@ -22,7 +22,7 @@ class LanguageModel(nn.Module):
         token_BT: int64 in [0, vocab_size), T <= context_length -> logits [B, T, vocab_size]. With ``return_routing`` also the
         list of RoutingInfo (one per routed layer) and the summed AuxLosses (None without routed layers). With a state, from
         :meth:`empty_state` or the call before: (the same three, the new state); the P tokens of the calls before come first,
-        P + T <= context_length, and only token_BT is computed.
+        P + T <= context_length, and only token_BT is computed. mask_BT: bool, False for padding, which nothing looks at.
 
     Raises:
         ValueError: vocab_size < 1, and as TriXStack.
@@ -50,17 +50,23 @@ class LanguageModel(nn.Module):
         return self.stack.empty_state(batch_size)
 
     @overload
-    def forward(self, token_BT: Tensor, return_routing: Literal[False] = ...) -> Tensor: ...
+    def forward(self, token_BT: Tensor, return_routing: Literal[False] = ..., *, mask_BT: Tensor | None = ...) -> Tensor: ...
     @overload
     def forward(
-        self, token_BT: Tensor, return_routing: Literal[True]
+        self, token_BT: Tensor, return_routing: Literal[True], *, mask_BT: Tensor | None = ...
     ) -> tuple[Tensor, list[RoutingInfo], AuxLosses | None]: ...
     @overload
     def forward(
         self, token_BT: Tensor, return_routing: bool = ..., *, state: Sequence[State]
     ) -> tuple[tuple[Tensor, list[RoutingInfo], AuxLosses | None], tuple[State, ...]]: ...
-    def forward(self, token_BT: Tensor, return_routing: bool = False, state: Sequence[State] | None = None) -> Any:
-        x_BTD, context = self.embedding(token_BT), TokenContext(token_BT)
+    def forward(
+        self,
+        token_BT: Tensor,
+        return_routing: bool = False,
+        state: Sequence[State] | None = None,
+        mask_BT: Tensor | None = None,
+    ) -> Any:
+        x_BTD, context = self.embedding(token_BT), TokenContext(token_BT, mask_BT)
         if state is not None:
             (x_BTD, infos, aux), new_state = self.stack(x_BTD, context=context, state=state)
             return (self.head(self.norm(x_BTD)), infos, aux), new_state

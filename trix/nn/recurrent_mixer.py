@@ -124,32 +124,30 @@ class RecurrentMixer(Mixer):
         channels_BTC, conv_state = self._convolve(channels_BTC, conv_state)
         if is_token_BT1 is not None:
             channels_BTC = channels_BTC * is_token_BT1  # the convolution's bias
-        is_token = None if mask_BT is None else mask_BT[:, None]
         with without_autocast(x_BTD):
-            dtype = torch.promote_types(x_BTD.dtype, torch.float32)  # in 16 bits a decay of 0.999 is 1
-            y_BHTP, carry, hop_state, phase_BT = self._recur(
-                x_BTD.to(dtype), channels_BTC.to(dtype), is_token, carry, hop_state
-            )
+            hops = self.read_hops(x_BTD, mask_BT, hop_state)
+            y_BHTP, carry = self._recur(hops, channels_BTC.to(hops.scale_in.dtype), carry)
         y_BTD = y_BHTP.transpose(1, 2).reshape(B, T, D).to(gate_BTD.dtype) * self.norm_weight
         update_BTD = self.out_proj(y_BTD * F.silu(gate_BTD))
-        return update_BTD, () if state is None else (conv_state, carry, *hop_state), phase_BT
+        return update_BTD, () if state is None else (conv_state, carry, *hops.state), self.phase(hops)
 
-    def _recur(
-        self, x_BTD: Tensor, channels_BTC: Tensor, is_token_B1T: Tensor | None, carry: Tensor | None, hop_state: State
-    ) -> tuple[Tensor, Tensor, State, Tensor | None]:
-        """The normalised answer of each head [B, H, T, P], the new carry, the new state of the hops, and the phase."""
-        dtype = x_BTD.dtype
-        dynamics_BTC = F.linear(x_BTD, self.dynamics.weight.to(dtype), self.dynamics.bias.to(dtype))
+    def read_hops(self, x_BTD: Tensor, mask_BT: Tensor | None = None, state: State = ()) -> Hops:
+        """The recurrence that these tokens make, in at least float32: in 16 bits a decay of 0.999 is 1."""
+        dtype = torch.promote_types(x_BTD.dtype, torch.float32)
+        dynamics_BTC = F.linear(x_BTD.to(dtype), self.dynamics.weight.to(dtype), self.dynamics.bias.to(dtype))
         dynamics_BHT = torch.split(dynamics_BTC.transpose(1, 2).contiguous(), self.n_heads, dim=1)
-        hops = self.hops(dynamics_BHT, is_token_B1T, hop_state)
+        return self.hops(dynamics_BHT, None if mask_BT is None else mask_BT[:, None], state)
+
+    def _recur(self, hops: Hops, channels_BTC: Tensor, carry: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The normalised answer of each head [B, H, T, P], and the new carry."""
         u_BHTP, q_B1TN, k_B1TN = self._split(channels_BTC)
-        first = None if carry is None else Pair(*carry.to(dtype).unbind(-1))
+        first = None if carry is None else Pair(*carry.to(u_BHTP.dtype).unbind(-1))
         y, last = resolvent_mix(hops.G, hops.c, u_BHTP * hops.scale_in[..., None], first, q=q_B1TN, k=k_B1TN)
         y_BHTP = y.re if hops.turn is None else y.re * hops.turn.re - y.im * hops.turn.im
         if hops.scale_out is not None:
             y_BHTP = y_BHTP * hops.scale_out[..., None]
         y_BHTP = F.rms_norm(y_BHTP + u_BHTP * self.skip[:, None, None], y_BHTP.shape[-1:], eps=NORM_EPS)
-        return y_BHTP, torch.stack(last, dim=-1), hops.state, self.phase(hops)
+        return y_BHTP, torch.stack(last, dim=-1)
 
     def _convolve(self, channels_BTC: Tensor, before_BCW: Tensor | None) -> tuple[Tensor, Tensor]:
         """silu(conv) [B, T, C], and the last conv_width - 1 inputs [B, C, W]."""

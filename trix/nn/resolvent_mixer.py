@@ -1,12 +1,14 @@
 """Mixing by the resolvent of a tridiagonal operator, and its one-way member."""
 
 import math
+from functools import reduce
 from typing import ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trix.functional.phase import resolvent_phase
 from trix.functional.resolvent import Pair, check_choice, open_left_end, resolvent_pivots
 from trix.nn.recurrent_mixer import Hops, RecurrentMixer
 from trix.outputs import State, StateSpec
@@ -33,10 +35,11 @@ class ResolventMixer(RecurrentMixer):
     A token's phase is arg of the sum over heads of eta G, in (0, pi).
 
     Args:
-        hopping: see above. gauge: unwind the mean rotation. All others: see :class:`~trix.nn.recurrent_mixer.RecurrentMixer`.
+        hopping: see above. gauge: unwind the mean rotation. eta_min: added to every eta. All others: see
+            :class:`~trix.nn.recurrent_mixer.RecurrentMixer`.
 
     Raises:
-        ValueError: another hopping, and as RecurrentMixer.
+        ValueError: another hopping, eta_min <= 0, and as RecurrentMixer.
     """
 
     gives: ClassVar[frozenset[str]] = frozenset({"phase"})
@@ -53,12 +56,15 @@ class ResolventMixer(RecurrentMixer):
         conv_width: int = 4,
         hopping: Hopping = "hermitian",
         gauge: bool = True,
+        eta_min: float = ETA_MIN,
     ) -> None:
+        if not eta_min > 0:
+            raise ValueError(f"eta_min ({eta_min}) must be > 0")
         check_choice("hopping", hopping, get_args(Hopping))
         super().__init__(
             d_model, n_heads, context_length, ternary, dropout, d_state=d_state, conv_width=conv_width, num_dynamics=3
         )
-        self.hopping, self.gauge = hopping, gauge
+        self.hopping, self.gauge, self.eta_min = hopping, gauge, eta_min
         with torch.no_grad():
             energy, eta, hop = torch.split(self.dynamics.bias, n_heads)
             wave_number = torch.linspace(BAND[0], BAND[1], n_heads) * math.pi
@@ -75,7 +81,7 @@ class ResolventMixer(RecurrentMixer):
 
     def hops(self, dynamics_BHT: tuple[Tensor, ...], is_token_B1T: Tensor | None, state: State) -> Hops:
         alpha, eta, hop = self._operator(*dynamics_BHT)
-        mean_alpha, _, mean_hop = self._operator(*torch.split(self.dynamics.bias.to(hop.dtype), self.n_heads))
+        mean_alpha, _, mean_hop = self.mean_operator(hop.dtype)
         is_hermitian = self.hopping == "hermitian"
         end = open_left_end(mean_alpha, mean_hop.square() if is_hermitian else torch.zeros_like(mean_hop))
         if is_token_B1T is not None:
@@ -96,18 +102,21 @@ class ResolventMixer(RecurrentMixer):
         cos, sin = (end.re / modulus)[:, None], (end.im / modulus)[:, None]
         return Hops(G, Pair(-hop * cos, hop * sin), scale, scale, Pair(cos[..., None], -sin[..., None]), kept)
 
+    def mean_operator(self, dtype: torch.dtype | None = None) -> tuple[Pair, Tensor, Tensor]:
+        """alpha, eta and |c| of each head where the dynamics are their biases, [H]."""
+        bias = self.dynamics.bias if dtype is None else self.dynamics.bias.to(dtype)
+        return self._operator(*torch.split(bias, self.n_heads))
+
     def _operator(self, energy: Tensor, eta: Tensor, hop: Tensor) -> tuple[Pair, Tensor, Tensor]:
         """alpha, eta and |c| of these dynamics."""
-        eta, hop = F.softplus(eta) + ETA_MIN, F.softplus(hop)
+        eta, hop = F.softplus(eta) + self.eta_min, F.softplus(hop)
         return Pair(energy, -eta if self.hopping == "hermitian" else -(eta + hop)), eta, hop
 
     def phase(self, hops: Hops) -> Tensor:
-        """arg of sum_h eta_h G_h, by arccos: real division and square root round alike wherever a token stands."""
-        weight = hops.scale_in.square().unbind(1)
-        re, im = (
-            torch.stack([w * part for w, part in zip(weight, of_heads.unbind(1), strict=True)]).sum(0) for of_heads in hops.G
-        )
-        return (re / (re * re + im * im).sqrt()).acos()
+        """The phase of sum_h eta_h G_h, which is in the upper half-plane as each G_h is."""
+        weight = hops.scale_in.square()
+        re, im = (reduce(torch.add, (weight * part).unbind(1)) for part in hops.G)  # in this order wherever a token stands
+        return resolvent_phase(Pair(re, im))
 
 
 def _where(is_token_B1T: Tensor, alpha: Pair, end: Pair) -> Pair:

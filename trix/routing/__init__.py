@@ -5,6 +5,7 @@ from trix.routing.claims import ClaimMatrix
 from trix.routing.hash_router import HashRouter
 from trix.routing.hierarchical_router import HierarchicalRouter
 from trix.routing.router import LearnedRouter, SignatureRouter
+from trix.routing.scattering_router import ScatteringRouter
 from trix.routing.surgery import SignatureSurgery, SurgeryLog
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "HierarchicalRouter",
     "LearnedRouter",
     "Router",
+    "ScatteringRouter",
     "SignatureRouter",
     "SignatureSurgery",
     "SurgeryLog",

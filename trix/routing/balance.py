@@ -15,11 +15,12 @@ def tile_load(tile_idx: Tensor, num_tiles: int, weight: Tensor | None = None) ->
     Args:
         tile_idx: int64, any shape. weight: the gate weights, same shape; assignments of weight 0 are not counted.
     """
-    count = _tile_count(tile_idx, num_tiles, weight)
+    count = tile_count(tile_idx, num_tiles, weight)
     return count / count.sum().clamp_min(1)
 
 
-def _tile_count(tile_idx: Tensor, num_tiles: int, weight: Tensor | None) -> Tensor:
+def tile_count(tile_idx: Tensor, num_tiles: int, weight: Tensor | None = None) -> Tensor:
+    """The assignments that each tile gets, as :func:`tile_load` counts them: float32 [num_tiles]."""
     flat_idx = tile_idx.reshape(-1)
     is_used = torch.ones_like(flat_idx, dtype=torch.float32) if weight is None else (weight.reshape(-1) != 0).float()
     return is_used.new_zeros(num_tiles).scatter_add_(0, flat_idx, is_used)
@@ -85,7 +86,7 @@ def balance_loss(score: Tensor, tile_idx: Tensor, weight: Tensor | None = None) 
     num_tiles = score.shape[-1]
     is_counted = (weight != 0).any(dim=-1) if weight is not None else tile_idx.new_ones(score.shape[0], dtype=torch.bool)
     # One message for both.
-    count = torch.cat([_tile_count(tile_idx, num_tiles, weight), is_counted.sum(dtype=torch.float32).reshape(1)])
+    count = torch.cat([tile_count(tile_idx, num_tiles, weight), is_counted.sum(dtype=torch.float32).reshape(1)])
     summed_over_processes(count)
     load, num_counted = count[:-1] / count[:-1].sum().clamp_min(1), count[-1].clamp_min(1) / num_processes()
     return num_tiles * (load * mean_softmax(score, is_counted, num_counted)).sum()
@@ -102,7 +103,7 @@ def balance_nudge(
     Args:
         tile_idx, weight: as :func:`tile_load`. in_use: bool [num_tiles]; the others have no part in the mean and get 0.
     """
-    count = summed_over_processes(_tile_count(tile_idx, num_tiles, weight))
+    count = summed_over_processes(tile_count(tile_idx, num_tiles, weight))
     load = count / count.sum().clamp_min(1)
     if in_use is None:
         return rate * (load.mean() - load).sign()

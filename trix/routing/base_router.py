@@ -33,7 +33,7 @@ class Router(Facts, ABC):
 
     Class attributes:
         reads: what of the context it needs: {"token"}, {"phase"}, or nothing; a block checks it when it is made.
-        reads_stream: whether x_TD has a say in the choice.
+        reads_stream: whether the stream has a say in the choice, as x_TD or by way of the phase.
 
     A configuration makes it as ``Router(d_model, num_tiles, top_k=..., balance_rate=..., max_k=..., confidence_threshold=...,
     **routing_args)``.

@@ -36,7 +36,7 @@ from trix.nn import FFNConfig
 
 KINDS = {name: kind for name in callbacks.__all__ if issubclass(kind := getattr(callbacks, name), L.Callback)}
 STATEFUL = {
-    *("DiversityMonitor", "Evolution", "RandomState", "ReclusterSchedule", "RoutingMonitor"),
+    *("AutoRecovery", "DiversityMonitor", "Evolution", "RandomState", "ReclusterSchedule", "RoutingMonitor"),
     *("RunNotebook", "RunRecord", "StabilityMonitor", "SurgerySchedule"),
 }
 ADDED_BY_TRIX = {"LastCheckpoint", "RandomState", "ReportPage", "RunNotebook", "RunRecord", "RunReport"}

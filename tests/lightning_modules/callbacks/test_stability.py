@@ -13,6 +13,7 @@ from small_runs import MakeTrainer
 
 from lightning_modules.callbacks import LastCheckpoint, StabilityMonitor
 from lightning_modules.callbacks.run_record import read_metrics
+from lightning_modules.callbacks.stability import FAILURE_TYPES
 from lightning_modules.data.text import TextDataModule
 from lightning_modules.errors import UserError
 from lightning_modules.tasks import LanguageModelTask
@@ -202,3 +203,70 @@ def test_a_validation_that_is_not_finite_gives_no_checkpoint(
 def test_arguments_are_checked(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         StabilityMonitor(**arguments)
+
+
+def test_tensors_are_checked_by_name() -> None:
+    monitor = StabilityMonitor()
+    gradients = [torch.ones(2), None, torch.tensor([1.0, math.nan])]
+    assert monitor.check_tensors({"loss": torch.tensor(1.0), "grads": gradients, "rate": 0.1}) == {
+        "loss": True,
+        "grads": False,
+        "rate": True,
+        "all_finite": False,
+    }
+    assert monitor.check_tensors({"x": torch.tensor([1, 2]), "y": {"z": torch.ones(1)}})["all_finite"]
+    assert not monitor.check_tensors({"x": -math.inf})["all_finite"]
+    assert monitor.check_tensors({}) == {"all_finite": True}
+
+
+def test_the_condition_number_is_that_of_the_singular_values() -> None:
+    monitor = StabilityMonitor()
+    left, _ = torch.linalg.qr(torch.randn(4, 4, dtype=torch.complex128))
+    right, _ = torch.linalg.qr(torch.randn(4, 4, dtype=torch.complex128))
+    sigma = torch.tensor([1e6, 3.0, 2.0, 1e-3], dtype=torch.complex128)
+    assert monitor.check_condition_number(left @ torch.diag(sigma) @ right) == pytest.approx(1e9, rel=1e-6)
+    assert monitor.check_condition_number(torch.eye(3)[:2]) == 1.0
+    assert monitor.check_condition_number(torch.diag(torch.tensor([1.0, 0.0]))) == math.inf
+    assert math.isnan(monitor.check_condition_number(torch.tensor([[math.nan]])))
+    with pytest.raises(ValueError, match=r"shape of H \(\(3,\)\) must be \[rows, columns\]"):
+        monitor.check_condition_number(torch.ones(3))
+
+
+def birman_schwinger(v: torch.Tensor, z: complex) -> torch.Tensor:
+    """|V|^(1/2) R0(z) sgn(V) |V|^(1/2), densely."""
+    hopping = torch.diag(torch.ones(len(v) - 1, dtype=torch.complex128), 1)
+    free = torch.linalg.inv(hopping + hopping.T - z * torch.eye(len(v)))
+    root = v.abs().sqrt()
+    return root[:, None] * free * (v.sign() * root)[None, :]
+
+
+@pytest.mark.parametrize("z", [1j, 0.3 + 0.01j, 1.95 + 0.01j, -2.5 + 10j])
+@pytest.mark.parametrize("kind", ["ones", "one site", "random"])
+def test_a_kernel_of_a_potential_keeps_the_schatten_bounds(z: complex, kind: str) -> None:
+    v = {"ones": torch.ones(64), "one site": torch.eye(64)[20] * 3, "random": torch.randn(64)}[kind].double()
+    kernel, monitor = birman_schwinger(v, z), StabilityMonitor()
+    assert monitor.check_schatten_bounds(kernel, 1.0, z)
+    assert monitor.check_schatten_bounds(kernel.to(torch.complex64), 0.5, z)
+    wrong = kernel + 100 * (1 + v.abs().sum() / z.imag) * (1 - torch.eye(64))
+    assert not monitor.check_schatten_bounds(wrong, 1.0, z)
+    assert not monitor.check_schatten_bounds(kernel * math.nan, 1.0, z)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.ones(2, 3), 1.0, 1j), r"shape of K \(\(2, 3\)\) must be \[n, n\]"),
+        ((torch.ones(2, 2), 0.0, 1j), r"epsilon \(0.0\) must be > 0"),
+        ((torch.ones(2, 2), 1.0, 1 + 0j), r"Im z \(0.0\) must be > 0"),
+    ],
+)
+def test_what_the_schatten_bounds_need(arguments: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        StabilityMonitor().check_schatten_bounds(*arguments)
+
+
+def test_each_failure_has_its_advice() -> None:
+    advice = [StabilityMonitor().suggest_recovery(failure) for failure in FAILURE_TYPES]
+    assert len(set(advice)) == len(FAILURE_TYPES) == 5
+    with pytest.raises(ValueError, match=r"failure_type \('loss_spikes'\) must be one of .*; did you mean loss_spike\?"):
+        StabilityMonitor().suggest_recovery("loss_spikes")

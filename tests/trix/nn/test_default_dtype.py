@@ -20,6 +20,7 @@ MAKERS: dict[str, Callable[[], nn.Module]] = {
     "adaptive": lambda: TriXFFN(16, 4, max_k=3),
     "learned": lambda: TriXFFN(16, 4, routing="learned"),
     "hash": lambda: TriXFFN(16, 4, routing="hash"),
+    "scattering": lambda: TriXFFN(16, 4, top_k=2, routing="scattering"),
     "hierarchical": lambda: HierarchicalTriXFFN(16, 8, tiles_per_cluster=2),
     "gated": lambda: GatedFFN(16, 4),
     "sparse_lookup": lambda: SparseLookupFFN(16, 4, num_classes=3),
@@ -47,7 +48,7 @@ def run(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     if isinstance(layer, SparseLookupFFN):
         y, _, aux = layer(x)
     elif isinstance(layer, TriXFFN):
-        y, _, aux = layer(x, return_routing=True, token_idx=torch.arange(16).reshape(2, 8))
+        y, _, aux = layer(x, return_routing=True, token_idx=torch.arange(16).reshape(2, 8), phase=1.5 + x[..., 0].tanh())
     else:
         y, _, aux = layer(x, return_routing=True)
     return y, y.square().mean() + aux["total_aux"]

@@ -193,7 +193,8 @@ def test_a_mixer_that_cannot_look_ahead_refuses_to() -> None:
 def test_names_of_parts_and_places_of_attention_are_checked() -> None:
     with pytest.raises(ValueError, match=r"mixer \('atention'\) must be 'attention', or the import path of a class"):
         TriXBlock(16, 2, mixer="atention")
-    with pytest.raises(ValueError, match=r"routing \('sideways'\) must be 'explicit', 'emergent', 'learned', 'hash', or the"):
+    kinds = "'explicit', 'emergent', 'learned', 'hash', 'scattering'"
+    with pytest.raises(ValueError, match=rf"routing \('sideways'\) must be {kinds}, or the"):
         TriXFFN(8, 2, routing="sideways")
     with pytest.raises(ValueError, match=r"tiles \('torch.nn.Linear'\) must derive from trix.nn.tiles.Tiles"):
         TriXFFN(8, 2, tiles="torch.nn.Linear")

@@ -18,7 +18,6 @@ from trix.nn import (
     TriXBlock,
     pack_model,
 )
-from trix.nn.recurrent_mixer import Hops
 from trix.outputs import TokenContext
 
 KINDS = {
@@ -39,10 +38,6 @@ def make(kind: str, **args: object) -> RecurrentMixer:
     return mixer
 
 
-def hops_of(mixer: RecurrentMixer, x_BTD: Tensor) -> Hops:
-    return mixer.hops(mixer.dynamics(x_BTD).transpose(1, 2).split(mixer.n_heads, dim=1), None, ())
-
-
 def dense_rows(G: Pair, c: Pair) -> Tensor:
     """L [B, H, T, T] by its recurrence over rows, in complex numbers: row i is G_i (e_i - c_i row i - 1)."""
     pivot, hop = torch.complex(*G), torch.complex(*c)
@@ -56,7 +51,7 @@ def dense_rows(G: Pair, c: Pair) -> Tensor:
 @every_kind
 def test_it_computes_the_formula_of_its_docstring(kind: str) -> None:
     mixer, x = make(kind), torch.randn(2, 9, 24, dtype=torch.float64)
-    hops = hops_of(mixer, x)
+    hops = mixer.read_hops(x)
     gate, channels = mixer.in_proj(x).split([24, mixer.num_channels], dim=-1)
     kernel = mixer.conv.weight[:, 0]
     padded = F.pad(channels, (0, 0, 3, 0))
@@ -78,7 +73,7 @@ def test_it_computes_the_formula_of_its_docstring(kind: str) -> None:
 def test_the_hermitian_rows_are_those_of_the_inverse_of_each_leading_block() -> None:
     mixer, x = make("hermitian"), torch.randn(1, 7, 24, dtype=torch.float64)
     energy, eta, hop = (part[0] for part in mixer.dynamics(x).transpose(1, 2).split(4, dim=1))
-    eta, hops = F.softplus(eta) + 1e-3, hops_of(mixer, x)
+    eta, hops = F.softplus(eta) + 1e-3, mixer.read_hops(x)
     c = torch.complex(*hops.c)[0]
     torch.testing.assert_close(c.abs(), F.softplus(hop))
     mean_energy, mean_eta, mean_hop = mixer.dynamics.bias.split(4)
@@ -98,7 +93,7 @@ def test_the_hermitian_rows_are_those_of_the_inverse_of_each_leading_block() -> 
 
 def test_ssd_is_its_recurrence() -> None:
     mixer, x = make("ssd"), torch.randn(2, 9, 24, dtype=torch.float64)
-    hops = hops_of(mixer, x)
+    hops = mixer.read_hops(x)
     step = F.softplus(mixer.dynamics(x)).transpose(1, 2)
     decay = torch.exp(-step * mixer.log_rate.exp()[:, None])
     total = torch.zeros(2, 4, 9, dtype=torch.float64)
@@ -148,7 +143,7 @@ def test_padding_changes_no_token(kind: str) -> None:
 
 def test_the_resolvent_says_a_phase_within_half_a_turn_that_routers_may_read() -> None:
     mixer, x = make("hermitian"), torch.randn(2, 50, 24, dtype=torch.float64)
-    phase, hops = mixer(x)[2], hops_of(mixer, x)
+    phase, hops = mixer(x)[2], mixer.read_hops(x)
     G = (torch.complex(*hops.G) * hops.scale_in.square()).sum(1)
     torch.testing.assert_close(phase, G.angle())
     assert phase.min() > 0

@@ -1,0 +1,228 @@
+"""The language model of the interface: a face of trix.nn.LanguageModel."""
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from trix.nn import RotaryAttention
+from trix.resnet_bk import BirmanSchwingerMixer, LanguageModel, ResNetBKConfig
+from trix.routing import ScatteringRouter
+
+SMALL: dict[str, Any] = {"vocab_size": 23, "d_model": 32, "n_layers": 2, "n_seq": 32}
+
+
+def make(seed: int = 0, **settings: Any) -> LanguageModel:
+    torch.manual_seed(seed)
+    return LanguageModel(**{**SMALL, **settings}).eval()
+
+
+def tokens(length: int = 20, batch: int = 2) -> Tensor:
+    return torch.randint(0, 23, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+def test_the_defaults_are_those_of_the_interface() -> None:
+    config = ResNetBKConfig()
+    assert (config.vocab_size, config.d_model, config.n_layers, config.n_seq) == (30000, 256, 6, 512)
+    assert (config.epsilon, config.use_prime_bump, config.num_experts, config.top_k) == (1.0, True, 4, 2)
+    assert (config.use_scattering_router, config.use_act, config.act_halt_threshold) == (True, False, 0.2)
+
+
+def test_the_output_has_the_shape_of_the_logits_and_the_loss_of_the_next_token() -> None:
+    model, ids = make(), tokens()
+    output = model(ids, labels=ids)
+    assert output.shape == (2, 20, 23)
+    expected = torch.nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    torch.testing.assert_close(output.loss, expected)
+    assert output["loss"] is output.loss
+    assert "logits" in output
+    assert "state" not in output
+    assert torch.equal(model(ids, return_dict=False), output.logits)
+    with pytest.raises(KeyError, match="state must be one of logits, aux_loss"):
+        model(ids)["state"]
+
+
+CHANGED: dict[str, Any] = {
+    "epsilon": 0.5,
+    "use_prime_bump": False,
+    "num_experts": 8,
+    "top_k": 1,
+    "use_scattering_router": False,
+    "use_act": True,
+    "prime_bump_scale": 0.5,
+    "k_max": 1,
+    "use_lap": False,
+    "schatten_threshold": 0.5,
+    "use_semiseparable": False,
+    "low_rank": 3,
+    "n_heads": 4,
+    "hopping": "one_way",
+    "ternary_mixer": True,
+}
+
+
+@pytest.mark.parametrize("key", CHANGED)
+def test_each_key_changes_the_answer(key: str) -> None:
+    ids = tokens()
+    assert getattr(ResNetBKConfig(), key) != CHANGED[key]
+    assert not torch.equal(
+        make(prime_bump_scale=0.3)(ids).logits, make(**{"prime_bump_scale": 0.3, key: CHANGED[key]})(ids).logits
+    )
+
+
+def test_the_halting_threshold_and_the_mourre_check_count_where_they_are_in_use() -> None:
+    ids = tokens()
+    early, late = (make(use_act=True, act_halt_threshold=threshold, n_layers=3)(ids).logits for threshold in (0.7, 0.05))
+    assert not torch.equal(early, late)
+    assert make().diagnostics()["mourre"] is True
+    assert "mourre" not in make(use_mourre=False).diagnostics()
+
+
+def test_it_is_made_of_the_parts_that_stand() -> None:
+    model = make(attention_at=(1,), use_scattering_router=False)
+    assert [type(mixer) for mixer in model.model.stack.mixers] == [BirmanSchwingerMixer, RotaryAttention]
+    routed = make().model.stack.blocks[0].ffn
+    assert isinstance(routed.router, ScatteringRouter)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_no_token(side: str) -> None:
+    model, ids = make(prime_bump_scale=0.3), tokens()
+    noise = torch.zeros(2, 6, dtype=torch.int64)
+    padded = torch.cat([noise, ids] if side == "left" else [ids, noise], dim=1)
+    mask = torch.ones_like(padded)
+    mask[:, slice(0, 6) if side == "left" else slice(20, 26)] = 0
+    torch.testing.assert_close(model(padded, mask).logits[mask.bool()].reshape(2, 20, -1), model(ids).logits)
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_act": True}, {"hopping": "one_way", "use_semiseparable": False}], ids=str)
+def test_generating_is_reading_the_whole_text_each_time(settings: dict[str, Any]) -> None:
+    model, ids = make(prime_bump_scale=0.3, **settings), tokens(5)
+    expected = ids
+    for _ in range(15):
+        expected = torch.cat([expected, model(expected).logits[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(model.generate(ids, 20, do_sample=False), expected)
+
+
+def test_sampling_keeps_to_the_likeliest_tokens_and_repeats_with_its_generator() -> None:
+    model, ids = make(), tokens(5, batch=4)
+    first, again = (model.generate(ids, 25, top_k=3, generator=torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(first, again)
+    assert first.shape == (4, 25)
+    for place in range(5, 25):
+        likeliest = model(first[:, :place]).logits[:, -1].topk(3).indices
+        assert (likeliest == first[:, place, None]).any(-1).all()
+    assert torch.equal(model.generate(ids, 25, top_p=1e-9), model.generate(ids, 25, do_sample=False))
+
+
+def test_it_trains_with_its_ponder_cost() -> None:
+    model, ids = make(use_act=True).train(), tokens()
+    output = model(ids, labels=ids)
+    assert output.aux_loss > 0
+    (output.loss + output.aux_loss).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_it_is_written_and_read_back(tmp_path: Path) -> None:
+    model, ids = make(top_k=1, attention_at=(0,), use_scattering_router=False), tokens()
+    model.save_pretrained(tmp_path / "model")
+    assert {path.name for path in (tmp_path / "model").iterdir()} == {"config.json", "model.safetensors"}
+    again = LanguageModel.from_pretrained(tmp_path / "model").eval()
+    assert again.config == model.config
+    assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def _edit(folder: Path, **values: Any) -> None:
+    about = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**about, **values}))
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    make().save_pretrained(tmp_path)
+    _edit(tmp_path, n_layers=10**9)
+    with pytest.raises(ValueError, match=r"n_layers in .* \(1000000000\) must be <= the number of its tensors \(\d+\)"):
+        LanguageModel.from_pretrained(tmp_path)
+    _edit(tmp_path, n_layers=2, d_model=2**20)
+    with pytest.raises(ValueError, match=r"shape of .* must be"):
+        LanguageModel.from_pretrained(tmp_path)
+    _edit(tmp_path, d_model=32, n_seq=2**40)
+    with pytest.raises(ValueError, match=r"n_seq \(1099511627776\) must be <= 16777216"):
+        LanguageModel.from_pretrained(tmp_path)
+    _edit(tmp_path, n_seq=32, model_type="gpt2")
+    with pytest.raises(ValueError, match=r"model_type in .* \('gpt2'\) must be 'resnet_bk'"):
+        LanguageModel.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(ValueError, match=r"must be a safetensors file"):
+        LanguageModel.from_pretrained(tmp_path)
+
+
+class _Ran:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (exec, ("raise SystemExit('the pickle ran')",))
+
+
+def test_a_pickle_is_not_read(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    make().save_pretrained(folder)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"must hold config.json and model.safetensors; pickles \(.bin, .pt\) are not read"):
+        LanguageModel.from_pretrained(folder)
+    (tmp_path / "model.pt").write_bytes(pickle.dumps(_Ran()))
+    with pytest.raises(ValueError, match=r"must be a folder with config.json and model.safetensors, it is a file"):
+        LanguageModel.from_pretrained(tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=r"must hold tensors and plain values only"):
+        LanguageModel.from_checkpoint(tmp_path / "model.pt")
+
+
+def test_a_checkpoint_is_its_configuration_and_weights(tmp_path: Path) -> None:
+    from dataclasses import asdict
+
+    model, ids = make(), tokens()
+    torch.save({"config": asdict(model.config), "model": model.state_dict()}, tmp_path / "model.pt")
+    assert torch.equal(LanguageModel.from_checkpoint(tmp_path / "model.pt").eval()(ids).logits, model(ids).logits)
+
+
+def test_it_refuses_what_it_cannot_do() -> None:
+    with pytest.raises(ValueError, match=r"key \(num_expert\) must be one of the configuration's; the nearest is num_experts"):
+        make(num_expert=4)
+    with pytest.raises(ValueError, match=r"top_k \(5\) must be <= num_experts \(4\)"):
+        make(top_k=5)
+    with pytest.raises(ValueError, match=r"epsilon \(0.0\) must be > 0"):
+        make(epsilon=0.0)
+    model = make()
+    for ids, message in [
+        (tokens(33), r"sequence of input_ids \(33\) must be >= 1 and <= n_seq \(32\)"),
+        (tokens(0), r"sequence of input_ids \(0\) must be >= 1 and <= n_seq \(32\)"),
+        (tokens().int(), r"input_ids \(2, 20\) torch.int32 must be int64"),
+        (tokens() + 23, r"token \(\d+\) must be >= 0 and < vocab_size \(23\)"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            model(ids)
+    for settings, message in [
+        ({"max_length": 33}, r"max_length \(33\) must be >= the prompt's \(20\) and <= n_seq \(32\)"),
+        ({"max_length": 30, "temperature": 0.0}, r"temperature \(0.0\) must be > 0"),
+        ({"max_length": 30, "top_p": 0.0}, r"top_p \(0.0\) must be > 0 and <= 1"),
+        ({"max_length": 30, "top_k": -1}, r"top_k \(-1\) must be >= 0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            model.generate(tokens(), **settings)
+    with pytest.raises(ValueError, match=r"attention_mask \(2, 3\) must have the shape of input_ids \(2, 20\)"):
+        model(tokens(), torch.ones(2, 3))
+
+
+def test_transformers_knows_it(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    import trix.resnet_bk.hugging_face
+
+    model, ids = make(), tokens()
+    model.save_pretrained(tmp_path)
+    assert transformers.AutoConfig.from_pretrained(tmp_path).num_experts == 4
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert isinstance(theirs, trix.resnet_bk.hugging_face.ResNetBKForCausalLM)
+    assert torch.equal(theirs(ids).logits, model(ids).logits)
+    theirs.save_pretrained(tmp_path / "again")
+    assert torch.equal(LanguageModel.from_pretrained(tmp_path / "again").eval()(ids).logits, model(ids).logits)

@@ -1,0 +1,73 @@
+"""ResNet-BK among the models of transformers: AutoConfig and AutoModelForCausalLM know it once this file is imported.
+
+``import trix.resnet_bk`` imports it too where transformers has been imported before.
+"""
+
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+from trix.resnet_bk.config import ResNetBKConfig
+from trix.resnet_bk.language_model import MODEL_TYPE, LanguageModel
+
+
+class ResNetBKHubConfig(PretrainedConfig):
+    """transformers' form of a :class:`~trix.resnet_bk.ResNetBKConfig`, with the same keys."""
+
+    model_type = MODEL_TYPE
+
+    def __init__(self, **kwargs: Any) -> None:
+        for f in fields(ResNetBKConfig):
+            value = kwargs.pop(f.name, f.default)
+            setattr(self, f.name, list(value) if isinstance(value, tuple) else value)
+        super().__init__(**kwargs)
+
+    def settings(self) -> ResNetBKConfig:
+        return ResNetBKConfig.from_mapping({f.name: getattr(self, f.name) for f in fields(ResNetBKConfig)})
+
+
+class ResNetBKForCausalLM(PreTrainedModel):
+    """transformers' form of a :class:`~trix.resnet_bk.LanguageModel`, which it holds as ``face``.
+
+    It reads and writes the same files. ``generate`` is that of the face.
+    """
+
+    config_class = ResNetBKHubConfig
+    base_model_prefix = "face"
+
+    def __init__(self, config: ResNetBKHubConfig) -> None:
+        super().__init__(config)
+        self.face = LanguageModel(**asdict(config.settings()))
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **_: Any
+    ) -> CausalLMOutput:
+        output = self.face(input_ids, attention_mask, labels=labels)
+        return CausalLMOutput(loss=output.loss, logits=output.logits)
+
+    def generate(self, input_ids: Tensor, max_length: int = 100, **settings: Any) -> Tensor:
+        """See :meth:`trix.resnet_bk.LanguageModel.generate`."""
+        return self.face.generate(input_ids, max_length, **settings)
+
+    def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
+        """See :meth:`trix.resnet_bk.LanguageModel.save_pretrained`."""
+        self.face.save_pretrained(save_directory)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *_: Any, **settings: Any) -> Self:
+        """See :meth:`trix.resnet_bk.LanguageModel.from_pretrained`; of transformers' settings, ``dtype`` is heeded."""
+        face = LanguageModel.from_pretrained(pretrained_model_name_or_path)
+        model = cls(ResNetBKHubConfig(**asdict(face.config)))
+        model.face = face
+        dtype = settings.get("dtype", settings.get("torch_dtype"))
+        model = model.to(dtype) if isinstance(dtype, torch.dtype) else model
+        return model.eval()
+
+
+AutoConfig.register(MODEL_TYPE, ResNetBKHubConfig, exist_ok=True)
+AutoModelForCausalLM.register(ResNetBKHubConfig, ResNetBKForCausalLM, exist_ok=True)
