@@ -58,18 +58,21 @@ def scan_tokens(
     read: Sequence[tuple[str, str]],
     written: Sequence[tuple[str, str]],
     without_tokens: Mapping[str, str],
+    state_rank: int,
+    written_rank: int,
 ) -> list[NodeProto]:
     """A Scan along axis 2, the tokens, of tensors of floats.
 
     step: the nodes of one step. states: the name before the first step, then in a step before and after it, and after the last
     step. read: what is cut along the axis, outside and in a step. written: what is joined, in a step and outside.
     without_tokens: which of the inputs each output is where one of `read` is empty, at which onnxruntime's Scan crashes.
+    The ranks are those in a step, without which onnxruntime runs no Scan; it finds them itself only where it knows the inputs'.
     """
     body = helper.make_graph(
         step,
         "step",
-        [_float_of_any_rank(name) for name in (*(state[1] for state in states), *(inner for _, inner in read))],
-        [_float_of_any_rank(name) for name in (*(state[2] for state in states), *(inner for inner, _ in written))],
+        [*(_floats(state[1], state_rank) for state in states), *(_floats(inner) for _, inner in read)],
+        [*(_floats(state[2], state_rank) for state in states), *(_floats(inner, written_rank) for inner, _ in written)],
     )
     outputs = [*(state[3] for state in states), *(outer for _, outer in written)]
     scan = node(
@@ -83,7 +86,7 @@ def scan_tokens(
     )
     copies = [node("Identity", [without_tokens[name]], [f"{name}_of_none"]) for name in outputs]
     with_tokens, empty = (
-        helper.make_graph(nodes, ending, [], [_float_of_any_rank(f"{name}_{ending}") for name in outputs])
+        helper.make_graph(nodes, ending, [], [_floats(f"{name}_{ending}") for name in outputs])
         for nodes, ending in (([scan], "of_tokens"), (copies, "of_none"))
     )
     return [
@@ -94,5 +97,5 @@ def scan_tokens(
     ]
 
 
-def _float_of_any_rank(name: str) -> onnx.ValueInfoProto:
-    return helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
+def _floats(name: str, rank: int | None = None) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, None if rank is None else [None] * rank)

@@ -77,7 +77,7 @@ def _function() -> FunctionProto:
         *(node("Expand", [name, "all_tokens"], [f"every_{name}"]) for name in ("q", "k")),
         *(node("Unsqueeze", [f"G_{part}", "last_axis"], [f"G_{part}_column"]) for part in ("re", "im")),
         *(node("Mul", [f"G_{part}_column", "u"], [f"drive_{part}"]) for part in ("re", "im")),
-        *scan_tokens(step, states, read, [("y_re_t", "y_re"), ("y_im_t", "y_im")], without_tokens),
+        *scan_tokens(step, states, read, [("y_re_t", "y_re"), ("y_im_t", "y_im")], without_tokens, 4, 3),
     ]
     return as_function(RESOLVENT_MIX, nodes)
 

@@ -53,7 +53,7 @@ def _function() -> FunctionProto:
     read = [(name, f"{name}_t") for name in ("alpha_re", "alpha_im", "w")]
     written = [("G_re_t", "G_re"), ("G_im_t", "G_im")]
     without_tokens = {"G_re": "alpha_re", "G_im": "alpha_im", "last_re": "first_re", "last_im": "first_im"}
-    return as_function(RESOLVENT_SWEEP, scan_tokens(step, states, read, written, without_tokens))
+    return as_function(RESOLVENT_SWEEP, scan_tokens(step, states, read, written, without_tokens, 2, 2))
 
 
 def _check(run: Run) -> float:
