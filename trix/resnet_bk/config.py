@@ -49,7 +49,7 @@ class ResNetBKConfig:
     k_max: int = 3
     use_mourre: bool = True
     use_lap: bool = True
-    schatten_threshold: float | None = None
+    schatten_threshold: float | None = 100.0
     use_semiseparable: bool = True
     low_rank: int | None = None
     act_halt_threshold: float = 0.2

