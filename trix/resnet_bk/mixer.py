@@ -1,5 +1,6 @@
 """The mixer of the ResNet-BK language model: a resolvent with a potential that depends on the position."""
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -11,6 +12,13 @@ from trix.outputs import State, StateSpec
 from trix.resnet_bk.potential import PrimeBumpPotential
 
 MAX_ETA_FLOOR = 0.1
+
+
+@lru_cache(maxsize=8)
+def _bump(n_seq: int, epsilon: float, k_max: int) -> Tensor:
+    """The fixed potential, which all layers share: its cost grows as n_seq^2 / log n_seq."""
+    with torch.device("cpu"):
+        return PrimeBumpPotential(n_seq, epsilon, k_max).values()
 
 
 class BirmanSchwingerMixer(ResolventMixer):
@@ -57,8 +65,10 @@ class BirmanSchwingerMixer(ResolventMixer):
             mixer["eta_min"] = min(1.0 / context_length, MAX_ETA_FLOOR)
         super().__init__(d_model, n_heads, context_length, ternary, dropout, **mixer)
         self.context_length, self.schatten_threshold = context_length, schatten_threshold
-        bump = PrimeBumpPotential(context_length, epsilon, k_max, scale=prime_bump_scale).values()
-        self.register_buffer("bump_N", bump.to(torch.get_default_dtype()), persistent=False)
+        bump_N = torch.zeros(context_length)
+        if prime_bump_scale:
+            bump_N = bump_N + prime_bump_scale * _bump(context_length, epsilon, k_max).to(bump_N)
+        self.register_buffer("bump_N", bump_N, persistent=False)
 
     def hop_specs(self) -> tuple[StateSpec, ...]:
         """Those of ResolventMixer, and the number of tokens before."""
