@@ -10,7 +10,7 @@ from trix.nn.feed_forward import FFNConfig
 from trix.nn.language_model import LanguageModelConfig
 
 MIXER = "trix.resnet_bk.mixer.BirmanSchwingerMixer"
-MAX_SEQUENCE = 2**17  # the potential's cost grows as n_seq^2 / log n_seq
+MAX_SEQUENCE = 2**16  # the potential's cost grows as n_seq^2 / log n_seq
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class ResNetBKConfig:
             tiles. attention_at: places of blocks that mix by attention; with the scattering router there can be none.
 
     Raises:
-        ValueError: a size below 1, n_seq > 2^17, top_k > num_experts, epsilon <= 0; by :meth:`from_mapping` an unknown key.
+        ValueError: a size below 1, n_seq > 2^16, top_k > num_experts, epsilon <= 0; by :meth:`from_mapping` an unknown key.
     """
 
     vocab_size: int = 30000

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from trix.resnet_bk.statistics import spacing_statistics
 
+REACH = 9.0  # widths of a bump beyond which it is below float64's rounding
+BLOCK = 64  # bumps at a time
+
 Positions = Literal["uniform", "index", "log1p"]
 
 
@@ -78,12 +81,18 @@ class PrimeBumpPotential(nn.Module):
 
     def _bumps(self) -> Tensor:
         """The fixed potential without the scale: float64 [n_seq]."""
-        place, total = self._place(), torch.zeros(self.n_seq, dtype=torch.float64)
-        for p in self.get_prime_indices():
-            for k in range(1, self.k_max + 1):
-                bump = torch.exp(-(place - k * math.log(p)).square() / (2 * self.epsilon)) / math.sqrt(self.epsilon)
-                total += self.compute_alpha_coefficients(p, k) * bump
-        return total
+        place, reach = self._place(), REACH * math.sqrt(self.epsilon)
+        bumps = [
+            (k * math.log(p), self.compute_alpha_coefficients(p, k))
+            for p in self.get_prime_indices()
+            for k in range(1, self.k_max + 1)
+        ]
+        limit = float(place[-1]) + reach if not place.is_meta else math.inf
+        near = torch.tensor([bump for bump in bumps if bump[0] <= limit], dtype=torch.float64).reshape(-1, 2)
+        total = torch.zeros_like(place)
+        for centre, alpha in (part.unbind(1) for part in torch.split(near, BLOCK)):
+            total += alpha @ torch.exp((place - centre[:, None]).square() / (-2 * self.epsilon))
+        return total / math.sqrt(self.epsilon)
 
     def values(self) -> Tensor:
         """The fixed potential: float64 [n_seq]."""
