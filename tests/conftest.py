@@ -1,8 +1,48 @@
+import gc
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 from native_fixtures import cxx_compiler, native_library, plain_build
 from shown import SHOWN
 
 __all__ = ["cxx_compiler", "native_library", "plain_build"]
+
+
+def pytest_collection_finish() -> None:
+    """What the imports made stays: left out, the collections of garbage during an export take a tenth of its time less."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def session_folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """A folder that all processes of a session share."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if hasattr(request.config, "workerinput") else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_traces(request: pytest.FixtureRequest) -> Iterator[None]:
+    if "torch" not in sys.modules:  # the tests of the operators do without
+        yield
+        return
+    from shared_traces import sharing_traces
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ort_ops.export.trace", sharing_traces(request.getfixturevalue("session_folder")))
+        yield
+
+
+@pytest.fixture
+def traced_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that change how a module is traced."""
+    from ort_ops.tracing import trace
+
+    monkeypatch.setattr("ort_ops.export.trace", trace)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

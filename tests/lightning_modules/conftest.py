@@ -7,6 +7,7 @@ import lightning as L
 import pytest
 from hostile_runs import originals
 from lightning.pytorch.loggers import TensorBoardLogger
+from page_figures import drawn_figures, undrawn_figures
 from small_runs import SENTENCE, MakeTrainer, small_network
 
 from lightning_modules.data.digits import DigitsDataModule
@@ -14,7 +15,7 @@ from lightning_modules.data.text import TextDataModule
 from lightning_modules.tasks import ClassifierTask, LanguageModelTask
 from trix.nn import ClassifierConfig, FFNConfig
 
-__all__ = ["originals"]
+__all__ = ["drawn_figures", "originals", "undrawn_figures"]
 
 
 @pytest.fixture

@@ -180,6 +180,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.usefixtures("drawn_figures")
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true"])
 def test_every_callback_and_command_takes_it(precision: str, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", "--config", "small.yaml", f"--trainer.precision={precision}"]) == 0

@@ -216,6 +216,7 @@ def test_activations_of_8_bits_drift_little_and_are_told(tmp_path: Path, group_s
     assert ExportedModel(path, use_library=False).check_parity().max_relative_difference < 0.2
 
 
+@pytest.mark.usefixtures("traced_anew")
 def test_a_graph_that_forgets_what_was_before_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RotaryAttention, "_rotate", lambda self, x, start: rotate(self, x, 0 * start))
     with pytest.raises(ExportError, match=r"max relative difference to torch \(.*\) must be < 1e-04"):

@@ -39,6 +39,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.usefixtures("drawn_figures")
 def test_the_page_is_about_the_best_checkpoint(folder: Path) -> None:
     assert main(["fit", "--config", "small.yaml"]) == 0
     page = PAGE.read_text()

@@ -10,6 +10,7 @@ from small_runs import SENTENCE
 from lightning_modules.cli import main
 
 
+@pytest.mark.usefixtures("drawn_figures")
 def test_a_language_model_is_shown_on_its_own_validation_text(
     checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -29,6 +30,7 @@ def test_a_language_model_is_shown_on_its_own_validation_text(
     assert [path.name for path in output.parent.iterdir()] == ["page.html"]
 
 
+@pytest.mark.usefixtures("drawn_figures")
 def test_a_classifier_is_shown_with_its_classes_beside_its_checkpoint(
     checkpoints: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

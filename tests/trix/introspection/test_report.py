@@ -67,6 +67,7 @@ def cards(page: str) -> list[str]:
     return page.split('<div class="tile">')[1:]
 
 
+@pytest.mark.usefixtures("drawn_figures")
 def test_the_page_is_whole_self_contained_and_escapes_the_text() -> None:
     model = network()
     model.stack.blocks[0].ffn.freeze_signature(1, tag="<i>why</i>")
@@ -81,6 +82,7 @@ def test_the_page_is_whole_self_contained_and_escapes_the_text() -> None:
     assert "\x0c" not in page
 
 
+@pytest.mark.usefixtures("drawn_figures")
 def test_every_heading_is_explained() -> None:
     for page in (html_report(network(), TOKENS, STRINGS), html_report(classifier(), IMAGES, labels=LABELS)):
         headings = Page(page).headings
@@ -210,6 +212,7 @@ def test_padding_is_not_shown_nor_counted() -> None:
         assert f"usage: {int((info['tile_idx'][0, :16] == tile).sum()) / 16:.1%}" in card
 
 
+@pytest.mark.usefixtures("drawn_figures")
 def test_sparse_lookup_layers_have_no_weight_matrices_to_tell_of() -> None:
     torch.manual_seed(0)
 

@@ -1,0 +1,76 @@
+"""Models that several tests export are traced by torch once in a session, also where they run in several processes.
+
+A trace takes seconds, and its graph is determined by the module, all values in it included, and the sizes of the examples: these
+are its name in a folder of the session. Every file is still put together, verified against torch and written for each test.
+Tests that change how a module is traced ask for `traced_anew`.
+"""
+
+import hashlib
+import io
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor
+
+from ort_ops import tracing
+from ort_ops.own_module import FlatModule
+from ort_ops.tracing import Interface, Traced
+
+
+def sharing_traces(folder: Path) -> Callable[[Any, Interface], Traced]:
+    """`ort_ops.tracing.trace` with a store in the folder."""
+
+    def trace(packed: Any, interface: Interface) -> Traced:
+        if interface.wrapper is FlatModule:  # of modules that users bring, torch's own program is needed too
+            return tracing.trace(packed, interface)
+        wrapped = interface.wrapper(packed).eval()
+        try:
+            names = interface.input_names, interface.output_names
+            path = folder / digest((wrapped, sizes(interface.examples), repr(interface.dynamic_shapes), names))
+        except (pickle.PicklingError, AttributeError, TypeError):  # what cannot be pickled
+            return tracing.trace(packed, interface)
+        if path.exists():
+            return Traced(onnx.load_model(path), wrapped, None)  # type: ignore[arg-type]
+        with torch.random.fork_rng(devices=[]):  # as where it is read
+            traced = tracing.trace(packed, interface)
+        partial = path.with_suffix(f".{os.getpid()}")
+        partial.write_bytes(traced.proto.SerializeToString())
+        partial.replace(path)
+        return traced
+
+    return trace
+
+
+def sizes(examples: Any) -> Any:
+    if isinstance(examples, Tensor):
+        return str(examples.dtype), tuple(examples.shape)
+    return [sizes(example) for example in examples]
+
+
+def digest(content: Any) -> str:
+    """Equal where classes, attributes and the values of tensors are equal."""
+    file = io.BytesIO()
+    pickler = _Pickler(file)
+    pickler.fast = True  # or texts that are one object would differ from equal ones that are two
+    pickler.dump(content)
+    return hashlib.sha256(file.getvalue()).hexdigest()
+
+
+class _Pickler(pickle.Pickler):
+    """Writes tensors by value, each storage with the number of the tensor that showed it first."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file)
+        self._numbers: dict[int, int] = {}
+
+    def persistent_id(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return None
+        number = self._numbers.setdefault(value.untyped_storage().data_ptr(), len(self._numbers))
+        content = value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        return type(value).__name__, str(value.dtype), tuple(value.shape), number, hashlib.sha256(content).hexdigest()
