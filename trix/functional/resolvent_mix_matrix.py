@@ -127,8 +127,11 @@ def resolvent_mix_matrix(
     G, c [B, H, N], u [B, H, N, P], q, k [B, H or 1, N, n], first [B, H, n, P] -> the two parts of y [B, H, N, P], and those of
     the last S [B, H, n, P].
     """
-    sequence = _Sequence.of(torch.complex(G_re, G_im), torch.complex(c_re, c_im), u, q, k)
-    state = torch.complex(first_re, first_im)
+    G, c, state = torch.complex(G_re, G_im), torch.complex(c_re, c_im), torch.complex(first_re, first_im)
+    if u.shape[2] == 1:  # a step of decoding
+        state = G.unsqueeze(-1) * (k.mT * u - c.unsqueeze(-1) * state)
+        return *parts((q.mT * state).sum(2, keepdim=True)), *parts(state)
+    sequence = _Sequence.of(G, c, u, q, k)
     y_re, y_im = torch.empty_like(sequence.u), torch.empty_like(sequence.u)
     for part in _segments(sequence):
         chunks = sequence.chunks(part)
@@ -141,7 +144,7 @@ def resolvent_mix_matrix(
 
 def _segments(sequence: _Sequence) -> list[slice]:
     """Slices of the chunks."""
-    return list(segments(sequence.A.flatten(0, 1).shape, SEGMENT_SITES))
+    return segments(sequence.A.flatten(0, 1).shape, SEGMENT_SITES)
 
 
 def _tokens(x: Tensor, num_tokens: int) -> Tensor:

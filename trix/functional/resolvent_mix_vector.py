@@ -63,7 +63,7 @@ def _mix_backward(
     first = torch.complex(first_re, first_im).reshape(num_rows, 1, -1)
     grad_u, grad_G, grad_A = u.new_empty(u_RNP.shape), torch.empty_like(G), torch.empty_like(A)
     p_after = torch.complex(grad_last_re, grad_last_im).reshape(num_rows, -1)
-    for part in reversed(list(segments(u_RNP.shape, SEGMENT_VALUES))):
+    for part in reversed(segments(u_RNP.shape, SEGMENT_VALUES)):
         p = linear_recurrence(decay[:, part], torch.complex(grad_re[:, part], grad_im[:, part]), p_after, is_reversed=True)
         p_after = p[:, 0]
         G_part, u_part = G[:, part].unsqueeze(-1), u_RNP[:, part]

@@ -27,8 +27,8 @@ def resolvent_sweep(alpha_re: Tensor, alpha_im: Tensor, w: Tensor, first_re: Ten
     The last G is the state: given as first with the tokens that follow, it continues the sweep.
     """
     num_chunks = -(-alpha_re.shape[-1] // CHUNK)
-    alpha = torch.stack([_to_steps(alpha_re, num_chunks, 0.0), _to_steps(alpha_im, num_chunks, -1.0)])
-    w_SKR = _to_steps(w, num_chunks, 0.0)
+    alpha = torch.stack([_to_steps(alpha_re, 0.0), _to_steps(alpha_im, -1.0)])
+    w_SKR = _to_steps(w, 0.0)
     first = torch.stack([first_re.reshape(-1), first_im.reshape(-1)])
     G = first.unsqueeze(1)
     if num_chunks > 1:
@@ -39,11 +39,12 @@ def resolvent_sweep(alpha_re: Tensor, alpha_im: Tensor, w: Tensor, first_re: Ten
     return _from_steps(re, alpha_re.shape), _from_steps(im, alpha_re.shape)
 
 
-def _to_steps(x: Tensor, num_chunks: int, fill: float) -> Tensor:
-    """[..., N] as [S, K, R], padded to whole chunks."""
+def _to_steps(x: Tensor, fill: float) -> Tensor:
+    """[..., N] as [S, K, R], padded to whole chunks; fewer tokens than a chunk has are one chunk of their own."""
     x = x.reshape(-1, x.shape[-1])
-    x = torch.nn.functional.pad(x, (0, num_chunks * CHUNK - x.shape[-1]), value=fill)
-    return x.view(-1, num_chunks, CHUNK).permute(2, 1, 0).contiguous()
+    chunk = min(CHUNK, x.shape[1])
+    x = torch.nn.functional.pad(x, (0, -x.shape[1] % chunk), value=fill)
+    return x.view(len(x), x.shape[1] // chunk, chunk).permute(2, 1, 0).contiguous()
 
 
 def _from_steps(x_SKR: Tensor, shape: torch.Size) -> Tensor:
