@@ -90,17 +90,16 @@ class ResolventMixer(RecurrentMixer):
         kept: State = ()
         G = resolvent_pivots(alpha, None)
         if is_hermitian:
-            first = Pair(*(part.expand(eta.shape[:2]) for part in end))
-            if state:
-                first = Pair(*(part + rest for part, rest in zip(first, state[0].to(eta.dtype).unbind(-1), strict=True)))
-            G = resolvent_pivots(alpha, hop.square(), first)
-            kept = (torch.stack([part[..., -1] - mean for part, mean in zip(G, end, strict=True)], dim=-1),)
+            end_H2 = torch.stack(end, dim=-1)
+            first_BH2 = state[0].to(eta.dtype) + end_H2 if state else end_H2.expand(eta.shape[0], -1, -1)
+            G = resolvent_pivots(alpha, hop.square(), Pair(*first_BH2.unbind(-1)))
+            kept = (torch.stack([part[..., -1] for part in G], dim=-1) - end_H2,)
         scale = eta.sqrt()
         if not self.gauge:
             return Hops(G, Pair(hop, torch.zeros_like(hop)), scale, scale, None, kept)
         modulus = (end.re.square() + end.im.square()).sqrt()
         cos, sin = (end.re / modulus)[:, None], (end.im / modulus)[:, None]
-        return Hops(G, Pair(-hop * cos, hop * sin), scale, scale, Pair(cos[..., None], -sin[..., None]), kept)
+        return Hops(G, Pair(hop * -cos, hop * sin), scale, scale, Pair(cos[..., None], -sin[..., None]), kept)
 
     def mean_operator(self, dtype: torch.dtype | None = None) -> tuple[Pair, Tensor, Tensor]:
         """alpha, eta and |c| of each head where the dynamics are their biases, [H]."""
