@@ -252,18 +252,21 @@ class FairComparison:
         return chosen, reported
 
 
-def paired_significance(results_a: Sequence[float], results_b: Sequence[float]) -> Significance:
+def paired_significance(results_a: Sequence[float], results_b: Sequence[float], min_pairs: int = MIN_PAIRS) -> Significance:
     """scipy's paired t-test of what two models reached with the same seeds, and how much they differ.
 
     Where all differences are equal there is nothing to estimate: the p-value is 1 if they are 0, else 0.
 
+    Args:
+        min_pairs: pairs below which there is no answer, >= 2.
+
     Raises:
-        ValueError: numbers of results differ, are below 5, or a result is not finite.
+        ValueError: numbers of results differ, are below min_pairs, or a result is not finite.
     """
     if len(results_a) != len(results_b):
         raise ValueError(f"number of results_a ({len(results_a)}) must equal that of results_b ({len(results_b)})")
-    if len(results_a) < MIN_PAIRS:
-        raise ValueError(f"number of paired results ({len(results_a)}) must be >= {MIN_PAIRS}")
+    if len(results_a) < min_pairs:
+        raise ValueError(f"number of paired results ({len(results_a)}) must be >= {min_pairs}")
     a, b = np.asarray(results_a, dtype=np.float64), np.asarray(results_b, dtype=np.float64)
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         raise ValueError("results must be finite")
@@ -277,11 +280,13 @@ def paired_significance(results_a: Sequence[float], results_b: Sequence[float]) 
 
 
 @torch.no_grad()
-def check_causal(model: nn.Module, name: str, vocab_size: int, length: int) -> None:
+def check_causal(model: nn.Module, name: str, vocab_size: int, length: int) -> bool:
     """Raise ValueError where tokens that are edited move a logit before them, in any of several places.
 
     Logits that are not bitwise equal are computed again in float64, where sums of another order come to less than 1e-9.
+    Returns whether all are bitwise equal.
     """
+    is_bitwise = True
     exact = copy.deepcopy(model).double().eval()
     was_training = model.training
     model.eval()
@@ -292,11 +297,13 @@ def check_causal(model: nn.Module, name: str, vocab_size: int, length: int) -> N
         before, after = (logits_of(model(token))[:, :place] for token in (token_BT, edited_BT))
         if torch.equal(before, after):
             continue
+        is_bitwise = False
         before, after = (logits_of(exact(token))[:, :place] for token in (token_BT, edited_BT))
         move = float((before - after).abs().max())
         if not move <= MAX_MOVE:
             raise ValueError(f"logits of {name} before token {place} must not depend on it: they move by {move:.3g}")
     model.train(was_training)
+    return is_bitwise
 
 
 @torch.no_grad()

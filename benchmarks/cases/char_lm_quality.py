@@ -8,16 +8,16 @@ one had finished.
 """
 
 import argparse
-import json
 import math
 import statistics
 import time
+from collections.abc import Iterable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from kept_runs import RESULTS, kept_or_run
 from rich.progress import track
 from torch import nn
 
@@ -48,7 +48,7 @@ LONG_LAYERS = (
     "trix explicit",
     "trix explicit, 2 tiles of half width by hidden state",
 )
-FINISHED = Path(__file__).resolve().parents[1] / "results" / "char_lm_quality.runs.jsonl"
+FINISHED = RESULTS / "char_lm_quality.runs.jsonl"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,15 +83,7 @@ def run(steps: int, long_steps: int, seeds: list[int], lr: float, only: list[str
 
 def finished_or_run(name: str, seed: int, steps: int, lr: float) -> dict[str, Any]:
     key = {"layer": name, "config": asdict(LAYERS[name]), "seed": seed, "steps": steps, "lr": lr}
-    if FINISHED.exists():
-        for line in FINISHED.read_text(encoding="utf-8").splitlines():
-            record = json.loads(line)
-            if record["key"] == key:
-                return record["result"]
-    result = train_and_validate(name, seed, steps, lr)
-    with FINISHED.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"key": key, "result": result}) + "\n")
-    return result
+    return kept_or_run(FINISHED, key, lambda: train_and_validate(name, seed, steps, lr))
 
 
 def train_and_validate(name: str, seed: int, steps: int, lr: float) -> dict[str, Any]:
@@ -109,10 +101,15 @@ def train(
     """The trained model, and the lowest diversity that any layer's signatures had (looked at every 50 steps)."""
     torch.manual_seed(seed)
     model = LanguageModel(data.vocab_size, LanguageModelConfig(d_model=D_MODEL, ffn=ffn))
+    return model, train_model(model, data.train_dataloader(), steps, lr, title)
+
+
+def train_model(model: LanguageModel, batches: Iterable[Any], steps: int, lr: float, title: str) -> float | None:
+    """Train on (token_BT, target_BT), target -100 for none; returns the lowest diversity of signatures."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     diversities: list[float] = []
-    for step, (token_BT, target_BT) in enumerate(track(data.train_dataloader(), title, total=steps)):
+    for step, (token_BT, target_BT) in enumerate(track(batches, title, total=steps)):
         logits, _, aux = model(token_BT, return_routing=True)
         loss = F.cross_entropy(logits.flatten(0, 1), target_BT.flatten())
         optimizer.zero_grad()
@@ -122,7 +119,7 @@ def train(
         schedule.step()
         if step % 50 == 0:
             diversities += [layer.get_signature_diversity() for layer in routed_layers(model)]
-    return model, min(diversities, default=None)
+    return min(diversities, default=None)
 
 
 @torch.no_grad()

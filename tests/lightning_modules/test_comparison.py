@@ -145,7 +145,7 @@ def test_wikitext_has_its_known_numbers_of_words() -> None:
 
 
 def test_a_model_that_looks_ahead_is_refused() -> None:
-    check_causal(Sums(7), "sums", 7, 12)
+    assert check_causal(Sums(7), "sums", 7, 12)
     with pytest.raises(ValueError, match=r"logits of leaking before token 1 must not depend on it: they move by \d"):
         check_causal(Sums(7, is_leaking=True), "leaking", 7, 12)
 
@@ -173,6 +173,7 @@ def test_the_test_is_that_of_scipy_and_says_how_much() -> None:
     assert FairComparison("trix", "attention").compute_statistical_significance(a, b) == found.p_value
     assert paired_significance(a, a) == (1.0, 0.0, (0.0, 0.0), 0.0)
     assert paired_significance([0.0] * 5, [1.0] * 5) == (0.0, 1.0, (1.0, 1.0), math.inf)
+    assert paired_significance(a[:2], b[:2], min_pairs=2).mean_difference == pytest.approx(-0.075)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,156 @@
+"""The mixers that are compared with resolvents, all in one language model, and made to have equally many parameters.
+
+Legend: B batch, T tokens, D width, H heads, P channels of a head, C channels of a convolution, S tokens with those before.
+"""
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trix.nn import FFNConfig, LanguageModel, LanguageModelConfig
+from trix.nn.attention import RotaryAttention
+from trix.nn.recurrent_mixer import NORM_EPS, Hops, RecurrentMixer
+from trix.outputs import State, StateSpec, TokenContext
+
+CONV_WIDTH = 4  # that of the recurrent mixers
+NUM_TILES, TOP_K = 8, 2
+MAX_EXCESS = 0.01  # of the number of parameters
+
+
+class ConvAttention(RotaryAttention):
+    """Attention to x + conv(x), a convolution per channel over the last four tokens: what the recurrent mixers have."""
+
+    def __init__(self, d_model: int, *args: Any, **settings: Any) -> None:
+        super().__init__(d_model, *args, **settings)
+        self.conv = nn.Conv1d(d_model, d_model, CONV_WIDTH, groups=d_model)
+
+    def state_specs(self) -> tuple[StateSpec, ...]:
+        return StateSpec("conv", ("batch", self.conv.in_channels, CONV_WIDTH - 1)), *super().state_specs()
+
+    def forward(
+        self, x_BTD: Tensor, context: TokenContext = TokenContext(), state: State | None = None
+    ) -> tuple[Tensor, State, None]:
+        x_BDT = x_BTD.mT
+        x_BDS = F.pad(x_BDT, (CONV_WIDTH - 1, 0)) if state is None else torch.cat([state[0], x_BDT], dim=-1)
+        mixed_BTD = (x_BDT + self.conv(x_BDS)).mT
+        update_BTD, cache, _ = super().forward(mixed_BTD, context, None if state is None else state[1:])
+        return update_BTD, () if state is None else (x_BDS[..., 1 - CONV_WIDTH :], *cache), None
+
+
+class MinGRU(RecurrentMixer):
+    """h_i = (1 - z_i) h_{i-1} + z_i g(u_i) per channel, z = sigmoid(W x), in the frame of the resolvent and SSD mixers.
+
+    g(u) = u + 1/2 where u >= 0, else sigmoid(u). All is positive, so sums of logarithms do, with a = cumsum log(1 - z):
+    h_i = exp(a_i + log sum_{j<=i} exp(log z_j + log g_j - a_j)).
+
+    Source: Feng et al., 2024, Were RNNs All We Needed? (arXiv:2410.01201).
+    """
+
+    def __init__(self, d_model: int, n_heads: int, *args: Any, **settings: Any) -> None:
+        super().__init__(d_model, n_heads, *args, **settings, d_state=0, num_dynamics=d_model // n_heads)
+
+    def hop_specs(self) -> tuple[StateSpec, ...]:
+        return ()
+
+    def hops(self, dynamics_BHT: tuple[Tensor, ...], is_token_B1T: Tensor | None, state: State) -> Hops:
+        raise NotImplementedError("a MinGRU has a decay for each channel, not for each head")
+
+    def _recur(
+        self, x_BTD: Tensor, channels_BTC: Tensor, is_token_B1T: Tensor | None, carry: Tensor | None, hop_state: State
+    ) -> tuple[Tensor, Tensor, State, Tensor | None]:
+        if is_token_B1T is not None:
+            raise ValueError("mask_BT must be None")
+        del hop_state
+        u_BHTP, _, _ = self._split(channels_BTC)
+        logit_BHTP, _, _ = self._split(self.dynamics(x_BTD))
+        decay_BHTP = F.logsigmoid(-logit_BHTP).cumsum(dim=2)
+        log_g_BHTP = torch.where(u_BHTP >= 0, (F.relu(u_BHTP) + 0.5).log(), F.logsigmoid(u_BHTP))
+        term_BHTP = F.logsigmoid(logit_BHTP) + log_g_BHTP - decay_BHTP
+        if carry is not None:
+            term_BHTP = torch.cat([carry[..., 0].log().unsqueeze(2), term_BHTP], dim=2)
+        sum_BHTP = term_BHTP.logcumsumexp(dim=2)[:, :, -x_BTD.shape[1] :]
+        h_BHTP = (decay_BHTP + sum_BHTP).exp()
+        last = torch.stack([h_BHTP[:, :, -1], torch.zeros_like(h_BHTP[:, :, -1])], dim=-1)
+        y_BHTP = h_BHTP + u_BHTP * self.skip[:, None, None]
+        return F.rms_norm(y_BHTP, y_BHTP.shape[-1:], eps=NORM_EPS), last, (), None
+
+
+class Size(NamedTuple):
+    d_model: int
+    num_layers: int
+    n_heads: int
+    context_length: int
+    batch_size: int
+    num_parameters: int
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """mixer, mixer_args, ffn: see LanguageModelConfig. is_hybrid: the block in the middle mixes by attention."""
+
+    mixer: str = "resolvent"
+    mixer_args: dict[str, Any] = field(default_factory=dict)
+    is_hybrid: bool = False
+    ffn: FFNConfig = field(default_factory=lambda: FFNConfig("dense"))
+
+    def config(self, size: Size, d_ff: int) -> LanguageModelConfig:
+        return LanguageModelConfig(
+            size.d_model,
+            size.num_layers,
+            size.n_heads,
+            size.context_length,
+            mixer=self.mixer,
+            mixer_args=self.mixer_args,
+            attention_at=(size.num_layers // 2,) if self.is_hybrid else (),
+            ffn=FFNConfig(**{**vars(self.ffn), "d_ff": d_ff}),
+        )
+
+
+_tiles = partial(FFNConfig, num_tiles=NUM_TILES, top_k=TOP_K, route_on="hidden")
+CONTESTANTS = {
+    "attention": Contestant("attention"),
+    "attention + convolution": Contestant(f"{__name__}.ConvAttention"),
+    "minGRU": Contestant(f"{__name__}.MinGRU"),
+    "ssd": Contestant("ssd"),
+    "one_way": Contestant(mixer_args={"hopping": "one_way"}),
+    "hermitian": Contestant(),
+    "hermitian, no gauge": Contestant(mixer_args={"gauge": False}),
+    "hermitian, vector state": Contestant(mixer_args={"d_state": 0}),
+    "hermitian, 1 block of attention": Contestant(is_hybrid=True),
+    "hermitian, tiles by phase": Contestant(ffn=_tiles(routing="scattering")),
+    "hermitian, tiles by signature": Contestant(ffn=_tiles(routing="explicit")),
+}
+
+
+def fitted_config(contestant: Contestant, vocab_size: int, size: Size) -> LanguageModelConfig:
+    """The configuration whose width d_ff gives a model of size.num_parameters.
+
+    Raises:
+        ValueError: no d_ff comes within 1 %.
+    """
+    step = contestant.ffn.num_tiles if contestant.ffn.kind == "trix" else 1
+    one, two = (num_parameters(vocab_size, contestant.config(size, step * steps)) for steps in (1, 2))
+    config = contestant.config(size, step * max(1, 1 + round((size.num_parameters - one) / (two - one))))
+    found = num_parameters(vocab_size, config)
+    if abs(found - size.num_parameters) > MAX_EXCESS * size.num_parameters:
+        raise ValueError(f"parameters of {contestant.mixer} ({found}) must be within 1 % of {size.num_parameters}")
+    return config
+
+
+def num_parameters(vocab_size: int, config: LanguageModelConfig) -> int:
+    return sum(parameter.numel() for parameter in LanguageModel(vocab_size, config).parameters())
+
+
+@torch.no_grad()
+def state_floats(model: LanguageModel, num_tokens: int) -> float:
+    """What a layer keeps of a text of num_tokens, in floats, as a mean over the layers.
+
+    Zeros do not count: SSD and minGRU keep an imaginary part that is 0, for the sake of their frame alone.
+    """
+    token_BT = torch.randint(model.vocab_size, (1, num_tokens), generator=torch.Generator().manual_seed(0))
+    _, state = model(token_BT, state=model.empty_state(1))
+    return sum(int(part.count_nonzero()) for of_layer in state for part in of_layer) / len(state)

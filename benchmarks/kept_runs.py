@@ -1,0 +1,22 @@
+"""Runs of a case that are kept in a file as they finish, so that a case that was stopped goes on where it was."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def kept_or_run(path: Path, key: dict[str, Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The result under this key in the file; where it holds none, it is computed and appended."""
+    key = json.loads(json.dumps(key))  # tuples are lists there
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            if record["key"] == key:
+                return record["result"]
+    result = compute()
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"key": key, "result": result}) + "\n")
+    return result

@@ -1,0 +1,148 @@
+"""The quality, recall and routing cases of the resolvent: what they choose, what they ask, and what their tables say first."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+
+from bk_contestants import Contestant, Size
+from cases import bk_quality, bk_recall, bk_router
+
+from trix.nn import Mixer
+from trix.outputs import State, StateSpec, TokenContext
+
+TINY = Size(16, 2, 2, 16, 2, 40_000)
+
+
+class Leaking(Mixer):
+    """The mean of all tokens, later ones too."""
+
+    def __init__(self, d_model: int, **settings: Any) -> None:
+        super().__init__()
+
+    def state_specs(self) -> tuple[StateSpec, ...]:
+        return ()
+
+    def forward(self, x_BTD: Tensor, context: TokenContext, state: State | None = None) -> tuple[Tensor, State, None]:
+        return x_BTD.mean(dim=1, keepdim=True).expand_as(x_BTD), (), None
+
+
+@pytest.fixture
+def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setitem(bk_quality.SIZES, "small", TINY)
+    monkeypatch.setattr(bk_router, "SIZE", TINY)
+    for case in (bk_quality, bk_recall, bk_router):
+        monkeypatch.setattr(case, "FINISHED", tmp_path / "runs.jsonl")
+    text = tmp_path / "text.txt"
+    text.write_text("all is well that ends well, " * 60)
+    return text
+
+
+def quality(path: Path, only: list[str], resume: bool = False) -> dict[str, Any]:
+    return bk_quality.run(["small"], [2], [0, 1], [1e-4, 1e-2], only, path, resume)
+
+
+def test_the_rate_is_chosen_on_one_half_and_reported_on_the_other(path: Path) -> None:
+    results = quality(path, ["ssd", "hermitian"])
+    for row in results["rows"]:
+        means = {lr: sum(run["choosing_nats"] for run in runs) for lr, runs in row["runs"].items()}
+        assert row["lr"] == float(min(means, key=lambda lr: means[lr])) == 1e-2
+        assert list(row["losses"].values()) == [run["reported_nats"] for run in row["runs"]["0.01"]]
+    ours, anchor = (list(row["losses"].values()) for row in reversed(results["rows"]))
+    (answer,) = results["answers"]
+    assert answer["mean_difference"] == pytest.approx(sum(ours) / 2 - sum(anchor) / 2)
+    assert "| small | 2 | ssd |" in bk_quality.table(results)
+    assert bk_quality.figure(results).axes[0].get_title() == "small, 2 steps"
+
+
+def test_finished_runs_are_kept(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = quality(path, ["minGRU"])
+    monkeypatch.setattr(bk_quality, "train_model", None)
+    assert quality(path, ["minGRU"], resume=True) == first
+    with pytest.raises(TypeError):  # it trains
+        quality(path, ["minGRU"], resume=False)
+
+
+def test_the_table_begins_with_what_is_lost() -> None:
+    row = {"size": "small", "steps": 2, "parameters": 1, "state_floats": 1.0, "cpu_s_per_step": 1.0, "lr": 1e-3}
+    losses = {"one_way": (1.0, 2.0), "hermitian": (1.1, 2.101), "ssd": (1.2, 2.202), "hermitian, no gauge": (1.0, 2.3)}
+    rows = [
+        row | {"contestant": name, "losses": {"0": a, "1": b}, "loss_nats_mean": (a + b) / 2, "loss_nats_spread": b - a}
+        for name, (a, b) in losses.items()
+    ]
+    lines = bk_quality.table({"rows": rows, "answers": bk_quality.answers(rows)}).splitlines()
+    assert lines[0].startswith("- hermitian LOSES to one_way (small, 2 steps): +0.1005 (")
+    assert lines[1].startswith("- hermitian is not shown to differ from hermitian, no gauge")
+    assert lines[2].startswith("- hermitian is better than ssd")
+
+
+def test_who_looks_ahead_is_not_measured(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(bk_quality.CONTESTANTS, "leaking", Contestant(f"{__name__}.Leaking"))
+    with pytest.raises(ValueError, match="logits of leaking before token"):
+        quality(path, ["leaking"])
+
+
+def test_every_key_asked_for_was_given_with_its_answer() -> None:
+    token_BT, target_BT = bk_recall.texts(5, 7, torch.Generator().manual_seed(0))
+    assert token_BT.shape == (7, 20)
+    for token_T, target_T in zip(token_BT.tolist(), target_BT.tolist(), strict=True):
+        given = dict(zip(token_T[:10:2], token_T[1:10:2], strict=True))
+        assert len(given) == 5
+        assert {token_T[place]: target_T[place] for place in range(10, 20, 2)} == given
+        assert token_T[11::2] == target_T[10::2]
+        assert {*target_T[:10], *target_T[11::2]} == {-100}
+
+
+def test_accuracy_is_that_of_the_answers_alone() -> None:
+    class LookUp(nn.Module):
+        def forward(self, token_BT: Tensor) -> Tensor:
+            before_BT1, num_pairs = token_BT[:, :, None], token_BT.shape[1] // 4
+            is_key_BTP = before_BT1 == token_BT[:, None, : 2 * num_pairs : 2]
+            value_BTP = token_BT[:, None, 1 : 2 * num_pairs : 2].expand(is_key_BTP.shape)
+            return nn.functional.one_hot((is_key_BTP * value_BTP).sum(dim=-1), bk_recall.VOCAB_SIZE).float()
+
+    assert bk_recall.accuracy(LookUp(), 4) == 1.0
+    assert bk_recall.accuracy(nn.Embedding(bk_recall.VOCAB_SIZE, bk_recall.VOCAB_SIZE), 4) < 0.1
+
+
+def test_recall_counts_the_best_rate_of_each_width(path: Path) -> None:
+    results = bk_recall.run([2], [2, 4], [1e-3, 1e-2], 2, [0], ["attention", "hermitian"], False)
+    assert [(result["contestant"], result["query_width"]) for result in results] == [
+        ("attention", None),
+        ("hermitian", 2),
+        ("hermitian", 4),
+    ]
+    for result in results:
+        assert result["accuracy"] == max(result["accuracy_by_rate"].values())
+    assert results[1]["state_floats"] < results[2]["state_floats"]
+    assert "| 2 | attention |" in bk_recall.table(results)
+    assert len(bk_recall.figure(results).axes[0].lines) == 2
+
+
+def test_recall_says_which_goals_are_missed_first() -> None:
+    result = {"contestant": "hermitian", "config": {"mixer": "resolvent"}, "pairs": 8, "query_width": 16, "state_floats": 1.0}
+    rates = {"0.001": 0.5, "0.003": 0.995, "0.01": 0.99, "0.03": 0.1}
+    lines = bk_recall.table([result | {"accuracy": 0.995, "accuracy_by_rate": rates}]).splitlines()
+    assert lines[0] == "- MISSED: hermitian, 8 pairs: 2 of 4 rates >= 0.9, goal 3"
+    assert lines[1] == "- reached: hermitian, 8 pairs: 0.995, goal 0.99"
+
+
+def test_recall_has_no_more_pairs_than_keys() -> None:
+    with pytest.raises(SystemExit, match=r"pairs \(\[4, 65\]\) must be >= 1 and <= 64"):
+        bk_recall.run([4, 65], [16], [1e-3], 1, [0], None, True)
+
+
+def test_the_routings_differ_in_routing_alone(path: Path) -> None:
+    results = bk_router.run(2, [0], 1e-3, path, False)
+    assert [result["routing"] for result in results] == list(bk_router.ROUTINGS)
+    assert all(0.0 <= result["runs"][0]["lowest_relative_entropy"] <= 1.0 for result in results)
+    assert len({result["config"]["ffn"]["num_tiles"] for result in results}) == 1
+    assert results[1]["config"]["ffn"]["routing_args"] == {"edge_rate": 0.0}
+    assert results[0]["runs"][0]["lowest_relative_entropy"] != results[1]["runs"][0]["lowest_relative_entropy"]
+    assert "in the worst seed, goal 0.9: " in bk_router.table(results)

@@ -1,0 +1,71 @@
+"""The contestants of the resolvent: equally large, causal, and right where they are the benchmark's own."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+from bk_contestants import CONTESTANTS, Contestant, MinGRU, Size, fitted_config, num_parameters, state_floats
+
+from lightning_modules.comparison import check_causal
+from trix.nn import FFNConfig, LanguageModel
+
+SIZE = Size(16, 2, 2, 24, 2, 40_000)
+
+
+def model_of(name: str) -> LanguageModel:
+    torch.manual_seed(0)
+    return LanguageModel(11, fitted_config(CONTESTANTS[name], 11, SIZE)).eval()
+
+
+@pytest.mark.parametrize("name", CONTESTANTS)
+def test_every_contestant_has_the_same_size_and_does_not_look_ahead(name: str) -> None:
+    model = model_of(name)
+    assert abs(num_parameters(11, model.config) - SIZE.num_parameters) <= 0.01 * SIZE.num_parameters
+    check_causal(model, name, 11, 24)
+
+
+@pytest.mark.parametrize("name", CONTESTANTS)
+@torch.no_grad()
+def test_a_text_read_in_parts_gives_the_same_logits(name: str) -> None:
+    model = model_of(name)
+    token_BT = torch.randint(11, (3, 24))
+    state, parts = model.empty_state(3), []
+    for part_BT in token_BT.split([5, 1, 18], dim=1):
+        (logits, _, _), state = model(part_BT, state=state)
+        parts.append(logits)
+    torch.testing.assert_close(torch.cat(parts, dim=1), model(token_BT), rtol=0, atol=1e-5)
+
+
+def test_a_size_that_no_width_gives_is_refused() -> None:
+    contestant = Contestant(ffn=FFNConfig(num_tiles=256))
+    with pytest.raises(ValueError, match=r"parameters of resolvent \(\d+\) must be within 1 % of 40000"):
+        fitted_config(contestant, 11, SIZE)
+
+
+def test_the_state_of_attention_grows_and_that_of_the_others_does_not() -> None:
+    attention, ssd, hermitian = (model_of(name) for name in ("attention", "ssd", "hermitian"))
+    assert [state_floats(attention, length) for length in (4, 24)] == [2 * 4 * 16, 2 * 24 * 16]
+    assert [state_floats(ssd, length) for length in (8, 24)] == [16 * 16 + 3 * (16 + 2 * 16)] * 2  # one real part
+    assert state_floats(hermitian, 24) == 2 * 16 * 16 + 3 * (16 + 2 * 16) + 2 * 2
+
+
+@torch.no_grad()
+def test_min_gru_is_its_recurrence() -> None:
+    torch.manual_seed(0)
+    mixer = MinGRU(8, 2).double()
+    x_BTD = torch.randn(2, 9, 8, dtype=torch.float64)
+    channels_BTC = torch.randn(2, 9, 8, dtype=torch.float64)
+    first_BD = torch.rand(2, 8, dtype=torch.float64)
+    z_BTD = mixer.dynamics(x_BTD).sigmoid()
+    g_BTD = torch.where(channels_BTC >= 0, channels_BTC + 0.5, channels_BTC.sigmoid())
+    h_BD: Tensor = first_BD
+    for z_BD, g_BD in zip(z_BTD.unbind(1), g_BTD.unbind(1), strict=True):
+        h_BD = (1 - z_BD) * h_BD + z_BD * g_BD
+    carry = torch.stack([first_BD, torch.zeros_like(first_BD)], dim=-1).view(2, 2, 4, 2)
+    _, last, _, _ = mixer._recur(x_BTD, channels_BTC, None, carry, ())
+    torch.testing.assert_close(last[..., 0].reshape(2, 8), h_BD)
