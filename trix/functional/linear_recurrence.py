@@ -19,8 +19,8 @@ def linear_recurrence(a: Tensor, x: Tensor, first: Tensor, *, is_reversed: bool 
     h = torch.empty_like(x)
     chunk = min(CHUNK, x.shape[1])
     stop = x.shape[1] // chunk * chunk
-    parts = [slice(0, stop), slice(stop, None)] if stop < x.shape[1] else [slice(0, stop)]
-    for part in reversed(parts) if is_reversed else parts:
+    ranges = [slice(0, stop), slice(stop, None)] if stop < x.shape[1] else [slice(0, stop)]
+    for part in reversed(ranges) if is_reversed else ranges:
         h_part = h[:, part]
         _run_chunks(a[:, part], x[:, part], first, h_part, min(chunk, h_part.shape[1]), is_reversed)
         first = h_part[:, 0 if is_reversed else -1]
