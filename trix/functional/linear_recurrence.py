@@ -3,8 +3,6 @@
 Legend: R rows, N tokens, Q channels, K chunks, S steps of a chunk.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -21,8 +19,8 @@ def linear_recurrence(a: Tensor, x: Tensor, first: Tensor, *, is_reversed: bool 
     h = torch.empty_like(x)
     chunk = min(CHUNK, x.shape[1])
     stop = x.shape[1] // chunk * chunk
-    parts = [slice(0, stop), slice(stop, None)] if stop < x.shape[1] else [slice(0, stop)]
-    for part in reversed(parts) if is_reversed else parts:
+    ranges = [slice(0, stop), slice(stop, None)] if stop < x.shape[1] else [slice(0, stop)]
+    for part in reversed(ranges) if is_reversed else ranges:
         h_part = h[:, part]
         _run_chunks(a[:, part], x[:, part], first, h_part, min(chunk, h_part.shape[1]), is_reversed)
         first = h_part[:, 0 if is_reversed else -1]
@@ -54,14 +52,13 @@ def _chunk_ends(a_RKS: Tensor, x_RKSQ: Tensor, first: Tensor, is_reversed: bool)
     return linear_recurrence(whole_RK, ends, first, is_reversed=is_reversed)
 
 
-def segments(shape: torch.Size, num_values: int, chunk: int = 1) -> Iterator[slice]:
-    """Slices of N that hold about num_values of a tensor [R, N, ...], in whole chunks.
+def segments(shape: torch.Size, num_values: int) -> list[slice]:
+    """Slices of N that hold about num_values of a tensor [R, N, ...].
 
     What a segment needs at once then stays in the cache, however long the sequence is.
     """
-    size = max(num_values // (shape.numel() // shape[1] * chunk), 1) * chunk
-    for start in range(0, shape[1], size):
-        yield slice(start, min(start + size, shape[1]))
+    size = max(num_values // max(shape.numel() // shape[1], 1), 1)
+    return [slice(start, min(start + size, shape[1])) for start in range(0, shape[1], size)]
 
 
 def parts(z: Tensor) -> tuple[Tensor, Tensor]:

@@ -41,7 +41,8 @@ def resolvent_pivots(alpha: Pair, w: Tensor | None, first: Pair | None = None, *
             steps and O(N log N) work.
 
     Returns:
-        G [..., N].
+        G [..., N]. By every method, a token's value is the same to the last bit whatever follows it and whatever else is in the
+        batch; and after a reset, also whatever stood before.
 
     Raises:
         ValueError: eta <= 0 or w < 0 for any token, a value that is not finite, no token, or shapes or dtypes that differ.
@@ -121,18 +122,17 @@ def open_left_end(alpha: Pair, w: Tensor) -> Pair:
     1 / alpha.
     """
     # G = 1 / d, d the root of d^2 - alpha d + w = 0 of larger modulus: the two roots have the product w.
-    edge = 2.0 * w.sqrt()
-    root = _sqrt(Pair((alpha.re - edge) * (alpha.re + edge) - alpha.im * alpha.im, 2.0 * alpha.re * alpha.im))
+    root = _sqrt(Pair(alpha.re * alpha.re - alpha.im * alpha.im - 4.0 * w, 2.0 * alpha.re * alpha.im))
     is_opposed = alpha.re * root.re + alpha.im * root.im < 0
     sign = torch.where(is_opposed, -1.0, 1.0).to(w.dtype)
     return _reciprocal(Pair(0.5 * (alpha.re + sign * root.re), 0.5 * (alpha.im + sign * root.im)))
 
 
 def _sqrt(z: Pair) -> Pair:
-    modulus = (z.re * z.re + z.im * z.im).sqrt()
-    large = (0.5 * (modulus + z.re.abs())).sqrt()  # of the two parts the one computed without cancellation
+    modulus, is_right = (z.re * z.re + z.im * z.im).sqrt(), z.re >= 0
+    # Of the two parts the one that is computed without cancellation. abs() would have no gradient at 0.
+    large = (0.5 * (modulus + torch.where(is_right, z.re, -z.re))).sqrt()
     small = 0.5 * z.im / large
-    is_right = z.re >= 0
     return Pair(torch.where(is_right, large, small), torch.where(is_right, small, large))
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from trix.functional.linear_recurrence import linear_recurrence, parts, segments
 
 CHUNK = 32
-SEGMENT_SITES = 2**14
+SEGMENT_SITES = 2**13
 
 
 def decay_matrix(r: Tensor) -> Tensor:
@@ -33,12 +33,6 @@ def decay_matrix(r: Tensor) -> Tensor:
         torch.mul(column.unsqueeze(-1), row.unsqueeze(-2), out=blocks[..., size:, :size])
         size *= 2
     return M
-
-
-def decay_matrix_backward(grad_M: Tensor, M: Tensor) -> Tensor:
-    """The gradient of r from that of M: sum over i >= k > j of M_ik grad_M_ij M_{k-1,j} is that of r_k."""
-    after_j = grad_M @ M.mT
-    return F.pad((M[..., 1:] * after_j[..., :-1]).sum(-2), (1, 0))
 
 
 def _diagonal_blocks(M: Tensor, size: int) -> Tensor:
@@ -101,13 +95,13 @@ class _Chunks:
         k_late = self.k * self.M[..., -1, :].unsqueeze(-1)
         own = self.E[..., -1, None, None] * _complex(k_late.mT @ _in_columns(self.x))
         after = linear_recurrence(self.decay.flatten(0, 1), own.flatten(3).flatten(0, 1), before.flatten(2).flatten(0, 1))
-        return torch.cat([before.unsqueeze(2), after.view(own.shape)], dim=2)
+        return torch.cat([before.unsqueeze(2), after.reshape(own.shape)], dim=2)
 
     def state_gradients(self, grad_z: Tensor, grad_after: Tensor) -> Tensor:
         """The gradient of the state before each chunk and after the last: as states, from that of the last [B, H, n, P]."""
-        own = _complex((self.b.unsqueeze(-1) * self.q).mT @ grad_z)
+        own = _complex((self.b.unsqueeze(-1) * self.q).mT @ _in_columns(grad_z))
         rows = (self.decay.conj_physical().flatten(0, 1), own.flatten(3).flatten(0, 1), grad_after.flatten(2).flatten(0, 1))
-        return torch.cat([linear_recurrence(*rows, is_reversed=True).view(own.shape), grad_after.unsqueeze(2)], dim=2)
+        return torch.cat([linear_recurrence(*rows, is_reversed=True).reshape(own.shape), grad_after.unsqueeze(2)], dim=2)
 
     def outputs(self, states: Tensor) -> Tensor:
         """y, complex [B, H, K, C, P], from the state before each chunk."""
@@ -133,8 +127,11 @@ def resolvent_mix_matrix(
     G, c [B, H, N], u [B, H, N, P], q, k [B, H or 1, N, n], first [B, H, n, P] -> the two parts of y [B, H, N, P], and those of
     the last S [B, H, n, P].
     """
-    sequence = _Sequence.of(torch.complex(G_re, G_im), torch.complex(c_re, c_im), u, q, k)
-    state = torch.complex(first_re, first_im)
+    G, c, state = torch.complex(G_re, G_im), torch.complex(c_re, c_im), torch.complex(first_re, first_im)
+    if u.shape[2] == 1:  # a step of decoding
+        state = G.unsqueeze(-1) * (k.mT * u - c.unsqueeze(-1) * state)
+        return *parts((q.mT * state).sum(2, keepdim=True)), *parts(state)
+    sequence = _Sequence.of(G, c, u, q, k)
     y_re, y_im = torch.empty_like(sequence.u), torch.empty_like(sequence.u)
     for part in _segments(sequence):
         chunks = sequence.chunks(part)
@@ -147,7 +144,7 @@ def resolvent_mix_matrix(
 
 def _segments(sequence: _Sequence) -> list[slice]:
     """Slices of the chunks."""
-    return list(segments(sequence.A.flatten(0, 1).shape, SEGMENT_SITES))
+    return segments(sequence.A.flatten(0, 1).shape, SEGMENT_SITES)
 
 
 def _tokens(x: Tensor, num_tokens: int) -> Tensor:
@@ -182,7 +179,7 @@ def _mix_backward(
     grad_state = torch.complex(grad_last_re, grad_last_im)
     for part, before in zip(reversed(slices), reversed(befores), strict=True):
         chunks = sequence.chunks(part)
-        grad_z = _in_columns(chunks.E.conj_physical().unsqueeze(-1) * grad_y[:, :, part])
+        grad_z = chunks.E.conj_physical().unsqueeze(-1) * grad_y[:, :, part]
         grad_states = chunks.state_gradients(grad_z, grad_state)
         found = _chunk_gradients(chunks, grad_z, chunks.states(before)[:, :, :-1], grad_states[:, :, 1:])
         for grad, value in zip(grads, found, strict=True):
@@ -195,44 +192,60 @@ def _mix_backward(
 
 
 def _as_chunks(x: Tensor, sequence: _Sequence) -> Tensor:
-    return F.pad(x, (0, 0, 0, sequence.u.shape[2:4].numel() - x.shape[2])).view(sequence.u.shape)
+    return F.pad(x, (0, 0, 0, sequence.u.shape[2:4].numel() - x.shape[2])).reshape(sequence.u.shape)
 
 
 def _chunk_gradients(chunks: _Chunks, grad_z: Tensor, before: Tensor, grad_after: Tensor) -> _Sequence:
-    """Gradients of the inputs of some chunks, from those of z [B, H, K, C, 2 P] and of the states after [B, H, K, n, P].
+    """Gradients of the inputs of some chunks, from those of z [B, H, K, C, P] and of the states after [B, H, K, n, P].
 
-    A is varied as e (r + delta) with a complex delta and a fixed e: exact where r is 0, too. Whatever delta multiplies has a
-    complex gradient, stacked as [2, ...].
+    A is varied as e (r + delta) with a complex delta and a fixed e: exact where r is 0, too. So M and b have complex gradients,
+    whose parts are stacked as [B, H, K, 2, ...].
     """
     M, b, q, k, E = chunks.M, chunks.b, chunks.q, chunks.k, chunks.E
+    agreement, late = q @ k.mT, M[..., -1, :].unsqueeze(-1)
     x = _in_columns(chunks.x)
-    turned_x, turned_before = _in_columns(1j * chunks.x), _in_columns(1j * before)
-    before_columns = _in_columns(before)
-    grad_own = _in_columns(E[..., -1, None, None].conj_physical() * grad_after)
+    grad_z_parts = _with_turned(grad_z)
+    grad_own_parts = _with_turned(E[..., -1, None, None].conj_physical() * grad_after)
+    grad_z_columns, grad_own = grad_z_parts[:, :, :, 0], grad_own_parts[:, :, :, 0]
 
-    agreement = q @ k.mT
-    grad_weight = torch.stack([grad_z @ x.mT, grad_z @ turned_x.mT])
-    grad_agreement = M * grad_weight[0]
-    grad_M = grad_weight.mul_(agreement)
-    read = torch.stack([grad_z @ before_columns.mT, grad_z @ turned_before.mT])
-    written = torch.stack([x @ grad_own.mT, turned_x @ grad_own.mT])
-    late = M[..., -1, :].unsqueeze(-1)
+    grad_M = _split_rows(grad_z_parts.flatten(3, 4) @ x.mT)
+    grad_agreement = _over_heads(M * grad_M[:, :, :, 0], agreement)
+    grad_M *= agreement.unsqueeze(3)
+    read = _split_rows(grad_z_parts.flatten(3, 4) @ _in_columns(before).mT)
+    written = _split_rows(grad_own_parts.flatten(3, 4) @ x.mT).mT
 
-    grad_q = _over_heads(grad_agreement @ k + b.unsqueeze(-1) * read[0], q)
-    grad_k = _over_heads(grad_agreement.mT @ q + late * written[0], k)
-    grad_x = _complex((M * agreement).mT @ grad_z + (late * k) @ grad_own)
-    grad_b = (read * q).sum(-1)
+    grad_q = grad_agreement @ k + _over_heads(b.unsqueeze(-1) * read[:, :, :, 0], q)
+    grad_k = grad_agreement.mT @ q + _over_heads(late * written[:, :, :, 0], k)
+    grad_x = (M * agreement).mT @ grad_z_columns
+    grad_x += (late * k) @ grad_own
+    grad_b = (read * q.unsqueeze(3)).sum(-1)
     grad_decay = E[..., -1].conj_physical() * (grad_after * before.conj_physical()).sum((-1, -2))
-    grad_b[..., -1] += torch.view_as_real(grad_decay).movedim(-1, 0)
-    grad_M[..., -1, :] += (written * k).sum(-1)
-    grad_M[..., 0] += grad_b * chunks.r[..., :1]
-    grad_r = decay_matrix_backward(grad_M, M)
-    grad_r[..., 0] += (grad_b * M[..., 0]).sum(-1)
+    grad_b[..., -1] += torch.view_as_real(grad_decay)
+    grad_M[..., -1, :] += (written * k.unsqueeze(3)).sum(-1)
+    grad_M[..., 0] += grad_b * chunks.r[..., None, :1]
+    grad_r = _decay_gradient(grad_M, M)
+    grad_r[..., 0] += (grad_b * M[..., 0].unsqueeze(3)).sum(-1)
 
-    grad_drive = E.unsqueeze(-1) * grad_x
+    grad_drive = E.unsqueeze(-1) * _complex(grad_x)
     grad_u = (chunks.G.conj_physical().unsqueeze(-1) * grad_drive).real
     grad_G = (grad_drive * chunks.u).sum(-1)
-    return _Sequence(grad_G, chunks.e * torch.complex(*grad_r), grad_u, grad_q, grad_k)
+    return _Sequence(grad_G, chunks.e * torch.complex(*grad_r.unbind(3)), grad_u, grad_q, grad_k)
+
+
+def _decay_gradient(grad_M: Tensor, M: Tensor) -> Tensor:
+    """The gradient of r [B, H, K, 2, C]: that of r_k is the sum over i >= k > j of M_ik grad_M_ij M_{k-1,j}."""
+    after_j = _split_rows(grad_M.flatten(3, 4) @ M.mT)
+    return F.pad((M[..., 1:].unsqueeze(3) * after_j[..., :-1]).sum(-2), (1, 0))
+
+
+def _with_turned(z: Tensor) -> Tensor:
+    """z and -i z in columns: complex [B, H, K, ., P] -> [B, H, K, 2, ., 2 P]. Their products with x are Re and Im z conj(x)."""
+    return _in_columns(torch.stack([z, -1j * z], dim=3))
+
+
+def _split_rows(x: Tensor) -> Tensor:
+    """[B, H, K, 2 m, .] as [B, H, K, 2, m, .]."""
+    return x.view(*x.shape[:3], 2, -1, x.shape[-1])
 
 
 def _over_heads(grad: Tensor, like: Tensor) -> Tensor:

@@ -20,18 +20,18 @@ def resolvent_mix_vector(
     G, c [B, H, N], u [B, H, N, P], first [B, H, P] -> the two parts of y [B, H, N, P], and those of the last y [B, H, P].
     """
     G, A, u_RNP = _rows(G_re, G_im, c_re, c_im, u)
-    y_re, y_im = torch.empty_like(u_RNP), torch.empty_like(u_RNP)
-    state = torch.complex(first_re, first_im).view(len(G), -1)
+    y_re, y_im = u.new_empty(u_RNP.shape), u.new_empty(u_RNP.shape)
+    state = torch.complex(first_re, first_im).reshape(len(G), -1)
     for part in segments(u_RNP.shape, SEGMENT_VALUES):
         h = linear_recurrence(A[:, part], G[:, part].unsqueeze(-1) * u_RNP[:, part], state)
         y_re[:, part], y_im[:, part] = h.real, h.imag
         state = h[:, -1]
-    return y_re.view(u.shape), y_im.view(u.shape), *parts(state.view(first_re.shape))
+    return y_re.view(u.shape), y_im.view(u.shape), *parts(state.reshape(first_re.shape))
 
 
 def _rows(G_re: Tensor, G_im: Tensor, c_re: Tensor, c_im: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """G and A = -c G, complex [R, N], and u [R, N, P]."""
-    G, c = torch.complex(G_re, G_im).view(-1, u.shape[2]), torch.complex(c_re, c_im).view(-1, u.shape[2])
+    G, c = torch.complex(G_re, G_im).reshape(-1, u.shape[2]), torch.complex(c_re, c_im).reshape(-1, u.shape[2])
     return G, -c * G, u.reshape(-1, *u.shape[2:])
 
 
@@ -60,10 +60,10 @@ def _mix_backward(
     num_rows = len(G)
     decay = torch.cat([A[:, 1:].conj_physical(), A.new_ones(num_rows, 1)], dim=1)
     grad_re, grad_im, y_re, y_im = (x.reshape(u_RNP.shape) for x in (grad_re, grad_im, y_re, y_im))
-    first = torch.complex(first_re, first_im).view(num_rows, 1, -1)
-    grad_u, grad_G, grad_A = torch.empty_like(u_RNP), torch.empty_like(G), torch.empty_like(A)
-    p_after = torch.complex(grad_last_re, grad_last_im).view(num_rows, -1)
-    for part in reversed(list(segments(u_RNP.shape, SEGMENT_VALUES))):
+    first = torch.complex(first_re, first_im).reshape(num_rows, 1, -1)
+    grad_u, grad_G, grad_A = u.new_empty(u_RNP.shape), torch.empty_like(G), torch.empty_like(A)
+    p_after = torch.complex(grad_last_re, grad_last_im).reshape(num_rows, -1)
+    for part in reversed(segments(u_RNP.shape, SEGMENT_VALUES)):
         p = linear_recurrence(decay[:, part], torch.complex(grad_re[:, part], grad_im[:, part]), p_after, is_reversed=True)
         p_after = p[:, 0]
         G_part, u_part = G[:, part].unsqueeze(-1), u_RNP[:, part]
@@ -74,7 +74,7 @@ def _mix_backward(
         if part.start == 0:
             y_before = torch.cat([first, y_before], dim=1)
         grad_A[:, part] = (p * y_before.conj_physical()).sum(-1)
-    grad_G -= grad_A * torch.complex(c_re, -c_im).view(G.shape)
+    grad_G -= grad_A * torch.complex(c_re, -c_im).reshape(G.shape)
     grad_c = -grad_A * G.conj_physical()
     grad_first = A[:, :1].conj_physical() * p_after
     grad_G, grad_c = grad_G.view(c_re.shape), grad_c.view(c_re.shape)

@@ -27,8 +27,8 @@ def resolvent_sweep(alpha_re: Tensor, alpha_im: Tensor, w: Tensor, first_re: Ten
     The last G is the state: given as first with the tokens that follow, it continues the sweep.
     """
     num_chunks = -(-alpha_re.shape[-1] // CHUNK)
-    alpha = torch.stack([_to_steps(alpha_re, num_chunks, 0.0), _to_steps(alpha_im, num_chunks, -1.0)])
-    w_SKR = _to_steps(w, num_chunks, 0.0)
+    alpha = torch.stack([_to_steps(alpha_re, 0.0), _to_steps(alpha_im, -1.0)])
+    w_SKR = _to_steps(w, 0.0)
     first = torch.stack([first_re.reshape(-1), first_im.reshape(-1)])
     G = first.unsqueeze(1)
     if num_chunks > 1:
@@ -39,11 +39,12 @@ def resolvent_sweep(alpha_re: Tensor, alpha_im: Tensor, w: Tensor, first_re: Ten
     return _from_steps(re, alpha_re.shape), _from_steps(im, alpha_re.shape)
 
 
-def _to_steps(x: Tensor, num_chunks: int, fill: float) -> Tensor:
-    """[..., N] as [S, K, R], padded to whole chunks."""
+def _to_steps(x: Tensor, fill: float) -> Tensor:
+    """[..., N] as [S, K, R], padded to whole chunks; fewer tokens than a chunk has are one chunk of their own."""
     x = x.reshape(-1, x.shape[-1])
-    x = torch.nn.functional.pad(x, (0, num_chunks * CHUNK - x.shape[-1]), value=fill)
-    return x.view(-1, num_chunks, CHUNK).permute(2, 1, 0).contiguous()
+    chunk = min(CHUNK, x.shape[1])
+    x = torch.nn.functional.pad(x, (0, -x.shape[1] % chunk), value=fill)
+    return x.view(len(x), x.shape[1] // chunk, chunk).permute(2, 1, 0).contiguous()
 
 
 def _from_steps(x_SKR: Tensor, shape: torch.Size) -> Tensor:
@@ -141,10 +142,10 @@ def _sweep_backward(
     With d_i = 1 / G_i, the gradient of d_i, which is that of alpha_i, is e_i = conj(G_i^2) (w_{i+1} e_{i+1} - grad_i): a linear
     recurrence from the last token to the first. That of w_i is -Re(e_i conj G_{i-1}), and that of first -w_0 e_0.
     """
-    square = torch.complex(G_re, -G_im).square().view(-1, w.shape[-1])  # [R, N]
+    square = torch.complex(G_re, -G_im).square().reshape(-1, w.shape[-1])  # [R, N]
     decay = square * torch.nn.functional.pad(w[..., 1:], (0, 1)).reshape(square.shape)
     drive = -square * torch.complex(grad_re, grad_im).reshape(square.shape)
-    e = linear_recurrence(decay, drive.unsqueeze(-1), drive.new_zeros(len(drive), 1), is_reversed=True).view(w.shape)
+    e = linear_recurrence(decay, drive.unsqueeze(-1), drive.new_zeros(len(drive), 1), is_reversed=True).reshape(w.shape)
     e_re, e_im = parts(e)
     previous_re, previous_im = (
         torch.cat([first.unsqueeze(-1), G[..., :-1]], dim=-1) for first, G in ((first_re, G_re), (first_im, G_im))

@@ -181,8 +181,17 @@ def test_from_the_open_left_end_equal_tokens_have_equal_pivots() -> None:
     rows = [x.unsqueeze(-1).expand(-1, 50) for x in (*alpha, w)]
     swept = resolvent_pivots(Pair(*rows[:2]), rows[2], G)
     assert relative_error(swept, torch.complex(*G).unsqueeze(-1)) <= 1e-12
-    inputs = [x[4:].clone().requires_grad_() for x in (*alpha, w)]
+    inputs = [x[3:].clone().requires_grad_() for x in (*alpha, w)]
     assert torch.autograd.gradcheck(lambda a_re, a_im, w: open_left_end(Pair(a_re, a_im), w), inputs)
+    uncoupled = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    (grad,) = torch.autograd.grad(open_left_end(Pair(alpha.re[:2], alpha.im[:2]), uncoupled).re.sum(), uncoupled)
+    torch.testing.assert_close(grad, (1 / torch.complex(*alpha)[:2] ** 3).real)
+
+
+def test_an_empty_batch_has_no_pivots() -> None:
+    for method in METHODS:
+        G = resolvent_pivots(Pair(torch.ones(0, 3, 40), -torch.ones(0, 3, 40)), torch.ones(0, 3, 40), method=method)
+        assert G.re.shape == G.im.shape == (0, 3, 40)
 
 
 def refused(change: Callable[[dict[str, Any]], None], message: str) -> None:
