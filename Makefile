@@ -46,7 +46,7 @@ demo: $(STAMP) ## Train a character model, export it to ONNX, let it write
 	$(BIN)/trix generate runs/char_lm/model.onnx --prompt "The "
 
 test: $(STAMP) ## Run the tests, without the full-length ones
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 8 --dist loadfile --durations 20
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder --durations 20
 
 test-slow: $(STAMP) ## Run the full-length tests
 	$(BIN)/python -m pytest -m slow

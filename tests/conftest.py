@@ -10,6 +10,23 @@ from shown import SHOWN
 __all__ = ["cxx_compiler", "native_library", "plain_build"]
 
 
+# Few tests each, and minutes: begun last, one of them would run alone while the other processes of the session wait.
+BEGUN_FIRST = (
+    "test_scale_out.py",
+    "test_native_sanitized.py",
+    "test_recipes.py",
+    "test_run.py",
+    "test_decode_case.py",
+    "test_fuzz_files.py",
+    "test_operator_recipe.py",
+    "test_native_build.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in BEGUN_FIRST)
+
+
 def pytest_collection_finish() -> None:
     """What the imports made stays: left out, the collections of garbage during an export take a tenth of its time less."""
     gc.collect()

@@ -20,6 +20,7 @@ import pooch
 import pytest
 import torch
 import yaml  # type: ignore[import-untyped]
+from forked_scripts import run_script
 
 from lightning_modules.cli import main
 from lightning_modules.data import corpora
@@ -267,8 +268,7 @@ def test_a_checkpoint_that_is_none(
 def test_ctrl_c_leaves_the_checkpoints_and_a_run_that_goes_on(
     moment: str, folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    command = [sys.executable, str(SUPPORT / "interrupted_run.py"), "8" if moment == "step" else "9", moment, *FIT]
-    result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    result = run_script(SUPPORT / "interrupted_run.py", "8" if moment == "step" else "9", moment, *FIT)
     assert result.stderr == "trix: interrupted\n"
     assert result.returncode == 130
     interrupted = sorted(Path("runs").rglob("interrupted.ckpt"))

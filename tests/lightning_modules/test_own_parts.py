@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import onnxruntime as ort
 import pytest
 import torch
+from forked_scripts import run_script
 from outside_parts import MODULES, write_parts
 
 from lightning_modules.cli import main
@@ -92,9 +92,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
 
 def test_a_killed_run_goes_on_as_if_nothing_had_been(folder: Path) -> None:
     shutil.move("runs/moons", "whole")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    command = [sys.executable, str(KILLED_RUN), "5", "step", "fit", "--config", "moons.yaml"]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    result = run_script(KILLED_RUN, "5", "step", "fit", "--config", "moons.yaml")
     assert result.returncode == -signal.SIGKILL, result.stderr
     assert main(["fit", "--resume", "runs/moons", "--trust=own_task"]) == 0
     assert are_equal(weights(checkpoint("moons", 1)), weights(Path("whole/version_0/checkpoints/last.ckpt")))

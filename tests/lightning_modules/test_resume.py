@@ -4,14 +4,13 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml  # type: ignore[import-untyped]
+from forked_scripts import run_script
 
 from lightning_modules.callbacks.run_record import read_metrics
 from lightning_modules.cli import main
@@ -78,9 +77,7 @@ def differing(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[st
 
 
 def run_and_kill(step: int, moment: str = "step") -> None:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    command = [sys.executable, str(KILLED_RUN), str(step), moment, "fit", "--config", "small.yaml"]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    result = run_script(KILLED_RUN, str(step), moment, "fit", "--config", "small.yaml")
     assert result.returncode == -signal.SIGKILL, result.stderr
 
 

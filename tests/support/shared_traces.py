@@ -1,7 +1,8 @@
 """Models that several tests export are traced by torch once in a session, also where they run in several processes.
 
-A trace takes seconds. Its graph is determined by the module, all values in it included, and the sizes of the examples: these
-are its name in a folder of the session. Every file is still put together, verified against torch and written for each test.
+A trace takes seconds, and its graph is determined by the module, all values in it included, and the sizes of the examples:
+their digest is its name in a folder of the session. Every file is still put together, verified against torch and written for
+each test.
 Tests that change how a module is traced ask for `traced_anew`.
 """
 
