@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trix.functional.resolvent import Pair
 from trix.nn import FFNConfig, LanguageModel, LanguageModelConfig
 from trix.nn.attention import RotaryAttention
 from trix.nn.recurrent_mixer import NORM_EPS, Hops, RecurrentMixer
@@ -59,24 +60,28 @@ class MinGRU(RecurrentMixer):
     def hops(self, dynamics_BHT: tuple[Tensor, ...], is_token_B1T: Tensor | None, state: State) -> Hops:
         raise NotImplementedError("a MinGRU has a decay for each channel, not for each head")
 
-    def _recur(
-        self, x_BTD: Tensor, channels_BTC: Tensor, is_token_B1T: Tensor | None, carry: Tensor | None, hop_state: State
-    ) -> tuple[Tensor, Tensor, State, Tensor | None]:
-        if is_token_B1T is not None:
+    def read_hops(self, x_BTD: Tensor, mask_BT: Tensor | None = None, state: State = ()) -> Hops:
+        """The logits of z, in the place of scale_in."""
+        del state
+        if mask_BT is not None:
             raise ValueError("mask_BT must be None")
-        del hop_state
-        u_BHTP, _, _ = self._split(channels_BTC)
         logit_BHTP, _, _ = self._split(self.dynamics(x_BTD))
+        none = Pair(logit_BHTP, logit_BHTP)
+        return Hops(none, none, logit_BHTP)
+
+    def _recur(self, hops: Hops, channels_BTC: Tensor, carry: Tensor | None) -> tuple[Tensor, Tensor]:
+        u_BHTP, _, _ = self._split(channels_BTC)
+        logit_BHTP = hops.scale_in
         decay_BHTP = F.logsigmoid(-logit_BHTP).cumsum(dim=2)
         log_g_BHTP = torch.where(u_BHTP >= 0, (F.relu(u_BHTP) + 0.5).log(), F.logsigmoid(u_BHTP))
         term_BHTP = F.logsigmoid(logit_BHTP) + log_g_BHTP - decay_BHTP
         if carry is not None:
             term_BHTP = torch.cat([carry[..., 0].log().unsqueeze(2), term_BHTP], dim=2)
-        sum_BHTP = term_BHTP.logcumsumexp(dim=2)[:, :, -x_BTD.shape[1] :]
+        sum_BHTP = term_BHTP.logcumsumexp(dim=2)[:, :, -channels_BTC.shape[1] :]
         h_BHTP = (decay_BHTP + sum_BHTP).exp()
         last = torch.stack([h_BHTP[:, :, -1], torch.zeros_like(h_BHTP[:, :, -1])], dim=-1)
         y_BHTP = h_BHTP + u_BHTP * self.skip[:, None, None]
-        return F.rms_norm(y_BHTP, y_BHTP.shape[-1:], eps=NORM_EPS), last, (), None
+        return F.rms_norm(y_BHTP, y_BHTP.shape[-1:], eps=NORM_EPS), last
 
 
 class Size(NamedTuple):

@@ -13,7 +13,10 @@ def kept_or_run(path: Path, key: dict[str, Any], compute: Callable[[], dict[str,
     key = json.loads(json.dumps(key))  # tuples are lists there
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
-            record = json.loads(line)
+            try:
+                record = json.loads(line)
+            except ValueError:  # cut off by a kill
+                continue
             if record["key"] == key:
                 return record["result"]
     result = compute()

@@ -25,6 +25,7 @@ from lightning_modules.errors import DataError, UserError
 from lightning_modules.resnet_bk.trainer import Trainer, logits_of
 from lightning_modules.tasks.task import default_lr_scheduler
 from trix.nn import FFNConfig, LanguageModel, LanguageModelConfig
+from trix.resnet_bk.language_model import LanguageModelOutput
 
 Unit = Literal["word", "byte"]
 UNITS: tuple[Unit, ...] = ("word", "byte")
@@ -38,12 +39,21 @@ CONFIDENCE = 0.95
 MAX_MOVE = 1e-9  # of a logit, in float64: what sums of another order come to
 MakeModel = Callable[[int, int], nn.Module]
 
+
+class _WithLosses(LanguageModel):
+    """A language model that also answers with its auxiliary losses."""
+
+    def forward(self, token_BT: Tensor) -> LanguageModelOutput:  # type: ignore[override]
+        logits, _, aux = super().forward(token_BT, return_routing=True)
+        return LanguageModelOutput(logits, aux_loss=None if aux is None else aux["total_aux"])
+
+
 # vocab_size, context_length -> a model of about 0.1 million parameters.
 CONTESTANTS: dict[str, MakeModel] = {
     "attention": lambda vocab_size, context_length: LanguageModel(
         vocab_size, LanguageModelConfig(64, 2, 4, context_length, ffn=FFNConfig("dense"))
     ),
-    "trix": lambda vocab_size, context_length: LanguageModel(
+    "trix": lambda vocab_size, context_length: _WithLosses(
         vocab_size, LanguageModelConfig(64, 2, 4, context_length, ffn=FFNConfig("trix", num_tiles=16, d_ff=240))
     ),
     "resnetbk": lambda vocab_size, context_length: LanguageModel(
@@ -208,7 +218,8 @@ class FairComparison:
                 rate: [self._losses(make, seed, rate, train_N, held_out_N) for seed in range(self.num_seeds)]
                 for rate in self._learning_rates
             }
-            best = min(losses, key=lambda rate: math.fsum(chosen for chosen, _ in losses[rate]))
+            totals = {rate: math.fsum(chosen for chosen, _ in of_rate) for rate, of_rate in losses.items()}
+            best = min(totals, key=lambda rate: math.inf if math.isnan(totals[rate]) else totals[rate])
             reported = [loss for _, loss in losses[best]]
             results[place] = {"name": name, "parameters": size, "learning_rate": best, "losses": reported}
         significance = paired_significance(results["model_a"]["losses"], results["model_b"]["losses"])
@@ -269,7 +280,7 @@ def paired_significance(results_a: Sequence[float], results_b: Sequence[float], 
         raise ValueError(f"number of paired results ({len(results_a)}) must be >= {min_pairs}")
     a, b = np.asarray(results_a, dtype=np.float64), np.asarray(results_b, dtype=np.float64)
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
-        raise ValueError("results must be finite")
+        raise ValueError(f"results ({[*results_a]} and {[*results_b]}) must be finite")
     difference = b - a
     mean, spread = float(difference.mean()), float(difference.std(ddof=1))
     if spread == 0.0:
@@ -291,7 +302,8 @@ def check_causal(model: nn.Module, name: str, vocab_size: int, length: int) -> b
     was_training = model.training
     model.eval()
     draw = torch.Generator().manual_seed(0)
-    token_BT, other_BT = torch.randint(0, vocab_size, (2, 2, length), generator=draw)
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    token_BT, other_BT = torch.randint(0, vocab_size, (2, 2, length), generator=draw).to(device)
     for place in sorted({1, length // 3, length // 2, length - 1} - {0}):
         edited_BT = torch.cat([token_BT[:, :place], other_BT[:, place:]], dim=1)
         before, after = (logits_of(model(token))[:, :place] for token in (token_BT, edited_BT))

@@ -14,7 +14,8 @@ class TokenContext(NamedTuple):
 
     token_BT: int64, their ids. mask_BT: bool, False for padding. embedding_BTD: float, their embeddings; what a router reads
     instead of its layer's own input. phase_BT: float, what the block's mixer says of each token; a resolvent says arg G, in
-    radians from 0 to pi. is_causal: no token may look at later ones.
+    radians from 0 to pi. is_causal: no token may look at later ones. is_running_BT: bool, False for tokens whose computation
+    has ended: see :class:`~trix.nn.halting.Halting`.
     """
 
     token_BT: Tensor | None = None

@@ -20,8 +20,9 @@ class ResolventMonitor(L.Callback):
 
     Scalars, for each mixer: ``resolvent/<layer>/`` g_eta, the largest |G| eta of any token and head, at most 1 [theorem];
     eta, the mean; spectral_shift, the mean over texts and heads of |xi| at the last token, xi = 1/pi sum_i (arg G*_i - arg G_i)
-    with the pivots G* that the head would have without a potential. TensorBoard also gets the histogram
-    ``resolvent/<layer>/phase``, radians from 0 to pi, which routing by phase reads. The load of the tiles is RoutingMonitor's.
+    with the pivots G* of the head's mean entries: Krein's shift where eta and c do not vary. TensorBoard also gets the
+    histogram ``resolvent/<layer>/phase``, radians from 0 to pi, which routing by phase reads. The load of the tiles is
+    RoutingMonitor's.
 
     Args:
         bins: number of bins of the histogram.

@@ -79,7 +79,7 @@ class CheckpointManager:
         best = {self._best(metrics_of, name) for known in metrics_of.values() for name in known}
         for path in old:
             if path not in best:
-                self._files.adopt(path)  # of an earlier process, it may be
+                self._files.adopt(path)  # an earlier process may have written it
                 self._files.remove_checkpoint(path)
 
     def load_latest(self) -> dict[str, Any]:

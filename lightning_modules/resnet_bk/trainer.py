@@ -223,7 +223,8 @@ class _Module(L.LightningModule):
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return self._loss(batch)[0]
+        loss, _, aux_loss = self._loss(batch)
+        return loss if aux_loss is None else loss + aux_loss
 
     @override
     def on_validation_epoch_start(self) -> None:
@@ -231,7 +232,7 @@ class _Module(L.LightningModule):
 
     @override
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.mean_loss.update(*self._loss(batch))
+        self.mean_loss.update(*self._loss(batch)[:2])
 
     @override
     def on_validation_epoch_end(self) -> None:
@@ -257,8 +258,8 @@ class _Module(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         settle_epoch(checkpoint)
 
-    def _loss(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """The mean over the targets, and their number."""
+    def _loss(self, batch: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The mean over the targets, their number, and the auxiliary losses of a model that has some."""
         if isinstance(batch, Tensor):
             inputs, mask, target = batch[:, :-1], None, batch[:, 1:]
         elif isinstance(batch, Mapping):
@@ -267,9 +268,10 @@ class _Module(L.LightningModule):
             target = F.pad(label[:, 1:], (0, 1), value=IGNORED_LABEL)
         else:
             (inputs, target), mask = batch, None
-        exact = logits_of(self.model(inputs) if mask is None else self.model(inputs, attention_mask=mask))
+        output = self.model(inputs) if mask is None else self.model(inputs, attention_mask=mask)
+        exact = logits_of(output)
         loss = F.cross_entropy(exact.reshape(-1, exact.shape[-1]), target.reshape(-1), ignore_index=IGNORED_LABEL)
-        return loss, (target != IGNORED_LABEL).sum()
+        return loss, (target != IGNORED_LABEL).sum(), getattr(output, "aux_loss", None)
 
 
 class _History(L.Callback):

@@ -45,8 +45,8 @@ def resolvent_pivots(alpha: Pair, w: Tensor | None, first: Pair | None = None, *
         batch; and after a reset, also whatever stood before.
 
     Raises:
-        ValueError: eta <= 0 or w < 0 for any token, a value that is not finite, no token, or shapes or dtypes that differ.
-            Values are not looked at in a compiled or exported program.
+        ValueError: eta <= 0 or w < 0 for any token, Im first < 0, a value that is not finite, no token, or shapes or dtypes
+            that differ. Values are not looked at in a compiled or exported program.
     """
     check_choice("method", method, METHODS)
     _check_pivots(alpha, w, first)
@@ -55,7 +55,7 @@ def resolvent_pivots(alpha: Pair, w: Tensor | None, first: Pair | None = None, *
     if first is None:
         zero = torch.zeros_like(alpha.re[..., 0])
         first = Pair(zero, zero)
-    if method == "loop":
+    if method == "loop" or is_empty(w):
         return _pivots_loop(alpha, w, first)
     sweep = scan_pivots if method == "scan" else resolvent_sweep
     return Pair(*sweep(*alpha, w, *first))
@@ -136,6 +136,11 @@ def _sqrt(z: Pair) -> Pair:
     return Pair(torch.where(is_right, large, small), torch.where(is_right, small, large))
 
 
+def is_empty(x: Tensor) -> bool:
+    """Whether there is no value, as in a batch of no text; never in a compiled or exported program."""
+    return not torch.compiler.is_compiling() and x.numel() == 0
+
+
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} ({value!r}) must be one of {', '.join(map(str, choices))}")
@@ -173,6 +178,10 @@ def _check_pivots(alpha: Pair, w: Tensor | None, first: Pair | None) -> None:
         raise ValueError(f"eta = -Im alpha ({-high}) must be > 0")
     if w is not None and (low := _check_range("w", w)[0]) < 0:
         raise ValueError(f"w ({low}) must be >= 0")
+    if first is not None:
+        _check_range("Re first", first.re)
+        if (low := _check_range("Im first", first.im)[0]) < 0:
+            raise ValueError(f"Im first ({low}) must be >= 0")
 
 
 def _check_range(name: str, x: Tensor) -> tuple[float, float]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from trix.functional.autocast import without_autocast
-from trix.functional.resolvent import Pair, check_choice, check_floats, check_like
+from trix.functional.resolvent import Pair, check_choice, check_floats, check_like, is_empty
 from trix.functional.resolvent_mix_matrix import resolvent_mix_matrix
 from trix.functional.resolvent_mix_vector import resolvent_mix_vector
 
@@ -59,7 +59,7 @@ def resolvent_mix(
         shape = u.shape[:2] + u.shape[3:] if k is None else (*u.shape[:2], k.shape[-1], u.shape[-1])
         zero = u.new_zeros(shape)
         first = Pair(zero, zero)
-    if method == "loop":
+    if method == "loop" or is_empty(u):
         return _mix_loop(G, c, u, first, q, k)
     with without_autocast(u):
         if q is None or k is None:

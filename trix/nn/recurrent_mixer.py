@@ -47,13 +47,13 @@ class RecurrentMixer(Mixer):
         conv_width: tokens that the convolution sees, the token itself the last.
 
     Shape:
-        x_BTD: float -> [B, T, D]. context: a padding token neither mixes nor is mixed, and parts a text into two: padding on
-        the left or right changes no other token. state: see :meth:`state_specs`; complex parts as a last axis of real and
-        imaginary part. Its last but one axes hold d_state times the width of a head.
+        x_BTD: float, T >= 1 -> [B, T, D]. context: padding on the left or right changes no other token; within a text,
+        conv_width - 1 padding tokens in a row part it into two. state: see :meth:`state_specs`; complex parts have a last axis
+        of real and imaginary part.
 
     Raises:
-        ValueError: d_model not divisible by n_heads, d_state < 0, conv_width < 1, or a state that comes with a mask or for
-            another batch.
+        ValueError: d_model not divisible by n_heads, d_state < 0, conv_width < 1, no token, or a state that comes with a mask
+            or for another batch.
     """
 
     is_causal_only: ClassVar[bool] = True
@@ -116,6 +116,8 @@ class RecurrentMixer(Mixer):
             if state[0].shape[0] != x_BTD.shape[0]:
                 raise ValueError(f"batch of the state ({state[0].shape[0]}) must be that of x ({x_BTD.shape[0]})")
         B, T, D = x_BTD.shape
+        if not torch.compiler.is_compiling() and T == 0:
+            raise ValueError(f"sequence length ({T}) must be >= 1")
         gate_BTD, channels_BTC = torch.split(self.in_proj(x_BTD), [D, self.num_channels], dim=-1)
         is_token_BT1 = None if mask_BT is None else mask_BT[..., None]
         if is_token_BT1 is not None:
@@ -162,5 +164,5 @@ class RecurrentMixer(Mixer):
     def _split(self, channels_BTC: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         B, T, _ = channels_BTC.shape
         u_BTD, q_BTN, k_BTN = torch.split(channels_BTC, [self.d_model, self.d_state, self.d_state], dim=-1)
-        u_BHTP = u_BTD.reshape(B, T, self.n_heads, -1).transpose(1, 2)
+        u_BHTP = u_BTD.reshape(B, T, self.n_heads, self.d_model // self.n_heads).transpose(1, 2)
         return (u_BHTP, q_BTN[:, None], k_BTN[:, None]) if self.d_state else (u_BHTP, None, None)

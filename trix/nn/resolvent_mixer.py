@@ -25,9 +25,10 @@ class ResolventMixer(RecurrentMixer):
 
     H is tridiagonal, and each token's entries are read from it: alpha_i = v_i - lambda - i eta_i on the diagonal, and the hop
     c_i = softplus(.) e^(i theta) to the token before. With ``hopping="hermitian"`` the operator also hops back, w = |c|^2, and
-    G_i = 1 / (alpha_i - w_i G_{i-1}): |G_i| <= 1 / eta_i and, as u is scaled by sqrt(eta) and y by sqrt(eta), |y|_2 <= |u|_2
-    [theorem, vector state]. With ``"one_way"`` w = 0, G = 1 / alpha with Im alpha = -(|c| + eta): the ablation. Given G, both
-    are Mamba-2's recurrence with complex decay -c_i G_{i-1}, which may exceed 1 at single tokens.
+    G_i = 1 / (alpha_i - w_i G_{i-1}): |G_i| <= 1 / eta_i and, as u is scaled by sqrt(eta) and y by sqrt(eta), at every token
+    |y_i| <= (sum_{j<=i} |u_j|^2)^(1/2) [theorem, vector state; the norm of a whole text may grow]. With ``"one_way"`` w = 0, G
+    = 1 / alpha with Im alpha = -(|c| + eta): the ablation. Given G, both are Mamba-2's recurrence with complex decay -c_i
+    G_{i-1}, which may exceed 1 at single tokens.
 
     Two gauges unwind the mean rotation of a head: theta = -arg(-G*), and the output is turned by -arg(G*). G* is the pivot of
     an endless row of equal tokens, with the dynamics' biases as their entries; a text begins at such a row's open end.
@@ -88,8 +89,9 @@ class ResolventMixer(RecurrentMixer):
             hop = hop * is_token_B1T
             alpha = _where(is_token_B1T, alpha, end)
         kept: State = ()
-        G = resolvent_pivots(alpha, None)
-        if is_hermitian:
+        if not is_hermitian:
+            G = resolvent_pivots(alpha, None)
+        else:
             end_H2 = torch.stack(end, dim=-1)
             first_BH2 = state[0].to(eta.dtype) + end_H2 if state else end_H2.expand(eta.shape[0], -1, -1)
             G = resolvent_pivots(alpha, hop.square(), Pair(*first_BH2.unbind(-1)))

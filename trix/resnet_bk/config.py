@@ -10,7 +10,9 @@ from trix.nn.feed_forward import FFNConfig
 from trix.nn.language_model import LanguageModelConfig
 
 MIXER = "trix.resnet_bk.mixer.BirmanSchwingerMixer"
-MAX_SEQUENCE = 2**16  # the potential's cost grows as n_seq^2 / log n_seq
+MAX_SEQUENCE = 2**16
+OPTIONAL = frozenset({"schatten_threshold", "low_rank"})  # null is a value of theirs
+MAX_POWER = 64  # 2^64 is beyond every sequence
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,8 @@ class ResNetBKConfig:
 
     Args:
         vocab_size: tokens. d_model: width. n_layers: blocks. n_seq: longest sequence.
-        epsilon, k_max, prime_bump_scale: of :class:`~trix.resnet_bk.PrimeBumpPotential`, where ``use_prime_bump`` is true.
+        epsilon, k_max, prime_bump_scale: settings of :class:`~trix.resnet_bk.PrimeBumpPotential`, where ``use_prime_bump`` is
+            true; epsilon is also the number of mean distances between levels that ``use_lap`` keeps eta above.
         num_experts: tiles of a layer. top_k: tiles per token.
         use_scattering_router: tiles by the phase of the resolvent; else by signatures of the embedding.
         use_act: each token ends its computation after a block of its own choice. act_halt_threshold: once less than this is
@@ -32,7 +35,8 @@ class ResNetBKConfig:
             tiles. attention_at: places of blocks that mix by attention; with the scattering router there can be none.
 
     Raises:
-        ValueError: a size below 1, n_seq > 2^16, top_k > num_experts, epsilon <= 0; by :meth:`from_mapping` an unknown key.
+        ValueError: a value of another type, a size below 1, n_seq > 2^16, k_max > 64, top_k > num_experts, epsilon <= 0; by
+        :meth:`from_mapping` an unknown key.
     """
 
     vocab_size: int = 30000
@@ -59,6 +63,10 @@ class ResNetBKConfig:
     attention_at: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        for f in fields(self):
+            value, kind = getattr(self, f.name), int if f.name == "low_rank" else type(f.default)
+            if not _is(value, kind) and not (value is None and f.name in OPTIONAL):
+                raise ValueError(f"{f.name} ({value!r:.40}) must be {kind.__name__}")
         for name in ("vocab_size", "d_model", "n_layers", "n_seq", "num_experts", "top_k", "k_max", "n_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be >= 1")
@@ -68,6 +76,10 @@ class ResNetBKConfig:
             raise ValueError(f"low_rank ({self.low_rank}) must be >= 1")
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k ({self.top_k}) must be <= num_experts ({self.num_experts})")
+        if self.k_max > MAX_POWER:
+            raise ValueError(f"k_max ({self.k_max}) must be <= {MAX_POWER}")
+        if not math.isfinite(self.prime_bump_scale):
+            raise ValueError(f"prime_bump_scale ({self.prime_bump_scale}) must be finite")
         if not 0 < self.epsilon < math.inf:
             raise ValueError(f"epsilon ({self.epsilon}) must be > 0 and finite")
         if not 0 < self.act_halt_threshold < 1:
@@ -81,8 +93,8 @@ class ResNetBKConfig:
             if key not in known:
                 nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
                 raise ValueError(f"key ({key}) must be one of the configuration's; the nearest is {nearest}")
-        at = {"attention_at": tuple(values["attention_at"])} if "attention_at" in values else {}
-        return cls(**{**values, **at})
+        places = values.get("attention_at", ())
+        return cls(**{**values, "attention_at": tuple(places) if isinstance(places, list) else places})
 
     def network(self) -> LanguageModelConfig:
         """The same as the configuration of a :class:`trix.nn.LanguageModel`."""
@@ -112,3 +124,12 @@ class ResNetBKConfig:
             attention_at=self.attention_at,
             halt_threshold=self.act_halt_threshold if self.use_act else None,
         )
+
+
+def _is(value: object, kind: type) -> bool:
+    """Whether the value is of this kind; a truth value is no number, and a whole number is a float."""
+    if isinstance(value, bool) or kind is bool:
+        return isinstance(value, bool) and kind is bool
+    if kind is tuple:
+        return isinstance(value, tuple) and all(type(place) is int for place in value)
+    return isinstance(value, (int, float) if kind is float else kind)

@@ -50,7 +50,7 @@ class ResNetBKForCausalLM(PreTrainedModel):
         output = self.face(input_ids, attention_mask, labels=labels)
         return CausalLMOutput(loss=output.loss, logits=output.logits)
 
-    def generate(self, input_ids: Tensor, max_length: int = 100, **settings: Any) -> Tensor:
+    def generate(self, input_ids: Tensor, max_length: int | None = None, **settings: Any) -> Tensor:
         """See :meth:`trix.resnet_bk.LanguageModel.generate`."""
         return self.face.generate(input_ids, max_length, **settings)
 
@@ -65,8 +65,8 @@ class ResNetBKForCausalLM(PreTrainedModel):
         model = cls(ResNetBKHubConfig(**asdict(face.config)))
         model.face = face
         dtype = settings.get("dtype", settings.get("torch_dtype"))
-        model = model.to(dtype) if isinstance(dtype, torch.dtype) else model
-        return model.eval()
+        dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+        return (model.to(dtype) if isinstance(dtype, torch.dtype) else model).eval()
 
 
 AutoConfig.register(MODEL_TYPE, ResNetBKHubConfig, exist_ok=True)

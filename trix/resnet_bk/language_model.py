@@ -21,6 +21,8 @@ from trix.resnet_bk.core import BirmanSchwingerCore
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 MODEL_TYPE = "resnet_bk"
+IGNORED_LABEL = -100
+MAX_LENGTH = 100
 
 
 @dataclass
@@ -55,9 +57,9 @@ class LanguageModel(nn.Module):
     """Blocks of resolvent mixing and tiles routed by its phase, by default; trained, exported and served as every
     :class:`trix.nn.LanguageModel`, which it holds as ``model``.
 
-    Memory: on equal tokens the sensitivity to one falls as exp(-eta/(2 c sin k)) per token [theorem], below 1e-3 after 138 at
-    the most where eta = 0.1 and c = 1, and faster where the potential is rough (Anderson localisation). No claim of long
-    recall; a few blocks of attention (``attention_at``) are the way to it.
+    Memory: on equal tokens the sensitivity to one falls as exp(-eta/(2 c sin k)) per token for an energy of 2 c cos k [to first
+    order in eta], so below 1e-3 within about 138 tokens where eta = 0.1 and c = 1, and faster where the potential is rough
+    (Anderson localisation). No claim of long recall; a few blocks of attention (``attention_at``) are the way to it.
 
     Args:
         vocab_size, d_model, n_layers, n_seq, epsilon, use_prime_bump, num_experts, top_k, use_scattering_router, use_act, and
@@ -122,7 +124,12 @@ class LanguageModel(nn.Module):
             raise ValueError(
                 f"attention_mask {tuple(attention_mask.shape)} must have the shape of input_ids {tuple(input_ids.shape)}"
             )
-        mask_BT = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
+        mask_BT = None if attention_mask is None else attention_mask.bool()
+        if mask_BT is not None and not torch.compiler.is_compiling() and bool(mask_BT.all()):
+            mask_BT = None
+        if state is not None and mask_BT is not None:
+            num_padded = int((~mask_BT).sum())
+            raise ValueError(f"attention_mask (0 at {num_padded} tokens) must be 1 at all of them where a state is given")
         if state is not None:
             (logits, _, aux), state = self.model(input_ids, state=state)
         else:
@@ -131,9 +138,16 @@ class LanguageModel(nn.Module):
             return logits
         loss = None
         if labels is not None:
-            target = labels if mask_BT is None else labels.masked_fill(~mask_BT, -100)
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), target[:, 1:].flatten())
+            loss = self._loss(logits, labels if mask_BT is None else labels.masked_fill(~mask_BT, IGNORED_LABEL))
         return LanguageModelOutput(logits, loss, None if aux is None else aux["total_aux"], state)
+
+    @staticmethod
+    def _loss(logits: Tensor, labels: Tensor) -> Tensor:
+        if labels.shape != logits.shape[:2] or labels.dtype != torch.int64:
+            raise ValueError(f"labels {tuple(labels.shape)} {labels.dtype} must be int64 {tuple(logits.shape[:2])}")
+        target = labels[:, 1:].flatten()
+        total = F.cross_entropy(logits[:, :-1].flatten(0, 1), target, ignore_index=IGNORED_LABEL, reduction="sum")
+        return total / (target != IGNORED_LABEL).sum().clamp_min(1)
 
     def empty_state(self, batch_size: int) -> Any:
         """The state before the first token; its size does not grow with the text, except in blocks of attention."""
@@ -143,25 +157,35 @@ class LanguageModel(nn.Module):
     def generate(
         self,
         input_ids: Tensor,
-        max_length: int = 100,
+        max_length: int | None = None,
         temperature: float = 1.0,
         top_p: float = 0.9,
         top_k: int = 50,
         do_sample: bool = True,
         *,
+        attention_mask: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """The prompts and their continuations: int64 [B, max_length]. The prompt is read at once, then each token costs O(1).
 
         Args:
-            input_ids: int64 [B, N], N <= max_length. max_length: length of the whole, <= n_seq. temperature, top_p, top_k: of
-                the distribution that is drawn from; top_k 0 means all. do_sample: False takes the likeliest token.
-            generator: of the random numbers.
+            input_ids: int64 [B, N], N <= max_length. max_length: length of the whole, <= n_seq; None: 100, or n_seq where
+                that is less. temperature, top_p, top_k: limits on the distribution that is drawn from; top_k 0 means all, and
+                top_p counts all tokens. do_sample: False takes the likeliest token.
+            attention_mask: as a tokenizer returns it; prompts of one call are of one length, so it must be all 1.
+            generator: source of the random numbers.
 
         Raises:
-            ValueError: max_length < N or > n_seq, temperature <= 0, top_p outside (0, 1], top_k < 0, and as :meth:`forward`.
+            ValueError: a mask with a 0, max_length < N or > n_seq, temperature <= 0, top_p outside (0, 1], top_k < 0, and as
+            :meth:`forward`.
         """
         self._check_tokens(input_ids)
+        if attention_mask is not None and not bool(attention_mask.all()):
+            num_padded = int((attention_mask == 0).sum())
+            raise ValueError(
+                f"attention_mask (0 at {num_padded} tokens) must be 1 at all: give prompts of one length at a time"
+            )
+        max_length = min(MAX_LENGTH, self.config.n_seq) if max_length is None else max_length
         if not input_ids.shape[1] <= max_length <= self.config.n_seq:
             raise ValueError(
                 f"max_length ({max_length}) must be >= the prompt's ({input_ids.shape[1]}) and <= n_seq ({self.config.n_seq})"
@@ -189,18 +213,20 @@ class LanguageModel(nn.Module):
         """What can be said of the operators: ``band``, the largest |energy| / hop of a head's mean (below 2: inside the band);
         ``eta_min`` and ``eta_max`` of the heads' means; with ``use_mourre``, ``mourre``: the commutator identities hold.
         """
+        found: dict[str, float | bool] = {}
+        if self.config.use_mourre:
+            found["mourre"] = BirmanSchwingerCore(min(self.config.n_seq, 256)).verify_mourre_estimate()
         mixers = [mixer for mixer in self.model.stack.mixers if isinstance(mixer, trix.resnet_bk.mixer.BirmanSchwingerMixer)]
+        if not mixers:
+            return found
         means = [mixer.mean_operator() for mixer in mixers]
         energy = torch.cat([alpha.re for alpha, _, _ in means])
         eta, hop = torch.cat([eta for _, eta, _ in means]), torch.cat([hop for _, _, hop in means])
-        found: dict[str, float | bool] = {
+        return found | {
             "band": float((energy / hop).abs().max()),
             "eta_min": float(eta.min()),
             "eta_max": float(eta.max()),
         }
-        if self.config.use_mourre:
-            found["mourre"] = BirmanSchwingerCore(min(self.config.n_seq, 256)).verify_mourre_estimate()
-        return found
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write config.json and model.safetensors, each whole or not at all; the folder is made.
@@ -220,7 +246,7 @@ class LanguageModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, model_name_or_path: str | Path) -> Self:
-        """Read what :meth:`save_pretrained` wrote: a local folder, or else the name of a repository on the Hugging Face Hub,
+        """Read what :meth:`save_pretrained` wrote, for evaluation: a local folder, or a repository on the Hugging Face Hub,
         where huggingface_hub is installed.
 
         Raises:
@@ -238,7 +264,7 @@ class LanguageModel(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, checkpoint_path: str | Path) -> Self:
-        """Read a checkpoint of :class:`lightning_modules.resnet_bk.CheckpointManager`; no pickled code is run.
+        """Read a checkpoint of :class:`lightning_modules.resnet_bk.CheckpointManager`, for evaluation; no pickled code is run.
 
         Raises:
             ValueError: another file, or weights that do not fit the configuration.
@@ -262,7 +288,7 @@ class LanguageModel(nn.Module):
             raise ValueError(f"model_type in {source} ({foreign!r}) must be {MODEL_TYPE!r}")
         known = {name: value for name, value in about.items() if name in ResNetBKConfig.__dataclass_fields__}
         num_layers = known.get("n_layers", 0)
-        if not isinstance(num_layers, int) or num_layers > len(weights):
+        if type(num_layers) is not int or num_layers > len(weights):
             raise ValueError(f"n_layers in {source} ({num_layers}) must be <= the number of its tensors ({len(weights)})")
         with torch.device("meta"):  # nothing is allocated before the weights are known to fit
             planned = cls(**known)
@@ -270,13 +296,17 @@ class LanguageModel(nn.Module):
         for name, shape in expected.items():
             if name not in weights:
                 raise ValueError(f"weights in {source} ({len(weights)} tensors) must hold {name}")
+            if not isinstance(weights[name], Tensor):
+                raise ValueError(f"{name} in {source} ({type(weights[name]).__name__}) must be a tensor")
+            if weights[name].is_floating_point() and not bool(weights[name].isfinite().all()):
+                raise ValueError(f"{name} in {source} ({int((~weights[name].isfinite()).sum())} values) must be finite")
             if weights[name].shape != shape:
                 raise ValueError(f"shape of {name} in {source} {tuple(weights[name].shape)} must be {tuple(shape)}")
         for name in weights.keys() - expected.keys():
             raise ValueError(f"weight {name} in {source} must be one of the model's")
         model = cls(**known)
         model.load_state_dict(weights)
-        return model
+        return model.eval()
 
     def _check_tokens(self, input_ids: Tensor) -> None:
         if input_ids.ndim != 2 or input_ids.dtype != torch.int64:
@@ -296,7 +326,8 @@ def _draw(
     """The next token of each row, [B, 1]."""
     if not do_sample:
         return logits_BV.argmax(dim=-1, keepdim=True)
-    ordered_BV, token_BV = (logits_BV.float() / temperature).sort(dim=-1, descending=True)
+    ordered_BV, token_BV = logits_BV.float().sort(dim=-1, descending=True)
+    ordered_BV = (ordered_BV - ordered_BV[:, :1]) / temperature
     probability_BV = ordered_BV.softmax(dim=-1)
     is_kept_BV = probability_BV.cumsum(dim=-1) - probability_BV < top_p  # the first one always
     if top_k:

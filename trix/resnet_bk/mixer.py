@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from trix.nn.recurrent_mixer import Hops
-from trix.nn.resolvent_mixer import ResolventMixer
+from trix.nn.resolvent_mixer import ETA_MIN, ResolventMixer
 from trix.outputs import State, StateSpec
 from trix.resnet_bk.potential import PrimeBumpPotential
 
@@ -16,7 +16,7 @@ MAX_ETA_FLOOR = 0.1
 
 @lru_cache(maxsize=8)
 def _bump(n_seq: int, epsilon: float, k_max: int) -> Tensor:
-    """The fixed potential, which all layers share: its cost grows as n_seq^2 / log n_seq."""
+    """The fixed potential, which all layers share."""
     with torch.device("cpu"):
         return PrimeBumpPotential(n_seq, epsilon, k_max).values()
 
@@ -31,8 +31,8 @@ class BirmanSchwingerMixer(ResolventMixer):
         schatten_threshold: |v_i| <= schatten_threshold * eta_i / n_seq for the potential v_i of each token, its energy less the
             mean one: then the trace norm of the Birman-Schwinger operator of n_seq tokens is at most schatten_threshold
             [theorem]. Causal, for it is one rule per token. None: no limit.
-        use_lap: eta_min = 1 / n_seq (at most 0.1) instead of ResolventMixer's: the limiting absorption principle speaks of an
-            eta well above the distance of the levels, which is about 1 / n_seq.
+        use_lap: eta_min is at least epsilon / n_seq (up to 0.1): the limiting absorption principle speaks of an eta above the
+            distance of the levels, which is of the order of 1 / n_seq.
         mixer: all others of ResolventMixer.
 
     Raises:
@@ -62,7 +62,7 @@ class BirmanSchwingerMixer(ResolventMixer):
         if schatten_threshold is not None and not schatten_threshold > 0:
             raise ValueError(f"schatten_threshold ({schatten_threshold}) must be > 0")
         if use_lap:
-            mixer["eta_min"] = min(1.0 / context_length, MAX_ETA_FLOOR)
+            mixer["eta_min"] = max(mixer.get("eta_min", ETA_MIN), min(epsilon / context_length, MAX_ETA_FLOOR))
         super().__init__(d_model, n_heads, context_length, ternary, dropout, **mixer)
         self.context_length, self.schatten_threshold = context_length, schatten_threshold
         bump_N = torch.zeros(context_length)
@@ -79,7 +79,8 @@ class BirmanSchwingerMixer(ResolventMixer):
         position_BT = self._positions(energy, is_token_B1T)
         if state:
             position_BT = position_BT + state[-1].to(torch.int64)
-        bump_BT = self.bump_N.to(energy.dtype)[position_BT]  # out of range beyond n_seq
+        self._check_length(position_BT, bool(state))
+        bump_BT = self.bump_N.to(energy.dtype)[position_BT]
         if self.schatten_threshold is not None:
             mean = torch.split(self.dynamics.bias.to(energy.dtype), self.n_heads)[0][:, None]
             limit = self.schatten_threshold / self.context_length * self._operator(energy, eta, hop)[1]
@@ -88,6 +89,13 @@ class BirmanSchwingerMixer(ResolventMixer):
             energy = energy + bump_BT[:, None]
         hops = super().hops((energy, eta, hop), is_token_B1T, state[:-1])
         return hops._replace(state=(*hops.state, (position_BT[:, -1:] + 1).to(energy.dtype)))
+
+    def _check_length(self, position_BT: Tensor, is_later: bool) -> None:
+        length = position_BT.shape[1]
+        if is_later and not torch.compiler.is_compiling() and position_BT.numel():
+            length = int(position_BT.max()) + 1
+        if length > self.context_length:
+            raise ValueError(f"sequence length ({length}) must be <= context_length ({self.context_length})")
 
     def _positions(self, like_BHT: Tensor, is_token_B1T: Tensor | None) -> Tensor:
         """The place of each token in its text: int64 [B, T]."""

@@ -82,13 +82,13 @@ class PrimeBumpPotential(nn.Module):
     def _bumps(self) -> Tensor:
         """The fixed potential without the scale: float64 [n_seq]."""
         place, reach = self._place(), REACH * math.sqrt(self.epsilon)
+        limit = reach + (self.n_seq if self.positions == "index" else math.log(self.n_seq + 1))
         bumps = [
             (k * math.log(p), self.compute_alpha_coefficients(p, k))
             for p in self.get_prime_indices()
-            for k in range(1, self.k_max + 1)
+            for k in range(1, min(self.k_max, int(limit / math.log(p))) + 1)
         ]
-        limit = float(place[-1]) + reach if not place.is_meta else math.inf
-        near = torch.tensor([bump for bump in bumps if bump[0] <= limit], dtype=torch.float64).reshape(-1, 2)
+        near = torch.tensor(bumps, dtype=torch.float64).reshape(-1, 2)
         total = torch.zeros_like(place)
         for centre, alpha in (part.unbind(1) for part in torch.split(near, BLOCK)):
             total += alpha @ torch.exp((place - centre[:, None]).square() / (-2 * self.epsilon))

@@ -207,6 +207,10 @@ def test_it_refuses_what_does_not_fit() -> None:
         ResolventMixer(24, 4, conv_width=0)
     with pytest.raises(ValueError, match=r"hopping \('both'\) must be one of hermitian, one_way"):
         ResolventMixer(24, 4, hopping="both")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"eta_min \(0.0\) must be > 0"):
+        ResolventMixer(24, 4, eta_min=0.0)
+    with pytest.raises(ValueError, match=r"sequence length \(0\) must be >= 1"):
+        ResolventMixer(24, 4)(torch.randn(2, 0, 24))
     mixer, x = ResolventMixer(24, 4), torch.randn(2, 3, 24)
     with pytest.raises(ValueError, match=r"batch of the state \(3\) must be that of x \(2\)"):
         mixer(x, TokenContext(), mixer.empty_state(3))

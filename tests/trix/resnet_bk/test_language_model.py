@@ -109,6 +109,19 @@ def test_generating_is_reading_the_whole_text_each_time(settings: dict[str, Any]
     assert torch.equal(model.generate(ids, 20, do_sample=False), expected)
 
 
+def test_no_label_gives_no_loss_and_no_text_no_answer() -> None:
+    model = make()
+    assert model(tokens(), labels=torch.full((2, 20), -100)).loss == 0
+    assert model(tokens(1), labels=tokens(1)).loss == 0
+    assert model(tokens(5, batch=0)).shape == (0, 5, 23)
+    assert model.generate(tokens(5)).shape == (2, 32)
+
+
+def test_what_is_read_is_for_evaluation(tmp_path: Path) -> None:
+    make().save_pretrained(tmp_path)
+    assert not LanguageModel.from_pretrained(tmp_path).training
+
+
 def test_sampling_keeps_to_the_likeliest_tokens_and_repeats_with_its_generator() -> None:
     model, ids = make(), tokens(5, batch=4)
     first, again = (model.generate(ids, 25, top_k=3, generator=torch.Generator().manual_seed(3)) for _ in range(2))
@@ -192,6 +205,16 @@ def test_it_refuses_what_it_cannot_do() -> None:
         make(top_k=5)
     with pytest.raises(ValueError, match=r"epsilon \(0.0\) must be > 0"):
         make(epsilon=0.0)
+    for settings, message in [
+        ({"d_model": "64"}, r"d_model \('64'\) must be int"),
+        ({"attention_at": None}, r"attention_at \(None\) must be tuple"),
+        ({"use_act": 1}, r"use_act \(1\) must be bool"),
+        ({"epsilon": None}, r"epsilon \(None\) must be float"),
+        ({"k_max": 65}, r"k_max \(65\) must be <= 64"),
+        ({"prime_bump_scale": float("nan")}, r"prime_bump_scale \(nan\) must be finite"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            make(**settings)
     model = make()
     for ids, message in [
         (tokens(33), r"sequence of input_ids \(33\) must be >= 1 and <= n_seq \(32\)"),
@@ -209,6 +232,16 @@ def test_it_refuses_what_it_cannot_do() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             model.generate(tokens(), **settings)
+    with pytest.raises(ValueError, match=r"labels \(2, 3\) torch.int64 must be int64 \(2, 20\)"):
+        model(tokens(), labels=tokens(3))
+    mask = torch.arange(20).expand(2, 20) > 0
+    with pytest.raises(ValueError, match=r"attention_mask \(0 at 2 tokens\) must be 1 at all of them where a state is given"):
+        model(tokens(), mask, state=model.empty_state(2))
+    with pytest.raises(ValueError, match=r"attention_mask \(0 at 2 tokens\) must be 1 at all"):
+        model.generate(tokens(), attention_mask=mask)
+    state = model(tokens(), state=model.empty_state(2)).state
+    with pytest.raises(ValueError, match=r"sequence length \(40\) must be <= context_length \(32\)"):
+        model(tokens(), state=state)
     with pytest.raises(ValueError, match=r"attention_mask \(2, 3\) must have the shape of input_ids \(2, 20\)"):
         model(tokens(), torch.ones(2, 3))
 
