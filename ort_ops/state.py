@@ -2,7 +2,10 @@
 
 Each tensor of a layer's state is an input ``past_NAME_LAYER`` and an output ``present_NAME_LAYER``, the input of the next call.
 Attention has ``key`` and ``value``: float32 [B, H, P, W] for H heads of width W and the P tokens before, P = 0 at a text's
-beginning. Axes that are no numbers in the file are dynamic: the first is the number of texts, another one grows with P.
+beginning. Resolvent and SSD mixers keep a state of fixed size: ``conv`` [B, C, S], the last S inputs of the convolution, and
+``carry`` [B, H, N, W, 2] for queries of width N, [B, H, W, 2] without queries; with hermitian hopping also ``pivot`` [B, H, 2].
+The axis of 2 holds real and imaginary part. Axes that are no numbers in the file are dynamic: the first is the number of texts,
+another one grows with P.
 """
 
 import math
