@@ -94,9 +94,8 @@ def test_every_key_asked_for_was_given_with_its_answer() -> None:
     for token_T, target_T in zip(token_BT.tolist(), target_BT.tolist(), strict=True):
         given = dict(zip(token_T[:10:2], token_T[1:10:2], strict=True))
         assert len(given) == 5
-        assert {token_T[place]: target_T[place] for place in range(10, 20, 2)} == given
-        assert token_T[11::2] == target_T[10::2]
-        assert {*target_T[:10], *target_T[11::2]} == {-100}
+        assert [given[key] for key in token_T[10:]] == target_T[10:]
+        assert {*target_T[:10]} == {-100}
 
 
 def test_accuracy_is_that_of_the_answers_alone() -> None:
@@ -134,8 +133,8 @@ def test_recall_says_which_goals_are_missed_first() -> None:
 
 
 def test_recall_has_no_more_pairs_than_keys() -> None:
-    with pytest.raises(SystemExit, match=r"pairs \(\[4, 65\]\) must be >= 1 and <= 64"):
-        bk_recall.run([4, 65], [16], [1e-3], 1, [0], None, True)
+    with pytest.raises(SystemExit, match=r"pairs \(\[4, 33\]\) must be >= 1 and <= 32"):
+        bk_recall.run([4, 33], [16], [1e-3], 1, [0], None, True)
 
 
 def test_the_routings_differ_in_routing_alone(path: Path) -> None:
