@@ -111,21 +111,21 @@ def test_accuracy_is_that_of_the_answers_alone() -> None:
 
 
 def test_recall_counts_the_best_rate_of_each_width(path: Path) -> None:
-    results = bk_recall.run([2], [2, 4], [1e-3, 1e-2], 2, [0], ["attention", "hermitian"], False)
+    results = bk_recall.run([2], [2, 4], [1e-3, 1e-2], 2, [0], ["attention + convolution", "hermitian"], False)
     assert [(result["contestant"], result["query_width"]) for result in results] == [
-        ("attention", None),
+        ("attention + convolution", None),
         ("hermitian", 2),
         ("hermitian", 4),
     ]
     for result in results:
         assert result["accuracy"] == max(result["accuracy_by_rate"].values())
     assert results[1]["state_floats"] < results[2]["state_floats"]
-    assert "| 2 | attention |" in bk_recall.table(results)
+    assert "| 2 | attention + convolution |" in bk_recall.table(results)
     assert len(bk_recall.figure(results).axes[0].lines) == 2
 
 
 def test_recall_says_which_goals_are_missed_first() -> None:
-    result = {"contestant": "hermitian", "config": {"mixer": "resolvent"}, "pairs": 8, "query_width": 16, "state_floats": 1.0}
+    result = {"contestant": "hermitian", "pairs": 8, "query_width": 16, "state_floats": 1.0}
     rates = {"0.001": 0.5, "0.003": 0.995, "0.01": 0.99, "0.03": 0.1}
     lines = bk_recall.table([result | {"accuracy": 0.995, "accuracy_by_rate": rates}]).splitlines()
     assert lines[0] == "- MISSED: hermitian, 8 pairs: 2 of 4 rates >= 0.9, goal 3"
