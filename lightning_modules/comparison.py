@@ -304,17 +304,19 @@ def check_causal(model: nn.Module, name: str, vocab_size: int, length: int) -> b
     draw = torch.Generator().manual_seed(0)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     token_BT, other_BT = torch.randint(0, vocab_size, (2, 2, length), generator=draw).to(device)
-    for place in sorted({1, length // 3, length // 2, length - 1} - {0}):
-        edited_BT = torch.cat([token_BT[:, :place], other_BT[:, place:]], dim=1)
-        before, after = (logits_of(model(token))[:, :place] for token in (token_BT, edited_BT))
-        if torch.equal(before, after):
-            continue
-        is_bitwise = False
-        before, after = (logits_of(exact(token))[:, :place] for token in (token_BT, edited_BT))
-        move = float((before - after).abs().max())
-        if not move <= MAX_MOVE:
-            raise ValueError(f"logits of {name} before token {place} must not depend on it: they move by {move:.3g}")
-    model.train(was_training)
+    try:
+        for place in sorted({1, length // 3, length // 2, length - 1} - {0}):
+            edited_BT = torch.cat([token_BT[:, :place], other_BT[:, place:]], dim=1)
+            before, after = (logits_of(model(token))[:, :place] for token in (token_BT, edited_BT))
+            if torch.equal(before, after):
+                continue
+            is_bitwise = False
+            before, after = (logits_of(exact(token))[:, :place] for token in (token_BT, edited_BT))
+            move = float((before - after).abs().max())
+            if not move <= MAX_MOVE:
+                raise ValueError(f"logits of {name} before token {place} must not depend on it: they move by {move:.3g}")
+    finally:
+        model.train(was_training)
     return is_bitwise
 
 

@@ -2,11 +2,12 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
@@ -49,6 +50,7 @@ class CheckpointManager:
             if direction not in ("min", "max"):
                 raise ValueError(f"direction of {name} ({direction!r}) must be 'min' or 'max'")
         self._files = WholeFileCheckpointIO()
+        self._known: dict[Path, dict[str, float]] = {}  # the metrics of files that have been read or written
 
     def save(self, model: nn.Module, optimizer: Optimizer, epoch: int, metrics: Mapping[str, Any] | None = None) -> None:
         """Write the checkpoint of an epoch, then remove those that are neither recent nor the best of a metric.
@@ -71,11 +73,12 @@ class CheckpointManager:
         if is_dataclass(config) and not isinstance(config, type):
             content["config"] = asdict(config)
         self._files.save_checkpoint(content, self.checkpoint_dir / f"epoch_{epoch}{CHECKPOINT_SUFFIX}")
+        self._known[self.checkpoint_dir / f"epoch_{epoch}{CHECKPOINT_SUFFIX}"] = values
         paths = self._paths()
         old = paths[: -self.keep_last_n]
         if not old:
             return
-        metrics_of = {path: _metrics(path) for path in paths}
+        metrics_of = self._metrics(paths)
         best = {self._best(metrics_of, name) for known in metrics_of.values() for name in known}
         for path in old:
             if path not in best:
@@ -100,13 +103,25 @@ class CheckpointManager:
             ValueError: the metric's direction is not known. CheckpointError: no checkpoint has the metric, or as load_latest.
         """
         self._direction(metric)
-        metrics_of = {path: _metrics(path) for path in self._paths()}
+        metrics_of = self._metrics(self._paths())
         best = self._best(metrics_of, metric)
         if best is None:
             names = sorted({name for metrics in metrics_of.values() for name in metrics})
             found = f"they have {', '.join(names)}" if names else "none has any metric"
             raise CheckpointError(f"a checkpoint in {self.checkpoint_dir} must have the metric {metric}: {found}")
         return _content(best)
+
+    def _metrics(self, paths: Sequence[Path]) -> dict[Path, dict[str, float]]:
+        """The metrics of each file; one that cannot be read has none, and a warning says so."""
+        for path in paths:
+            if path in self._known:
+                continue
+            try:
+                self._known[path] = _metrics(path)
+            except CheckpointError as error:
+                rank_zero_warn(f"{path} is passed over: {error}")
+                self._known[path] = {}
+        return {path: self._known[path] for path in paths}
 
     def _direction(self, metric: str) -> Direction:
         if metric not in self.directions:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
@@ -341,13 +341,17 @@ def _with_batch_size(loader: DataLoader[Any], batch_size: int) -> DataLoader[Any
     return DataLoader(
         loader.dataset,
         batch_size=batch_size,
-        sampler=loader.sampler,
+        sampler=None if isinstance(loader.dataset, IterableDataset) else loader.sampler,
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
         drop_last=loader.drop_last,
         worker_init_fn=loader.worker_init_fn,
         generator=loader.generator,
+        timeout=loader.timeout,
+        multiprocessing_context=loader.multiprocessing_context,
+        prefetch_factor=loader.prefetch_factor,
+        persistent_workers=loader.persistent_workers,
     )
 
 

@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from lightning_modules.tasks.checkpoint import check_blocks
 from lightning_modules.tasks.language_model import LanguageModelTask
+from lightning_modules.tasks.task import half_cosine
 from trix.resnet_bk.config import ResNetBKConfig
 
 WEIGHT_DECAY = 0.1
@@ -70,7 +71,6 @@ class ResNetBKTask(LanguageModelTask):
 
 def _warm_half_cosine(warmup_steps: int, optimizer: Optimizer, num_steps: int) -> LRScheduler:
     def factor(step: int) -> float:
-        rise = min(1.0, (step + 1) / (warmup_steps + 1))
-        return rise * 0.5 * (1.0 + math.cos(math.pi * min(step / num_steps, 1.0)))
+        return min(1.0, (step + 1) / (warmup_steps + 1)) * half_cosine(step, num_steps)
 
     return LambdaLR(optimizer, factor)

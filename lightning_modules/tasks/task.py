@@ -48,7 +48,12 @@ def check_eps(optimizer: Optimizer, precision: str | None) -> None:
 
 def default_lr_scheduler(optimizer: Optimizer, num_steps: int) -> LRScheduler:
     """Half a cosine, from the full rate to 0 after num_steps; a run resumed with more steps goes on along the longer one."""
-    return LambdaLR(optimizer, lambda step: 0.5 * (1.0 + math.cos(math.pi * min(step / num_steps, 1.0))))
+    return LambdaLR(optimizer, lambda step: half_cosine(step, num_steps))
+
+
+def half_cosine(step: int, num_steps: int) -> float:
+    """1 at step 0, 0 from num_steps on."""
+    return 0.5 * (1.0 + math.cos(math.pi * min(step / num_steps, 1.0)))
 
 
 class TrixTask(L.LightningModule):
