@@ -124,12 +124,15 @@ def test_recall_counts_the_best_rate_of_each_width(path: Path) -> None:
     assert len(bk_recall.figure(results).axes[0].lines) == 2
 
 
-def test_recall_says_which_goals_are_missed_first() -> None:
+def test_recall_says_first_who_is_better_and_which_goals_are_missed() -> None:
     result = {"contestant": "hermitian", "pairs": 8, "query_width": 16, "state_floats": 1.0}
     rates = {"0.001": 0.5, "0.003": 0.995, "0.01": 0.99, "0.03": 0.1}
-    lines = bk_recall.table([result | {"accuracy": 0.995, "accuracy_by_rate": rates}]).splitlines()
-    assert lines[0] == "- MISSED: hermitian, 8 pairs: 2 of 4 rates >= 0.9, goal 3"
-    assert lines[1] == "- reached: hermitian, 8 pairs: 0.995, goal 0.99"
+    ours = [result | {"accuracy": accuracy, "accuracy_by_rate": rates} for accuracy in (0.995, 0.9)]
+    ssd = ours[1] | {"contestant": "ssd", "accuracy": 0.997}
+    lines = bk_recall.table([*ours, ssd]).splitlines()
+    assert lines[0] == "- hermitian LOSES to ssd, 8 pairs: 0.995 against 0.997"
+    assert lines[1] == "- MISSED: hermitian, 8 pairs: 2 of 4 rates >= 0.9, goal 3"
+    assert lines[2] == "- reached: hermitian, 8 pairs: 0.995, goal 0.99"
 
 
 def test_recall_has_no_more_pairs_than_keys() -> None:
