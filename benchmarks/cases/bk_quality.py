@@ -20,7 +20,6 @@ import statistics
 import time
 from dataclasses import asdict
 from itertools import chain
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], metavar="SEED", help="default: %(default)s")
     parser.add_argument("--lrs", type=float, nargs="+", default=[2e-3, 4e-3, 8e-3], help="peak rates (default: %(default)s)")
     parser.add_argument("--only", nargs="+", choices=CONTESTANTS, metavar="NAME", help=f"some of: {'; '.join(CONTESTANTS)}")
-    parser.add_argument("--path", type=Path, help="another text")
+    parser.add_argument("--path", help="another text")
     parser.add_argument("--resume", action="store_true", help="keep the runs that an earlier call finished")
 
 
@@ -69,7 +68,7 @@ def run(
     seeds: list[int],
     lrs: list[float],
     only: list[str] | None,
-    path: Path | None,
+    path: str | None,
     resume: bool,
 ) -> dict[str, Any]:
     if not resume:
@@ -86,7 +85,7 @@ def run(
 
 
 def compare(
-    size_name: str, steps: int, seeds: list[int], lrs: list[float], names: list[str], path: Path | None
+    size_name: str, steps: int, seeds: list[int], lrs: list[float], names: list[str], path: str | None
 ) -> list[dict[str, Any]]:
     size = SIZES[size_name]
     data = text(size, steps, seeds[0], path)
@@ -115,7 +114,7 @@ def compare(
     return rows
 
 
-def text(size: Size, steps: int, seed: int, path: Path | None) -> TextDataModule:
+def text(size: Size, steps: int, seed: int, path: str | None) -> TextDataModule:
     return TextDataModule("tinyshakespeare", path, size.context_length, size.batch_size, seed=seed, batches_per_epoch=steps)
 
 
@@ -129,7 +128,7 @@ def facts(name: str, config: LanguageModelConfig, data: TextDataModule) -> dict[
 
 
 def finished_or_run(
-    config: LanguageModelConfig, size: Size, steps: int, seed: int, lr: float, path: Path | None, title: str
+    config: LanguageModelConfig, size: Size, steps: int, seed: int, lr: float, path: str | None, title: str
 ) -> dict[str, Any]:
     def train_and_validate() -> dict[str, Any]:
         data = text(size, steps, seed, path)
@@ -140,7 +139,7 @@ def finished_or_run(
         return {"cpu_s_per_step": (time.thread_time() - start) / steps, **losses_by_half(model, data)}
 
     key = {"config": asdict(config), "batch_size": size.batch_size, "steps": steps, "seed": seed, "lr": lr}
-    return kept_or_run(FINISHED, key | ({} if path is None else {"path": str(path)}), train_and_validate)
+    return kept_or_run(FINISHED, key | ({} if path is None else {"path": path}), train_and_validate)
 
 
 @torch.no_grad()

@@ -13,7 +13,6 @@ the runs that a stopped one had finished.
 import argparse
 import statistics
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,11 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=300, help="training steps (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED", help="default: %(default)s")
     parser.add_argument("--lr", type=float, default=4e-3, help="peak learning rate (default: %(default)s)")
-    parser.add_argument("--path", type=Path, help="another text")
+    parser.add_argument("--path", help="another text")
     parser.add_argument("--resume", action="store_true", help="keep the runs that an earlier call finished")
 
 
-def run(steps: int, seeds: list[int], lr: float, path: Path | None, resume: bool) -> list[dict[str, Any]]:
+def run(steps: int, seeds: list[int], lr: float, path: str | None, resume: bool) -> list[dict[str, Any]]:
     if not resume:
         FINISHED.unlink(missing_ok=True)
     num_threads = torch.get_num_threads()
@@ -79,7 +78,7 @@ def is_causal(name: str, config: LanguageModelConfig, vocab_size: int) -> bool:
 
 
 def finished_or_run(
-    name: str, config: LanguageModelConfig, steps: int, seed: int, lr: float, path: Path | None
+    name: str, config: LanguageModelConfig, steps: int, seed: int, lr: float, path: str | None
 ) -> dict[str, Any]:
     def train_and_validate() -> dict[str, Any]:
         data = text(SIZE, steps, seed, path)
@@ -89,7 +88,7 @@ def finished_or_run(
         return {"seed": seed, **validate(model, data)}
 
     key = {"config": asdict(config), "steps": steps, "seed": seed, "lr": lr}
-    return kept_or_run(FINISHED, key | ({} if path is None else {"path": str(path)}), train_and_validate)
+    return kept_or_run(FINISHED, key | ({} if path is None else {"path": path}), train_and_validate)
 
 
 def table(results: list[dict[str, Any]]) -> str:
