@@ -103,7 +103,7 @@ class CheckpointManager:
             ValueError: the metric's direction is not known. CheckpointError: no checkpoint has the metric, or as load_latest.
         """
         self._direction(metric)
-        metrics_of = self._metrics(self._paths())
+        metrics_of = {path: _metrics(path) for path in self._paths()}
         best = self._best(metrics_of, metric)
         if best is None:
             names = sorted({name for metrics in metrics_of.values() for name in metrics})

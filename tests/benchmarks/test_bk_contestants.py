@@ -67,5 +67,5 @@ def test_min_gru_is_its_recurrence() -> None:
     for z_BD, g_BD in zip(z_BTD.unbind(1), g_BTD.unbind(1), strict=True):
         h_BD = (1 - z_BD) * h_BD + z_BD * g_BD
     carry = torch.stack([first_BD, torch.zeros_like(first_BD)], dim=-1).view(2, 2, 4, 2)
-    _, last, _, _ = mixer._recur(x_BTD, channels_BTC, None, carry, ())
+    _, last = mixer._recur(mixer.read_hops(x_BTD), channels_BTC, carry)
     torch.testing.assert_close(last[..., 0].reshape(2, 8), h_BD)

@@ -75,7 +75,7 @@ def test_arguments_that_do_not_fit_are_told_with_the_name(registry: Registry[Par
 def test_the_projects_own_kinds() -> None:
     assert ROUTERS.names == ("explicit", "emergent", "learned", "hash", "scattering")
     assert TILES.names == ("ternary",)
-    assert MIXERS.names == ("attention",)
+    assert MIXERS.names == ("attention", "resolvent", "ssd")
 
 
 def test_a_router_is_found_in_a_module_of_the_users(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -191,7 +191,7 @@ def test_a_mixer_that_cannot_look_ahead_refuses_to() -> None:
 
 
 def test_names_of_parts_and_places_of_attention_are_checked() -> None:
-    with pytest.raises(ValueError, match=r"mixer \('atention'\) must be 'attention', or the import path of a class"):
+    with pytest.raises(ValueError, match=r"mixer \('atention'\) must be 'attention', 'resolvent', 'ssd', or the import path"):
         TriXBlock(16, 2, mixer="atention")
     kinds = "'explicit', 'emergent', 'learned', 'hash', 'scattering'"
     with pytest.raises(ValueError, match=rf"routing \('sideways'\) must be {kinds}, or the"):
