@@ -58,14 +58,11 @@ class MinGRU(RecurrentMixer):
         return ()
 
     def hops(self, dynamics_BHT: tuple[Tensor, ...], is_token_B1T: Tensor | None, state: State) -> Hops:
-        raise NotImplementedError("a MinGRU has a decay for each channel, not for each head")
-
-    def read_hops(self, x_BTD: Tensor, mask_BT: Tensor | None = None, state: State = ()) -> Hops:
-        """The logits of z, in the place of scale_in."""
+        """The logits of z, in the place of scale_in: there is a decay for each channel, not for each head."""
         del state
-        if mask_BT is not None:
+        if is_token_B1T is not None:
             raise ValueError("mask_BT must be None")
-        logit_BHTP, _, _ = self._split(self.dynamics(x_BTD))
+        logit_BHTP, _, _ = self._split(torch.cat(dynamics_BHT, dim=1).transpose(1, 2))
         none = Pair(logit_BHTP, logit_BHTP)
         return Hops(none, none, logit_BHTP)
 

@@ -159,7 +159,7 @@ def step(path: Path, num_past: int) -> Run:
 
 def table(results: list[dict[str, Any]]) -> str:
     lines = [
-        "| | state | tokens, or tokens before | way | ms | ours is so many times as fast |",
+        "| | state | tokens, or tokens before | way | ms | its time / ours |",
         "|---|---|---|---|---|---|",
     ]
     ours = {(row["what"], row["state"], row["tokens"]): row["seconds"] for row in results if row["way"] == OURS}

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from bk_contestants import CONTESTANTS, Size, fitted_config, state_floats
 from cases.char_lm_quality import train_model
 from kept_runs import RESULTS, kept_or_run
+from turns import one_thread
 
 from lightning_modules.comparison import check_causal, paired_significance
 from lightning_modules.data.text import TextDataModule
@@ -73,14 +74,10 @@ def run(
 ) -> dict[str, Any]:
     if not resume:
         FINISHED.unlink(missing_ok=True)
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         compared = [
             compare(size, num_steps, seeds, lrs, only or list(CONTESTANTS), path) for size in sizes for num_steps in steps
         ]
-    finally:
-        torch.set_num_threads(num_threads)
     return {"rows": list(chain(*compared)), "answers": list(chain(*map(answers, compared)))}
 
 

@@ -8,7 +8,7 @@ none may look ahead, which is tested first. Every contestant trains with every r
 reach 0.9.
 
 In a vector state no query weighs the past: y_i = sum_j L_ij u_j, and L_ij / L_ij' does not depend on i. So once the pairs are
-read, all questions meet the same mixture of values but for its scale and phase: it is here to fail.
+read, all questions meet the same mixture of values apart from its scale and phase: it is included to show this failure.
 
 Goals of the resolvent: 0.99 with 8 pairs, 0.95 with 16, 0.9 with 3 of the 4 rates; of the hybrid: 0.99 with 32. All of it
 takes about ten hours of one core; --resume keeps the runs that a stopped one had finished.
@@ -25,6 +25,7 @@ from bk_contestants import CONTESTANTS, Contestant, Size, fitted_config, state_f
 from cases.char_lm_quality import train_model
 from kept_runs import RESULTS, kept_or_run
 from torch import Tensor
+from turns import one_thread
 
 from lightning_modules.comparison import check_causal
 from trix.nn import LanguageModel, LanguageModelConfig
@@ -66,16 +67,12 @@ def run(
         raise SystemExit(f"pairs ({pairs}) must be >= 1 and <= {NUM_KEYS}")
     if not resume:
         FINISHED.unlink(missing_ok=True)
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         return [
             measure(name, contestant, num_pairs, lrs, steps, seeds)
             for num_pairs in pairs
             for name, contestant in contestants(only or list(NAMES), widths)
         ]
-    finally:
-        torch.set_num_threads(num_threads)
 
 
 def contestants(names: list[str], widths: list[int]) -> Iterator[tuple[str, Contestant]]:

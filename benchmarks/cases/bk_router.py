@@ -20,6 +20,7 @@ from bk_contestants import NUM_TILES, TOP_K, Contestant, fitted_config
 from cases.bk_quality import SIZES, text
 from cases.char_lm_quality import train_model, validate
 from kept_runs import RESULTS, kept_or_run
+from turns import one_thread
 
 from lightning_modules.comparison import check_causal
 from trix.nn import FFNConfig, LanguageModel, LanguageModelConfig
@@ -47,9 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(steps: int, seeds: list[int], lr: float, path: str | None, resume: bool) -> list[dict[str, Any]]:
     if not resume:
         FINISHED.unlink(missing_ok=True)
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         data = text(SIZE, steps, 0, path)
         configs = {name: config_of(routing, data.vocab_size) for name, routing in ROUTINGS.items()}
         is_bitwise = {name: is_causal(name, config, data.vocab_size) for name, config in configs.items()}
@@ -58,8 +57,6 @@ def run(steps: int, seeds: list[int], lr: float, path: str | None, resume: bool)
             for seed in seeds
             for name, config in configs.items()
         }
-    finally:
-        torch.set_num_threads(num_threads)
     return [
         {"routing": name, "config": asdict(config), "is_causal_bitwise": is_bitwise[name]}
         | {"runs": [runs[seed, name] for seed in seeds]}

@@ -18,7 +18,6 @@ import math
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from turns import interleaved, one_thread
 
 from trix.functional.resolvent import Pair, resolvent_pivots
 from trix.functional.resolvent_mix import resolvent_mix
@@ -38,6 +38,7 @@ HEADS, WIDTH, ETA = 8, 16, 0.1
 OURS = ("vector", "matrix", "one_way_vector", "one_way_matrix", "sweep")
 WAYS = (*OURS, "attention", "mambapy")
 QUADRATIC_BYTES = 4 * HEADS  # of the scores of attention, per pair of tokens
+BENCHMARKS = Path(__file__).resolve().parents[1]
 Result = dict[str, Any]
 
 
@@ -52,15 +53,12 @@ def run(lengths: list[int], repeats: int, max_attention: int, max_scan: int) -> 
     check()
     longest = {"attention": max_attention, "mambapy": max_scan if find_spec("mambapy") else 0}
     results = []
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         for length in lengths:
             ways = {way: make(way, length) for way in WAYS if length <= longest.get(way, length)}
-            times = interleaved(ways, repeats)
-            results += [{"way": way, "length": length, "ms": times[way], "peak_bytes": peak_bytes(way, length)} for way in ways]
-    finally:
-        torch.set_num_threads(num_threads)
+            seconds = interleaved(ways, repeats + 1)
+            ms = {way: [1e3 * second for second in of_way[1:]] for way, of_way in seconds.items()}
+            results += [{"way": way, "length": length, "ms": ms[way], "peak_bytes": peak_bytes(way, length)} for way in ways]
     return results
 
 
@@ -129,19 +127,9 @@ def check() -> None:
             torch.testing.assert_close(found, expected, rtol=0, atol=float(1e-4 * expected.abs().max()))
 
 
-def interleaved(ways: dict[str, Callable[[], tuple[Tensor, ...]]], repeats: int) -> dict[str, list[float]]:
-    times: dict[str, list[float]] = {way: [] for way in ways}
-    for turn in range(repeats + 1):
-        for way, step in ways.items():
-            start = time.thread_time()
-            step()
-            if turn:
-                times[way].append(1e3 * (time.thread_time() - start))
-    return times
-
-
 def peak_bytes(way: str, length: int) -> int:
-    finished = subprocess.run([sys.executable, __file__, json.dumps([way, length])], capture_output=True, text=True)
+    command = [sys.executable, "-m", "cases.bk_speed", json.dumps([way, length])]
+    finished = subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True)
     if finished.returncode != 0:
         raise RuntimeError(finished.stderr)
     return int(finished.stdout)

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from turns import one_thread
 
 from trix import TriXFFN
 from trix.functional.tile_matmul import group_tokens, grouped_linear
@@ -47,14 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(sizes: list[str], batch: int, length: int, repeats: int) -> list[dict[str, Any]]:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         return measure(
             [(int(width), int(tiles)) for width, tiles in (size.split("x") for size in sizes)], batch, length, repeats
         )
-    finally:
-        torch.set_num_threads(num_threads)
 
 
 class LoopTile(nn.Module):

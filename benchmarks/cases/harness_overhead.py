@@ -34,6 +34,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
+from turns import one_thread
 
 from lightning_modules.callbacks import (
     ClaimMonitor,
@@ -68,15 +69,13 @@ def run(intervals: int, interval: int, segment: int, only: list[str] | None) -> 
     if interval % segment:
         raise SystemExit(f"interval ({interval}) must be divisible by segment ({segment})")
     names = list(dict.fromkeys(["bare", *(only or WAYS)]))
-    num_threads, folder = torch.get_num_threads(), Path.cwd()
-    torch.set_num_threads(1)
+    folder = Path.cwd()
     try:
-        with tempfile.TemporaryDirectory() as temporary, quiet_lightning():
+        with tempfile.TemporaryDirectory() as temporary, quiet_lightning(), one_thread():
             os.chdir(temporary)  # where runs are left
             return measure(names, intervals, interval, segment)
     finally:
         os.chdir(folder)
-        torch.set_num_threads(num_threads)
 
 
 class Turn(threading.Thread):

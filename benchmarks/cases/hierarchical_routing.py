@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from turns import interleaved, one_thread
 
 from trix.functional.signatures import inverse_sqrt_active, signature_scores
 from trix.functional.two_level_search import two_level_search
@@ -38,12 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @torch.no_grad()
 def run(tiles: list[int], width: int, tokens: int, probes: list[int], repeats: int) -> list[dict[str, Any]]:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         return [measure(kind, n, width, tokens, probes, repeats) for kind in CHANGED_WITHIN_FAMILY for n in tiles]
-    finally:
-        torch.set_num_threads(num_threads)
 
 
 def measure(kind: str, num_tiles: int, width: int, num_tokens: int, probes: list[int], repeats: int) -> dict[str, Any]:
@@ -97,16 +94,6 @@ def check_exact(x: Tensor, signatures: Tensor, chosen: Tensor) -> None:
     shortfall = (score.amax(dim=-1) - score.gather(1, chosen).squeeze(1)).max().item()
     if shortfall > 1e-4:
         raise AssertionError(f"the score of the exact search's choice falls short by {shortfall}, must be rounding (<= 1e-4)")
-
-
-def interleaved(ways: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(repeats):
-        for name, way in ways.items():
-            start = time.thread_time()
-            way()
-            seconds[name].append(time.thread_time() - start)
-    return seconds
 
 
 def table(results: list[dict[str, Any]]) -> str:
