@@ -17,6 +17,7 @@ from lightning_modules.callbacks.last_checkpoint import newest_checkpoint
 from lightning_modules.callbacks.log_folder import relative_path
 from lightning_modules.error_text import did_you_mean
 from lightning_modules.errors import UserError
+from trix.resnet_bk.kernel import free_resolvent
 
 SpikeAction = Literal["warn", "stop"]
 SPIKE_ACTIONS: tuple[SpikeAction, ...] = ("warn", "stop")
@@ -203,9 +204,7 @@ class StabilityMonitor(L.Callback):
             raise ValueError(f"Im z ({z.imag}) must be > 0")
         if not K.isfinite().all():
             return False
-        neighbours = torch.ones(len(K) - 1, dtype=torch.complex128, device=K.device)
-        shifted = torch.diag(neighbours, 1) + torch.diag(neighbours, -1) - z * torch.eye(len(K), device=K.device)
-        free = torch.linalg.inv(shifted).diagonal()
+        free = free_resolvent(len(K), z).diagonal().to(K.device)
         v, sigma = (K.diagonal() / free).abs(), torch.linalg.svdvals(_exact(K))
         largest = 1.0 + ROUNDING
         keeps_second = sigma.norm() <= largest * v.norm() * (free.imag.max() / z.imag).sqrt()

@@ -52,7 +52,8 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         _check_at_least_1(self, "batch_size", "num_epochs", "gradient_accumulation_steps")
         _check_at_least_1(self, "log_interval", "eval_interval", "save_interval")
-        _check_positive(self, "learning_rate")
+        if not 0 < self.learning_rate < float("inf"):
+            raise ValueError(f"learning_rate ({self.learning_rate}) must be > 0 and finite")
         for name in ("warmup_steps", "gradient_clip_norm"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} ({getattr(self, name)}) must be >= 0 and finite")
@@ -120,13 +121,5 @@ def _parsed(config: Any, source: Path | None = None) -> dict[str, dict[str, Any]
 
 def _check_at_least_1(config: object, *names: str) -> None:
     for name in names:
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{name} ({value}) must be >= 1")
-
-
-def _check_positive(config: object, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if not 0 < value < float("inf"):
-            raise ValueError(f"{name} ({value}) must be > 0 and finite")
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} ({getattr(config, name)}) must be >= 1")

@@ -61,6 +61,11 @@ def segments(shape: torch.Size, num_values: int) -> list[slice]:
     return [slice(start, min(start + size, shape[1])) for start in range(0, shape[1], size)]
 
 
+def unfilled(x: Tensor) -> Tensor:
+    """A contiguous tensor of this shape, dtype and device: what an operator tells a tracer of a result that is like x."""
+    return x.new_empty(x.shape)
+
+
 def parts(z: Tensor) -> tuple[Tensor, Tensor]:
     """The real and the imaginary part of a complex tensor, as tensors of their own."""
     # A clone even of one value: contiguous() would give back a view of it.

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trix.functional.linear_recurrence import linear_recurrence, parts, segments
+from trix.functional.linear_recurrence import linear_recurrence, parts, segments, unfilled
 
 CHUNK = 32
 SEGMENT_SITES = 2**13
@@ -253,42 +253,14 @@ def _over_heads(grad: Tensor, like: Tensor) -> Tensor:
 
 
 @resolvent_mix_matrix.register_fake
-def _(
-    G_re: Tensor,  # noqa: ARG001
-    G_im: Tensor,  # noqa: ARG001
-    c_re: Tensor,  # noqa: ARG001
-    c_im: Tensor,  # noqa: ARG001
-    u: Tensor,
-    q: Tensor,  # noqa: ARG001
-    k: Tensor,  # noqa: ARG001
-    first_re: Tensor,
-    first_im: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _like(u), _like(u), _like(first_re), _like(first_im)
+def _(*inputs: Tensor) -> tuple[Tensor, ...]:
+    u, first_re, first_im = inputs[4], *inputs[-2:]
+    return unfilled(u), unfilled(u), unfilled(first_re), unfilled(first_im)
 
 
 @_mix_backward.register_fake
-def _(
-    grad_re: Tensor,  # noqa: ARG001
-    grad_im: Tensor,  # noqa: ARG001
-    grad_last_re: Tensor,  # noqa: ARG001
-    grad_last_im: Tensor,  # noqa: ARG001
-    G_re: Tensor,
-    G_im: Tensor,
-    c_re: Tensor,
-    c_im: Tensor,
-    u: Tensor,
-    q: Tensor,
-    k: Tensor,
-    first_re: Tensor,
-    first_im: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    complex_grads = _like(G_re), _like(G_im), _like(c_re), _like(c_im)
-    return *complex_grads, _like(u), _like(q), _like(k), _like(first_re), _like(first_im)
-
-
-def _like(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
+def _(*inputs: Tensor) -> tuple[Tensor, ...]:
+    return tuple(map(unfilled, inputs[4:]))  # those of the forward
 
 
 def _save_for_backward(

@@ -6,7 +6,7 @@ Legend: B batch, H heads, N tokens, P channels per head, R = B H rows.
 import torch
 from torch import Tensor
 
-from trix.functional.linear_recurrence import linear_recurrence, parts, segments
+from trix.functional.linear_recurrence import linear_recurrence, parts, segments, unfilled
 
 SEGMENT_VALUES = 2**18
 
@@ -81,40 +81,15 @@ def _mix_backward(
     return *parts(grad_G), *parts(grad_c), grad_u.view(u.shape), *parts(grad_first.view(first_re.shape))
 
 
-def _like(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
-
-
 @resolvent_mix_vector.register_fake
-def _(
-    G_re: Tensor,  # noqa: ARG001
-    G_im: Tensor,  # noqa: ARG001
-    c_re: Tensor,  # noqa: ARG001
-    c_im: Tensor,  # noqa: ARG001
-    u: Tensor,
-    first_re: Tensor,
-    first_im: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _like(u), _like(u), _like(first_re), _like(first_im)
+def _(*inputs: Tensor) -> tuple[Tensor, ...]:
+    *_, u, first_re, first_im = inputs
+    return unfilled(u), unfilled(u), unfilled(first_re), unfilled(first_im)
 
 
 @_mix_backward.register_fake
-def _(
-    grad_re: Tensor,  # noqa: ARG001
-    grad_im: Tensor,  # noqa: ARG001
-    grad_last_re: Tensor,  # noqa: ARG001
-    grad_last_im: Tensor,  # noqa: ARG001
-    G_re: Tensor,
-    G_im: Tensor,
-    c_re: Tensor,
-    c_im: Tensor,
-    u: Tensor,
-    first_re: Tensor,
-    first_im: Tensor,
-    y_re: Tensor,  # noqa: ARG001
-    y_im: Tensor,  # noqa: ARG001
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _like(G_re), _like(G_im), _like(c_re), _like(c_im), _like(u), _like(first_re), _like(first_im)
+def _(*inputs: Tensor) -> tuple[Tensor, ...]:
+    return tuple(map(unfilled, inputs[4:-2]))  # those of the forward
 
 
 def _save_for_backward(

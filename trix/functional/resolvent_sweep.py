@@ -15,7 +15,7 @@ Legend: N tokens, R rows, S steps of a chunk, K chunks. A leading 2 holds real a
 import torch
 from torch import Tensor
 
-from trix.functional.linear_recurrence import linear_recurrence, parts
+from trix.functional.linear_recurrence import linear_recurrence, parts, unfilled
 
 CHUNK = 32
 
@@ -155,22 +155,14 @@ def _sweep_backward(
 
 
 @resolvent_sweep.register_fake
-def _(alpha_re: Tensor, alpha_im: Tensor, w: Tensor, first_re: Tensor, first_im: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG001
-    return alpha_re.new_empty(alpha_re.shape), alpha_re.new_empty(alpha_re.shape)
+def _(*inputs: Tensor) -> tuple[Tensor, ...]:
+    return unfilled(inputs[0]), unfilled(inputs[1])
 
 
 @_sweep_backward.register_fake
-def _(
-    grad_re: Tensor,  # noqa: ARG001
-    grad_im: Tensor,  # noqa: ARG001
-    G_re: Tensor,  # noqa: ARG001
-    G_im: Tensor,  # noqa: ARG001
-    w: Tensor,
-    first_re: Tensor,
-    first_im: Tensor,  # noqa: ARG001
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    grad_alpha = w.new_empty(w.shape), w.new_empty(w.shape)
-    return *grad_alpha, w.new_empty(w.shape), first_re.new_empty(first_re.shape), first_re.new_empty(first_re.shape)
+def _(*inputs: Tensor) -> tuple[Tensor, ...]:
+    *_, w, first_re, first_im = inputs
+    return tuple(map(unfilled, (w, w, w, first_re, first_im)))
 
 
 def _save_for_backward(

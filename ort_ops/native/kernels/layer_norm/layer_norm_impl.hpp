@@ -8,7 +8,7 @@
 namespace trix {
 namespace {
 
-constexpr std::size_t kRows = 4;  // whose sums run beside each other: one alone waits for its additions
+constexpr std::size_t kRows = 4;  // whose sums run side by side: one alone waits for its additions
 
 // sum_d of x[d], or of (x[d] - mean)^2, for kCount rows.
 template <std::size_t kCount, bool kIsSquared>

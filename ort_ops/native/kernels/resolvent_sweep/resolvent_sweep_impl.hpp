@@ -8,8 +8,8 @@
 namespace trix {
 namespace {
 
-// A pivot waits for that of the token before through a division, so rows run beside each other, a lane each.
-// Blocks of tokens are transposed for that.
+// Each pivot has to wait for the division of the one before, so several rows are computed at once, one per
+// lane. Blocks of tokens are transposed for that.
 constexpr std::size_t kRows = 8;
 constexpr std::size_t kTokens = 16;
 constexpr std::size_t kRowVectors = kRows / kVectorLanes;
