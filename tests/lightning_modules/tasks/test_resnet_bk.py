@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from lightning_modules.commands.surgery import is_equal
 from lightning_modules.tasks import ResNetBKTask
 from trix.resnet_bk import ResNetBKConfig
 from trix.resnet_bk.mixer import BirmanSchwingerMixer
@@ -13,7 +14,7 @@ SMALL = {"d_model": 16, "n_layers": 2, "n_seq": 16, "n_heads": 2}
 
 
 def test_its_hyperparameters_make_it_again() -> None:
-    task = ResNetBKTask("abcd", ResNetBKConfig(**SMALL, attention_at=(1,), use_scattering_router=False), 3e-3, 5)
+    task = ResNetBKTask("abcd", ResNetBKConfig(**SMALL, attention_at=(1,), use_scattering_router=False), 3e-3, 5, True)
     again = ResNetBKTask(**task.hparams)
     again.load_state_dict(task.state_dict())
     assert again.hparams == task.hparams
@@ -33,6 +34,29 @@ def test_the_rate_rises_and_then_falls_along_half_a_cosine() -> None:
         scheduler.step()
     cosine = [0.25 * (1 + math.cos(math.pi * step / 20)) for step in range(20)]
     assert rates == pytest.approx([min(1, (step + 1) / 5) * value for step, value in enumerate(cosine)])
+
+
+def test_blocks_that_are_computed_again_keep_less_and_give_the_same_gradients() -> None:
+    tokens = torch.randint(0, 4, (2, 17), generator=torch.Generator().manual_seed(0))
+    kept, gradients = [], []
+    for is_checkpointing in (False, True):
+        torch.manual_seed(0)
+        task = ResNetBKTask("abcd", ResNetBKConfig(**SMALL), gradient_checkpointing=is_checkpointing)
+        task.log = lambda *_, **__: None  # type: ignore[method-assign] (there is no trainer)
+        sizes: list[int] = []
+
+        def keep(value: torch.Tensor, sizes: list[int] = sizes) -> torch.Tensor:
+            sizes.append(value.numel())
+            return value
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+            loss = task.training_step((tokens[:, :-1], tokens[:, 1:]))["loss"]
+        kept.append(sum(sizes))
+        loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in task.named_parameters()})
+        assert not any("forward" in vars(module) for module in task.modules())
+    assert kept[1] < 0.3 * kept[0]
+    assert is_equal(gradients[0], gradients[1])
 
 
 def test_it_refuses_what_cannot_train() -> None:
