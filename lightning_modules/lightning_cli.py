@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import lightning as L
 import torch
 import yaml  # type: ignore[import-untyped]
-from jsonargparse import DefaultHelpFormatter, Namespace, capture_parser, get_loader, set_loader
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, capture_parser, get_loader, set_loader
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint, ProgressBar
@@ -321,7 +321,7 @@ class TrixCLI(LightningCLI):
 
 
 def parsed_settings(
-    parser: LightningArgumentParser, arguments: list[str], own_config: Path | None = None, trusted: Sequence[str] = ()
+    parser: ArgumentParser, arguments: list[str], own_config: Path | None = None, trusted: Sequence[str] = ()
 ) -> Namespace:
     """The checked settings of the command in ``arguments``; the other parameters are those of :class:`TrixCLI`.
 
