@@ -252,7 +252,7 @@ class FairComparison:
         title = f"difference {found['mean_difference']:+.4f}, 95 %: {low:+.4f} to {high:+.4f}"
         axes.set(xlim=(-0.5, 1.5), ylabel="validation nats per byte", title=title)
         axes.grid(axis="y", alpha=0.3)
-        axes.legend()
+        drawn.legend(loc="outside lower center", ncols=2)
         return drawn
 
     def compute_statistical_significance(self, results_a: Sequence[float], results_b: Sequence[float]) -> float:

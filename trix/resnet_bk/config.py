@@ -27,8 +27,12 @@ class ResNetBKConfig:
         use_scattering_router: tiles by the phase of the resolvent; else by signatures of the embedding.
         use_act: each token ends its computation after a block of its own choice. act_halt_threshold: once less than this is
             left; see :class:`~trix.nn.halting.Halting`.
-        use_mourre: :meth:`~trix.resnet_bk.LanguageModel.diagnostics` checks the commutator identities. use_lap,
-            schatten_threshold: see :class:`~trix.resnet_bk.mixer.BirmanSchwingerMixer`.
+        use_mourre: :meth:`~trix.resnet_bk.LanguageModel.diagnostics` checks the commutator identities. use_lap: see
+            :class:`~trix.resnet_bk.mixer.BirmanSchwingerMixer`.
+        schatten_threshold: bound on the trace norm of the Birman-Schwinger operator, kept by a limit on the potential v_i of
+            each token, |v_i| <= schatten_threshold * eta_i / n_seq. 100 is the interface's default. It is a narrow limit where
+            eta is small: .008 with n_seq = 128 and eta = .01. None sets no limit and gives up no other bound, as |G| eta <= 1
+            holds for every potential; configs/resnet_bk.yaml trains without one.
         use_semiseparable: queries and keys weigh the past, y_i = sum_j L_ij (q_i . k_j) u_j, whose matrix is semiseparable of
             rank ``low_rank``, by default ceil(log2 n_seq). False: y_i = sum_j L_ij u_j.
         n_heads: heads. hopping: ``hermitian`` or ``one_way``. ternary_mixer: ternary projections of the mixers, besides the
