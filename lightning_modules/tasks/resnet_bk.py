@@ -35,8 +35,11 @@ class ResNetBKTask(LanguageModelTask):
             computed: less memory, about a third more time, the same gradients.
 
     Raises:
-        ValueError: learning_rate <= 0, warmup_steps < 0, and as LanguageModelTask and ResNetBKConfig.
+        ValueError: learning_rate <= 0, warmup_steps < 0, another vocab_size than the vocabulary's, and as LanguageModelTask and
+        ResNetBKConfig.
     """
+
+    length_key = "network.n_seq"
 
     def __init__(
         self,
@@ -57,6 +60,10 @@ class ResNetBKTask(LanguageModelTask):
             optimizer=lambda parameters: AdamW(parameters, lr=learning_rate, weight_decay=WEIGHT_DECAY),
             lr_scheduler=partial(_warm_half_cosine, warmup_steps),
         )
+        if settings.vocab_size not in (ResNetBKConfig.vocab_size, len(vocabulary)):
+            raise ValueError(
+                f"network.vocab_size ({settings.vocab_size}) must be that of the vocabulary ({len(vocabulary)}), or be left out"
+            )
         self.gradient_checkpointing = gradient_checkpointing
         settings = replace(settings, vocab_size=len(vocabulary))
         self.save_hyperparameters(

@@ -152,3 +152,29 @@ def test_the_keys_of_resnet_bk_change_the_run(
     after = run_of_resnet_bk(change, tmp_path, monkeypatch)
     assert {name for name in before if not is_equal(before[name], after[name])} == changed
     assert (before["saved"], before["forwards"]) == (6, 8)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("model.network.epsilon=0", "epsilon (0.0) must be > 0 and finite"),
+        ("model.network.top_k=17", "top_k (17) must be <= num_experts (16)"),
+        ("model.network.n_seq=0", "n_seq (0) must be >= 1"),
+        ("model.network.n_seq=64", "data.context_length (128) must be <= network.n_seq (64)"),
+        ("model.network.n_heads=7", "d_model (128) must be divisible by n_heads (7)"),
+        ("model.network.attention_at=[4]", "attention_at ([4]) must be >= 0 and < n_layers (4)"),
+        ("model.network.schatten_threshold=0", "schatten_threshold (0.0) must be > 0 and finite, or None for no limit"),
+        ("model.network.hopping=two_sided", "hopping ('two_sided') must be one of hermitian, one_way"),
+        ("model.network.num_expert=4", "did you mean --model.network.num_experts?"),
+        ("model.learning_rate=0", "learning_rate (0.0) must be > 0 and finite"),
+        ("model.lerning_rate=1", "unknown key 'lerning_rate'; did you mean learning_rate?"),
+        ("model.learning_rate=fast", "learning_rate must be of type float, got 'fast'"),
+    ],
+)
+def test_bad_settings_of_resnet_bk_are_told_in_a_line_and_write_nothing(
+    argument: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", "--config", str(CONFIGS / "resnet_bk.yaml"), f"--{argument}"]) == 2
+    assert message in capsys.readouterr().err.rstrip("\n").splitlines()[0]
+    assert list(tmp_path.iterdir()) == []

@@ -39,8 +39,9 @@ class ResNetBKConfig:
             tiles. attention_at: places of blocks that mix by attention; with the scattering router there can be none.
 
     Raises:
-        ValueError: a value of another type, a size below 1, n_seq > 2^16, k_max > 64, top_k > num_experts, epsilon <= 0; by
-        :meth:`from_mapping` an unknown key.
+        ValueError: a value of another type, a size below 1, n_seq > 2^16, low_rank > n_seq, k_max > 64, top_k > num_experts,
+        epsilon <= 0, attention_at that names no block or stands with the scattering router; by :meth:`from_mapping` an unknown
+        key.
     """
 
     vocab_size: int = 30000
@@ -78,6 +79,15 @@ class ResNetBKConfig:
             raise ValueError(f"n_seq ({self.n_seq}) must be <= {MAX_SEQUENCE}")
         if self.low_rank is not None and self.low_rank < 1:
             raise ValueError(f"low_rank ({self.low_rank}) must be >= 1")
+        if self.low_rank is not None and self.low_rank > self.n_seq:
+            raise ValueError(f"low_rank ({self.low_rank}) must be <= n_seq ({self.n_seq})")
+        if not all(0 <= place < self.n_layers for place in self.attention_at):
+            raise ValueError(f"attention_at ({list(self.attention_at)}) must be >= 0 and < n_layers ({self.n_layers})")
+        if self.attention_at and self.use_scattering_router:
+            raise ValueError(
+                f"attention_at ({list(self.attention_at)}) must be empty with use_scattering_router (True): "
+                "attention has no phase"
+            )
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k ({self.top_k}) must be <= num_experts ({self.num_experts})")
         if self.k_max > MAX_POWER:

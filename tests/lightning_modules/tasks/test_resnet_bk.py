@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from lightning_modules.commands.surgery import is_equal
+from lightning_modules.data.text import TextDataModule
+from lightning_modules.errors import UserError
 from lightning_modules.tasks import ResNetBKTask
 from trix.resnet_bk import ResNetBKConfig
 from trix.resnet_bk.mixer import BirmanSchwingerMixer
@@ -64,5 +66,9 @@ def test_it_refuses_what_cannot_train() -> None:
         ResNetBKTask("ab", learning_rate=0.0)
     with pytest.raises(ValueError, match=r"warmup_steps \(-1\) must be >= 0"):
         ResNetBKTask("ab", warmup_steps=-1)
+    with pytest.raises(ValueError, match=r"network.vocab_size \(500\) must be that of the vocabulary \(2\), or be left out"):
+        ResNetBKTask("ab", ResNetBKConfig(**SMALL, vocab_size=500))
+    with pytest.raises(UserError, match=r"data.context_length \(17\) must be <= network.n_seq \(16\)"):
+        ResNetBKTask("ab", ResNetBKConfig(**SMALL)).check_data(TextDataModule(context_length=17))
     with pytest.raises(ValueError, match=r"key \(n_layer\) must be one of the configuration's; the nearest is n_layers"):
         ResNetBKTask("ab", {"n_layer": 2})  # type: ignore[arg-type]

@@ -244,6 +244,11 @@ def test_it_refuses_what_it_cannot_do() -> None:
         ({"attention_at": None}, r"attention_at \(None\) must be tuple"),
         ({"use_act": 1}, r"use_act \(1\) must be bool"),
         ({"epsilon": None}, r"epsilon \(None\) must be float"),
+        ({"low_rank": 33}, r"low_rank \(33\) must be <= n_seq \(32\)"),
+        ({"attention_at": (2,), "use_scattering_router": False}, r"attention_at \(\[2\]\) must be >= 0 and < n_layers \(2\)"),
+        ({"attention_at": (1,)}, r"attention_at \(\[1\]\) must be empty with use_scattering_router \(True\)"),
+        ({"schatten_threshold": 0.0}, r"schatten_threshold \(0.0\) must be > 0 and finite, or None for no limit"),
+        ({"schatten_threshold": float("inf")}, r"schatten_threshold \(inf\) must be > 0 and finite, or None for no limit"),
         ({"k_max": 65}, r"k_max \(65\) must be <= 64"),
         ({"prime_bump_scale": float("nan")}, r"prime_bump_scale \(nan\) must be finite"),
     ]:
