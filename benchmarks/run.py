@@ -7,7 +7,6 @@ python benchmarks/run.py char_lm_quality --steps 600 --seeds 3
 
 import argparse
 import importlib
-import io
 import json
 import os
 import platform
@@ -16,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from lightning_modules.drawings import as_svg
 from lightning_modules.machine import cpu_name, git_state, instruction_sets
 from ort_ops.whole_file import write_whole
 
@@ -52,9 +52,8 @@ def main() -> int:
     write_whole((json.dumps(record, indent=1) + "\n").encode(), arguments.output)
     print(f"recorded in {arguments.output}")
     if hasattr(case, "figure"):
-        drawing, content = arguments.output.with_suffix(".svg"), io.BytesIO()
-        case.figure(record["results"]).savefig(content, format="svg", metadata={"Date": None})
-        write_whole(content.getvalue(), drawing)
+        drawing = arguments.output.with_suffix(".svg")
+        write_whole(as_svg(case.figure(record["results"])), drawing)
         print(f"drawn in {drawing}")
     return 0
 

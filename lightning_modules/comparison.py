@@ -4,11 +4,12 @@ Legend: N tokens of a text, B windows, T tokens of a window.
 """
 
 import copy
+import json
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import lightning as L
 import numpy as np
@@ -19,13 +20,18 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.utils.data import DataLoader
 
+from lightning_modules.callbacks.run_record import environment
+from lightning_modules.contestants import CONTESTANTS, MakeModel
 from lightning_modules.data.corpora import WIKITEXT_TEST, WIKITEXT_VALID, Corpus, RemoteFile, fetch, load_corpus, load_file
+from lightning_modules.drawings import as_svg
 from lightning_modules.error_text import did_you_mean
 from lightning_modules.errors import DataError, UserError
 from lightning_modules.resnet_bk.trainer import Trainer, logits_of
 from lightning_modules.tasks.task import default_lr_scheduler
-from trix.nn import FFNConfig, LanguageModel, LanguageModelConfig
-from trix.resnet_bk.language_model import LanguageModelOutput
+from ort_ops.whole_file import write_whole
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Unit = Literal["word", "byte"]
 UNITS: tuple[Unit, ...] = ("word", "byte")
@@ -34,35 +40,9 @@ END_OF_LINE, UNKNOWN = "<eos>", "<unk>"
 DEFAULT_CONTEXT = 128
 NUM_BYTES = 256
 MIN_PAIRS = 5
-MAX_SIZE_RATIO = 1.03
+MAX_SIZE_RATIO = 1.01
 CONFIDENCE = 0.95
 MAX_MOVE = 1e-9  # of a logit, in float64: what sums of another order come to
-MakeModel = Callable[[int, int], nn.Module]
-
-
-class _WithLosses(LanguageModel):
-    """A language model that also answers with its auxiliary losses."""
-
-    def forward(self, token_BT: Tensor) -> LanguageModelOutput:  # type: ignore[override]
-        logits, _, aux = super().forward(token_BT, return_routing=True)
-        return LanguageModelOutput(logits, aux_loss=None if aux is None else aux["total_aux"])
-
-
-# vocab_size, context_length -> a model of about 0.1 million parameters.
-CONTESTANTS: dict[str, MakeModel] = {
-    "attention": lambda vocab_size, context_length: LanguageModel(
-        vocab_size, LanguageModelConfig(64, 2, 4, context_length, ffn=FFNConfig("dense"))
-    ),
-    "trix": lambda vocab_size, context_length: _WithLosses(
-        vocab_size, LanguageModelConfig(64, 2, 4, context_length, ffn=FFNConfig("trix", num_tiles=16, d_ff=240))
-    ),
-    "resnetbk": lambda vocab_size, context_length: LanguageModel(
-        vocab_size, LanguageModelConfig(64, 2, 8, context_length, ffn=FFNConfig("dense", d_ff=254), mixer="resolvent")
-    ),
-    "ssd": lambda vocab_size, context_length: LanguageModel(
-        vocab_size, LanguageModelConfig(64, 2, 8, context_length, ffn=FFNConfig("dense", d_ff=262), mixer="ssd")
-    ),
-}
 
 
 class WikiText2Benchmark:
@@ -158,15 +138,22 @@ class FairComparison:
     Both learn to predict the bytes of the same text, in the same batches, with AdamW along half a cosine. Every seed gives new
     weights and new batches, the same to both. Each model's learning rate is the one of a grid, the same for both, with the
     smallest mean loss on the first half of the validation text; what is reported is the loss on the second half. Before that,
-    numbers of parameters must differ by at most 3 %, and neither model may look ahead (:func:`check_causal`).
+    numbers of parameters must differ by at most 1 %, and neither model may look ahead (:func:`check_causal`).
 
     Args:
-        model_a, model_b: names of contestants. num_seeds: >= 5.
+        model_a, model_b: names of contestants: attention, trix, resnetbk, ssd or, where transformers and mambapy are installed,
+            mamba. num_seeds: >= 5.
         contestants: (vocab_size, context_length) -> a new model, by name; besides those of ``CONTESTANTS``.
         corpus: name of a corpus or its content; all else as in any training.
 
     Raises:
         ValueError: fewer than 5 seeds, or no learning rate. UserError: an unknown name.
+
+    Example::
+
+        comparison = FairComparison("resnetbk", "ssd")
+        results = comparison.run_all_benchmarks()
+        comparison.save(results, "comparisons")
     """
 
     def __init__(
@@ -225,6 +212,49 @@ class FairComparison:
         significance = paired_significance(results["model_a"]["losses"], results["model_b"]["losses"])
         return results | {"significance": significance._asdict(), "num_steps": self._num_steps, "num_seeds": self.num_seeds}
 
+    def save(self, results: Mapping[str, Any], folder: Path | str) -> None:
+        """Write what :meth:`run_all_benchmarks` returned to A_vs_B.json, with the settings, the versions and the machine, and
+        draw it in A_vs_B.svg; the folder is made.
+
+        Raises:
+            OSError: a file cannot be written.
+        """
+        corpus = self._corpus if isinstance(self._corpus, str) else self._corpus.source
+        settings = {
+            "corpus": corpus,
+            "batch_size": self._batch_size,
+            "context_length": self._context_length,
+            "learning_rates": self._learning_rates,
+        }
+        effect = results["significance"]["effect_size"]
+        finite = {"effect_size": effect if math.isfinite(effect) else None}  # JSON knows no infinity
+        found = {**results, "significance": results["significance"] | finite}
+        content = {"settings": settings, "environment": environment(), "results": found}
+        name = "_vs_".join(self.names)
+        write_whole((json.dumps(content, indent=1) + "\n").encode(), Path(folder) / f"{name}.json")
+        write_whole(as_svg(self.figure(results)), Path(folder) / f"{name}.svg")
+
+    @staticmethod
+    def figure(results: Mapping[str, Any]) -> "Figure":
+        """The losses of both models, a line for each seed, and their means."""
+        from matplotlib.figure import Figure
+
+        drawn = Figure(figsize=(5, 4), layout="constrained")
+        axes = drawn.subplots()
+        models = [results[place] for place in ("model_a", "model_b")]
+        for seed, losses in enumerate(zip(*(model["losses"] for model in models), strict=True)):
+            axes.plot([0, 1], losses, "o-", color="C0", alpha=0.5, label=None if seed else "a seed")
+        means = [math.fsum(model["losses"]) / len(model["losses"]) for model in models]
+        axes.plot([0, 1], means, "_", color="black", markersize=24, label="mean")
+        axes.set_xticks([0, 1], [f"{model['name']}\nrate {model['learning_rate']:g}" for model in models])
+        found = results["significance"]
+        low, high = found["confidence_interval"]
+        title = f"difference {found['mean_difference']:+.4f}, 95 %: {low:+.4f} to {high:+.4f}"
+        axes.set(xlim=(-0.5, 1.5), ylabel="validation nats per byte", title=title)
+        axes.grid(axis="y", alpha=0.3)
+        drawn.legend(loc="outside lower center", ncols=2)
+        return drawn
+
     def compute_statistical_significance(self, results_a: Sequence[float], results_b: Sequence[float]) -> float:
         """The p-value of :func:`paired_significance`, which has more to say."""
         return paired_significance(results_a, results_b).p_value
@@ -238,7 +268,7 @@ class FairComparison:
             check_causal(model, name, NUM_BYTES, min(self._context_length, 32))
         if max(sizes) > MAX_SIZE_RATIO * min(sizes):
             raise ValueError(
-                f"parameters of {self.names[1]} ({sizes[1]}) must be within 3 % of those of {self.names[0]} ({sizes[0]})"
+                f"parameters of {self.names[1]} ({sizes[1]}) must be within 1 % of those of {self.names[0]} ({sizes[0]})"
             )
         return sizes
 

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import lightning as L
 import torch
 import yaml  # type: ignore[import-untyped]
-from jsonargparse import DefaultHelpFormatter, capture_parser, get_loader, set_loader
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, capture_parser, get_loader, set_loader
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint, ProgressBar
@@ -212,32 +212,8 @@ class TrixCLI(LightningCLI):
         return get
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:  # noqa: ARG002
-        try:
-            self.config = parser.parse_args(self._arguments)
-        except (ParserError, UnicodeDecodeError) as error:
-            files = config_files(self._arguments)
-            denied = denied_import(str(error), self._own_config)
-            if denied is not None:
-                raise UserError(denied) from error
-            message = str(error).replace('"<unicode string>"', _broken_file(files))
-            if isinstance(error, UnicodeDecodeError) or message.startswith("Unexpected config"):
-                raise UserError(f"{_broken_file(files)} must be YAML with keys and values") from error
-            options = [argument.split("=")[0] for argument in self._arguments if argument.startswith("--")]
-            raise UserError(shorten_parser_error(message, known_keys(), class_names(), files, options)) from error
-        except RecursionError as error:
-            raise UserError("a value of the configuration must not hold itself, or be nested too deeply") from error
+        self.config = parsed_settings(parser, self._arguments, self._own_config, self._trusted)
         settings = self.config[self.config["subcommand"]]
-        for name in FROM_DATA:
-            if settings.get(f"model.init_args.{name}") is not None:
-                raise UserError(f"model.{name} comes from the data and cannot be set")
-        if isinstance(settings.get("model.init_args.network"), list):  # the parser takes it, and the default in its place
-            raise UserError(f"model.network ({settings['model.init_args.network']}) must be keys and values")
-        check_classes(settings.as_dict())
-        import_parts(settings.as_dict().get("model"), self._own_config or "the configuration", self._trusted)
-        for name, value in dict(settings.as_dict()["model"].get("init_args", {})).items():
-            if inspect.isfunction(value) and value.__name__ == "<lambda>":
-                rule = "must be a class, or like `lambda p: AdamW(p, lr=0.1)`"
-                raise UserError(f"default of model.{name} {rule}: config.yaml cannot say it otherwise")
         # Nothing but tensors and plain values is ever loaded.
         settings["weights_only"] = True
         # Kept back until the classes are made: LightningCLI would let the checkpoint override the configuration in silence.
@@ -342,6 +318,56 @@ class TrixCLI(LightningCLI):
                 text = str(error)
                 raise UserError(text if self._checkpoint_path in text else f"{self._checkpoint_path}: {text}") from error
             self.config_init[self.subcommand]["ckpt_path"] = self._checkpoint_path
+
+
+def parsed_settings(
+    parser: ArgumentParser, arguments: list[str], own_config: Path | None = None, trusted: Sequence[str] = ()
+) -> Namespace:
+    """The checked settings of the command in ``arguments``; the other parameters are those of :class:`TrixCLI`.
+
+    Raises:
+        UserError: a key or a value is wrong.
+    """
+    try:
+        config = parser.parse_args(arguments)
+    except (ParserError, UnicodeDecodeError) as error:
+        files = config_files(arguments)
+        denied = denied_import(str(error), own_config)
+        if denied is not None:
+            raise UserError(denied) from error
+        message = str(error).replace('"<unicode string>"', _broken_file(files))
+        if isinstance(error, UnicodeDecodeError) or message.startswith("Unexpected config"):
+            raise UserError(f"{_broken_file(files)} must be YAML with keys and values") from error
+        options = [argument.split("=")[0] for argument in arguments if argument.startswith("--")]
+        raise UserError(shorten_parser_error(message, known_keys(), class_names(), files, options)) from error
+    except RecursionError as error:
+        raise UserError("a value of the configuration must not hold itself, or be nested too deeply") from error
+    settings = config[config["subcommand"]]
+    for name in FROM_DATA:
+        if settings.get(f"model.init_args.{name}") is not None:
+            raise UserError(f"model.{name} comes from the data and cannot be set")
+    if isinstance(settings.get("model.init_args.network"), list):  # the parser takes it, and the default in its place
+        raise UserError(f"model.network ({settings['model.init_args.network']}) must be keys and values")
+    check_classes(settings.as_dict())
+    import_parts(settings.as_dict().get("model"), own_config or "the configuration", trusted)
+    for name, value in dict(settings.as_dict()["model"].get("init_args", {})).items():
+        if inspect.isfunction(value) and value.__name__ == "<lambda>":
+            rule = "must be a class, or like `lambda p: AdamW(p, lr=0.1)`"
+            raise UserError(f"default of model.{name} {rule}: config.yaml cannot say it otherwise")
+    return config
+
+
+def fit_settings(path: Path | str) -> dict[str, Any]:
+    """What ``trix fit --config PATH`` would run with: all keys, with the defaults of those that the file leaves out.
+
+    Raises:
+        UserError: the file cannot be read, or a key or a value is wrong.
+    """
+    arguments = ["fit", "--config", str(path)]
+    trusted = named_on_command_line(arguments, [read_yaml(path)])
+    with only_trusted_imports(trusted):
+        parser = capture_parser(lambda: TrixCLI(["fit"], given=[]))
+        return parsed_settings(parser, arguments, trusted=trusted)["fit"].as_dict()
 
 
 def _check_once(callbacks: Sequence[Callback]) -> None:

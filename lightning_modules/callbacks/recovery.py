@@ -55,7 +55,9 @@ class AutoRecovery(L.Callback):
     runs out in training_step or backward. Parameters, buffers, the optimizer, its schedule, the gradient scaler and the random
     numbers are then as they were before the batch. For that they are copied before each batch, which takes as much memory
     again, and every step waits for the loss and the norm. The batch still counts as a step of the trainer and of the schedule.
-    When memory has run out the learning rate stays: it has no part in that.
+
+    When memory has run out the learning rate stays. The batch was too large; weights and gradients are sound. A smaller rate
+    would make no room, and since nothing raises it again, three such batches would leave an eighth of it for the rest.
 
     A spike or an explosion in the very step after a recovery says that what was put back is bad itself. Then weights and
     optimizer are those of the newest checkpoint in checkpoint_dir, where there is one that fits.
@@ -127,7 +129,8 @@ class AutoRecovery(L.Callback):
         return None
 
     def recover(self, failure_type: str, model: nn.Module, optimizer: Optimizer) -> bool:
-        """Put back the last good state and halve the learning rate; False once that is too often, or if there is none.
+        """Put back the last good state and, unless memory has run out, halve the learning rate; False once that is too often,
+        or if there is none.
 
         In a training it is the state before the batch at hand, else the newest checkpoint in checkpoint_dir that fits.
 

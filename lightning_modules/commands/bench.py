@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from lightning_modules.commands.arguments import FILE, CommandParser
 from lightning_modules.commands.output_file import check_output_file, output_folder
 from lightning_modules.commands.output_text import print_rich
+from lightning_modules.drawings import as_svg
 from lightning_modules.errors import UserError
 from lightning_modules.machine import cpu_name, instruction_sets, num_usable_cores
 from ort_ops.file_format import CLASSIFIER, LANGUAGE_MODEL, MODULE, ModelFileError, describe_size
@@ -128,7 +129,7 @@ def _bench_model(arguments: list[str]) -> int:
     try:
         with output_folder(output.parent):
             write_whole((json.dumps(record, indent=1) + "\n").encode(), output)
-            write_whole(_as_svg(figure(timings, model.name)), drawing)
+            write_whole(as_svg(figure(timings, model.name)), drawing)
     except OSError as error:
         raise UserError(f"output {output} cannot be written: {error.strerror or error}") from error
     print(f"wrote   {output} and {drawing}")
@@ -285,14 +286,6 @@ def figure(timings: Sequence[Timing], title: str) -> "Figure":
     axes.grid(alpha=0.3)
     axes.legend()
     return drawn
-
-
-def _as_svg(drawn: "Figure") -> bytes:
-    import io
-
-    buffer = io.BytesIO()
-    drawn.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue()
 
 
 def make_parser() -> CommandParser:

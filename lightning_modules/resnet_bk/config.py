@@ -10,6 +10,7 @@ from jsonargparse import ArgumentParser
 
 from lightning_modules.error_text import did_you_mean, shorten_parser_error
 from lightning_modules.errors import UserError
+from lightning_modules.tasks.resnet_bk import ResNetBKTask
 from lightning_modules.yaml_files import read_yaml
 from trix.resnet_bk.config import ResNetBKConfig
 
@@ -59,11 +60,13 @@ class TrainingConfig:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be >= 0 and finite")
 
 
+MIXED = frozenset({"16", "bf16", "16-mixed", "bf16-mixed"})  # precisions of Lightning
 SECTIONS: dict[str, type[ResNetBKConfig] | type[TrainingConfig]] = {"model": ResNetBKConfig, "training": TrainingConfig}
 
 
 class ConfigLoader:
-    """Read and check a configuration of two sections, ``model`` (:class:`~trix.resnet_bk.ResNetBKConfig`) and ``training``.
+    """Read and check a configuration of two sections, ``model`` (:class:`~trix.resnet_bk.ResNetBKConfig`) and ``training``
+    (:class:`TrainingConfig`).
 
     As in every configuration of this project, an unknown key is an error, and a number is read as one: ``1e-3``, which YAML 1.1
     takes for text, is 0.001.
@@ -73,10 +76,17 @@ class ConfigLoader:
     def load(config_path: Path | str) -> dict[str, dict[str, Any]]:
         """Both sections of a YAML file, with the defaults of the keys that it leaves out.
 
+        A file for ``trix fit`` with a ResNetBKTask, such as configs/resnet_bk.yaml, stands for the two sections too. What it
+        leaves out is as in ``trix fit``; where that gives no number (of epochs, or of steps between two evaluations or
+        checkpoints), it is the default of TrainingConfig. What has no key in the sections is not taken over, such as max_steps,
+        and vocab_size, which comes from the data there.
+
         Raises:
-            ConfigError: see :meth:`validate`. UserError: the file cannot be read, or is no YAML.
+            ConfigError: see :meth:`validate`; a file for ``trix fit`` with another task. UserError: the file cannot be read, is
+            no YAML, or ``trix fit`` would refuse it.
         """
-        return _parsed(read_yaml(config_path), Path(config_path))
+        content, path = read_yaml(config_path), Path(config_path)
+        return _parsed(_sections_of_fit(path) if _is_for_fit(content) else content, path)
 
     @staticmethod
     def validate(config: Mapping[str, Any]) -> bool:
@@ -92,6 +102,40 @@ class ConfigLoader:
 def training_config(values: Mapping[str, Any]) -> TrainingConfig:
     """The section ``training``, from some of its keys; ConfigError as :meth:`ConfigLoader.validate`."""
     return TrainingConfig(**_parsed({"training": dict(values)})["training"])
+
+
+def _is_for_fit(content: Any) -> bool:
+    """Whether its model is a class, rather than the keys of one."""
+    model = content.get("model") if isinstance(content, Mapping) else None
+    return isinstance(model, str) or (isinstance(model, Mapping) and "class_path" in model)
+
+
+def _sections_of_fit(path: Path) -> dict[str, dict[str, Any]]:
+    """The two sections that a file for ``trix fit`` stands for."""
+    from lightning_modules.lightning_cli import fit_settings  # it loads the parts of every run, which nothing else here needs
+
+    settings = fit_settings(path)
+    task, trainer, data = settings["model"], settings["trainer"], settings["data"].get("init_args", {})
+    if task["class_path"].rpartition(".")[2] != ResNetBKTask.__name__:
+        raise ConfigError(f"{path}: model.class_path ({task['class_path']}) must be {ResNetBKTask.__name__}")
+    given, num_batches = task["init_args"], trainer["accumulate_grad_batches"]
+    evaluated = trainer["val_check_interval"]  # in batches; a float is a part of an epoch
+    callbacks = trainer["callbacks"] if isinstance(trainer["callbacks"], list) else []
+    saved = [callback.get("init_args", {}).get("every_n_train_steps") for callback in callbacks]
+    training = {
+        "batch_size": data.get("batch_size"),
+        "learning_rate": given["learning_rate"],
+        "num_epochs": trainer["max_epochs"],
+        "warmup_steps": given["warmup_steps"],
+        "gradient_clip_norm": trainer["gradient_clip_val"] or 0.0,
+        "gradient_checkpointing": given["gradient_checkpointing"],
+        "gradient_accumulation_steps": num_batches,
+        "mixed_precision": str(trainer["precision"]) in MIXED,
+        "log_interval": trainer["log_every_n_steps"],
+        "eval_interval": max(evaluated // num_batches, 1) if isinstance(evaluated, int) else None,
+        "save_interval": next(filter(None, saved), None),
+    }
+    return {"model": given["network"], "training": {key: value for key, value in training.items() if value is not None}}
 
 
 def _parsed(config: Any, source: Path | None = None) -> dict[str, dict[str, Any]]:

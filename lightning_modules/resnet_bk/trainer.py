@@ -1,9 +1,8 @@
 """Train any language model on loaders of one's own: lightning.Trainer behind a smaller interface."""
 
-import functools
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,13 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
-from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
 from lightning_modules.callbacks.random_state import RandomState
 from lightning_modules.learning_rates import scale_rates
+from lightning_modules.recomputed_blocks import recomputed_blocks
 from lightning_modules.resnet_bk.config import training_config
 from lightning_modules.tasks.checkpoint_file import load_plain
 from lightning_modules.tasks.cut_epoch import settle_epoch
@@ -190,7 +189,7 @@ class Trainer:
         trainer, path = self._lightning, self._resumed_from
         trainer.fit_loop.max_epochs = num_epochs
         self._resumed_from = None
-        with _recomputed_blocks(self.model) if self.config.gradient_checkpointing else nullcontext():
+        with recomputed_blocks(self.model) if self.config.gradient_checkpointing else nullcontext():
             trainer.fit(self._module, self.train_loader, self.val_loader, ckpt_path=path, weights_only=True)
 
 
@@ -353,24 +352,3 @@ def _with_batch_size(loader: DataLoader[Any], batch_size: int) -> DataLoader[Any
         prefetch_factor=loader.prefetch_factor,
         persistent_workers=loader.persistent_workers,
     )
-
-
-@contextmanager
-def _recomputed_blocks(model: nn.Module) -> Iterator[None]:
-    """While it lasts, the backward pass computes the members of the outermost nn.ModuleLists again."""
-    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    outermost = [module for name, module in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
-    blocks = [block for module in outermost for block in module if "forward" not in vars(block)]
-    for block in blocks:
-        block.forward = functools.wraps(block.forward)(functools.partial(_recomputed, block, block.forward))
-    try:
-        yield
-    finally:
-        for block in blocks:
-            del block.forward
-
-
-def _recomputed(block: nn.Module, forward: Any, *args: Any, **settings: Any) -> Any:
-    if not block.training or not torch.is_grad_enabled():
-        return forward(*args, **settings)
-    return checkpoint(forward, *args, use_reentrant=False, **settings)

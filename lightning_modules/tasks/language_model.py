@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
@@ -40,6 +40,7 @@ class LanguageModelTask(RoutedTask):
     """
 
     task_name = "language_model"
+    length_key: ClassVar[str] = "network.context_length"  # what the configuration calls the longest sequence
     network: LanguageModel
 
     def __init__(
@@ -73,7 +74,7 @@ class LanguageModelTask(RoutedTask):
             raise UserError(f"the labels of {kind} ({num_classes} classes) must be next characters: use ClassifierTask")
         length, limit = getattr(datamodule, "context_length", 0), self.network.config.context_length
         if length > limit:
-            raise UserError(f"data.context_length ({length}) must be <= network.context_length ({limit})")
+            raise UserError(f"data.context_length ({length}) must be <= {self.length_key} ({limit})")
         vocabulary = getattr(datamodule, "vocabulary", self.vocabulary)
         if vocabulary != self.vocabulary:
             raise DataError(

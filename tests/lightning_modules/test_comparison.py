@@ -1,6 +1,8 @@
 """Perplexity per word, each token predicted once; comparisons in pairs, of models that do not look ahead."""
 
+import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -150,15 +152,31 @@ def test_a_model_that_looks_ahead_is_refused() -> None:
         check_causal(Sums(7, is_leaking=True), "leaking", 7, 12)
 
 
+OPTIONAL = {"mamba": ("transformers", "mambapy")}
+
+
+def contestant(name: str, context_length: int) -> nn.Module:
+    for package in OPTIONAL.get(name, ()):
+        pytest.importorskip(package)
+    return CONTESTANTS[name](256, context_length)
+
+
 @pytest.mark.parametrize("name", CONTESTANTS)
 def test_no_contestant_looks_ahead(name: str) -> None:
     torch.manual_seed(0)
-    check_causal(CONTESTANTS[name](256, 16), name, 256, 16)
+    check_causal(contestant(name, 16), name, 256, 16)
 
 
-def test_contestants_are_of_one_size() -> None:
-    sizes = {name: sum(p.numel() for p in make(256, 128).parameters()) for name, make in CONTESTANTS.items()}
-    assert max(sizes.values()) <= 1.03 * min(sizes.values())
+@pytest.mark.parametrize("name", CONTESTANTS)
+def test_contestants_are_of_one_size(name: str) -> None:
+    size = sum(parameter.numel() for parameter in contestant(name, 128).parameters())
+    assert 114_500 <= size <= 115_100  # less than 1 % apart
+
+
+def test_a_contestant_of_packages_that_are_missing_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mambapy", None)
+    with pytest.raises(UserError, match=r"model \('mamba'\) needs transformers and mambapy: pip install"):
+        FairComparison("resnetbk", "mamba", corpus=SHORT["corpus"], context_length=8).run_all_benchmarks()
 
 
 def test_the_test_is_that_of_scipy_and_says_how_much() -> None:
@@ -228,13 +246,36 @@ def test_a_model_equals_itself() -> None:
     results = compare("bigrams", "bigrams", learning_rates=(0.3,))
     assert results["model_a"] == results["model_b"]
     assert results["significance"]["p_value"] == 1.0
+    more = compare("bigrams", "bigrams", learning_rates=(0.3,), num_seeds=6)
+    assert more["model_a"]["losses"][:5] == results["model_a"]["losses"]
+    assert len(more["model_a"]["losses"]) == more["num_seeds"] == 6
+
+
+def test_a_comparison_is_recorded_and_drawn(tmp_path: Path) -> None:
+    comparison = FairComparison("unigrams", "bigrams", contestants=OWN, **SHORT)
+    losses = {"unigrams": [2.0, 2.1, 1.9, 2.2, 2.05], "bigrams": [1.9, 2.05, 1.7, 2.1, 2.0]}
+    models = [{"name": name, "parameters": 9, "learning_rate": 2e-3, "losses": losses[name]} for name in losses]
+    found = paired_significance(*losses.values())._asdict()
+    results = {"model_a": models[0], "model_b": models[1], "significance": found, "num_steps": 12, "num_seeds": 5}
+    comparison.save(results, tmp_path / "new")
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"unigrams_vs_bigrams.json", "unigrams_vs_bigrams.svg"}
+    record = json.loads((tmp_path / "new" / "unigrams_vs_bigrams.json").read_text())
+    assert record["results"]["model_b"] == models[1]
+    assert record["settings"] == {"corpus": "text", "batch_size": 4, "context_length": 8, "learning_rates": [1e-3, 2e-3, 4e-3]}
+    assert record["environment"]["packages"]["torch"] == torch.__version__
+    axes = comparison.figure(results).axes[0]
+    drawn = [list(line.get_ydata()) for line in axes.lines]
+    assert drawn == [*map(list, zip(*losses.values(), strict=True)), [pytest.approx(2.05), pytest.approx(1.95)]]
+    assert axes.get_title().startswith("difference -0.1000, 95 %: -0.1")
+    comparison.save(results | {"significance": found | {"effect_size": math.inf}}, tmp_path)
+    assert '"effect_size": null' in (tmp_path / "unigrams_vs_bigrams.json").read_text()
 
 
 @pytest.mark.parametrize(
     ("settings", "kind", "message"),
     [
         ({"b": "leaking"}, ValueError, r"logits of leaking before token 1 must not depend on it"),
-        ({"b": "small"}, ValueError, r"parameters of small \(2304\) must be within 3 % of those of bigrams \(65536\)"),
+        ({"b": "small"}, ValueError, r"parameters of small \(2304\) must be within 1 % of those of bigrams \(65536\)"),
         ({"b": "bigram"}, UserError, r"model \('bigram'\) must be one of .*; did you mean bigrams\?"),
         ({"b": "bigrams", "num_seeds": 4}, ValueError, r"num_seeds \(4\) must be >= 5"),
         ({"b": "bigrams", "learning_rates": ()}, ValueError, r"number of learning_rates \(0\) must be >= 1"),

@@ -158,7 +158,8 @@ class TriXStack(nn.Module):
     Shape:
         x_BTD: float -> [B, T, D]. With ``return_routing`` also the RoutingInfo of each routed layer, in order, and the summed
         AuxLosses (None without routed layers). With a state, one for each block, of the tokens before: (the same three, the
-        new states). context: as TriXBlock, of the embeddings x_BTD.
+        new states). context: as TriXBlock, of the embeddings x_BTD. streams: a list that the input of each block is added to,
+        [B, T, D].
 
     Raises:
         ValueError: num_layers < 1, attention_at names no block, another number of states than of blocks, and as TriXBlock.
@@ -207,7 +208,13 @@ class TriXStack(nn.Module):
     ) -> Tensor: ...
     @overload
     def forward(
-        self, x_BTD: Tensor, is_causal: bool | None = ..., *, return_routing: Literal[True], context: TokenContext = ...
+        self,
+        x_BTD: Tensor,
+        is_causal: bool | None = ...,
+        *,
+        return_routing: Literal[True],
+        context: TokenContext = ...,
+        streams: list[Tensor] | None = ...,
     ) -> tuple[Tensor, list[RoutingInfo], AuxLosses | None]: ...
     @overload
     def forward(
@@ -218,6 +225,7 @@ class TriXStack(nn.Module):
         context: TokenContext = ...,
         *,
         state: Sequence[State],
+        streams: list[Tensor] | None = ...,
     ) -> tuple[tuple[Tensor, list[RoutingInfo], AuxLosses | None], tuple[State, ...]]: ...
     def forward(
         self,
@@ -226,6 +234,8 @@ class TriXStack(nn.Module):
         return_routing: bool = False,
         context: TokenContext = TokenContext(),
         state: Sequence[State] | None = None,
+        *,
+        streams: list[Tensor] | None = None,
     ) -> Any:
         infos: list[RoutingInfo] = []
         total: AuxLosses | None = None
@@ -236,6 +246,8 @@ class TriXStack(nn.Module):
         halted = None if self.halting is None else self.halting.start(x_BTD)
         for index, block in enumerate(self.blocks):
             before_BTD = x_BTD
+            if streams is not None:
+                streams.append(x_BTD)
             if halted is not None:
                 context = context._replace(is_running_BT=halted.is_running_BT)
             if state is None:

@@ -23,6 +23,7 @@ class LanguageModel(nn.Module):
         list of RoutingInfo (one per routed layer) and the summed AuxLosses (None without routed layers). With a state, from
         :meth:`empty_state` or the call before: (the same three, the new state); the P tokens of the calls before come first,
         P + T <= context_length, and only token_BT is computed. mask_BT: bool, False for padding, which nothing looks at.
+        hidden_states: a list that gets the input of each block, and last what the head reads, [B, T, D] each.
 
     Raises:
         ValueError: vocab_size < 1, and as TriXStack.
@@ -53,11 +54,21 @@ class LanguageModel(nn.Module):
     def forward(self, token_BT: Tensor, return_routing: Literal[False] = ..., *, mask_BT: Tensor | None = ...) -> Tensor: ...
     @overload
     def forward(
-        self, token_BT: Tensor, return_routing: Literal[True], *, mask_BT: Tensor | None = ...
+        self,
+        token_BT: Tensor,
+        return_routing: Literal[True],
+        *,
+        mask_BT: Tensor | None = ...,
+        hidden_states: list[Tensor] | None = ...,
     ) -> tuple[Tensor, list[RoutingInfo], AuxLosses | None]: ...
     @overload
     def forward(
-        self, token_BT: Tensor, return_routing: bool = ..., *, state: Sequence[State]
+        self,
+        token_BT: Tensor,
+        return_routing: bool = ...,
+        *,
+        state: Sequence[State],
+        hidden_states: list[Tensor] | None = ...,
     ) -> tuple[tuple[Tensor, list[RoutingInfo], AuxLosses | None], tuple[State, ...]]: ...
     def forward(
         self,
@@ -65,11 +76,19 @@ class LanguageModel(nn.Module):
         return_routing: bool = False,
         state: Sequence[State] | None = None,
         mask_BT: Tensor | None = None,
+        *,
+        hidden_states: list[Tensor] | None = None,
     ) -> Any:
         x_BTD, context = self.embedding(token_BT), TokenContext(token_BT, mask_BT)
+        new_state: tuple[State, ...] | None = None
         if state is not None:
-            (x_BTD, infos, aux), new_state = self.stack(x_BTD, context=context, state=state)
-            return (self.head(self.norm(x_BTD)), infos, aux), new_state
-        x_BTD, infos, aux = self.stack(x_BTD, return_routing=True, context=context)
-        logits = self.head(self.norm(x_BTD))
+            (x_BTD, infos, aux), new_state = self.stack(x_BTD, context=context, state=state, streams=hidden_states)
+        else:
+            x_BTD, infos, aux = self.stack(x_BTD, return_routing=True, context=context, streams=hidden_states)
+        x_BTD = self.norm(x_BTD)
+        if hidden_states is not None:
+            hidden_states.append(x_BTD)
+        logits = self.head(x_BTD)
+        if state is not None:
+            return (logits, infos, aux), new_state
         return (logits, infos, aux) if return_routing else logits

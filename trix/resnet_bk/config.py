@@ -27,16 +27,21 @@ class ResNetBKConfig:
         use_scattering_router: tiles by the phase of the resolvent; else by signatures of the embedding.
         use_act: each token ends its computation after a block of its own choice. act_halt_threshold: once less than this is
             left; see :class:`~trix.nn.halting.Halting`.
-        use_mourre: :meth:`~trix.resnet_bk.LanguageModel.diagnostics` checks the commutator identities. use_lap,
-            schatten_threshold: see :class:`~trix.resnet_bk.mixer.BirmanSchwingerMixer`.
+        use_mourre: :meth:`~trix.resnet_bk.LanguageModel.diagnostics` checks the commutator identities. use_lap: see
+            :class:`~trix.resnet_bk.mixer.BirmanSchwingerMixer`.
+        schatten_threshold: bound on the trace norm of the Birman-Schwinger operator, kept by a limit on the potential v_i of
+            each token, |v_i| <= schatten_threshold * eta_i / n_seq. 100 is the interface's default. It is a narrow limit where
+            eta is small: .008 with n_seq = 128 and eta = .01. None sets no limit and gives up no other bound, as |G| eta <= 1
+            holds for every potential; configs/resnet_bk.yaml trains without one.
         use_semiseparable: queries and keys weigh the past, y_i = sum_j L_ij (q_i . k_j) u_j, whose matrix is semiseparable of
             rank ``low_rank``, by default ceil(log2 n_seq). False: y_i = sum_j L_ij u_j.
         n_heads: heads. hopping: ``hermitian`` or ``one_way``. ternary_mixer: ternary projections of the mixers, besides the
             tiles. attention_at: places of blocks that mix by attention; with the scattering router there can be none.
 
     Raises:
-        ValueError: a value of another type, a size below 1, n_seq > 2^16, k_max > 64, top_k > num_experts, epsilon <= 0; by
-        :meth:`from_mapping` an unknown key.
+        ValueError: a value of another type, a size below 1, n_seq > 2^16, low_rank > n_seq, k_max > 64, top_k > num_experts,
+        epsilon <= 0, attention_at that names no block or stands with the scattering router; by :meth:`from_mapping` an unknown
+        key.
     """
 
     vocab_size: int = 30000
@@ -74,6 +79,15 @@ class ResNetBKConfig:
             raise ValueError(f"n_seq ({self.n_seq}) must be <= {MAX_SEQUENCE}")
         if self.low_rank is not None and self.low_rank < 1:
             raise ValueError(f"low_rank ({self.low_rank}) must be >= 1")
+        if self.low_rank is not None and self.low_rank > self.n_seq:
+            raise ValueError(f"low_rank ({self.low_rank}) must be <= n_seq ({self.n_seq})")
+        if not all(0 <= place < self.n_layers for place in self.attention_at):
+            raise ValueError(f"attention_at ({list(self.attention_at)}) must be >= 0 and < n_layers ({self.n_layers})")
+        if self.attention_at and self.use_scattering_router:
+            raise ValueError(
+                f"attention_at ({list(self.attention_at)}) must be empty with use_scattering_router (True): "
+                "attention has no phase"
+            )
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k ({self.top_k}) must be <= num_experts ({self.num_experts})")
         if self.k_max > MAX_POWER:

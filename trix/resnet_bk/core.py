@@ -4,15 +4,14 @@ Legend: B batch, N sequence.
 """
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from trix.functional.resolvent import resolvent_pivots, two_sided_diagonal
+from trix.functional.resolvent import check_choice, resolvent_pivots, two_sided_diagonal
 from trix.resnet_bk.kernel import (
     FreeKind,
-    check_kind,
     check_z,
     hilbert_schmidt_norm,
     lattice_pivots,
@@ -22,6 +21,7 @@ from trix.resnet_bk.kernel import (
 )
 from trix.resnet_bk.mourre import check_mourre
 
+Mode = Literal["causal", "two_sided"]
 DTYPES = {"complex64": torch.float32, "complex128": torch.float64}
 MAX_EXACT_SITES = 512  # up to which the trace norm is computed by an SVD
 TOLERANCE = 1e-6  # of the Mourre identities
@@ -70,7 +70,7 @@ class BirmanSchwingerCore(nn.Module):
         use_lap: bool = True,
         precision: str = "complex128",
         *,
-        mode: Literal["causal", "two_sided"] = "causal",
+        mode: Mode = "causal",
         free_kind: FreeKind = "lattice",
     ) -> None:
         super().__init__()
@@ -78,14 +78,11 @@ class BirmanSchwingerCore(nn.Module):
             raise ValueError(f"n_seq ({n_seq}) must be >= 1")
         if not 0 < epsilon < math.inf:
             raise ValueError(f"epsilon ({epsilon}) must be > 0 and finite")
-        if precision not in DTYPES:
-            raise ValueError(f"precision ({precision!r}) must be 'complex64' or 'complex128'")
-        if mode not in ("causal", "two_sided"):
-            raise ValueError(f"mode ({mode!r}) must be 'causal' or 'two_sided'")
-        check_kind(free_kind)
+        check_choice("precision", precision, tuple(DTYPES))
+        check_choice("mode", mode, get_args(Mode))
+        check_choice("free_kind", free_kind, get_args(FreeKind))
         self.n_seq, self.epsilon, self.use_mourre, self.use_lap = n_seq, epsilon, use_mourre, use_lap
-        self.precision, self.mode = precision, mode
-        self.free_kind: FreeKind = free_kind
+        self.precision, self.mode, self.free_kind = precision, mode, free_kind
         self.clipping_threshold = math.inf
         self._last: tuple[Tensor, complex, int, float] | None = None
 

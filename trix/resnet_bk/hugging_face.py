@@ -45,10 +45,16 @@ class ResNetBKForCausalLM(PreTrainedModel):
         self.face = LanguageModel(**asdict(config.settings()))
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **_: Any
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool = False,
+        **_: Any,
     ) -> CausalLMOutput:
         output = self.face(input_ids, attention_mask, labels=labels)
-        return CausalLMOutput(loss=output.loss, logits=output.logits)
+        hidden_states = output.hidden_states if output_hidden_states else None
+        return CausalLMOutput(loss=output.loss, logits=output.logits, hidden_states=hidden_states)
 
     def generate(self, input_ids: Tensor, max_length: int | None = None, **settings: Any) -> Tensor:
         """See :meth:`trix.resnet_bk.LanguageModel.generate`."""

@@ -13,13 +13,13 @@ Legend: B batch, N sequence.
 """
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from trix.functional.linear_recurrence import linear_recurrence
-from trix.functional.resolvent import Pair, log_prefix_determinant, resolvent_pivots, two_sided_diagonal
+from trix.functional.resolvent import Pair, check_choice, log_prefix_determinant, resolvent_pivots, two_sided_diagonal
 
 FreeKind = Literal["lattice", "first_order"]
 
@@ -33,7 +33,7 @@ def free_resolvent(num_sites: int, z: complex, kind: FreeKind = "lattice") -> Te
     if num_sites < 1:
         raise ValueError(f"num_sites ({num_sites}) must be >= 1")
     check_z(z)
-    check_kind(kind)
+    check_choice("kind", kind, get_args(FreeKind))
     if kind == "first_order":
         place = torch.arange(num_sites, dtype=torch.float64)
         distance = (place[:, None] - place).clamp_min(0.0)  # before exp, which would overflow above the diagonal
@@ -142,8 +142,3 @@ def check_z(z: complex) -> None:
         raise ValueError(f"z ({z}) must be finite")
     if z.imag <= 0:
         raise ValueError(f"eta = Im z ({z.imag}) must be > 0")
-
-
-def check_kind(kind: str) -> None:
-    if kind not in ("lattice", "first_order"):
-        raise ValueError(f"kind ({kind!r}) must be 'lattice' or 'first_order'")

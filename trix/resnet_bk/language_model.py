@@ -27,15 +27,19 @@ MAX_LENGTH = 100
 
 @dataclass
 class LanguageModelOutput:
-    """logits: float [B, N, V]. loss: scalar, the mean cross entropy of the next token in nats, where labels were given.
-    aux_loss: scalar, or None without tiles. state: see
-    :meth:`LanguageModel.empty_state`, where one was given. It has the shape of the logits, and indexes as a mapping does.
+    """What a :class:`LanguageModel` answers. It has the shape of the logits, and indexes as a mapping does.
+
+    logits: float [B, N, V]. loss: scalar, the mean cross entropy of the next token in nats, where labels were given.
+    aux_loss: scalar, or None without tiles. state: see :meth:`LanguageModel.empty_state`, where one was given.
+    hidden_states: float [B, N, D] each, as in transformers: the embeddings, the stream after each block but the last, and what
+    the head reads; n_layers + 1 in all.
     """
 
     logits: Tensor
     loss: Tensor | None = None
     aux_loss: Tensor | None = None
     state: tuple[Any, ...] | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -130,16 +134,17 @@ class LanguageModel(nn.Module):
         if state is not None and mask_BT is not None:
             num_padded = int((~mask_BT).sum())
             raise ValueError(f"attention_mask (0 at {num_padded} tokens) must be 1 at all of them where a state is given")
+        hidden: list[Tensor] = []
         if state is not None:
-            (logits, _, aux), state = self.model(input_ids, state=state)
+            (logits, _, aux), state = self.model(input_ids, state=state, hidden_states=hidden)
         else:
-            logits, _, aux = self.model(input_ids, return_routing=True, mask_BT=mask_BT)
+            logits, _, aux = self.model(input_ids, return_routing=True, mask_BT=mask_BT, hidden_states=hidden)
         if not return_dict:
             return logits
         loss = None
         if labels is not None:
             loss = self._loss(logits, labels if mask_BT is None else labels.masked_fill(~mask_BT, IGNORED_LABEL))
-        return LanguageModelOutput(logits, loss, None if aux is None else aux["total_aux"], state)
+        return LanguageModelOutput(logits, loss, None if aux is None else aux["total_aux"], state, tuple(hidden))
 
     @staticmethod
     def _loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """The mixer of the ResNet-BK language model: a resolvent with a potential that depends on the position."""
 
+import math
 from functools import lru_cache
 from typing import Any
 
@@ -36,8 +37,8 @@ class BirmanSchwingerMixer(ResolventMixer):
         mixer: all others of ResolventMixer.
 
     Raises:
-        ValueError: no context_length, schatten_threshold <= 0, and as PrimeBumpPotential and ResolventMixer; by a forward, more
-            than n_seq tokens.
+        ValueError: no context_length, schatten_threshold <= 0 or infinite, and as PrimeBumpPotential and ResolventMixer; by a
+            forward, more than n_seq tokens.
     """
 
     bump_N: Tensor
@@ -59,8 +60,8 @@ class BirmanSchwingerMixer(ResolventMixer):
     ) -> None:
         if context_length is None:
             raise ValueError("context_length (None) must be given: the potential and the limits on it depend on it")
-        if schatten_threshold is not None and not schatten_threshold > 0:
-            raise ValueError(f"schatten_threshold ({schatten_threshold}) must be > 0")
+        if schatten_threshold is not None and not 0 < schatten_threshold < math.inf:
+            raise ValueError(f"schatten_threshold ({schatten_threshold}) must be > 0 and finite, or None for no limit")
         if use_lap:
             mixer["eta_min"] = max(mixer.get("eta_min", ETA_MIN), min(epsilon / context_length, MAX_ETA_FLOOR))
         super().__init__(d_model, n_heads, context_length, ternary, dropout, **mixer)

@@ -4,12 +4,13 @@ Legend: B batch, N sequence, D model width.
 """
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from scipy.linalg import eigh_tridiagonal
 from torch import Tensor, nn
 
+from trix.functional.resolvent import check_choice
 from trix.resnet_bk.statistics import spacing_statistics
 
 REACH = 9.0  # widths of a bump beyond which it is below float64's rounding
@@ -63,8 +64,7 @@ class PrimeBumpPotential(nn.Module):
             raise ValueError(f"epsilon ({epsilon}) must be > 0 and finite")
         if not math.isfinite(scale):
             raise ValueError(f"scale ({scale}) must be finite")
-        if positions not in ("uniform", "index", "log1p"):
-            raise ValueError(f"positions ({positions!r}) must be 'uniform', 'index' or 'log1p'")
+        check_choice("positions", positions, get_args(Positions))
         self.n_seq, self.epsilon, self.k_max, self.scale = n_seq, epsilon, k_max, scale
         self.positions: Positions = positions
         self.register_buffer("bump", self._bumps(), persistent=False)

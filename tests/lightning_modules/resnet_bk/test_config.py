@@ -7,7 +7,7 @@ import pytest
 
 from lightning_modules.errors import UserError
 from lightning_modules.resnet_bk import ConfigError, ConfigLoader, TrainingConfig
-from trix.resnet_bk import ResNetBKConfig
+from trix.resnet_bk import LanguageModel, ResNetBKConfig
 
 COMPLETE = """
 model:
@@ -110,3 +110,72 @@ def test_a_dict_is_checked_as_a_file_is(tmp_path: Path) -> None:
         ConfigLoader.load(tmp_path / "missing.yaml")
     with pytest.raises(UserError, match="must be YAML"):
         load("model: {", tmp_path)
+
+
+FIT = """
+model:
+  class_path: ResNetBKTask
+  init_args:
+    network: {d_model: 24, top_k: 1}
+    warmup_steps: 7
+data: {class_path: TextDataModule, init_args: {batch_size: 5}}
+trainer:
+  max_epochs: 4
+  val_check_interval: 30
+  accumulate_grad_batches: 2
+  precision: bf16-mixed
+  callbacks:
+  - class_path: ModelCheckpoint
+    init_args: {every_n_train_steps: 9}
+"""
+
+
+def test_a_file_for_trix_fit_stands_for_both_sections(tmp_path: Path) -> None:
+    config = load(FIT, tmp_path)
+    assert ResNetBKConfig(**config["model"]) == ResNetBKConfig(d_model=24, top_k=1)
+    of_file = {"batch_size": 5, "num_epochs": 4, "warmup_steps": 7, "gradient_accumulation_steps": 2, "mixed_precision": True}
+    of_file |= {"eval_interval": 15, "save_interval": 9}
+    of_fit = {"learning_rate": 2e-3, "gradient_clip_norm": 0.0, "gradient_checkpointing": False}  # the defaults there
+    assert TrainingConfig(**config["training"]) == TrainingConfig(**of_file, **of_fit)
+
+
+def test_the_projects_own_file_gives_a_model(tmp_path: Path) -> None:
+    config = ConfigLoader.load(Path(__file__).parents[3] / "configs" / "resnet_bk.yaml")
+    assert config["model"]["schatten_threshold"] is None
+    assert config["training"] == {
+        "batch_size": 16,
+        "learning_rate": 2e-3,
+        "num_epochs": 3,
+        "warmup_steps": 20,
+        "gradient_clip_norm": 1.0,
+        "gradient_checkpointing": False,
+        "gradient_accumulation_steps": 1,
+        "mixed_precision": False,
+        "log_interval": 10,
+        "eval_interval": 100,
+        "save_interval": 50,
+    }
+    assert LanguageModel(**config["model"] | {"vocab_size": 5}).config.num_experts == 16
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("d_model", "d_modle", r"^unknown key 'd_modle'; did you mean d_model\? \(in .*config.yaml, line 5\)$"),
+        ("max_epochs", "max_epoch", r"^unknown key 'trainer.max_epoch'; did you mean max_epochs\? \(in .*, line 9\)$"),
+        ("top_k: 1", "top_k: 5", r"top_k \(5\) must be <= num_experts \(4\)"),
+        ("max_epochs: 4", "max_epochs: -1", r"config.yaml: num_epochs \(-1\) must be >= 1$"),
+        ("ResNetBKTask", "ResNetBKTsk", r"^unknown class 'ResNetBKTsk'; did you mean ResNetBKTask\?"),
+    ],
+)
+def test_a_file_for_trix_fit_is_checked_as_there(old: str, new: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        load(FIT.replace(old, new), tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_for_another_task_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"model.class_path \(lightning_modules.tasks.LanguageModelTask\) must be ResNetBKTask"
+    ):
+        load("model: LanguageModelTask\ndata: TextDataModule\n", tmp_path)

@@ -190,9 +190,9 @@ def test_shorter_texts_and_copies() -> None:
     [
         ({"n_seq": 0}, r"n_seq \(0\) must be >= 1"),
         ({"epsilon": 0.0}, r"epsilon \(0.0\) must be > 0 and finite"),
-        ({"precision": "float32"}, r"precision \('float32'\) must be 'complex64' or 'complex128'"),
-        ({"mode": "right"}, r"mode \('right'\) must be 'causal' or 'two_sided'"),
-        ({"free_kind": "none"}, r"kind \('none'\) must be 'lattice' or 'first_order'"),
+        ({"precision": "float32"}, r"precision \('float32'\) must be one of complex64, complex128"),
+        ({"mode": "right"}, r"mode \('right'\) must be one of causal, two_sided"),
+        ({"free_kind": "none"}, r"free_kind \('none'\) must be one of lattice, first_order"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(arguments: dict[str, Any], message: str) -> None:

@@ -47,6 +47,19 @@ def test_the_output_has_the_shape_of_the_logits_and_the_loss_of_the_next_token()
         model(ids)["state"]
 
 
+@pytest.mark.parametrize("use_act", [False, True])
+def test_hidden_states_lead_from_the_embeddings_to_the_logits(use_act: bool) -> None:
+    model, ids = make(use_act=use_act), tokens()
+    output = model(ids)
+    hidden = output["hidden_states"]
+    assert [state.shape for state in hidden] == [(2, 20, 32)] * 3
+    assert torch.equal(hidden[0], model.model.embedding(ids))
+    assert torch.equal(hidden[1], model.model.stack.blocks[0](hidden[0]))
+    assert torch.equal(model.model.head(hidden[2]), output.logits)
+    stepwise = model(ids, state=model.empty_state(2)).hidden_states
+    torch.testing.assert_close(stepwise, hidden)
+
+
 CHANGED: dict[str, Any] = {
     "epsilon": 0.5,
     "use_prime_bump": False,
@@ -73,6 +86,15 @@ def test_each_key_changes_the_answer(key: str) -> None:
     assert not torch.equal(
         make(prime_bump_scale=0.3)(ids).logits, make(**{"prime_bump_scale": 0.3, key: CHANGED[key]})(ids).logits
     )
+
+
+def test_each_size_is_the_models_own() -> None:
+    model = make(vocab_size=31, d_model=48, n_layers=3, n_seq=24)
+    hidden = model(tokens()).hidden_states
+    assert model(tokens()).shape == (2, 20, 31)
+    assert (len(hidden), hidden[0].shape[-1]) == (4, 48)
+    with pytest.raises(ValueError, match=r"sequence of input_ids \(25\) must be >= 1 and <= n_seq \(24\)"):
+        model(tokens(25))
 
 
 def test_the_halting_threshold_and_the_mourre_check_count_where_they_are_in_use() -> None:
@@ -131,6 +153,18 @@ def test_sampling_keeps_to_the_likeliest_tokens_and_repeats_with_its_generator()
         likeliest = model(first[:, :place]).logits[:, -1].topk(3).indices
         assert (likeliest == first[:, place, None]).any(-1).all()
     assert torch.equal(model.generate(ids, 25, top_p=1e-9), model.generate(ids, 25, do_sample=False))
+
+
+@pytest.mark.parametrize(
+    "change", [{"temperature": 3.0}, {"top_p": 0.2}, {"top_k": 2}, {"do_sample": False}, {"max_length": 28}], ids=str
+)
+def test_each_setting_changes_what_is_generated(change: dict[str, Any]) -> None:
+    model, ids = make(), tokens(5, batch=4)
+    plain, other = (
+        model.generate(ids, **({"max_length": 30} | settings), generator=torch.Generator().manual_seed(3))
+        for settings in ({}, change)
+    )
+    assert not torch.equal(plain, other)
 
 
 def test_it_trains_with_its_ponder_cost() -> None:
@@ -210,6 +244,11 @@ def test_it_refuses_what_it_cannot_do() -> None:
         ({"attention_at": None}, r"attention_at \(None\) must be tuple"),
         ({"use_act": 1}, r"use_act \(1\) must be bool"),
         ({"epsilon": None}, r"epsilon \(None\) must be float"),
+        ({"low_rank": 33}, r"low_rank \(33\) must be <= n_seq \(32\)"),
+        ({"attention_at": (2,), "use_scattering_router": False}, r"attention_at \(\[2\]\) must be >= 0 and < n_layers \(2\)"),
+        ({"attention_at": (1,)}, r"attention_at \(\[1\]\) must be empty with use_scattering_router \(True\)"),
+        ({"schatten_threshold": 0.0}, r"schatten_threshold \(0.0\) must be > 0 and finite, or None for no limit"),
+        ({"schatten_threshold": float("inf")}, r"schatten_threshold \(inf\) must be > 0 and finite, or None for no limit"),
         ({"k_max": 65}, r"k_max \(65\) must be <= 64"),
         ({"prime_bump_scale": float("nan")}, r"prime_bump_scale \(nan\) must be finite"),
     ]:
@@ -256,5 +295,7 @@ def test_transformers_knows_it(tmp_path: Path) -> None:
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert isinstance(theirs, trix.resnet_bk.hugging_face.ResNetBKForCausalLM)
     assert torch.equal(theirs(ids).logits, model(ids).logits)
+    assert theirs(ids).hidden_states is None
+    assert len(theirs(ids, output_hidden_states=True).hidden_states) == 3
     theirs.save_pretrained(tmp_path / "again")
     assert torch.equal(LanguageModel.from_pretrained(tmp_path / "again").eval()(ids).logits, model(ids).logits)

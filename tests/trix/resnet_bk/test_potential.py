@@ -91,7 +91,7 @@ def test_a_state_dict_holds_what_is_learned_alone() -> None:
         ({"epsilon": 0.0}, r"epsilon \(0.0\) must be > 0 and finite"),
         ({"epsilon": math.nan}, r"epsilon \(nan\) must be > 0 and finite"),
         ({"scale": math.inf}, r"scale \(inf\) must be finite"),
-        ({"positions": "log"}, r"positions \('log'\) must be 'uniform', 'index' or 'log1p'"),
+        ({"positions": "log"}, r"positions \('log'\) must be one of uniform, index, log1p"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(arguments: dict[str, Any], message: str) -> None:
