@@ -6,8 +6,8 @@ gauge, with a vector state, with one block of attention, and with tiles for the 
 TriX, which is attention and tiles; and, where transformers is installed, its Mamba-2, gated delta rule (Qwen3-Next) and xLSTM.
 The project's recurrent ones share convolution, gate, norm and skip. d_ff is such that all have the same number of parameters,
 within 1 %. None may look ahead, which is tested first. Each trains with AdamW and cosine decay at each of --lrs; the rate with
-the least mean loss on the first half of the validation text is taken, the loss on the second half is reported. Seeds (of weights
-and batches) are paired; differences are paired t-intervals of 95 %, effect sizes mean / standard deviation.
+the least mean loss on the first half of the validation text is taken, the loss on the second half is reported. Seeds (of
+weights and batches) are paired; differences are paired t-intervals of 95 %, effect sizes mean / standard deviation.
 
 State: floats that a layer keeps of 128 tokens. Time: of one thread on the CPU, in a step of training.
 
