@@ -40,7 +40,8 @@ if TYPE_CHECKING:
 HEADS, WIDTH, ETA = 8, 16, 0.1
 OURS = ("vector", "matrix", "one_way_vector", "one_way_matrix", "sweep")
 WAYS = (*OURS, "attention", "mambapy")
-DECODED = 200  # tokens in a turn, each after the other
+DECODED = 50  # tokens in a turn, each after the other
+DECODE_TURNS = 10  # for each of --repeats: turns are short, and the ratio sought is near 1
 QUADRATIC_BYTES = 4 * HEADS  # of the scores of attention, per pair of tokens
 BENCHMARKS = Path(__file__).resolve().parents[1]
 Result = dict[str, Any]
@@ -64,7 +65,7 @@ def run(lengths: list[int], repeats: int, max_attention: int, max_scan: int, dec
             seconds = interleaved(ways, repeats + 1)
             ms = {way: [1e3 * second for second in of_way[1:]] for way, of_way in seconds.items()}
             results += [{"way": way, "length": length, "ms": ms[way], "peak_bytes": peak_bytes(way, length)} for way in ways]
-        steps = interleaved({str(length): make_decode(length) for length in decode_at}, repeats + 1)
+        steps = interleaved({str(length): make_decode(length) for length in decode_at}, DECODE_TURNS * repeats + 1)
     for length in decode_at:
         ms_per_token = [1e3 * second / DECODED for second in steps[str(length)][1:]]
         results.append({"way": "decode", "length": length, "ms": ms_per_token, "peak_bytes": None})
