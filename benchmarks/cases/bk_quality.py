@@ -19,6 +19,7 @@ import argparse
 import math
 import statistics
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -100,17 +101,22 @@ def compare(
     rows = []
     for name in names:
         runs = {lr: [results[seed, lr, name] for seed in seeds] for lr in lrs}
-        choosing = {lr: statistics.fmean(result["choosing_nats"] for result in runs[lr]) for lr in lrs}
-        chosen = min(lrs, key=lambda lr: math.inf if math.isnan(choosing[lr]) else choosing[lr])
-        losses = [result["reported_nats"] for result in runs[chosen]]
+        best = best_rate(runs)
+        losses = [result["reported_nats"] for result in runs[best]]
         rows.append(
-            {"size": size_name, "steps": steps, "contestant": name, **about[name], "lr": chosen}
+            {"size": size_name, "steps": steps, "contestant": name, **about[name], "lr": best}
             | {"loss_nats_mean": statistics.fmean(losses), "loss_nats_spread": max(losses) - min(losses)}
             | {"losses": dict(zip(map(str, seeds), losses, strict=True))}
-            | {"cpu_s_per_step": statistics.median(result["cpu_s_per_step"] for result in runs[chosen])}
+            | {"cpu_s_per_step": statistics.median(result["cpu_s_per_step"] for result in runs[best])}
             | {"runs": {str(lr): of_rate for lr, of_rate in runs.items()}}
         )
     return rows
+
+
+def best_rate(runs: Mapping[float, Sequence[Mapping[str, Any]]]) -> float:
+    """The rate whose runs have the least mean loss on the half that chooses."""
+    means = {lr: statistics.fmean(result["choosing_nats"] for result in of_rate) for lr, of_rate in runs.items()}
+    return min(means, key=lambda lr: math.inf if math.isnan(means[lr]) else means[lr])
 
 
 def text(size: Size, steps: int, seed: int, path: str | None) -> TextDataModule:

@@ -141,10 +141,21 @@ def test_recall_has_no_more_pairs_than_keys() -> None:
 
 
 def test_the_routings_differ_in_routing_alone(path: str) -> None:
-    results = bk_router.run(2, [0], 1e-3, path, False)
+    results = bk_router.run(2, [0], [1e-3], path, False)
     assert [result["routing"] for result in results] == list(bk_router.ROUTINGS)
     assert all(0.0 <= result["runs"][0]["lowest_relative_entropy"] <= 1.0 for result in results)
     assert len({result["config"]["ffn"]["num_tiles"] for result in results}) == 1
     assert results[1]["config"]["ffn"]["routing_args"] == {"edge_rate": 0.0}
     assert results[0]["runs"][0]["lowest_relative_entropy"] != results[1]["runs"][0]["lowest_relative_entropy"]
     assert "in the worst seed, goal 0.9: " in bk_router.table(results)
+
+
+def test_each_routing_is_reported_at_the_rate_that_the_first_half_chooses(path: str) -> None:
+    results = bk_router.run(2, [0, 1], [1e-4, 1e-2], path, False)
+    for result in results:
+        means = {lr: sum(run["choosing_nats"] for run in runs) for lr, runs in result["runs_by_rate"].items()}
+        assert result["lr"] == float(min(means, key=lambda lr: means[lr])) == 1e-2
+        assert result["runs"] == result["runs_by_rate"]["0.01"]
+    last = max(results, key=lambda result: sum(run["reported_nats"] for run in result["runs"]))
+    (row,) = [line for line in bk_router.table(results).splitlines() if line.startswith(f"| {last['routing']} |")]
+    assert f"| {sum(run['reported_nats'] for run in last['runs']) / 2:.4f} (" in row
