@@ -151,11 +151,11 @@ def test_the_routings_differ_in_routing_alone(path: str) -> None:
 
 
 def test_each_routing_is_reported_at_the_rate_that_the_first_half_chooses(path: str) -> None:
-    results = bk_router.run(2, [0, 1], [1e-4, 1e-2], path, False)
+    results = bk_router.run(2, [0], [1e-4, 1e-2], path, False)
     for result in results:
         means = {lr: sum(run["choosing_nats"] for run in runs) for lr, runs in result["runs_by_rate"].items()}
         assert result["lr"] == float(min(means, key=lambda lr: means[lr])) == 1e-2
         assert result["runs"] == result["runs_by_rate"]["0.01"]
     last = max(results, key=lambda result: sum(run["reported_nats"] for run in result["runs"]))
     (row,) = [line for line in bk_router.table(results).splitlines() if line.startswith(f"| {last['routing']} |")]
-    assert f"| {sum(run['reported_nats'] for run in last['runs']) / 2:.4f} (" in row
+    assert f"| {sum(run['reported_nats'] for run in last['runs"]):.4f} (" in row
