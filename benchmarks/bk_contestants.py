@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
+import library_contestants
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -125,7 +126,27 @@ CONTESTANTS = {
     "hermitian, 1 block of attention": Contestant(is_hybrid=True),
     "hermitian, tiles by phase": Contestant(ffn=_tiles(routing="scattering")),
     "hermitian, tiles by signature": Contestant(ffn=_tiles(routing="explicit")),
+    "TriX": Contestant("attention", ffn=_tiles(routing="explicit")),
 }
+_layers = {"Mamba2": "Mamba2", "GatedDeltaNet": "GatedDeltaNet", "xLSTM": "XLSTM"}
+OF_LIBRARY = {name: Contestant(f"{library_contestants.__name__}.{layer}") for name, layer in _layers.items()}
+CONTESTANTS |= OF_LIBRARY
+
+
+def chosen(only: list[str] | None) -> list[str]:
+    """The contestants asked for; by default all that can be made here, and it is said which cannot.
+
+    Raises:
+        SystemExit: one is asked for that cannot be made.
+    """
+    names = list(CONTESTANTS) if only is None else only
+    missing = [] if library_contestants.IS_INSTALLED else [name for name in names if name in OF_LIBRARY]
+    if missing:
+        said = f"contestants ({', '.join(missing)}) need transformers: pip install -e '.[transformers]'"
+        if only is not None:
+            raise SystemExit(said)
+        print(f"left out: {said}")
+    return [name for name in names if name not in missing]
 
 
 def fitted_config(contestant: Contestant, vocab_size: int, size: Size) -> LanguageModelConfig:

@@ -2,11 +2,12 @@
 
 Text: TinyShakespeare (from TRIX_DATA_DIR, or downloaded), split 90/10, windows of 128 characters. Contestants: RoPE attention
 with and without a short convolution, minGRU, SSD (Mamba-2), and the resolvent: hermitian, with one-way hopping, without the
-gauge, with a vector state, with one block of attention, and with tiles for the dense layer, routed by phase or by signature.
-The recurrent ones share convolution, gate, norm and skip. d_ff is such that all have the same number of parameters, within 1 %.
-None may look ahead, which is tested first. Each trains with AdamW and cosine decay at each of --lrs; the rate with the least
-mean loss on the first half of the validation text is taken, the loss on the second half is reported. Seeds (of weights and
-batches) are paired; differences are paired t-intervals of 95 %, effect sizes mean / standard deviation.
+gauge, with a vector state, with one block of attention, and with tiles for the dense layer, routed by phase or by signature;
+TriX, which is attention and tiles; and, where transformers is installed, its Mamba-2, gated delta rule (Qwen3-Next) and xLSTM.
+The project's recurrent ones share convolution, gate, norm and skip. d_ff is such that all have the same number of parameters,
+within 1 %. None may look ahead, which is tested first. Each trains with AdamW and cosine decay at each of --lrs; the rate with
+the least mean loss on the first half of the validation text is taken, the loss on the second half is reported. Seeds (of
+weights and batches) are paired; differences are paired t-intervals of 95 %, effect sizes mean / standard deviation.
 
 State: floats that a layer keeps of 128 tokens. Time: of one thread on the CPU, in a step of training.
 
@@ -18,13 +19,14 @@ import argparse
 import math
 import statistics
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from bk_contestants import CONTESTANTS, Size, fitted_config, state_floats
+from bk_contestants import CONTESTANTS, OF_LIBRARY, Size, chosen, fitted_config, state_floats
 from cases.char_lm_quality import train_model
 from kept_runs import RESULTS, kept_or_run
 from turns import one_thread
@@ -43,6 +45,8 @@ QUESTIONS = (
     ("hermitian", "one_way"),
     ("hermitian", ANCHOR),
     ("hermitian", "attention + convolution"),
+    *(("hermitian", name) for name in OF_LIBRARY),
+    ("hermitian, tiles by phase", "TriX"),
     ("hermitian", "hermitian, no gauge"),
     ("hermitian", "hermitian, vector state"),
     ("hermitian, 1 block of attention", "hermitian"),
@@ -74,10 +78,9 @@ def run(
 ) -> dict[str, Any]:
     if not resume:
         FINISHED.unlink(missing_ok=True)
+    names = chosen(only)
     with one_thread():
-        compared = [
-            compare(size, num_steps, seeds, lrs, only or list(CONTESTANTS), path) for size in sizes for num_steps in steps
-        ]
+        compared = [compare(size, num_steps, seeds, lrs, names, path) for size in sizes for num_steps in steps]
     return {"rows": list(chain(*compared)), "answers": list(chain(*map(answers, compared)))}
 
 
@@ -98,17 +101,22 @@ def compare(
     rows = []
     for name in names:
         runs = {lr: [results[seed, lr, name] for seed in seeds] for lr in lrs}
-        choosing = {lr: statistics.fmean(result["choosing_nats"] for result in runs[lr]) for lr in lrs}
-        chosen = min(lrs, key=lambda lr: math.inf if math.isnan(choosing[lr]) else choosing[lr])
-        losses = [result["reported_nats"] for result in runs[chosen]]
+        best = best_rate(runs)
+        losses = [result["reported_nats"] for result in runs[best]]
         rows.append(
-            {"size": size_name, "steps": steps, "contestant": name, **about[name], "lr": chosen}
+            {"size": size_name, "steps": steps, "contestant": name, **about[name], "lr": best}
             | {"loss_nats_mean": statistics.fmean(losses), "loss_nats_spread": max(losses) - min(losses)}
             | {"losses": dict(zip(map(str, seeds), losses, strict=True))}
-            | {"cpu_s_per_step": statistics.median(result["cpu_s_per_step"] for result in runs[chosen])}
+            | {"cpu_s_per_step": statistics.median(result["cpu_s_per_step"] for result in runs[best])}
             | {"runs": {str(lr): of_rate for lr, of_rate in runs.items()}}
         )
     return rows
+
+
+def best_rate(runs: Mapping[float, Sequence[Mapping[str, Any]]]) -> float:
+    """The rate whose runs have the least mean loss on the half that chooses."""
+    means = {lr: statistics.fmean(result["choosing_nats"] for result in of_rate) for lr, of_rate in runs.items()}
+    return min(means, key=lambda lr: math.inf if math.isnan(means[lr]) else means[lr])
 
 
 def text(size: Size, steps: int, seed: int, path: str | None) -> TextDataModule:

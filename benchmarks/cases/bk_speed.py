@@ -6,10 +6,11 @@ sweep             the pivots alone
 attention         torch.nn.functional.scaled_dot_product_attention, causal: its flash kernel for CPUs
 mambapy           the parallel scan of mambapy 1.2.0, where it is installed: selective_scan of mambapy.mamba.MambaBlock, 128
                   channels with a state of 16 each, as many numbers of state as matrix has (there complex)
+decode            the whole ResolventMixer of width 128, without gradients: one token after "tokens" that it has read
 
-The mixer alone, without projections: forward, and backward to all inputs, batch 1, 8 heads of 16, float32, one thread, CPU time
-of that thread. The contestants take turns; the first turn is not measured. Ratios are taken turn by turn. Peak memory is what a
-process of its own grows by. Before any time is taken, chunks and loop are compared.
+All but decode: the mixing alone, without projections; forward, and backward to all inputs, batch 1, 8 heads of 16, float32. CPU
+time of one thread. The contestants take turns; the first turn is not measured. Ratios are taken turn by turn. Peak memory is
+what a process of its own grows by. Before any time is taken, chunks and loop are compared.
 """
 
 import argparse
@@ -30,6 +31,8 @@ from turns import interleaved, one_thread
 
 from trix.functional.resolvent import Pair, resolvent_pivots
 from trix.functional.resolvent_mix import resolvent_mix
+from trix.nn import ResolventMixer
+from trix.outputs import TokenContext
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,6 +40,8 @@ if TYPE_CHECKING:
 HEADS, WIDTH, ETA = 8, 16, 0.1
 OURS = ("vector", "matrix", "one_way_vector", "one_way_matrix", "sweep")
 WAYS = (*OURS, "attention", "mambapy")
+DECODED = 50  # tokens in a turn, each after the other
+DECODE_TURNS = 10  # for each of --repeats: turns are short, and the ratio sought is near 1
 QUADRATIC_BYTES = 4 * HEADS  # of the scores of attention, per pair of tokens
 BENCHMARKS = Path(__file__).resolve().parents[1]
 Result = dict[str, Any]
@@ -46,10 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048, 8192, 16384, 65536], help="default: %(default)s")
     parser.add_argument("--repeats", type=int, default=5, help="measured turns (default: %(default)s)")
     parser.add_argument("--max-attention", type=int, default=16384, help="longest for attention (default: %(default)s)")
+    parser.add_argument("--decode-at", type=int, nargs="*", default=[64, 65536], help="tokens read (default: %(default)s)")
     parser.add_argument("--max-scan", type=int, default=8192, help="longest for mambapy (default: %(default)s)")
 
 
-def run(lengths: list[int], repeats: int, max_attention: int, max_scan: int) -> list[Result]:
+def run(lengths: list[int], repeats: int, max_attention: int, max_scan: int, decode_at: list[int]) -> list[Result]:
     check()
     longest = {"attention": max_attention, "mambapy": max_scan if find_spec("mambapy") else 0}
     results = []
@@ -59,6 +65,10 @@ def run(lengths: list[int], repeats: int, max_attention: int, max_scan: int) -> 
             seconds = interleaved(ways, repeats + 1)
             ms = {way: [1e3 * second for second in of_way[1:]] for way, of_way in seconds.items()}
             results += [{"way": way, "length": length, "ms": ms[way], "peak_bytes": peak_bytes(way, length)} for way in ways]
+        steps = interleaved({str(length): make_decode(length) for length in decode_at}, DECODE_TURNS * repeats + 1)
+    for length in decode_at:
+        ms_per_token = [1e3 * second / DECODED for second in steps[str(length)][1:]]
+        results.append({"way": "decode", "length": length, "ms": ms_per_token, "peak_bytes": None})
     return results
 
 
@@ -82,6 +92,24 @@ def make(way: str, length: int) -> Callable[[], tuple[Tensor, ...]]:
     if way.endswith("matrix"):
         inputs += [normal(1, 1, length, WIDTH) for _ in range(2)]
     return _made(lambda *inputs: mixed(way, *inputs), inputs, normal)
+
+
+@torch.no_grad()
+def make_decode(length: int) -> Callable[[], Tensor]:
+    """A function that goes on DECODED tokens from the state after length tokens, one by one, and returns the last update."""
+    torch.manual_seed(0)
+    mixer = ResolventMixer(HEADS * WIDTH, HEADS).eval()
+    _, after, _ = mixer(torch.randn(1, length, HEADS * WIDTH), TokenContext(), mixer.empty_state(1))
+    tokens = torch.randn(1, DECODED, HEADS * WIDTH).split(1, dim=1)
+
+    @torch.no_grad()
+    def decode() -> Tensor:
+        state = after
+        for x_BTD in tokens:
+            update_BTD, state, _ = mixer(x_BTD, TokenContext(), state)
+        return update_BTD
+
+    return decode
 
 
 def _made(
@@ -191,17 +219,21 @@ def targets(results: list[Result]) -> list[str]:
         if (result := find(results, way, 16384)) is not None:
             share = result["peak_bytes"] / (QUADRATIC_BYTES * 16384**2)
             compare(f"{way}: peak memory / one matrix of scores, 16384 tokens", share, 0.05, False)
+    early, late = find(results, "decode", 64), find(results, "decode", 65536)
+    if early is not None and late is not None:
+        compare("decode after 65536 tokens / after 64", ratio(late["ms"], early["ms"]), 1.05, False)
     return lines
 
 
 def table(results: list[Result]) -> str:
     rows = ["| tokens | way | ms, median (least to most) | attention / way | peak MB |", "|---" * 5 + "|"]
     for result in results:
-        attention = find(results, "attention", result["length"])
+        attention = find(results, "attention", result["length"]) if result["way"] in WAYS else None
         times = ratio(attention["ms"], result["ms"]) if attention else None
-        spread = f"{statistics.median(result['ms']):.1f} ({min(result['ms']):.1f} to {max(result['ms']):.1f})"
+        spread = "{:.3g} ({:.3g} to {:.3g})".format(statistics.median(result["ms"]), min(result["ms"]), max(result["ms"]))
         start = f"| {result['length']} | {result['way']} | {spread} "
-        rows.append(f"{start}| {f'{times:.1f}' if times else ''} | {result['peak_bytes'] / 1e6:.0f} |")
+        peak = "" if result["peak_bytes"] is None else f"{result['peak_bytes'] / 1e6:.0f}"
+        rows.append(f"{start}| {f'{times:.1f}' if times else ''} | {peak} |")
     return "\n".join([*rows, "", "| what | target | found | reached |", "|---" * 4 + "|", *targets(results)])
 
 
@@ -216,7 +248,7 @@ def figure(results: list[Result]) -> "Figure":
         lengths, style = [result["length"] for result in found], "--" if way.startswith("one_way") else "-"
         times.plot(lengths, [statistics.median(result["ms"]) for result in found], style, marker="o", label=way)
         memory.plot(lengths, [result["peak_bytes"] / 1e6 for result in found], style, marker="o")
-    lengths = sorted({result["length"] for result in results})
+    lengths = sorted({result["length"] for result in results if result["way"] in WAYS})
     for axes, label in ((times, "forward + backward, ms of CPU"), (memory, "peak memory, MB")):
         axes.set(xscale="log", yscale="log", xticks=lengths, xticklabels=lengths, xlabel="tokens", ylabel=label)
         axes.minorticks_off()

@@ -124,6 +124,16 @@ def test_recall_counts_the_best_rate_of_each_width(path: str) -> None:
     assert len(bk_recall.figure(results).axes[0].lines) == 2
 
 
+def test_one_model_learns_all_numbers_of_pairs(path: str) -> None:
+    shapes = [token.shape for token, _ in bk_recall.batches([1, 3], 20, torch.Generator().manual_seed(0))]
+    assert set(shapes) == {(bk_recall.BATCH_SIZE, 4), (bk_recall.BATCH_SIZE, 12)}
+    results = bk_recall.run([1, 3], [16], [1e-2], 2, [0], ["attention + convolution"], False)
+    assert [result["pairs"] for result in results] == [1, 3]
+    assert results[0]["config"] == results[1]["config"]
+    assert results[0]["state_floats"] < results[1]["state_floats"]
+    assert len(bk_recall.FINISHED.read_text().splitlines()) == 1
+
+
 def test_recall_says_first_who_is_better_and_which_goals_are_missed() -> None:
     result = {"contestant": "hermitian", "pairs": 8, "query_width": 16, "state_floats": 1.0}
     rates = {"0.001": 0.5, "0.003": 0.995, "0.01": 0.99, "0.03": 0.1}
@@ -133,6 +143,11 @@ def test_recall_says_first_who_is_better_and_which_goals_are_missed() -> None:
     assert lines[0] == "- hermitian LOSES to ssd, 8 pairs: 0.995 against 0.997"
     assert lines[1] == "- MISSED: hermitian, 8 pairs: 2 of 4 rates >= 0.9, goal 3"
     assert lines[2] == "- reached: hermitian, 8 pairs: 0.995, goal 0.99"
+    vector = ssd | {"contestant": "hermitian, vector state", "accuracy": 0.2}
+    assert (
+        "- reached: hermitian, vector state fails, 8 pairs: 0.200, a guess among the values seen 0.125"
+        in bk_recall.table([vector]).splitlines()
+    )
 
 
 def test_recall_has_no_more_pairs_than_keys() -> None:
@@ -141,10 +156,23 @@ def test_recall_has_no_more_pairs_than_keys() -> None:
 
 
 def test_the_routings_differ_in_routing_alone(path: str) -> None:
-    results = bk_router.run(2, [0], 1e-3, path, False)
+    results = bk_router.run(2, [0], [1e-3], path, False)
     assert [result["routing"] for result in results] == list(bk_router.ROUTINGS)
     assert all(0.0 <= result["runs"][0]["lowest_relative_entropy"] <= 1.0 for result in results)
     assert len({result["config"]["ffn"]["num_tiles"] for result in results}) == 1
     assert results[1]["config"]["ffn"]["routing_args"] == {"edge_rate": 0.0}
     assert results[0]["runs"][0]["lowest_relative_entropy"] != results[1]["runs"][0]["lowest_relative_entropy"]
     assert "in the worst seed, goal 0.9: " in bk_router.table(results)
+
+
+def test_each_routing_is_reported_at_the_rate_that_the_first_half_chooses(path: str) -> None:
+    results = bk_router.run(2, [0], [1e-4, 1e-2], path, False)
+    for result in results:
+        means = {lr: sum(run["choosing_nats"] for run in runs) for lr, runs in result["runs_by_rate"].items()}
+        assert result["lr"] == float(min(means, key=lambda lr: means[lr])) == 1e-2
+        assert result["runs"] == result["runs_by_rate"]["0.01"]
+        reported = result["runs"][0]["reported_nats"]
+        assert any(
+            line.startswith(f"| {result['routing']} | 0.01 | 1 |") and line.endswith(f"| {reported:.4f} (0.0000) |")
+            for line in bk_router.table(results).splitlines()
+        )

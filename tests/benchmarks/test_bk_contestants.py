@@ -9,12 +9,25 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from bk_contestants import CONTESTANTS, Contestant, MinGRU, Size, fitted_config, num_parameters, state_floats
+import library_contestants
+from bk_contestants import (
+    CONTESTANTS,
+    OF_LIBRARY,
+    Contestant,
+    MinGRU,
+    Size,
+    chosen,
+    fitted_config,
+    num_parameters,
+    state_floats,
+)
 
 from lightning_modules.comparison import check_causal
 from trix.nn import FFNConfig, LanguageModel
 
 SIZE = Size(16, 2, 2, 24, 2, 40_000)
+needs_transformers = pytest.mark.skipif(not library_contestants.IS_INSTALLED, reason="transformers is not installed")
+ALL = [pytest.param(name, marks=needs_transformers if name in OF_LIBRARY else ()) for name in CONTESTANTS]
 
 
 def model_of(name: str) -> LanguageModel:
@@ -22,14 +35,14 @@ def model_of(name: str) -> LanguageModel:
     return LanguageModel(11, fitted_config(CONTESTANTS[name], 11, SIZE)).eval()
 
 
-@pytest.mark.parametrize("name", CONTESTANTS)
+@pytest.mark.parametrize("name", ALL)
 def test_every_contestant_has_the_same_size_and_does_not_look_ahead(name: str) -> None:
     model = model_of(name)
     assert abs(num_parameters(11, model.config) - SIZE.num_parameters) <= 0.01 * SIZE.num_parameters
     check_causal(model, name, 11, 24)
 
 
-@pytest.mark.parametrize("name", CONTESTANTS)
+@pytest.mark.parametrize("name", ALL)
 @torch.no_grad()
 def test_a_text_read_in_parts_gives_the_same_logits(name: str) -> None:
     model = model_of(name)
@@ -39,6 +52,45 @@ def test_a_text_read_in_parts_gives_the_same_logits(name: str) -> None:
         (logits, _, _), state = model(part_BT, state=state)
         parts.append(logits)
     torch.testing.assert_close(torch.cat(parts, dim=1), model(token_BT), rtol=0, atol=1e-5)
+
+
+@needs_transformers
+@pytest.mark.parametrize("name", OF_LIBRARY)
+def test_every_parameter_of_a_library_layer_learns(name: str) -> None:
+    model = model_of(name).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    token_BT = torch.randint(11, (2, 25))
+    losses = []
+    for _ in range(3):
+        loss = torch.nn.functional.cross_entropy(model(token_BT[:, :-1]).mT, token_BT[:, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] > losses[1] > losses[2]
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.isfinite().all()
+        assert parameter.grad.count_nonzero() > 0
+
+
+@needs_transformers
+def test_the_state_of_a_library_layer_is_what_its_next_step_reads() -> None:
+    carry, conv = 2 * 16 * 16, 3 * (2 * 16 + 2 * 16)
+    assert state_floats(model_of("Mamba2"), 24) == carry + conv
+    assert state_floats(model_of("GatedDeltaNet"), 24) == carry + conv + 3 * 2 * 16  # keys of each head
+    assert state_floats(model_of("xLSTM"), 24) == 16 * 16 + 2 * (16 + 1)
+
+
+def test_where_transformers_is_missing_its_layers_are_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(library_contestants, "IS_INSTALLED", False)
+    assert chosen(None) == [name for name in CONTESTANTS if name not in OF_LIBRARY]
+    assert "(Mamba2, GatedDeltaNet, xLSTM) need transformers" in capsys.readouterr().out
+    assert chosen(["ssd"]) == ["ssd"]
+    with pytest.raises(SystemExit, match=r"contestants \(xLSTM\) need transformers: pip install -e '.\[transformers\]'"):
+        chosen(["ssd", "xLSTM"])
 
 
 def test_a_size_that_no_width_gives_is_refused() -> None:
