@@ -57,12 +57,32 @@ def checkpoint(name: str = "last", version: int = 0) -> Path:
     return RUN / f"version_{version}/checkpoints/{name}.ckpt"
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
+def prepare(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(folder)
     Path("text.txt").write_text("The quick brown fox jumps over the lazy dog.\n" * 20)
     write_config(LANGUAGE_MODEL, TEXT)
-    return tmp_path
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return prepare(tmp_path, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder runs/ of `trix fit --config small.yaml` for the language model, from start to end."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = prepare(tmp_path_factory.mktemp("finished"), patch)
+        assert main(["fit", "--config", "small.yaml"]) == 0
+    return folder / "runs"
+
+
+@pytest.fixture
+def finished(folder: Path, finished_run: Path) -> Path:
+    """A folder with a copy of that run."""
+    shutil.copytree(finished_run, folder / "runs")
+    return folder
 
 
 def weights(path: Path, step: int = 16) -> dict[str, torch.Tensor]:
@@ -164,11 +184,10 @@ def test_a_resumed_run_that_is_killed_before_its_validation_loses_nothing(
     assert checkpoint().read_bytes() == original
 
 
-def test_dropout_makes_the_weights_depend_on_the_random_state(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropout_makes_the_weights_depend_on_the_random_state(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Without this the test above would pass if no state were put back.
     from lightning_modules.callbacks.random_state import RandomState
 
-    assert main(["fit", "--config", "small.yaml"]) == 0
     expected = weights(checkpoint())
     assert main(["fit", "--resume", str(checkpoint("step=8"))]) == 0
     assert differing(weights(checkpoint(version=1)), expected) == []
@@ -177,14 +196,12 @@ def test_dropout_makes_the_weights_depend_on_the_random_state(folder: Path, monk
     assert differing(weights(checkpoint(version=2)), expected) != []
 
 
-def test_how_often_is_validated_leaves_the_training_as_it_is(folder: Path) -> None:
-    assert main(["fit", "--config", "small.yaml"]) == 0
+def test_how_often_is_validated_leaves_the_training_as_it_is(finished: Path) -> None:
     assert main(["fit", "--config", "small.yaml", "--trainer.val_check_interval=3"]) == 0
     assert differing(weights(checkpoint(version=1)), weights(checkpoint())) == []
 
 
-def test_the_best_of_a_run_is_left_behind_by_one_that_goes_on_from_before_it(folder: Path) -> None:
-    assert main(["fit", "--config", "small.yaml"]) == 0
+def test_the_best_of_a_run_is_left_behind_by_one_that_goes_on_from_before_it(finished: Path) -> None:
     weights(checkpoint("best"), 5)
     arguments = ["fit", "--resume", str(checkpoint("step=4")), "--trainer.max_steps=8", "--trainer.val_check_interval=8"]
     assert main(arguments) == 0  # with a validation of its own at step 8 alone
@@ -253,8 +270,9 @@ def test_a_run_without_callbacks_is_resumed_too(folder: Path, capfd: pytest.Capt
         assert f"going on after step {step}\n" in capfd.readouterr().out
 
 
-def test_without_a_good_last_checkpoint_the_newest_other_one_is_taken(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert main(["fit", "--config", "small.yaml"]) == 0
+def test_without_a_good_last_checkpoint_the_newest_other_one_is_taken(
+    finished: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     last, final = checkpoint(), checkpoint("step=16")
     last.write_bytes(last.read_bytes()[:1000])
     no_optimizer = torch.load(final, weights_only=True)
