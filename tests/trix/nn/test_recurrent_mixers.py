@@ -163,6 +163,21 @@ def test_gradients_are_those_of_the_function(kind: str) -> None:
     assert torch.autograd.gradcheck(answer, tuple(parameters.values()), fast_mode=True)
 
 
+@pytest.mark.parametrize("hopping", ["hermitian", "one_way"])
+def test_at_the_start_what_comes_from_afar_keeps_its_sign(hopping: str) -> None:
+    """L_ij = G_i prod_j<m<=i (-c_m G_{m-1}), unwound, over random tokens: its mean is a good part of its mean modulus."""
+    torch.manual_seed(0)
+    mixer = ResolventMixer(32, 4, hopping=hopping).double()
+    with torch.no_grad():
+        hops = mixer.read_hops(torch.randn(500, 33, 32, dtype=torch.float64))
+    G, c = (torch.complex(pair.re, pair.im) for pair in (hops.G, hops.c))
+    assert hops.turn is not None
+    turn_H = torch.complex(hops.turn.re, hops.turn.im)[:, 0, 0]
+    hop_BHT = -c[..., 1:] * G[..., :-1]
+    entry_BH = G[..., 32] * hop_BHT[..., 24:32].prod(-1) * turn_H
+    assert (entry_BH.real.mean(0) > 0.3 * entry_BH.abs().mean(0)).all()  # .01 in one head where hops differ from token to token
+
+
 @pytest.mark.parametrize(("name", "value"), [("d_state", 8), ("conv_width", 2), ("hopping", "one_way"), ("gauge", False)])
 def test_each_argument_changes_the_answer(name: str, value: object) -> None:
     x, answers = torch.randn(1, 6, 24), []
