@@ -74,6 +74,8 @@ def read_inputs(
     Raises:
         ExportError: it does not fit the module's forward.
     """
+    if not isinstance(module, nn.Module):
+        raise ExportError(f"module ({type(module).__name__}) must be an nn.Module")
     given = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     names = _parameter_names(module, given)
     for name, value in zip(names, given, strict=True):
@@ -83,6 +85,10 @@ def read_inputs(
         if 0 in value.shape:
             raise ExportError(f"example input {name} {tuple(value.shape)} must have no axis of size 0")
     shapes = None if dynamic_shapes is None else _shapes_of_inputs(names, dynamic_shapes)
+    for name, value, shape in zip(names, given, shapes or (), strict=False):
+        for axis in _dynamic_axes(shape):
+            if not -value.dim() <= axis < value.dim():
+                raise ExportError(f"dynamic_shapes: axis ({axis}) of input {name} must be < its number of axes ({value.dim()})")
     # A copy of each: the tracer takes inputs that are one tensor for one input.
     tensors = [
         value.detach().to("cpu", torch.float32 if value.is_floating_point() else value.dtype, copy=True) for value in given

@@ -224,11 +224,16 @@ class LanguageModelSession(ExportedModel):
                 logits = reader.read(np.asarray([unread], dtype=np.int64), ["logits"])[0][0, -1]
             except ModelFileError as error:
                 raise ModelFileError(f"{self.path}: {error}") from error
-            if np.isnan(logits).any():
-                raise ModelFileError(f"{self.path}: logits must be numbers, {np.isnan(logits).sum()} of {logits.size} are NaN")
+            check_logits(self.path, logits)
             tokens.append(draw(logits, temperature, top_p, random))
             unread = tokens[-1:]
             yield self.vocabulary[tokens[-1]]
+
+
+def check_logits(path: Path, logits: NDArray[np.float32]) -> None:
+    """Raises ModelFileError where the model at this path has answered with NaN."""
+    if num_nan := np.isnan(logits).sum():
+        raise ModelFileError(f"{path}: logits must be numbers, {num_nan} of {logits.size} are NaN")
 
 
 def draw(logits: NDArray[np.float32], temperature: float, top_p: float, random: np.random.Generator) -> int:

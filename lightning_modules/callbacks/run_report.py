@@ -32,7 +32,8 @@ class RunReport(L.Callback):
         self._has_trained = True
         num_parameters = sum(parameter.numel() for parameter in pl_module.parameters())
         tiles = [layer.num_tiles for layer in routed_layers(pl_module).values()]
-        routed = f"{len(tiles)} routed layers of {_listed(tiles)} tiles" if tiles else "no routed layers"
+        layers = "1 routed layer" if len(tiles) == 1 else f"{len(tiles) or 'no'} routed layers"
+        routed = f"{layers} of {_listed(tiles)} tiles" if tiles else layers
         self._print(trainer, f"network      {get_human_readable_count(num_parameters)} parameters, {routed}")
         length = f"{trainer.max_steps} steps" if trainer.max_steps > 0 else f"{trainer.max_epochs} epochs"
         resumed = f", going on after step {trainer.global_step}" if trainer.global_step else ""

@@ -24,7 +24,7 @@ from lightning_modules.errors import UserError
 from lightning_modules.machine import cpu_name, instruction_sets, num_usable_cores
 from ort_ops.file_format import CLASSIFIER, LANGUAGE_MODEL, MODULE, ModelFileError, describe_size
 from ort_ops.library import LibraryNotFoundError
-from ort_ops.runtime import ExportedModel
+from ort_ops.runtime import ExportedModel, check_logits
 from ort_ops.state import StatefulReader
 from ort_ops.whole_file import write_whole
 
@@ -191,6 +191,7 @@ def measure(sessions: Mapping[tuple[str, int], ExportedModel], inputs: Sequence[
     seconds: dict[tuple[str, int, int], list[float]] = {case: [] for case in cases}
     for kernels, threads, place in cases:
         model = sessions[kernels, threads]
+        check_logits(model.path, model.run(inputs[place].inputs)[0])
         _seconds(model, inputs[place], 1)  # onnxruntime takes its memory in the first run
         repeats[kernels, threads, place] = max(1, round(MIN_SAMPLE_SECONDS / _seconds(model, inputs[place], 1)))
     for turn in range(num_rounds):

@@ -35,13 +35,15 @@ def run_generate(arguments: list[str]) -> int:
 def _write(prompt: str, pieces: Iterator[str], session: LanguageModelSession) -> None:
     sys.stdout.write(prompt)
     num_generated, start = 0, time.perf_counter()
-    for piece in pieces:
-        sys.stdout.write(piece)
+    try:
+        for piece in pieces:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+            num_generated += 1
+    finally:  # an error has a line of its own
+        seconds = time.perf_counter() - start
+        sys.stdout.write("\n")
         sys.stdout.flush()
-        num_generated += 1
-    seconds = time.perf_counter() - start
-    sys.stdout.write("\n")
-    sys.stdout.flush()
     _report(session, num_generated, seconds)
 
 

@@ -34,7 +34,7 @@ def raises(_: Tensor) -> Tensor:
     raise RuntimeError("of its own\nin two lines")
 
 
-FAULTS: dict[str, tuple[nn.Module, Tensor, dict[str, Any], str]] = {
+FAULTS: dict[str, tuple[Any, Tensor, dict[str, Any], str]] = {
     "not traceable": (
         Faulty(asks_for_a_value),
         torch.ones(3),
@@ -66,6 +66,13 @@ FAULTS: dict[str, tuple[nn.Module, Tensor, dict[str, Any], str]] = {
     "too few inputs": (TwoInputs(), torch.ones(2, WIDTH), {}, r"must take the 1 example inputs: missing .* 'right'"),
     "unknown input": (Own(), torch.ones(2, 10), {"dynamic_shapes": {"y": {}}}, r"dynamic_shapes \(y\) must name inputs .*: x"),
     "shapes of two": (Own(), torch.ones(2, 10), {"dynamic_shapes": (None, None)}, r"dynamic_shapes \(2\) must have one entry"),
+    "an axis too far": (
+        Own(),
+        torch.ones(2, 10),
+        {"dynamic_shapes": ({5: BATCH},)},
+        r"dynamic_shapes: axis \(5\) of input x must be < its number of axes \(2\)",
+    ),
+    "no module": (torch.relu, torch.ones(3), {}, r"module \(builtin_function_or_method\) must be an nn.Module"),
     "a fixed axis": (
         Faulty(lambda x: x.reshape(2, 5)),
         torch.ones(2, 5),

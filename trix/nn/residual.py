@@ -22,6 +22,9 @@ class Residual(nn.Module):
     Args:
         norm_last: the norm's parameters come after those of the inner module, for optimizers, which know parameters by their
             place.
+
+    Raises:
+        ValueError: dropout is not within [0, 1].
     """
 
     norm: nn.Module
@@ -29,6 +32,8 @@ class Residual(nn.Module):
 
     def __init__(self, norm: nn.Module, inner: nn.Module, dropout: float, norm_last: bool = False) -> None:
         super().__init__()
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"dropout ({dropout}) must be >= 0 and <= 1")
         for name, module in [("inner", inner), ("norm", norm)] if norm_last else [("norm", norm), ("inner", inner)]:
             self.add_module(name, module)
         self.dropout = nn.Dropout(dropout)

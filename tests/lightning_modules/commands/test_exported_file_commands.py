@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import exported_models
+import numpy as np
+import onnx
 import pytest
 
 from lightning_modules.cli import main
@@ -110,6 +112,23 @@ MISTAKES = [
     (["bench", "--rounds", "5"], "the following arguments are required: MODEL"),
     (["completion", "fish"], "argument shell: invalid choice: 'fish'"),
 ]
+
+
+@pytest.mark.parametrize("arguments", [["bench"], ["generate", "--prompt", "a"]], ids=["bench", "generate"])
+def test_a_model_that_answers_with_nan_is_told_in_a_line_of_its_own(
+    arguments: list[str], model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    proto = onnx.load_model(model)
+    for tensor in proto.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT:
+            values = np.full(tuple(tensor.dims), np.nan, dtype=np.float32)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    onnx.save_model(proto, tmp_path / "nan.onnx")
+    assert main([arguments[0], str(tmp_path / "nan.onnx"), *arguments[1:]]) == 2
+    out, err = capsys.readouterr()
+    assert out in ("", "a\n")  # of generate the prompt
+    assert re.fullmatch(r"trix: error: .*nan.onnx: logits must be numbers, \d+ of \d+ are NaN\n", err)
+    assert [path.name for path in tmp_path.iterdir()] == ["nan.onnx"]
 
 
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES)

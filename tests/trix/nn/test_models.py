@@ -194,6 +194,8 @@ def test_block_and_stack_agree_with_their_parts() -> None:
 def test_sizes_are_checked() -> None:
     with pytest.raises(ValueError, match=r"vocab_size \(0\) must be >= 1"):
         LanguageModel(0)
+    with pytest.raises(ValueError, match=r"dropout \(1.5\) must be >= 0 and <= 1"):
+        TriXBlock(16, 2, dropout=1.5)
     with pytest.raises(ValueError, match=r"num_layers \(0\) must be >= 1"):
         TriXStack(num_layers=0)
     with pytest.raises(ValueError, match=r"num_features \(0\) must be >= 1"):
