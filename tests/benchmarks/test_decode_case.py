@@ -12,7 +12,7 @@ RUN = Path(__file__).parents[2] / "benchmarks" / "run.py"
 
 @pytest.mark.usefixtures("native_library")
 def test_all_contenders_answer_alike_and_are_measured(tmp_path: Path) -> None:
-    sizes = ["--d-model", "64", "--layers", "1", "--tiles", "4", "--past", "3", "--threads", "1", "--repeats", "2"]
+    sizes = ["--d-model", "64", "--layers", "1", "--tiles", "4", "--past", "3", "--threads", "1", "--repeats", "5"]
     output = tmp_path / "decode.json"
     command = [sys.executable, str(RUN), "decode", *sizes, "--output", str(output)]
     finished = subprocess.run(command, capture_output=True, text=True)
