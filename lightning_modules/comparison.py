@@ -206,7 +206,7 @@ class FairComparison:
                 for rate in self._learning_rates
             }
             totals = {rate: math.fsum(chosen for chosen, _ in of_rate) for rate, of_rate in losses.items()}
-            best = min(totals, key=lambda rate: math.inf if math.isnan(totals[rate]) else totals[rate])
+            best = best_rate(totals)
             reported = [loss for _, loss in losses[best]]
             results[place] = {"name": name, "parameters": size, "learning_rate": best, "losses": reported}
         significance = paired_significance(results["model_a"]["losses"], results["model_b"]["losses"])
@@ -321,6 +321,11 @@ def paired_significance(results_a: Sequence[float], results_b: Sequence[float], 
 
 
 @torch.no_grad()
+def best_rate(loss_of: Mapping[float, float]) -> float:
+    """The learning rate with the least loss, of losses by rate; one that is not a number counts as the largest."""
+    return min(loss_of, key=lambda rate: math.inf if math.isnan(loss_of[rate]) else loss_of[rate])
+
+
 def check_causal(model: nn.Module, name: str, vocab_size: int, length: int) -> bool:
     """Raise ValueError where tokens that are edited move a logit before them, in any of several places.
 

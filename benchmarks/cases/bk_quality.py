@@ -16,7 +16,6 @@ All of it takes days of one core; --resume keeps the runs that a stopped one had
 """
 
 import argparse
-import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -31,7 +30,7 @@ from cases.char_lm_quality import train_model
 from kept_runs import RESULTS, kept_or_run
 from turns import one_thread
 
-from lightning_modules.comparison import check_causal, paired_significance
+from lightning_modules.comparison import best_rate, check_causal, paired_significance
 from lightning_modules.data.text import TextDataModule
 from trix.nn import LanguageModel, LanguageModelConfig
 
@@ -101,7 +100,7 @@ def compare(
     rows = []
     for name in names:
         runs = {lr: [results[seed, lr, name] for seed in seeds] for lr in lrs}
-        best = best_rate(runs)
+        best = chosen_rate(runs)
         losses = [result["reported_nats"] for result in runs[best]]
         rows.append(
             {"size": size_name, "steps": steps, "contestant": name, **about[name], "lr": best}
@@ -113,10 +112,9 @@ def compare(
     return rows
 
 
-def best_rate(runs: Mapping[float, Sequence[Mapping[str, Any]]]) -> float:
+def chosen_rate(runs: Mapping[float, Sequence[Mapping[str, Any]]]) -> float:
     """The rate whose runs have the least mean loss on the half that chooses."""
-    means = {lr: statistics.fmean(result["choosing_nats"] for result in of_rate) for lr, of_rate in runs.items()}
-    return min(means, key=lambda lr: math.inf if math.isnan(means[lr]) else means[lr])
+    return best_rate({lr: statistics.fmean(result["choosing_nats"] for result in of_rate) for lr, of_rate in runs.items()})
 
 
 def text(size: Size, steps: int, seed: int, path: str | None) -> TextDataModule:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from bk_contestants import NUM_TILES, TOP_K, Contestant, fitted_config
-from cases.bk_quality import SIZES, best_rate, losses_by_half, text
+from cases.bk_quality import SIZES, chosen_rate, losses_by_half, text
 from cases.char_lm_quality import train_model, validate
 from kept_runs import RESULTS, kept_or_run
 from turns import one_thread
@@ -63,7 +63,7 @@ def run(steps: int, seeds: list[int], lrs: list[float], path: str | None, resume
     results = []
     for name, config in configs.items():
         by_rate = {lr: [runs[seed, lr, name] for seed in seeds] for lr in lrs}
-        best = best_rate(by_rate)
+        best = chosen_rate(by_rate)
         results.append(
             {"routing": name, "config": asdict(config), "is_causal_bitwise": is_bitwise[name], "lr": best}
             | {"runs": by_rate[best], "runs_by_rate": {str(lr): of_rate for lr, of_rate in by_rate.items()}}
