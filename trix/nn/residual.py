@@ -16,6 +16,13 @@ class FeedForward(Protocol):
         ...
 
 
+def make_dropout(dropout: float) -> nn.Dropout:
+    """Raises ValueError unless dropout is within [0, 1], with the name that configurations know it by."""
+    if not 0 <= dropout <= 1:
+        raise ValueError(f"dropout ({dropout}) must be >= 0 and <= 1")
+    return nn.Dropout(dropout)
+
+
 class Residual(nn.Module):
     """x + dropout(inner(norm(x))).
 
@@ -32,11 +39,9 @@ class Residual(nn.Module):
 
     def __init__(self, norm: nn.Module, inner: nn.Module, dropout: float, norm_last: bool = False) -> None:
         super().__init__()
-        if not 0 <= dropout <= 1:
-            raise ValueError(f"dropout ({dropout}) must be >= 0 and <= 1")
         for name, module in [("inner", inner), ("norm", norm)] if norm_last else [("norm", norm), ("inner", inner)]:
             self.add_module(name, module)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = make_dropout(dropout)
 
 
 class MixerResidual(Residual):

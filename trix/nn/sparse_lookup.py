@@ -10,7 +10,7 @@ from trix.functional.lookup import add_rows, sparse_lookup
 from trix.functional.ternary import straight_through
 from trix.nn.attention import RotaryAttention
 from trix.nn.magnitudes import GridSplines, HingeSplines
-from trix.nn.residual import MixerResidual
+from trix.nn.residual import MixerResidual, make_dropout
 from trix.outputs import AuxLosses, LayerOutput, LookupInfo, RoutingInfo, TokenContext
 from trix.routing.balance import balance_loss, check_weights, summed_over_processes
 from trix.routing.claims import ClaimMatrix
@@ -102,7 +102,7 @@ class SparseLookupFFN(SignatureSurgery):
         self.compress = nn.Sequential(nn.Linear(d_model, compress_hidden), nn.GELU(), nn.Linear(compress_hidden, 2), nn.Tanh())
         self.direction_ED = nn.Parameter(torch.randn(num_tiles, d_model) / d_model**0.5)
         self.output_scale = nn.Parameter(torch.ones(()))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = make_dropout(dropout)
         self.hold("usage_E", torch.zeros(num_tiles, dtype=torch.int64))
         self._set_claims(ClaimMatrix(num_tiles, num_classes, is_persistent=True))
 

@@ -15,6 +15,7 @@ from trix.nn import (
     FFNConfig,
     LanguageModel,
     LanguageModelConfig,
+    SparseLookupFFN,
     TriXFFN,
     pack_model,
     routed_layers,
@@ -196,6 +197,8 @@ def test_sizes_are_checked() -> None:
         LanguageModel(0)
     with pytest.raises(ValueError, match=r"dropout \(1.5\) must be >= 0 and <= 1"):
         TriXBlock(16, 2, dropout=1.5)
+    with pytest.raises(ValueError, match=r"dropout \(-0.5\) must be >= 0 and <= 1"):
+        SparseLookupFFN(16, 4, dropout=-0.5)
     with pytest.raises(ValueError, match=r"num_layers \(0\) must be >= 1"):
         TriXStack(num_layers=0)
     with pytest.raises(ValueError, match=r"num_features \(0\) must be >= 1"):
