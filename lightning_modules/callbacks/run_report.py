@@ -47,7 +47,7 @@ class RunReport(L.Callback):
             return
         shown = {
             name: float(value)
-            for name, value in trainer.progress_bar_metrics.items()
+            for name, value in (trainer.progress_bar_metrics or trainer.callback_metrics).items()
             if name.startswith(("train/", "val/")) and not name.endswith("_step")
         }
         self._print(trainer, f"step {trainer.global_step:<7} {_metrics_text(shown)}  ({time.monotonic() - self._start:.0f} s)")

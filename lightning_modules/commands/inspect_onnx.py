@@ -49,7 +49,7 @@ def make_onnx_page(model: Path) -> str:
         "activations": activations + (f"; against torch: {drift}" if drift else ""),
         "operators": ", ".join(f"{name} {count}" for name, count in operator_counts(proto).most_common()),
         "portable functions": ", ".join(function.name for function in proto.functions) or "none: needs the native operators",
-        "configuration": json.dumps(about.config),
+        **({} if about.config is None else {"configuration": json.dumps(about.config)}),
     }
     entries = [(index, entry) for index, record in enumerate(records) for entry in record.history]
     usages = _usages((about.reference or {}).get("tile_idx"), layers)
@@ -81,8 +81,8 @@ def _layer_section(index: int, layer: SignatureLayer, record: LayerRecord, usage
         2,
         f"Layer {index}",
         f"{record.kind}, {num_tiles} tiles, {width} dimensions, {per_token} per token, {record.source} signatures. "
-        "Signature: one bar per dimension, orange +1, blue -1, light 0. Usage: of the example in the file. Bias: what is added "
-        "to the scores before the choice.",
+        "Signature: one bar per dimension, orange +1, blue -1, light 0. Bias: what is added to the scores before the choice."
+        + ("" if usage_E is None else " Usage: of the example in the file."),
         f"layer-{index}",
     )
     rows = []
@@ -92,9 +92,11 @@ def _layer_section(index: int, layer: SignatureLayer, record: LayerRecord, usage
         counts = (f"{int((signature_D == value).sum())}" for value in (1, -1, 0))
         claims = () if record.claims is None else (_claims(record.claims[tile]),)
         bias = f"{layer.bias_E[tile]:+.3f}"
-        usage = "-" if usage_E is None else f"{usage_E[tile]:.1%}"
-        rows.append((f"{tile} {badges}", strip(signature_D), *counts, usage, bias, *claims))
-    columns = ("tile", "signature", "plus", "minus", "zero", "usage", "bias", *(() if record.claims is None else ("claims",)))
+        usage = () if usage_E is None else (f"{usage_E[tile]:.1%}",)
+        rows.append((f"{tile} {badges}", strip(signature_D), *counts, *usage, bias, *claims))
+    measured = () if usage_E is None else ("usage",)
+    claimed = () if record.claims is None else ("claims",)
+    columns = ("tile", "signature", "plus", "minus", "zero", *measured, "bias", *claimed)
     return title + f'<div class="signatures">{table(columns, rows)}</div>'
 
 
