@@ -58,6 +58,10 @@ def test_the_rate_is_chosen_on_one_half_and_reported_on_the_other(path: str) -> 
     (answer,) = results["answers"]
     assert answer["mean_difference"] == pytest.approx(sum(ours) / 2 - sum(anchor) / 2)
     assert "| small | 2 | ssd |" in bk_quality.table(results)
+    for row in results["rows"]:
+        runs = row["runs"][str(row["lr"])]
+        halves = [run[half] for run in runs for half in ("choosing_nats", "reported_nats")]
+        assert row["both_halves_nats_mean"] == pytest.approx(sum(halves) / 4)
     assert bk_quality.figure(results).axes[0].get_title() == "small, 2 steps"
 
 
@@ -71,6 +75,7 @@ def test_finished_runs_are_kept(path: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_the_table_begins_with_what_is_lost() -> None:
     row = {"size": "small", "steps": 2, "parameters": 1, "state_floats": 1.0, "cpu_s_per_step": 1.0, "lr": 1e-3}
+    row |= {"both_halves_nats_mean": 1.5}
     losses = {"one_way": (1.0, 2.0), "hermitian": (1.1, 2.101), "ssd": (1.2, 2.202), "hermitian, no gauge": (1.0, 2.3)}
     rows = [
         row | {"contestant": name, "losses": {"0": a, "1": b}, "loss_nats_mean": (a + b) / 2, "loss_nats_spread": b - a}
