@@ -114,18 +114,19 @@ class Contestant:
 
 
 _tiles = partial(FFNConfig, num_tiles=NUM_TILES, top_k=TOP_K, route_on="hidden")
+_one_way, _hermitian = ({"hopping": hopping} for hopping in ("one_way", "hermitian"))
 CONTESTANTS = {
     "attention": Contestant("attention"),
     "attention + convolution": Contestant(f"{__name__}.ConvAttention"),
     "minGRU": Contestant(f"{__name__}.MinGRU"),
     "ssd": Contestant("ssd"),
-    "one_way": Contestant(mixer_args={"hopping": "one_way"}),
-    "hermitian": Contestant(),
-    "hermitian, no gauge": Contestant(mixer_args={"gauge": False}),
-    "hermitian, vector state": Contestant(mixer_args={"d_state": 0}),
-    "hermitian, 1 block of attention": Contestant(is_hybrid=True),
-    "hermitian, tiles by phase": Contestant(ffn=_tiles(routing="scattering")),
-    "hermitian, tiles by signature": Contestant(ffn=_tiles(routing="explicit")),
+    "one_way": Contestant(mixer_args=_one_way),
+    "hermitian": Contestant(mixer_args=_hermitian),
+    "hermitian, no gauge": Contestant(mixer_args=_hermitian | {"gauge": False}),
+    "hermitian, vector state": Contestant(mixer_args=_hermitian | {"d_state": 0}),
+    "hermitian, 1 block of attention": Contestant(mixer_args=_hermitian, is_hybrid=True),
+    "hermitian, tiles by phase": Contestant(mixer_args=_hermitian, ffn=_tiles(routing="scattering")),
+    "hermitian, tiles by signature": Contestant(mixer_args=_hermitian, ffn=_tiles(routing="explicit")),
     "TriX": Contestant("attention", ffn=_tiles(routing="explicit")),
 }
 _layers = {"Mamba2": "Mamba2", "GatedDeltaNet": "GatedDeltaNet", "xLSTM": "XLSTM"}

@@ -347,7 +347,7 @@ def check_causal(model: nn.Module, name: str, vocab_size: int, length: int) -> b
                 continue
             is_bitwise = False
             before, after = (logits_of(exact(token))[:, :place] for token in (token_BT, edited_BT))
-            move = float((before - after).abs().max())
+            move = float((before - after).detach().abs().max())
             if not move <= MAX_MOVE:
                 raise ValueError(f"logits of {name} before token {place} must not depend on it: they move by {move:.3g}")
     finally:

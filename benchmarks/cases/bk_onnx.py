@@ -136,7 +136,8 @@ def _model(nodes: list[onnx.NodeProto], inputs: list[onnx.ValueInfoProto], outpu
 
 def export(mixer: str, folder: Path, longest: int) -> Path:
     torch.manual_seed(0)
-    config = LanguageModelConfig(**MODEL, context_length=longest + 2, mixer=mixer, ffn=FFNConfig(num_tiles=16))
+    hops = {"hopping": "hermitian"} if mixer == "resolvent" else {}
+    config = LanguageModelConfig(**MODEL, context_length=longest + 2, mixer=mixer, mixer_args=hops, ffn=FFNConfig(num_tiles=16))
     path = folder / f"{mixer}.onnx"
     held_out = torch.randint(len(VOCABULARY), (128,))
     export_language_model(LanguageModel(len(VOCABULARY), config).eval(), VOCABULARY, held_out, path, fallback=False)

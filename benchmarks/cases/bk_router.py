@@ -73,7 +73,7 @@ def run(steps: int, seeds: list[int], lrs: list[float], path: str | None, resume
 
 def config_of(routing: dict[str, Any], vocab_size: int) -> LanguageModelConfig:
     ffn = FFNConfig(num_tiles=NUM_TILES, top_k=TOP_K, route_on="hidden", **routing)
-    return fitted_config(Contestant(ffn=ffn), vocab_size, SIZE)
+    return fitted_config(Contestant(mixer_args={"hopping": "hermitian"}, ffn=ffn), vocab_size, SIZE)
 
 
 def is_causal(name: str, config: LanguageModelConfig, vocab_size: int) -> bool:

@@ -98,7 +98,7 @@ def make(way: str, length: int) -> Callable[[], tuple[Tensor, ...]]:
 def make_decode(length: int) -> Callable[[], Tensor]:
     """A function that goes on DECODED tokens from the state after length tokens, one by one, and returns the last update."""
     torch.manual_seed(0)
-    mixer = ResolventMixer(HEADS * WIDTH, HEADS).eval()
+    mixer = ResolventMixer(HEADS * WIDTH, HEADS, hopping="hermitian").eval()
     _, after, _ = mixer(torch.randn(1, length, HEADS * WIDTH), TokenContext(), mixer.empty_state(1))
     tokens = torch.randn(1, DECODED, HEADS * WIDTH).split(1, dim=1)
 

@@ -33,7 +33,7 @@ def test_what_a_process_grows_by_is_measured() -> None:
 @torch.no_grad()
 def test_decoding_goes_on_where_the_text_ended() -> None:
     torch.manual_seed(0)
-    mixer = ResolventMixer(128, 8).eval()
+    mixer = ResolventMixer(128, 8, hopping="hermitian").eval()
     x_BTD = torch.cat([torch.randn(1, 40, 128), torch.randn(1, bk_speed.DECODED, 128)], dim=1)
     decode = bk_speed.make_decode(40)
     expected_BTD = mixer(x_BTD)[0][:, -1:]

@@ -19,10 +19,11 @@ from trix.nn import FFNConfig, LanguageModel, LanguageModelConfig
 pytestmark = pytest.mark.usefixtures("native_library")
 VOCABULARY = "abcdefghijk"
 CONTEXT = 40
+HERMITIAN = {"hopping": "hermitian"}
 CASES: dict[str, dict[str, Any]] = {
-    "hermitian and attention": {"mixer": "resolvent", "attention_at": (1,), "num_layers": 2},
-    "hermitian, vector state": {"mixer": "resolvent", "mixer_args": {"d_state": 0}},
-    "one way": {"mixer": "resolvent", "mixer_args": {"hopping": "one_way", "gauge": False, "d_state": 5}},
+    "hermitian and attention": {"mixer": "resolvent", "mixer_args": HERMITIAN, "attention_at": (1,), "num_layers": 2},
+    "hermitian, vector state": {"mixer": "resolvent", "mixer_args": HERMITIAN | {"d_state": 0}},
+    "one way": {"mixer": "resolvent", "mixer_args": {"gauge": False, "d_state": 5}},
     "ssd": {"mixer": "ssd"},
 }
 STATES = {

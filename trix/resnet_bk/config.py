@@ -35,7 +35,7 @@ class ResNetBKConfig:
             holds for every potential; configs/resnet_bk.yaml trains without one.
         use_semiseparable: queries and keys weigh the past, y_i = sum_j L_ij (q_i . k_j) u_j, whose matrix is semiseparable of
             rank ``low_rank``, by default ceil(log2 n_seq). False: y_i = sum_j L_ij u_j.
-        n_heads: heads. hopping: ``hermitian`` or ``one_way``. ternary_mixer: ternary projections of the mixers, besides the
+        n_heads: heads. hopping: ``one_way`` or ``hermitian``. ternary_mixer: ternary projections of the mixers, besides the
             tiles. attention_at: places of blocks that mix by attention; with the scattering router there can be none.
 
     Raises:
@@ -63,7 +63,7 @@ class ResNetBKConfig:
     low_rank: int | None = None
     act_halt_threshold: float = 0.2
     n_heads: int = 8
-    hopping: str = "hermitian"
+    hopping: str = "one_way"
     ternary_mixer: bool = False
     attention_at: tuple[int, ...] = ()
 
