@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import library_contestants
+import resolvent_variants
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -129,6 +130,15 @@ CONTESTANTS = {
     "hermitian, tiles by signature": Contestant(mixer_args=_hermitian, ffn=_tiles(routing="explicit")),
     "TriX": Contestant("attention", ffn=_tiles(routing="explicit")),
 }
+_variants = resolvent_variants.__name__
+VARIANTS = {
+    "hermitian, rotations": Contestant(f"{_variants}.RotatingResolvent", _hermitian),
+    "one_way, rotations": Contestant(f"{_variants}.RotatingResolvent", _one_way),
+    "ssd, rotations": Contestant(f"{_variants}.RotatingSSD"),
+    "hermitian, eta .1 to 2": Contestant(f"{_variants}.EtaResolvent", _hermitian | {"eta_start": (0.1, 2.0)}),
+    "hermitian, eta .001 to .1": Contestant(f"{_variants}.EtaResolvent", _hermitian | {"eta_start": (0.001, 0.1)}),
+}
+CONTESTANTS |= VARIANTS
 _layers = {"Mamba2": "Mamba2", "GatedDeltaNet": "GatedDeltaNet", "xLSTM": "XLSTM"}
 OF_LIBRARY = {name: Contestant(f"{library_contestants.__name__}.{layer}") for name, layer in _layers.items()}
 CONTESTANTS |= OF_LIBRARY

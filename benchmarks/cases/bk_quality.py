@@ -3,7 +3,8 @@
 Text: TinyShakespeare (from TRIX_DATA_DIR, or downloaded), split 90/10, windows of 128 characters. Contestants: RoPE attention
 with and without a short convolution, minGRU, SSD (Mamba-2), and the resolvent: hermitian, with one-way hopping, without the
 gauge, with a vector state, with one block of attention, and with tiles for the dense layer, routed by phase or by signature;
-TriX, which is attention and tiles; and, where transformers is installed, its Mamba-2, gated delta rule (Qwen3-Next) and xLSTM.
+variants of it and of SSD, which ask whether rotations by token or another eta change the order (resolvent_variants.py); TriX,
+which is attention and tiles; and, where transformers is installed, its Mamba-2, gated delta rule (Qwen3-Next) and xLSTM.
 The project's recurrent ones share convolution, gate, norm and skip. d_ff is such that all have the same number of parameters,
 within 1 %. None may look ahead, which is tested first. Each trains with AdamW and cosine decay at each of --lrs; the rate with
 the least mean loss on the first half of the validation text is taken, the loss on the second half is reported. The second half
@@ -27,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from bk_contestants import CONTESTANTS, OF_LIBRARY, Size, chosen, fitted_config, state_floats
+from bk_contestants import CONTESTANTS, OF_LIBRARY, VARIANTS, Size, chosen, fitted_config, state_floats
 from cases.char_lm_quality import train_model
 from kept_runs import RESULTS, kept_or_run
 from turns import one_thread
@@ -53,6 +54,7 @@ QUESTIONS = (
     ("hermitian, 1 block of attention", "hermitian"),
     ("hermitian, tiles by phase", "hermitian"),
     ("hermitian, tiles by phase", "hermitian, tiles by signature"),
+    *((name, name.split(",")[0]) for name in VARIANTS),
 )
 ANSWERS = ("LOSES to", "is not shown to differ from", "is better than")
 FINISHED = RESULTS / "bk_quality.runs.jsonl"
