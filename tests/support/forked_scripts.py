@@ -19,15 +19,16 @@ PRELOADED = ["forked_scripts", "killed_run", "lightning_modules.lightning_cli", 
 
 
 class Script:
-    """A Python script that runs as `python script arguments` would, in this folder and with as many threads.
+    """Python code that runs as `python script arguments` or `python -c code arguments` would, in this folder.
 
-    What it prints is in the files `stdout` and `stderr` of a folder that lives as long as this does.
+    It has as many threads as this process. What it prints is in the files `stdout` and `stderr` of a folder that lives as
+    long as this does.
     """
 
-    def __init__(self, script: Path, *arguments: str, **environment: str) -> None:
+    def __init__(self, script: Path | str, *arguments: str, **environment: str) -> None:
         given = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": str(torch.get_num_threads())}
         environment = os.environ | given | environment
-        self._command = [str(script), *arguments]
+        self._command = [str(script) if isinstance(script, Path) else "-c", *arguments]
         self._folder = tempfile.TemporaryDirectory()
         self.stdout, self.stderr = streams = Path(self._folder.name, "stdout"), Path(self._folder.name, "stderr")
         for path in streams:
@@ -36,7 +37,7 @@ class Script:
         context = multiprocessing.get_context(method)
         if method == "forkserver":
             context.set_forkserver_preload(PRELOADED)
-        self.process = context.Process(target=_become, args=(script, arguments, streams, environment))
+        self.process = context.Process(target=_become, args=(script, self._command, streams, environment))
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PYTHONPATH", environment["PYTHONPATH"])  # for the process that is forked, which this may begin
             self.process.start()
@@ -49,11 +50,11 @@ class Script:
         )
 
 
-def run_script(script: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+def run_script(script: Path | str, *arguments: str) -> "subprocess.CompletedProcess[str]":
     return Script(script, *arguments).wait()
 
 
-def _become(script: Path, arguments: tuple[str, ...], streams: tuple[Path, Path], environment: dict[str, str]) -> None:
+def _become(script: Path | str, command: list[str], streams: tuple[Path, Path], environment: dict[str, str]) -> None:
     for number, path in enumerate(streams, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), number)
     sys.stdout = os.fdopen(1, "w", closefd=False)
@@ -61,5 +62,8 @@ def _become(script: Path, arguments: tuple[str, ...], streams: tuple[Path, Path]
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
-    sys.argv = [str(script), *arguments]
-    runpy.run_path(str(script), run_name="__main__")
+    sys.argv = command
+    if isinstance(script, Path):
+        runpy.run_path(str(script), run_name="__main__")
+    else:
+        exec(compile(script, "<string>", "exec"), {"__name__": "__main__"})
