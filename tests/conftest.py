@@ -1,6 +1,7 @@
 import gc
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -47,10 +48,25 @@ def shared_traces(request: pytest.FixtureRequest) -> Iterator[None]:
     if "torch" not in sys.modules:  # the tests of the operators do without
         yield
         return
-    from shared_traces import sharing_traces
+    from shared_traces import sharing_traces, translations_read_once
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ort_ops.export.trace", sharing_traces(request.getfixturevalue("session_folder")))
+        translations_read_once(patch)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def translations_read_once() -> Iterator[None]:
+    """The texts of LanguageIdDataModule, which stand in thousands of files, are read once in a process."""
+    if "lightning" not in sys.modules:
+        yield
+        return
+    from lightning_modules.data import language_id
+
+    read = cache(language_id.load_translations)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(language_id, "load_translations", lambda min_length: list(read(min_length)))
         yield
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked_scripts import Script
 
 from lightning_modules.cli import main
 from lightning_modules.commands.table import COMMANDS
@@ -337,19 +338,16 @@ def test_an_error_of_the_program_keeps_its_traceback(folder: Path, monkeypatch: 
     [(signal.SIGINT, 130, "trix: interrupted\n"), (signal.SIGTERM, 143, "trix: terminated\n")],
 )
 def test_a_signal_ends_the_run_without_success(sent: signal.Signals, code: int, message: str, folder: Path) -> None:
-    command = [sys.executable, "-m", "lightning_modules.cli", "fit", "--config", "small.yaml", "--trainer.max_steps=100000"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     # A job in the background ignores SIGINT, and so would its children.
-    ignored = signal.signal(signal.SIGINT, signal.SIG_DFL)
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-    signal.signal(signal.SIGINT, ignored)
-    assert process.stdout is not None
-    assert process.stderr is not None
-    for line in process.stdout:
-        if line.startswith("step "):
-            break
+    start = (
+        "import signal, sys; from lightning_modules.cli import main\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    )
+    script = Script(start + "sys.exit(main(sys.argv[1:]))", "fit", "--config", "small.yaml", "--trainer.max_steps=100000")
+    while "\nstep " not in script.stdout.read_text() and script.process.is_alive():
+        time.sleep(0.01)
     time.sleep(0.2)
-    process.send_signal(sent)
-    process.stdout.read()
-    assert process.wait(60) == code
-    assert process.stderr.read() == message
+    assert script.process.pid is not None
+    os.kill(script.process.pid, sent)
+    result = script.wait()
+    assert result.returncode == code
+    assert result.stderr == message

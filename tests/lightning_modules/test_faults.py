@@ -20,7 +20,7 @@ import pooch
 import pytest
 import torch
 import yaml  # type: ignore[import-untyped]
-from forked_scripts import run_script
+from forked_scripts import Script, run_script
 
 from lightning_modules.cli import main
 from lightning_modules.data import corpora
@@ -348,14 +348,13 @@ def test_a_download_that_is_killed_is_made_again(server: Any, folder: Path) -> N
         "import pooch, sys; from pathlib import Path; from lightning_modules.data.corpora import RemoteFile, fetch; "
         "pooch.os_cache = lambda project: Path('cache') / project; fetch(RemoteFile(*sys.argv[1:]))"
     )
-    environment = {name: value for name, value in ENVIRONMENT.items() if name != corpora.DATA_DIR_VARIABLE}
-    process = subprocess.Popen([sys.executable, "-c", code, file.name, file.url, file.sha256], env=environment)
+    script = Script(code, file.name, file.url, file.sha256)
     assert server.has_sent.wait(60)
     deadline = time.monotonic() + 60
     while not any(path.is_file() for path in Path("cache").rglob("*")) and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.kill()
-    assert process.wait(60) == -signal.SIGKILL
+    script.process.kill()
+    assert script.wait().returncode == -signal.SIGKILL
     assert not Path("cache/trix/april.txt").exists()
     server.mode = "whole"
     assert corpora.fetch(file).read_bytes() == CONTENT

@@ -1,6 +1,7 @@
 """Two processes on a CPU: the run of one process with the same batches, a resume, and what is said once."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 import yaml  # type: ignore[import-untyped]
+from forked_scripts import Script
 
+from lightning_modules import cli
 from lightning_modules.callbacks.run_record import read_metrics
 from lightning_modules.cli import main
 
@@ -41,13 +44,25 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def run_two(*arguments: str) -> subprocess.CompletedProcess[str]:
+def launch_two(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """As a user does: the command starts the second process itself."""
     path = os.pathsep.join([str(SUPPORT), *sys.path])
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "lightning_modules.cli", *arguments, *TWO_PROCESSES]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr
     return result
+
+
+def run_two(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """As a launcher such as torchrun does; returns what the first process says."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    ranks = [{"LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} for rank in "01"]
+    scripts = [Script(Path(cli.__file__), *arguments, *TWO_PROCESSES, **rank) for rank in ranks]
+    results = [script.wait() for script in scripts]
+    assert [result.returncode for result in results] == [0, 0], [result.stderr for result in results]
+    return results[0]
 
 
 def weights(version: int) -> dict[str, torch.Tensor]:
@@ -64,7 +79,7 @@ def tokens_counted(version: int) -> torch.Tensor:
 
 
 def test_two_processes_train_as_one_with_their_batches_together(folder: Path) -> None:
-    result = run_two("fit", "--config", "small.yaml", "--data.batch_size=4")
+    result = launch_two("fit", "--config", "small.yaml", "--data.batch_size=4")
     assert main(["fit", "--config", "small.yaml"]) == 0
     rows = [read_metrics(Path(f"lightning_logs/version_{version}/metrics.csv")) for version in (0, 1)]
     names = {name for row in rows[1] for name in row}

@@ -6,6 +6,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from exported_models import TOP2
 
 from ort_ops import file_format, schema
 from ort_ops.export import ExportError, export_classifier, export_language_model
@@ -20,7 +21,10 @@ from trix.nn import Classifier, ClassifierConfig, FFNConfig, LanguageModel, Lang
 
 pytestmark = pytest.mark.usefixtures("native_library")
 rotate = RotaryAttention._rotate
-TOP2 = FFNConfig(num_tiles=5, d_ff=5 * 9, top_k=2)
+LOOKUPS = [
+    FFNConfig(kind="sparse_lookup", num_tiles=8, top_k=2),
+    FFNConfig(kind="sparse_lookup_v2", num_tiles=8, top_k=3, route_on="embedding"),
+]
 
 
 def export_anew(folder: Path) -> None:
@@ -29,9 +33,14 @@ def export_anew(folder: Path) -> None:
     export_language_model(exported_models.make_model(TOP2), exported_models.VOCABULARY, tokens, folder / "model.onnx")
 
 
+def make_classifier() -> Classifier:
+    torch.manual_seed(0)
+    return Classifier(6, 3, ClassifierConfig(16, 2, 2, 5, ffn=FFNConfig(num_tiles=4))).eval()
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> exported_models.Exported:
-    return exported_models.export(tmp_path_factory.mktemp("export"), TOP2)
+    return exported_models.export(tmp_path_factory.mktemp("export"), TOP2, num_layers=2)
 
 
 @pytest.mark.parametrize(
@@ -43,8 +52,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> exported_models.Export
         FFNConfig(num_tiles=4, route_on="hidden"),
         FFNConfig(num_tiles=6, max_k=3, confidence_threshold=1.0),
         FFNConfig(kind="hierarchical", num_tiles=9, top_k=2),
-        FFNConfig(kind="sparse_lookup", num_tiles=8, top_k=2),
-        FFNConfig(kind="sparse_lookup_v2", num_tiles=8, top_k=3, route_on="embedding"),
+        *LOOKUPS,
         FFNConfig(kind="dense"),
         FFNConfig(kind="none"),
     ],
@@ -64,18 +72,18 @@ def test_every_kind_of_layer_exports_within_float_rounding(ffn: FFNConfig, tmp_p
 def assert_that_nothing_stands_between_routing_and_tiles(graph: onnx.GraphProto) -> None:
     by_output = {name: node for node in graph.node for name in node.output}
     layers = [node for node in graph.node if node.op_type == "TernaryFFN"]
-    assert len(layers) == 2
+    assert len(layers) == 1
     for layer in layers:
         route = by_output[layer.input[1]]
         assert route.op_type == "SignatureRoute"
         assert list(route.output) == [*layer.input[1:3], ""]  # nobody reads the scores
     operators = [node.op_type for node in graph.node]
     assert not {"GatherElements", "GatherND", "Sigmoid", "ReduceMax", "TopK"} & set(operators)
-    assert operators.count("Softmax") == 2  # those of attention
+    assert operators.count("Softmax") == 1  # that of attention
 
 
 def test_layers_whose_tiles_were_merged_and_split_export_as_they_are(tmp_path: Path) -> None:
-    model = exported_models.make_model(FFNConfig(num_tiles=5, top_k=1))
+    model = exported_models.make_model(FFNConfig(num_tiles=5, top_k=1), num_layers=2)
     first, second = (block.ffn for block in model.stack.blocks)
     merge_tiles(first, 0, 1)
     merge_tiles(second, 2, 3)
@@ -104,7 +112,7 @@ def test_logits_and_tiles_match_torch_at_other_batch_sizes_and_lengths(exported:
 
 
 def test_the_model_given_is_left_as_it_was(tmp_path: Path) -> None:
-    model = exported_models.make_model(TOP2)
+    model = exported_models.make_model(TOP2, num_layers=2)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     export_language_model(model, exported_models.VOCABULARY, torch.zeros(24, dtype=torch.int64), tmp_path / "m.onnx")
     assert before.keys() == model.state_dict().keys()
@@ -112,7 +120,7 @@ def test_the_model_given_is_left_as_it_was(tmp_path: Path) -> None:
 
 
 def test_weights_in_float64_are_rounded(tmp_path: Path) -> None:
-    model = exported_models.make_model(TOP2)
+    model = exported_models.make_model(TOP2, num_layers=2)
     held_out = torch.randint(0, 11, (60,))
     rounded = export_language_model(model, exported_models.VOCABULARY, held_out, tmp_path / "single.onnx")
     report = export_language_model(model.double(), exported_models.VOCABULARY, held_out, tmp_path / "double.onnx")
@@ -120,7 +128,7 @@ def test_weights_in_float64_are_rounded(tmp_path: Path) -> None:
     assert (tmp_path / "double.onnx").read_bytes() == (tmp_path / "single.onnx").read_bytes()
     assert model.head.weight.dtype == torch.float64
     features = torch.randn(8, 5, 6, dtype=torch.float64)
-    classifier = Classifier(6, 3, ClassifierConfig(16, 1, 2, 5, ffn=FFNConfig(num_tiles=4))).double().eval()
+    classifier = make_classifier().double()
     report = export_classifier(classifier, ["a", "b", "c"], features, tmp_path / "classifier.onnx")
     assert report.parity.max_relative_difference < 1e-5
 
@@ -138,16 +146,16 @@ def test_weights_are_packed_and_operators_are_ours(exported: exported_models.Exp
 
 def test_the_mass_of_a_merged_tile_is_in_the_file_and_an_insertion_clears_it(tmp_path: Path) -> None:
     model = exported_models.make_model(FFNConfig(num_tiles=5))
-    layer = model.stack.blocks[1].ffn
+    layer = model.stack.blocks[0].ffn
     merge_tiles(layer, 2, 3)
     held_out = torch.randint(0, len(exported_models.VOCABULARY), (20 * exported_models.CONTEXT,))
     export_language_model(model, exported_models.VOCABULARY, held_out, tmp_path / "m.onnx")
-    found = read_model(tmp_path / "m.onnx")[2][1]
+    found = read_model(tmp_path / "m.onnx")[2][0]
     np.testing.assert_array_equal(found.log_mass_E, layer.router.log_mass_E.numpy())
     assert found.log_mass_E[2] != 0
     assert found.is_free_E.tolist() == [False, False, False, True, False]
     signature_D = np.array([1, 0, -1, 0, 1] * 4)
-    operate_on_file(tmp_path / "m.onnx", tmp_path / "new.onnx", Edit("insert", 1, 2, "", signature_D))
+    operate_on_file(tmp_path / "m.onnx", tmp_path / "new.onnx", Edit("insert", 0, 2, "", signature_D))
     layer.insert_signature(2, torch.from_numpy(signature_D))
     token = held_out.reshape(-1, exported_models.CONTEXT)
     with torch.no_grad():
@@ -172,12 +180,12 @@ def test_a_lookup_with_a_free_slot_takes_an_insertion(tmp_path: Path) -> None:
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["sparse_lookup", "sparse_lookup_v2"])
-def test_a_sparse_lookup_layer_is_one_node(kind: str, tmp_path: Path) -> None:
-    exported = exported_models.export(tmp_path, FFNConfig(kind=kind, num_tiles=8, top_k=2))
+@pytest.mark.parametrize("ffn", LOOKUPS, ids=lambda ffn: ffn.kind)
+def test_a_sparse_lookup_layer_is_one_node(ffn: FFNConfig, tmp_path: Path) -> None:
+    exported = exported_models.export(tmp_path, ffn)
     proto = onnx.load(exported.path)
     ours = [node.op_type for node in proto.graph.node if node.domain == schema.DOMAIN]
-    assert (ours.count("SignatureRoute"), ours.count("SparseLookup")) == (0, 2)
+    assert (ours.count("SignatureRoute"), ours.count("SparseLookup")) == (0, 1)
     token = exported.held_out.reshape(-1, exported_models.CONTEXT).numpy()
     sessions = [ort.InferenceSession(exported.path, options) for options in (session_options(), ort.SessionOptions())]
     native, portable = (session.run(None, {"token": token, **empty_state(session, len(token))}) for session in sessions)
@@ -196,7 +204,7 @@ def test_the_file_says_what_it_is_and_no_path_of_this_machine(exported: exported
 
 @pytest.mark.parametrize("group_size", [128, 0])
 def test_activations_of_8_bits_drift_little_and_are_told(tmp_path: Path, group_size: int) -> None:
-    model = exported_models.make_model(TOP2)
+    model = exported_models.make_model(TOP2, num_layers=2)
     held_out = torch.randint(0, len(exported_models.VOCABULARY), (20 * exported_models.CONTEXT,))
     path, activations = tmp_path / "m.onnx", Activations(8, group_size)
     report = export_language_model(model, exported_models.VOCABULARY, held_out, path, activations=activations)
@@ -233,15 +241,14 @@ def test_projections_of_a_size_that_torch_leaves_unfolded_export(tmp_path: Path)
 
 
 def test_without_fallback_the_file_needs_the_library(tmp_path: Path) -> None:
-    path = exported_models.export(tmp_path, TOP2, fallback=False).path
+    path = exported_models.export(tmp_path, TOP2, num_layers=2, fallback=False).path
     assert not onnx.load(path).functions
     with pytest.raises(Exception, match="is not a registered function/op"):
         ort.InferenceSession(path)
 
 
 def test_classifier_exports(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = Classifier(6, 3, ClassifierConfig(16, 2, 2, 5, ffn=FFNConfig(num_tiles=4))).eval()
+    model = make_classifier()
     held_out = torch.randn(40, 5, 6)
     path = tmp_path / "classifier.onnx"
     report = export_classifier(model, ["a", "b", "c"], held_out, path)
@@ -258,7 +265,7 @@ def test_classifier_exports(tmp_path: Path) -> None:
 def test_a_classifier_of_characters_exports_with_its_padding(ffn: FFNConfig, tmp_path: Path) -> None:
     torch.manual_seed(0)
     vocabulary = "\0?abcdefgh"
-    model = Classifier(None, 3, ClassifierConfig(16, 2, 2, 6, window=3, ffn=ffn), len(vocabulary)).eval()
+    model = Classifier(None, 3, ClassifierConfig(16, 1, 2, 6, window=3, ffn=ffn), len(vocabulary)).eval()
     held_out = torch.randint(1, 10, (40, 6)) * (torch.arange(6) < torch.randint(1, 7, (40, 1)))
     path = tmp_path / "classifier.onnx"
     export_classifier(model, ["a", "b", "c"], held_out, path, vocabulary=vocabulary)

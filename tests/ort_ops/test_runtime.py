@@ -18,12 +18,12 @@ pytestmark = pytest.mark.usefixtures("native_library")
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return exported_models.export(tmp_path_factory.mktemp("runtime"), FFNConfig(num_tiles=4, top_k=2)).path
+    return exported_models.export(tmp_path_factory.mktemp("runtime"), exported_models.TOP2, num_layers=2).path
 
 
 @pytest.mark.parametrize("use_library", [True, False])
 def test_greedy_generation_equals_the_argmax_of_torch(path: Path, tmp_path: Path, use_library: bool) -> None:
-    model = exported_models.export(tmp_path, FFNConfig(num_tiles=4, top_k=2)).model
+    model = exported_models.make_model(exported_models.TOP2, num_layers=2)
     import torch
 
     tokens, start = [0, 1, 2], 0

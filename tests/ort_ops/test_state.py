@@ -22,7 +22,7 @@ CONTEXT = exported_models.CONTEXT
 
 @pytest.fixture(scope="module", params=[True, False], ids=["native", "portable"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ExportedModel:
-    path = exported_models.export(tmp_path_factory.mktemp("state"), FFNConfig(num_tiles=4, top_k=2)).path
+    path = exported_models.export(tmp_path_factory.mktemp("state"), exported_models.TOP2, num_layers=2).path
     return ExportedModel(path, request.param, num_threads=1)
 
 
@@ -67,7 +67,7 @@ class Alone(Mixer):
 def test_a_language_model_that_keeps_nothing_generates(tmp_path: Path) -> None:
     torch.manual_seed(0)
     mixer = f"{Alone.__module__}.{Alone.__qualname__}"
-    config = LanguageModelConfig(16, 2, 2, CONTEXT, False, 0.0, FFNConfig(num_tiles=4), mixer=mixer)
+    config = LanguageModelConfig(16, 1, 2, CONTEXT, False, 0.0, FFNConfig(num_tiles=4), mixer=mixer)
     model = LanguageModel(11, config).eval()
     report = export_language_model(model, exported_models.VOCABULARY, torch.randint(0, 11, (60,)), tmp_path / "m.onnx")
     assert report.stepwise_parity.max_relative_difference < 1e-5

@@ -18,24 +18,23 @@ from ort_ops.surgery import Edit, VerificationError, operate_on_file
 from trix.nn import FFNConfig, LanguageModel, RoutedLayer, routed_layers
 
 pytestmark = pytest.mark.usefixtures("native_library")
-FFNS = {
-    "two tiles": FFNConfig(num_tiles=4, top_k=2, d_ff=40),
-    "adaptive": FFNConfig(num_tiles=4, max_k=2),
-    "emergent": FFNConfig(num_tiles=4, routing="emergent"),
-    "lookup": FFNConfig(kind="sparse_lookup_v2", num_tiles=4, route_on="hidden"),
+MODELS = {  # layer and number of layers, of which the last is edited
+    "two tiles": (exported_models.TOP2, 2),
+    "adaptive": (FFNConfig(num_tiles=4, max_k=2), 1),
+    "emergent": (FFNConfig(num_tiles=4, routing="emergent"), 1),
+    "lookup": (FFNConfig(kind="sparse_lookup_v2", num_tiles=4, route_on="hidden"), 1),
 }
 SIGNATURE_D = torch.tensor([1, 0, -1, 0, 1] * 4, dtype=torch.int8)
-INSERT = Edit("insert", 1, 2, "concept", SIGNATURE_D.numpy())
 
 
-@pytest.fixture(scope="module", params=FFNS)
+@pytest.fixture(scope="module", params=MODELS)
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    return exported_models.export(tmp_path_factory.mktemp("surgery"), FFNS[request.param])
+    return exported_models.export(tmp_path_factory.mktemp("surgery"), *MODELS[request.param])
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    return exported_models.export(tmp_path_factory.mktemp("plain"), FFNConfig(num_tiles=4))
+    return exported_models.export(tmp_path_factory.mktemp("plain"), FFNConfig(num_tiles=4), num_layers=2)
 
 
 def assert_same(path: Path, model: LanguageModel, use_library: bool = True) -> None:
@@ -45,41 +44,46 @@ def assert_same(path: Path, model: LanguageModel, use_library: bool = True) -> N
     logits, tile_idx = ExportedModel(path, use_library).run(token_BT.numpy())
     np.testing.assert_allclose(logits, expected.numpy(), atol=1e-3, rtol=1e-3)
     assert tile_idx is not None
-    best_BT = infos[1]["tile_idx"].reshape(40, CONTEXT, -1)[..., 0]
-    np.testing.assert_array_equal(tile_idx.reshape(40, CONTEXT, 2, -1)[..., 1, 0], best_BT.numpy())
+    best_BT = infos[-1]["tile_idx"].reshape(40, CONTEXT, -1)[..., 0]
+    np.testing.assert_array_equal(tile_idx.reshape(40, CONTEXT, len(infos), -1)[..., -1, 0], best_BT.numpy())
+
+
+def edit_last(model: LanguageModel, operation: str) -> Edit:
+    signature_D = SIGNATURE_D.numpy() if operation == "insert" else None
+    return Edit(operation, len(routed_layers(model)) - 1, 2, "concept", signature_D)
 
 
 def edited(model: LanguageModel, act: Callable[[RoutedLayer], None]) -> LanguageModel:
     model = copy.deepcopy(model)
-    act(routed_layers(model)[1])
+    act(routed_layers(model)[-1])
     return model
 
 
 def test_an_inserted_signature_computes_as_in_torch(exported: Exported, tmp_path: Path) -> None:
     output = tmp_path / "new.onnx"
-    report = operate_on_file(exported.path, output, INSERT)
+    report = operate_on_file(exported.path, output, edit_last(exported.model, "insert"))
     expected = edited(exported.model, lambda layer: layer.insert_signature(2, SIGNATURE_D, tag="concept"))
     assert_same(output, expected)
     assert_same(output, expected, use_library=False)
     assert report.is_frozen
     assert not report.was_frozen
     assert (report.after_D == SIGNATURE_D.numpy()).all()
-    _, _, _, records = read_model(output)
-    history = [{**entry, "file": "onnx"} for entry in routed_layers(expected)[1].get_surgery_history()]
-    assert records[1].history == history
-    assert records[1].frozen == [2]
-    assert records[0].history == []
+    *others, record = read_model(output)[3]
+    history = [{**entry, "file": "onnx"} for entry in routed_layers(expected)[-1].get_surgery_history()]
+    assert record.history == history
+    assert record.frozen == [2]
+    assert all(other.history == [] for other in others)
 
 
 def test_a_removed_tile_counts_for_nothing_as_in_torch_and_comes_back(exported: Exported, tmp_path: Path) -> None:
     removed, back = tmp_path / "removed.onnx", tmp_path / "back.onnx"
-    operate_on_file(exported.path, removed, Edit("remove", 1, 2, "off"))
+    operate_on_file(exported.path, removed, edit_last(exported.model, "remove"))
     without = edited(exported.model, lambda layer: layer.remove_tile(2))
     assert_same(removed, without)
     assert_same(removed, without, use_library=False)
-    operate_on_file(removed, back, INSERT)
+    operate_on_file(removed, back, edit_last(exported.model, "insert"))
     assert_same(back, edited(without, lambda layer: layer.insert_signature(2, SIGNATURE_D)))
-    assert [entry["operation"] for entry in read_model(back)[3][1].history] == ["remove", "insert"]
+    assert [entry["operation"] for entry in read_model(back)[3][-1].history] == ["remove", "insert"]
 
 
 def test_only_the_metadata_changes_when_a_signature_is_frozen(plain: Exported, tmp_path: Path) -> None:
@@ -112,14 +116,14 @@ def test_a_checkpoints_history_and_flags_travel_into_the_file(tmp_path: Path) ->
 
 
 def test_constants_that_layers_share_are_changed_for_one_alone(tmp_path: Path) -> None:
-    model = exported_models.make_model(FFNConfig(num_tiles=4))
+    model = exported_models.make_model(FFNConfig(num_tiles=4), num_layers=2)
     first, second = routed_layers(model)
     second.router.load_state_dict(first.router.state_dict() | {"balance_bias": second.router.balance_bias})
     held_out = torch.randint(0, len(VOCABULARY), (4 * CONTEXT,))
     path, output = tmp_path / "m.onnx", tmp_path / "new.onnx"
     exported_models.export_language_model(model, VOCABULARY, held_out, path)
     assert len({layer._node.input[1] for layer in read_model(path)[2]}) == 1
-    operate_on_file(path, output, INSERT)
+    operate_on_file(path, output, edit_last(model, "insert"))
     assert_same(output, edited(model, lambda layer: layer.insert_signature(2, SIGNATURE_D)))
     np.testing.assert_array_equal(read_model(output)[2][0].signature_ED, read_model(path)[2][0].signature_ED)
 
@@ -166,18 +170,18 @@ def test_what_does_not_verify_is_not_written(
 
     monkeypatch.setattr(SignatureLayer, "_set_constant", set_wrongly)
     with pytest.raises(VerificationError, match="; no file is written"):
-        operate_on_file(plain.path, tmp_path / "new.onnx", INSERT)
+        operate_on_file(plain.path, tmp_path / "new.onnx", edit_last(plain.model, "insert"))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_without_layers_routed_by_signatures_there_is_nothing_to_edit(tmp_path: Path) -> None:
     exported = exported_models.export(tmp_path, FFNConfig(num_tiles=4, routing="learned"))
     with pytest.raises(ValueError, match=r"layers routed by signatures in the file \(0\) must be >= 1"):
-        operate_on_file(exported.path, tmp_path / "new.onnx", INSERT)
+        operate_on_file(exported.path, tmp_path / "new.onnx", Edit("freeze", 0, 0, ""))
 
 
 def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
-    model = exported_models.make_model(FFNConfig(num_tiles=4))
+    model = exported_models.make_model(FFNConfig(num_tiles=4), num_layers=2)
     with torch.no_grad():
         model.stack.blocks[1].ffn.tiles.up.weight[0, 0, 0] = float("nan")
         model.stack.blocks[1].ffn.tiles.up.weight[0, 0, 1] = float("inf")

@@ -10,6 +10,7 @@ from trix.nn import FFNConfig, LanguageModel, LanguageModelConfig
 
 VOCABULARY = "abcdefghijk"
 CONTEXT = 12
+TOP2 = FFNConfig(num_tiles=5, d_ff=5 * 9, top_k=2)
 
 
 @dataclass(frozen=True)
@@ -20,9 +21,9 @@ class Exported:
     report: ExportReport
 
 
-def make_model(ffn: FFNConfig, ternary_attention: bool = True, seed: int = 0) -> LanguageModel:
-    torch.manual_seed(seed)
-    config = LanguageModelConfig(20, 2, 2, CONTEXT, ternary_attention, 0.0, ffn)
+def make_model(ffn: FFNConfig, num_layers: int = 1) -> LanguageModel:
+    torch.manual_seed(0)
+    config = LanguageModelConfig(20, num_layers, 2, CONTEXT, ternary_attention=True, dropout=0.0, ffn=ffn)
     model = LanguageModel(len(VOCABULARY), config).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.5)  # far from initialisation: logits and gates are of all sizes
@@ -32,13 +33,14 @@ def make_model(ffn: FFNConfig, ternary_attention: bool = True, seed: int = 0) ->
     return model
 
 
-_WRITTEN: dict[tuple[str, bool], tuple[bytes, ExportReport]] = {}  # by layer and fallback: an export takes seconds
+_WRITTEN: dict[tuple[str, int, bool], tuple[bytes, ExportReport]] = {}  # by layers and fallback: an export takes seconds
 
 
-def export(folder: Path, ffn: FFNConfig, fallback: bool = True) -> Exported:
-    model = make_model(ffn)
+def export(folder: Path, ffn: FFNConfig, num_layers: int = 1, *, fallback: bool = True) -> Exported:
+    """Every layer makes the export half as long again: two are for tests of what two layers have."""
+    model = make_model(ffn, num_layers)
     held_out = torch.randint(0, len(VOCABULARY), (20 * CONTEXT,))
-    path, key = folder / "model.onnx", (repr(ffn), fallback)
+    path, key = folder / "model.onnx", (repr(ffn), num_layers, fallback)
     if key not in _WRITTEN:
         report = export_language_model(model, VOCABULARY, held_out, path, fallback)
         _WRITTEN[key] = path.read_bytes(), report

@@ -18,27 +18,43 @@ import torch
 PRELOADED = ["forked_scripts", "killed_run", "lightning_modules.lightning_cli", "lightning_modules.callbacks.claims"]
 
 
-def run_script(script: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    """Run a Python script as `python script arguments` would, in this folder and with as many threads."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        command = [sys.executable, str(script), *arguments]
-        return subprocess.run(command, env=environment, capture_output=True, text=True)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    with tempfile.TemporaryDirectory() as folder:
-        streams = Path(folder, "stdout"), Path(folder, "stderr")
-        process = context.Process(target=_become, args=(script, arguments, streams, environment))
+class Script:
+    """Python code that runs as `python script arguments` or `python -c code arguments` would, in this folder.
+
+    It has as many threads as this process. What it prints is in the files `stdout` and `stderr` of a folder that lives as
+    long as this does.
+    """
+
+    def __init__(self, script: Path | str, *arguments: str, **environment: str) -> None:
+        given = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+        environment = os.environ | given | environment
+        self._command = [str(script) if isinstance(script, Path) else "-c", *arguments]
+        self._folder = tempfile.TemporaryDirectory()
+        self.stdout, self.stderr = streams = Path(self._folder.name, "stdout"), Path(self._folder.name, "stderr")
+        for path in streams:
+            path.touch()
+        method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+        context = multiprocessing.get_context(method)
+        if method == "forkserver":
+            context.set_forkserver_preload(PRELOADED)
+        self.process = context.Process(target=_become, args=(script, self._command, streams, environment))
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PYTHONPATH", environment["PYTHONPATH"])  # for the process that is forked, which this may begin
-            process.start()
-        process.join()
-        stdout, stderr = (stream.read_text() if stream.exists() else "" for stream in streams)
-    assert process.exitcode is not None
-    return subprocess.CompletedProcess([str(script), *arguments], process.exitcode, stdout, stderr)
+            self.process.start()
+
+    def wait(self) -> "subprocess.CompletedProcess[str]":
+        self.process.join()
+        assert self.process.exitcode is not None
+        return subprocess.CompletedProcess(
+            self._command, self.process.exitcode, self.stdout.read_text(), self.stderr.read_text()
+        )
 
 
-def _become(script: Path, arguments: tuple[str, ...], streams: tuple[Path, Path], environment: dict[str, str]) -> None:
+def run_script(script: Path | str, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    return Script(script, *arguments).wait()
+
+
+def _become(script: Path | str, command: list[str], streams: tuple[Path, Path], environment: dict[str, str]) -> None:
     for number, path in enumerate(streams, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), number)
     sys.stdout = os.fdopen(1, "w", closefd=False)
@@ -46,5 +62,8 @@ def _become(script: Path, arguments: tuple[str, ...], streams: tuple[Path, Path]
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
-    sys.argv = [str(script), *arguments]
-    runpy.run_path(str(script), run_name="__main__")
+    sys.argv = command
+    if isinstance(script, Path):
+        runpy.run_path(str(script), run_name="__main__")
+    else:
+        exec(compile(script, "<string>", "exec"), {"__name__": "__main__"})

@@ -3,6 +3,7 @@
 A trace takes seconds, and its graph is determined by the module, all values in it included, and the sizes of the examples:
 their digest is its name in a folder of the session. Every file is still put together, verified against torch and written for
 each test.
+Of modules that users bring, torch's own program is needed too, which stays in the process that has made it.
 Tests that change how a module is traced ask for `traced_anew`.
 """
 
@@ -11,12 +12,15 @@ import io
 import os
 import pickle
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import onnx
+import pytest
 import torch
 from torch import Tensor
+from torch.onnx._internal._lazy_import import onnxscript_apis
 
 from ort_ops import tracing
 from ort_ops.own_module import FlatModule
@@ -25,26 +29,37 @@ from ort_ops.tracing import Interface, Traced
 
 def sharing_traces(folder: Path) -> Callable[[Any, Interface], Traced]:
     """`ort_ops.tracing.trace` with a store in the folder."""
+    of_this_process: dict[str, tuple[bytes, Any]] = {}
 
     def trace(packed: Any, interface: Interface) -> Traced:
-        if interface.wrapper is FlatModule:  # of modules that users bring, torch's own program is needed too
-            return tracing.trace(packed, interface)
         wrapped = interface.wrapper(packed).eval()
         try:
             names = interface.input_names, interface.output_names
             path = folder / digest((wrapped, sizes(interface.examples), repr(interface.dynamic_shapes), names))
         except (pickle.PicklingError, AttributeError, TypeError):  # what cannot be pickled
             return tracing.trace(packed, interface)
+        if path.name in of_this_process:
+            content, program = of_this_process[path.name]
+            return Traced(onnx.load_model_from_string(content), wrapped, program)
         if path.exists():
             return Traced(onnx.load_model(path), wrapped, None)  # type: ignore[arg-type]
         with torch.random.fork_rng(devices=[]):  # as where it is read
             traced = tracing.trace(packed, interface)
+        content = traced.proto.SerializeToString()
+        if interface.wrapper is FlatModule:
+            of_this_process[path.name] = content, traced.program
+            return traced
         partial = path.with_suffix(f".{os.getpid()}")
-        partial.write_bytes(traced.proto.SerializeToString())
+        partial.write_bytes(content)
         partial.replace(path)
         return traced
 
     return trace
+
+
+def translations_read_once(patch: pytest.MonkeyPatch) -> None:
+    """Torch parses the Python source of all its translations for every export; here it does so once in a process."""
+    patch.setattr(onnxscript_apis, "get_torchlib_ops", cache(onnxscript_apis.get_torchlib_ops))
 
 
 def sizes(examples: Any) -> Any:

@@ -22,7 +22,7 @@ WHERE = ["--layer", "1", "--tile", "2", "--tag", "<tag>"]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return exported_models.export(tmp_path_factory.mktemp("exported"), FFNConfig(num_tiles=4)).path
+    return exported_models.export(tmp_path_factory.mktemp("exported"), FFNConfig(num_tiles=4), num_layers=2).path
 
 
 def test_a_file_is_edited_and_its_page_says_so(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

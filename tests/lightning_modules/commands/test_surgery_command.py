@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from forked_scripts import run_script
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from small_runs import MakeTrainer
 from torch import Tensor
@@ -246,15 +247,15 @@ def test_a_file_that_is_not_as_it_should_be_never_gets_its_name(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_killed_surgery_leaves_nothing_that_stays(checkpoints: Path, tmp_path: Path) -> None:
+def test_a_killed_surgery_leaves_nothing_that_stays(checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     code = (
         "import os, signal, sys; from lightning_modules.commands import surgery\n"
         "surgery.check_written = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         "surgery.run_surgery(sys.argv[1:])"
     )
     where = ["--layer", "1", "--tile", "0", "--tag", "t", "--output", "new.ckpt"]
-    command = [sys.executable, "-c", code, str(checkpoints / "lm.ckpt"), "freeze", *where]
-    assert subprocess.run(command, cwd=tmp_path, check=False).returncode == -signal.SIGKILL
+    assert run_script(code, str(checkpoints / "lm.ckpt"), "freeze", *where).returncode == -signal.SIGKILL
     (left,) = tmp_path.iterdir()
     assert left.name.startswith(".new.ckpt.")
     assert main(["inspect", str(checkpoints / "lm.ckpt"), "--output", str(tmp_path / "page.html")]) == 0

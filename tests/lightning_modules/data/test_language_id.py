@@ -10,18 +10,13 @@ from torch import Tensor
 
 from lightning_modules.data import language_id
 from lightning_modules.data.language_id import LanguageIdDataModule
-from lightning_modules.data.translations import Translation, load_translations
+from lightning_modules.data.translations import Translation
 from lightning_modules.errors import DataError
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def all_texts() -> list[Translation]:
-    return load_translations(20)
-
-
-@pytest.fixture(autouse=True)
-def read_once(all_texts: list[Translation], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(language_id, "load_translations", lambda _min_length: all_texts)
+    return language_id.load_translations(20)  # read once in a process
 
 
 def tokens_of(loader: Any) -> Tensor:

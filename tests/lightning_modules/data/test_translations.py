@@ -1,11 +1,11 @@
 """Translated texts: cleaned of what is the same in all languages, each in one language, and from files alone."""
 
 import importlib.metadata
-import subprocess
 import sys
 import unicodedata
 
 import pytest
+from forked_scripts import run_script
 
 from lightning_modules.data import translations
 from lightning_modules.data.language_id import LanguageIdDataModule
@@ -82,7 +82,8 @@ def test_a_django_without_translations_is_told(monkeypatch: pytest.MonkeyPatch) 
 
 def test_django_is_never_imported() -> None:
     code = "import sys; from lightning_modules.data.translations import load_translations as load; load(20)\n"
-    subprocess.run([sys.executable, "-c", code + "assert 'django' not in sys.modules"], check=True)
+    result = run_script(code + "assert 'django' not in sys.modules")
+    assert result.returncode == 0, result.stderr
 
 
 def test_parts_are_fixed_uniform_and_differ_with_the_seed() -> None:
