@@ -48,11 +48,11 @@ def shared_traces(request: pytest.FixtureRequest) -> Iterator[None]:
     if "torch" not in sys.modules:  # the tests of the operators do without
         yield
         return
-    from shared_traces import sharing_traces, translations_read_once
+    from shared_traces import sharing_traces, torchlib_read_once
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ort_ops.export.trace", sharing_traces(request.getfixturevalue("session_folder")))
-        translations_read_once(patch)
+        torchlib_read_once(patch)
         yield
 
 

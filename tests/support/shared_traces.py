@@ -57,7 +57,7 @@ def sharing_traces(folder: Path) -> Callable[[Any, Interface], Traced]:
     return trace
 
 
-def translations_read_once(patch: pytest.MonkeyPatch) -> None:
+def torchlib_read_once(patch: pytest.MonkeyPatch) -> None:
     """Torch parses the Python source of all its translations for every export; here it does so once in a process."""
     patch.setattr(onnxscript_apis, "get_torchlib_ops", cache(onnxscript_apis.get_torchlib_ops))
 
