@@ -145,12 +145,12 @@ CONTESTANTS |= OF_LIBRARY
 
 
 def chosen(only: list[str] | None) -> list[str]:
-    """The contestants asked for; by default all that can be made here, and it is said which cannot.
+    """The contestants asked for; by default all but the variants, as far as they can be made here: it is said which cannot.
 
     Raises:
         SystemExit: one is asked for that cannot be made.
     """
-    names = list(CONTESTANTS) if only is None else only
+    names = [name for name in CONTESTANTS if name not in VARIANTS] if only is None else only
     missing = [] if library_contestants.IS_INSTALLED else [name for name in names if name in OF_LIBRARY]
     if missing:
         said = f"contestants ({', '.join(missing)}) need transformers: pip install -e '.[transformers]'"

@@ -1,4 +1,4 @@
-"""What was tried to bring hermitian hopping ahead of one-way hopping and of SSD: rotations by token, and another eta."""
+"""What was tried to bring hermitian hopping ahead of one-way hopping and SSD: a rotation per token, other first etas."""
 
 import math
 from typing import Any
@@ -13,7 +13,7 @@ from trix.nn.resolvent_mixer import ResolventMixer
 from trix.nn.ssd_mixer import SSDMixer
 from trix.outputs import State
 
-ROTATION_SCALE = 0.1  # of the weights of theta where training starts: all angles at 0 would be a saddle of SSD
+ROTATION_SCALE = 0.1  # factor on theta's weights at the start: with all angles at 0, SSD would start at a saddle point
 
 
 class _Rotating(RecurrentMixer):
@@ -33,18 +33,18 @@ class _Rotating(RecurrentMixer):
 
 
 class RotatingResolvent(_Rotating, ResolventMixer):
-    """A resolvent whose hops have a phase by token, besides the gauge's by head. It is no phase of G: |c| alone is in w."""
+    """A resolvent with a phase per token on each hop, besides the gauge's phase per head. G does not change: w = |c|^2."""
 
 
 class RotatingSSD(_Rotating, SSDMixer):
-    """SSD with rotations. A constant angle by head is what the gauge unwinds; what is left of it are angles by token."""
+    """SSD with rotations. A gauge can remove an angle that is constant per head; only differences between tokens count."""
 
 
 class EtaResolvent(ResolventMixer):
-    """Heads whose eta start between these two, from long memory to short."""
+    """A resolvent whose heads start with eta from eta_start[0] to eta_start[1], logarithmically spaced; eta_min is added."""
 
     def __init__(self, d_model: int, n_heads: int, *args: Any, eta_start: tuple[float, float], **settings: Any) -> None:
         super().__init__(d_model, n_heads, *args, **settings)
         low, high = map(math.log10, eta_start)
-        with torch.no_grad():
-            self.dynamics.bias[n_heads : 2 * n_heads] = torch.logspace(low, high, n_heads).expm1().log()
+        _, eta, _ = torch.split(self.dynamics.bias.detach(), n_heads)
+        eta.copy_(torch.logspace(low, high, n_heads).expm1().log())  # softplus of it

@@ -58,7 +58,7 @@ def shared_traces(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def translations_read_once() -> Iterator[None]:
-    """The texts of LanguageIdDataModule, which stand in thousands of files, are read once in a process."""
+    """LanguageIdDataModule reads thousands of files; they are read once per process."""
     if "lightning" not in sys.modules:
         yield
         return

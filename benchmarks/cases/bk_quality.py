@@ -3,13 +3,13 @@
 Text: TinyShakespeare (from TRIX_DATA_DIR, or downloaded), split 90/10, windows of 128 characters. Contestants: RoPE attention
 with and without a short convolution, minGRU, SSD (Mamba-2), and the resolvent: hermitian, with one-way hopping, without the
 gauge, with a vector state, with one block of attention, and with tiles for the dense layer, routed by phase or by signature;
-variants of it and of SSD, which ask whether rotations by token or another eta change the order (resolvent_variants.py); TriX,
-which is attention and tiles; and, where transformers is installed, its Mamba-2, gated delta rule (Qwen3-Next) and xLSTM.
+TriX, which is attention and tiles; and, where transformers is installed, its Mamba-2, gated delta rule (Qwen3-Next) and xLSTM.
+With --only also variants, which ask whether rotations by token or another eta change the order (resolvent_variants.py).
 The project's recurrent ones share convolution, gate, norm and skip. d_ff is such that all have the same number of parameters,
 within 1 %. None may look ahead, which is tested first. Each trains with AdamW and cosine decay at each of --lrs; the rate with
 the least mean loss on the first half of the validation text is taken, the loss on the second half is reported. The second half
-is the harder one; the loss on both is given too, to be read next to figures of the whole text. Seeds (of weights and batches)
-are paired; differences are paired t-intervals of 95 %, effect sizes mean / standard deviation.
+is harder, so the mean of both is given too, for comparison with results on the whole text. Seeds (of weights and batches) are
+paired; differences are paired t-intervals of 95 %, effect sizes mean / standard deviation.
 
 State: floats that a layer keeps of 128 tokens. Time: of one thread on the CPU, in a step of training.
 
@@ -110,7 +110,7 @@ def compare(
             {"size": size_name, "steps": steps, "contestant": name, **about[name], "lr": best}
             | {"loss_nats_mean": statistics.fmean(losses), "loss_nats_spread": max(losses) - min(losses)}
             | {"losses": dict(zip(map(str, seeds), losses, strict=True))}
-            | {"both_halves_nats_mean": statistics.fmean(map(of_both_halves, runs[best]))}
+            | {"both_halves_nats_mean": statistics.fmean(map(both_halves_nats, runs[best]))}
             | {"cpu_s_per_step": statistics.median(result["cpu_s_per_step"] for result in runs[best])}
             | {"runs": {str(lr): of_rate for lr, of_rate in runs.items()}}
         )
@@ -122,7 +122,7 @@ def chosen_rate(runs: Mapping[float, Sequence[Mapping[str, Any]]]) -> float:
     return best_rate({lr: statistics.fmean(result["choosing_nats"] for result in of_rate) for lr, of_rate in runs.items()})
 
 
-def of_both_halves(result: Mapping[str, Any]) -> float:
+def both_halves_nats(result: Mapping[str, Any]) -> float:
     return (result["choosing_nats"] + result["reported_nats"]) / 2
 
 

@@ -17,8 +17,8 @@ different values, with a loss of at least ln P. A question can choose among the 
 layers after it; then each of the 32 keys needs coordinates of its own, however few are given, and that is not learned. In a
 matrix state question and pair meet before the sum, y_i = sum_j L_ij (q_i . k_j) u_j, and P pairs need P directions of k.
 
-Goals of the resolvent: 0.99 with 8 pairs, 0.95 with 16, 0.9 with 3 of the 4 rates; of the hybrid: 0.99 with 32. All of it
-takes about seven hours of one core; --resume keeps the runs that a stopped one had finished.
+Goals of the resolvent, with either hopping: 0.99 with 8 pairs, 0.95 with 16, 0.9 with 3 of the 4 rates; of the hybrid: 0.99
+with 32. All of it takes about seven hours of one core; --resume keeps the runs that a stopped one had finished.
 """
 
 import argparse

@@ -45,11 +45,8 @@ class RunReport(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        shown = {
-            name: float(value)
-            for name, value in (trainer.progress_bar_metrics or trainer.callback_metrics).items()
-            if name.startswith(("train/", "val/")) and not name.endswith("_step")
-        }
+        # A task that marks none of them with prog_bar has all of them shown.
+        shown = _of_stages(trainer.progress_bar_metrics) or _of_stages(trainer.callback_metrics)
         self._print(trainer, f"step {trainer.global_step:<7} {_metrics_text(shown)}  ({time.monotonic() - self._start:.0f} s)")
 
     @override
@@ -84,6 +81,11 @@ class StepProgressBar(RichProgressBar):
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         return metrics
+
+
+def _of_stages(metrics: Mapping[str, Any]) -> dict[str, float]:
+    named = metrics.items()
+    return {name: float(value) for name, value in named if name.startswith(("train/", "val/")) and not name.endswith("_step")}
 
 
 def _metrics_text(metrics: Mapping[str, float]) -> str:

@@ -338,7 +338,7 @@ def test_an_error_of_the_program_keeps_its_traceback(folder: Path, monkeypatch: 
     [(signal.SIGINT, 130, "trix: interrupted\n"), (signal.SIGTERM, 143, "trix: terminated\n")],
 )
 def test_a_signal_ends_the_run_without_success(sent: signal.Signals, code: int, message: str, folder: Path) -> None:
-    # A job in the background ignores SIGINT, and so would its children.
+    # A background job ignores SIGINT and passes that on to its children, so the handler is set here.
     start = (
         "import signal, sys; from lightning_modules.cli import main\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
     )
@@ -348,6 +348,6 @@ def test_a_signal_ends_the_run_without_success(sent: signal.Signals, code: int, 
     time.sleep(0.2)
     assert script.process.pid is not None
     os.kill(script.process.pid, sent)
-    result = script.wait()
+    result = script.wait(60)
     assert result.returncode == code
     assert result.stderr == message

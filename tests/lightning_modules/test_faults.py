@@ -349,11 +349,12 @@ def test_a_download_that_is_killed_is_made_again(server: Any, folder: Path) -> N
         "pooch.os_cache = lambda project: Path('cache') / project; fetch(RemoteFile(*sys.argv[1:]))"
     )
     script = Script(code, file.name, file.url, file.sha256)
-    assert server.has_sent.wait(60)
+    has_sent = server.has_sent.wait(60)
     deadline = time.monotonic() + 60
     while not any(path.is_file() for path in Path("cache").rglob("*")) and time.monotonic() < deadline:
         time.sleep(0.02)
     script.process.kill()
+    assert has_sent
     assert script.wait().returncode == -signal.SIGKILL
     assert not Path("cache/trix/april.txt").exists()
     server.mode = "whole"

@@ -45,7 +45,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def launch_two(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """As a user does: the command starts the second process itself."""
+    """Run the command as a user does: it starts the second process itself."""
     path = os.pathsep.join([str(SUPPORT), *sys.path])
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "lightning_modules.cli", *arguments, *TWO_PROCESSES]
@@ -55,7 +55,7 @@ def launch_two(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def run_two(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """As a launcher such as torchrun does; returns what the first process says."""
+    """Start both processes as torchrun would, and return what the first one says."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
     ranks = [{"LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} for rank in "01"]

@@ -278,6 +278,8 @@ def test_surgery_and_inspection_of_layers_of_several_widths(
         "output_4",
     ):
         assert text in page
+    for text in ("<dt>configuration</dt>", "<th>usage</th>"):  # the file has neither
+        assert text not in page
     for command, message in (
         (["generate", "m.onnx", "--prompt", "a"], "m.onnx: task (module) must be language_model"),
         (["bench", "m.onnx"], "m.onnx: task (module) must be language_model or classifier"),

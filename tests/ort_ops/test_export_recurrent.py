@@ -23,7 +23,7 @@ HERMITIAN = {"hopping": "hermitian"}
 CASES: dict[str, dict[str, Any]] = {
     "hermitian and attention": {"mixer": "resolvent", "mixer_args": HERMITIAN, "attention_at": (1,), "num_layers": 2},
     "hermitian, vector state": {"mixer": "resolvent", "mixer_args": HERMITIAN | {"d_state": 0}},
-    "one way": {"mixer": "resolvent", "mixer_args": {"gauge": False, "d_state": 5}},
+    "one way": {"mixer": "resolvent", "mixer_args": {"hopping": "one_way", "gauge": False, "d_state": 5}},
     "ssd": {"mixer": "ssd"},
 }
 STATES = {

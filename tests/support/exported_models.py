@@ -37,7 +37,7 @@ _WRITTEN: dict[tuple[str, int, bool], tuple[bytes, ExportReport]] = {}  # by lay
 
 
 def export(folder: Path, ffn: FFNConfig, num_layers: int = 1, *, fallback: bool = True) -> Exported:
-    """Every layer makes the export half as long again: two are for tests of what two layers have."""
+    """Export `make_model(ffn, num_layers)`. Each further layer adds half to the time: two only where the test needs two."""
     model = make_model(ffn, num_layers)
     held_out = torch.randint(0, len(VOCABULARY), (20 * CONTEXT,))
     path, key = folder / "model.onnx", (repr(ffn), num_layers, fallback)

@@ -21,8 +21,8 @@ PRELOADED = ["forked_scripts", "killed_run", "lightning_modules.lightning_cli", 
 class Script:
     """Python code that runs as `python script arguments` or `python -c code arguments` would, in this folder.
 
-    It has as many threads as this process. What it prints is in the files `stdout` and `stderr` of a folder that lives as
-    long as this does.
+    It has as many threads as this process. Its output goes to the files `stdout` and `stderr`, in a folder that is deleted
+    with this object.
     """
 
     def __init__(self, script: Path | str, *arguments: str, **environment: str) -> None:
@@ -42,9 +42,12 @@ class Script:
             patch.setenv("PYTHONPATH", environment["PYTHONPATH"])  # for the process that is forked, which this may begin
             self.process.start()
 
-    def wait(self) -> "subprocess.CompletedProcess[str]":
-        self.process.join()
-        assert self.process.exitcode is not None
+    def wait(self, timeout_s: float = 240) -> "subprocess.CompletedProcess[str]":
+        self.process.join(timeout_s)
+        if self.process.exitcode is None:
+            self.process.kill()
+            self.process.join()
+            raise TimeoutError(f"{self._command} must end within {timeout_s} s: {self.stderr.read_text()}")
         return subprocess.CompletedProcess(
             self._command, self.process.exitcode, self.stdout.read_text(), self.stderr.read_text()
         )

@@ -2,8 +2,8 @@
 
 A trace takes seconds, and its graph is determined by the module, all values in it included, and the sizes of the examples:
 their digest is its name in a folder of the session. Every file is still put together, verified against torch and written for
-each test.
-Of modules that users bring, torch's own program is needed too, which stays in the process that has made it.
+each test. Exports of user modules also need torch's `ExportedProgram`, which cannot be stored in the folder; their traces are
+shared only within a process.
 Tests that change how a module is traced ask for `traced_anew`.
 """
 
@@ -29,7 +29,7 @@ from ort_ops.tracing import Interface, Traced
 
 def sharing_traces(folder: Path) -> Callable[[Any, Interface], Traced]:
     """`ort_ops.tracing.trace` with a store in the folder."""
-    of_this_process: dict[str, tuple[bytes, Any]] = {}
+    in_process: dict[str, tuple[bytes, torch.export.ExportedProgram]] = {}
 
     def trace(packed: Any, interface: Interface) -> Traced:
         wrapped = interface.wrapper(packed).eval()
@@ -38,8 +38,8 @@ def sharing_traces(folder: Path) -> Callable[[Any, Interface], Traced]:
             path = folder / digest((wrapped, sizes(interface.examples), repr(interface.dynamic_shapes), names))
         except (pickle.PicklingError, AttributeError, TypeError):  # what cannot be pickled
             return tracing.trace(packed, interface)
-        if path.name in of_this_process:
-            content, program = of_this_process[path.name]
+        if path.name in in_process:
+            content, program = in_process[path.name]
             return Traced(onnx.load_model_from_string(content), wrapped, program)
         if path.exists():
             return Traced(onnx.load_model(path), wrapped, None)  # type: ignore[arg-type]
@@ -47,7 +47,7 @@ def sharing_traces(folder: Path) -> Callable[[Any, Interface], Traced]:
             traced = tracing.trace(packed, interface)
         content = traced.proto.SerializeToString()
         if interface.wrapper is FlatModule:
-            of_this_process[path.name] = content, traced.program
+            in_process[path.name] = content, traced.program
             return traced
         partial = path.with_suffix(f".{os.getpid()}")
         partial.write_bytes(content)
@@ -58,7 +58,10 @@ def sharing_traces(folder: Path) -> Callable[[Any, Interface], Traced]:
 
 
 def torchlib_read_once(patch: pytest.MonkeyPatch) -> None:
-    """Torch parses the Python source of all its translations for every export; here it does so once in a process."""
+    """Torch parses the Python source of all its translations for every export; here it does so once in a process.
+
+    The place is private to torch: a newer torch may have another one.
+    """
     patch.setattr(onnxscript_apis, "get_torchlib_ops", cache(onnxscript_apis.get_torchlib_ops))
 
 

@@ -1,4 +1,4 @@
-"""Mixing by the resolvent of a tridiagonal operator, with hops to the left alone or both ways."""
+"""Mixing by the resolvent of a tridiagonal operator, with hops to the left only, or both ways."""
 
 import math
 from functools import reduce
@@ -25,16 +25,17 @@ class ResolventMixer(RecurrentMixer):
 
     H is tridiagonal, and each token's entries are read from it: alpha_i = v_i - lambda - i eta_i on the diagonal, and the hop
     c_i = softplus(.) e^(i theta) to the token before. With ``hopping="one_way"``, the default, w = 0 and G = 1 / alpha with
-    Im alpha = -(|c| + eta). With ``"hermitian"`` the operator also hops back, w = |c|^2, and G_i = 1 / (alpha_i - w_i
-    G_{i-1}): |G_i| <= 1 / eta_i and, as u is scaled by sqrt(eta) and y by sqrt(eta), at every token |y_i| <= (sum_{j<=i}
-    |u_j|^2)^(1/2) [theorem, vector state; the norm of a whole text may grow]; it was not shown to predict text better
-    [measured: ``CASE=bk_quality``] and takes longer. Given G, both are Mamba-2's recurrence with complex decay -c_i G_{i-1},
-    which may exceed 1 at single tokens.
+    Im alpha = -(|c| + eta). With ``"hermitian"`` the operator also hops back: w = |c|^2 and G_i = 1 / (alpha_i - w_i G_{i-1}).
+    Then |G_i| <= 1 / eta_i and, as u and y are each scaled by sqrt(eta), |y_i| <= (sum_{j<=i} |u_j|^2)^(1/2) at every token
+    [theorem, vector state; the norm of a whole text may grow]. Hermitian hopping takes longer and was not shown to predict
+    text better [measured: ``CASE=bk_quality``]. Given G, both are Mamba-2's recurrence with complex decay -c_i G_{i-1}, which
+    may exceed 1 at single tokens.
 
     Two gauges unwind the mean rotation of a head: theta = -arg(-G*), and the output is turned by -arg(G*). G* is the pivot of
     an endless row of equal tokens, with the dynamics' biases as their entries; a text begins at such a row's open end.
 
-    A token's phase is arg of the sum over heads of eta G, in (0, pi).
+    A token's phase is arg of the sum over heads of eta G, in (0, pi). With one-way hopping G = 1 / alpha, so the phase depends
+    on the token alone; with hermitian hopping it depends on the tokens before it, too.
 
     Args:
         hopping: see above. gauge: unwind the mean rotation. eta_min: added to every eta. All others: see
@@ -81,7 +82,7 @@ class ResolventMixer(RecurrentMixer):
             self.dynamics.weight[2 * n_heads :] = 0.0
 
     def hop_specs(self) -> tuple[StateSpec, ...]:
-        """The last pivot, less G*: zeros are the open end. The one-way member needs none."""
+        """The last pivot, less G*: zeros are the open end. One-way hopping needs none."""
         return (StateSpec("pivot", ("batch", self.n_heads, 2)),) if self.hopping == "hermitian" else ()
 
     def hops(self, dynamics_BHT: tuple[Tensor, ...], is_token_B1T: Tensor | None, state: State) -> Hops:

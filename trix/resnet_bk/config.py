@@ -35,8 +35,9 @@ class ResNetBKConfig:
             holds for every potential; configs/resnet_bk.yaml trains without one.
         use_semiseparable: queries and keys weigh the past, y_i = sum_j L_ij (q_i . k_j) u_j, whose matrix is semiseparable of
             rank ``low_rank``, by default ceil(log2 n_seq). False: y_i = sum_j L_ij u_j.
-        n_heads: heads. hopping: ``one_way`` or ``hermitian``. ternary_mixer: ternary projections of the mixers, besides the
-            tiles. attention_at: places of blocks that mix by attention; with the scattering router there can be none.
+        n_heads: heads. hopping: ``hermitian`` or ``one_way``; with the latter, the default of other models, the phase that
+            the scattering router reads depends on the token alone. ternary_mixer: ternary projections of the mixers, besides
+            the tiles. attention_at: places of blocks that mix by attention; with the scattering router there can be none.
 
     Raises:
         ValueError: a value of another type, a size below 1, n_seq > 2^16, low_rank > n_seq, k_max > 64, top_k > num_experts,
@@ -63,7 +64,7 @@ class ResNetBKConfig:
     low_rank: int | None = None
     act_halt_threshold: float = 0.2
     n_heads: int = 8
-    hopping: str = "one_way"
+    hopping: str = "hermitian"
     ternary_mixer: bool = False
     attention_at: tuple[int, ...] = ()
 

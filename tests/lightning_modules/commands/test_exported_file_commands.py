@@ -34,7 +34,18 @@ def test_a_file_is_edited_and_its_page_says_so(model: Path, tmp_path: Path, caps
     assert read_model(output)[3][1].history[0]["tag"] == "<tag>"
     assert main(["inspect", str(output)]) == 0
     page = output.with_suffix(".html").read_text()
-    for text in ("language model", "Layer 1", "&lt;tag&gt;", "insert", "onnx", "frozen", "SignatureRoute", "routed the same"):
+    for text in (
+        "language model",
+        "Layer 1",
+        "&lt;tag&gt;",
+        "insert",
+        "onnx",
+        "frozen",
+        "SignatureRoute",
+        "routed the same",
+        "<dt>configuration</dt>",
+        "<th>usage</th>",
+    ):
         assert text in page
     assert page.count('class="strip"') == 8
     assert "<tag>" not in page

@@ -23,7 +23,7 @@ from trix.outputs import TokenContext
 KINDS = {
     "hermitian": lambda **args: ResolventMixer(24, 4, hopping="hermitian", **args),
     "vector": lambda **args: ResolventMixer(24, 4, hopping="hermitian", d_state=0, **args),
-    "one_way": lambda **args: ResolventMixer(24, 4, **args),
+    "one_way": lambda **args: ResolventMixer(24, 4, hopping="one_way", **args),
     "no_gauge": lambda **args: ResolventMixer(24, 4, hopping="hermitian", gauge=False, **args),
     "ssd": lambda **args: SSDMixer(24, 4, **args),
 }
