@@ -13,6 +13,7 @@ import library_contestants
 from bk_contestants import (
     CONTESTANTS,
     OF_LIBRARY,
+    VARIANTS,
     Contestant,
     MinGRU,
     Size,
@@ -86,7 +87,7 @@ def test_where_transformers_is_missing_its_layers_are_left_out(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(library_contestants, "IS_INSTALLED", False)
-    assert chosen(None) == [name for name in CONTESTANTS if name not in OF_LIBRARY]
+    assert chosen(None) == [name for name in CONTESTANTS if name not in (*OF_LIBRARY, *VARIANTS)]
     assert "(Mamba2, GatedDeltaNet, xLSTM) need transformers" in capsys.readouterr().out
     assert chosen(["ssd"]) == ["ssd"]
     with pytest.raises(SystemExit, match=r"contestants \(xLSTM\) need transformers: pip install -e '.\[transformers\]'"):
