@@ -320,12 +320,12 @@ def paired_significance(results_a: Sequence[float], results_b: Sequence[float], 
     return Significance(float(test.pvalue), mean, (float(interval.low), float(interval.high)), mean / spread)
 
 
-@torch.no_grad()
 def best_rate(loss_of: Mapping[float, float]) -> float:
     """The learning rate with the least loss, of losses by rate; one that is not a number counts as the largest."""
     return min(loss_of, key=lambda rate: math.inf if math.isnan(loss_of[rate]) else loss_of[rate])
 
 
+@torch.no_grad()
 def check_causal(model: nn.Module, name: str, vocab_size: int, length: int) -> bool:
     """Raise ValueError where tokens that are edited move a logit before them, in any of several places.
 
@@ -347,7 +347,7 @@ def check_causal(model: nn.Module, name: str, vocab_size: int, length: int) -> b
                 continue
             is_bitwise = False
             before, after = (logits_of(exact(token))[:, :place] for token in (token_BT, edited_BT))
-            move = float((before - after).detach().abs().max())
+            move = float((before - after).abs().max())
             if not move <= MAX_MOVE:
                 raise ValueError(f"logits of {name} before token {place} must not depend on it: they move by {move:.3g}")
     finally:
