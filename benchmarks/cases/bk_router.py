@@ -14,11 +14,11 @@ Goal: >= 0.9 for the phase with edges. Four routings, 300 steps, 3 rates and 3 s
 
 import argparse
 import statistics
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from bk_contestants import NUM_TILES, TOP_K, Contestant, fitted_config
+from bk_contestants import CONTESTANTS, NUM_TILES, TOP_K, fitted_config
 from cases.bk_quality import SIZES, chosen_rate, losses_by_half, text
 from cases.char_lm_quality import train_model, validate
 from kept_runs import RESULTS, kept_or_run
@@ -73,7 +73,7 @@ def run(steps: int, seeds: list[int], lrs: list[float], path: str | None, resume
 
 def config_of(routing: dict[str, Any], vocab_size: int) -> LanguageModelConfig:
     ffn = FFNConfig(num_tiles=NUM_TILES, top_k=TOP_K, route_on="hidden", **routing)
-    return fitted_config(Contestant(mixer_args={"hopping": "hermitian"}, ffn=ffn), vocab_size, SIZE)
+    return fitted_config(replace(CONTESTANTS["hermitian"], ffn=ffn), vocab_size, SIZE)
 
 
 def is_causal(name: str, config: LanguageModelConfig, vocab_size: int) -> bool:

@@ -27,8 +27,8 @@ class ResolventMixer(RecurrentMixer):
     c_i = softplus(.) e^(i theta) to the token before. With ``hopping="one_way"``, the default, w = 0 and G = 1 / alpha with
     Im alpha = -(|c| + eta). With ``"hermitian"`` the operator also hops back: w = |c|^2 and G_i = 1 / (alpha_i - w_i G_{i-1}).
     Then |G_i| <= 1 / eta_i and, as u and y are each scaled by sqrt(eta), |y_i| <= (sum_{j<=i} |u_j|^2)^(1/2) at every token
-    [theorem, vector state; the norm of a whole text may grow]. Hermitian hopping takes longer and was not shown to predict
-    text better [measured: ``CASE=bk_quality``]. Given G, both are Mamba-2's recurrence with complex decay -c_i G_{i-1}, which
+    [theorem, vector state; the norm of a whole text may grow]. Hermitian hopping takes longer and predicts text no better, or
+    worse [measured: ``CASE=bk_quality``]. Given G, both are Mamba-2's recurrence with complex decay -c_i G_{i-1}, which
     may exceed 1 at single tokens.
 
     Two gauges unwind the mean rotation of a head: theta = -arg(-G*), and the output is turned by -arg(G*). G* is the pivot of
