@@ -6,12 +6,14 @@ gauge, with a vector state, with one block of attention, and with tiles for the 
 TriX, which is attention and tiles; and, where transformers is installed, its Mamba-2, gated delta rule (Qwen3-Next) and xLSTM.
 With --only also variants, which ask whether rotations by token or another eta change the order (resolvent_variants.py).
 The project's recurrent ones share convolution, gate, norm and skip. d_ff is such that all have the same number of parameters,
-within 1 %. None may look ahead, which is tested first. Each trains with AdamW and cosine decay at each of --lrs; the rate with
-the least mean loss on the first half of the validation text is taken, the loss on the second half is reported. The second half
-is harder, so the mean of both is given too, for comparison with results on the whole text. Seeds (of weights and batches) are
-paired; differences are paired t-intervals of 95 %, effect sizes mean / standard deviation.
+within 1 %. None may look ahead, which is tested first. Each trains with AdamW and cosine decay at each of --lrs, with the first
+--choosing-seeds of the seeds; the rate with the least mean loss on the first half of the validation text is taken, and trained
+with all seeds. The loss on the second half is reported. The second half is harder, so the mean of both is given too, for
+comparison with results on the whole text. Seeds (of weights and batches) are paired; differences are paired t-intervals of
+95 %, effect sizes mean / standard deviation.
 
-State: floats that a layer keeps of 128 tokens. Time: of one thread on the CPU, in a step of training.
+State: floats that a layer keeps of 128 tokens. Time: of one thread on the CPU, in a step of training; the contestants take
+turns, and the median of five steps counts, so that runs that were kept from other machines do not.
 
 Goals of "0.82M", on both halves: hermitian <= 1.74 after 300 steps, <= ssd + 0.005 after 300 and <= ssd after 3000, where the
 hybrid is best.
@@ -20,8 +22,7 @@ All of it takes days of one core; --resume keeps the runs that a stopped one had
 
 import argparse
 import statistics
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,8 @@ import torch.nn.functional as F
 from bk_contestants import CONTESTANTS, OF_LIBRARY, VARIANTS, Size, chosen, fitted_config, state_floats
 from cases.char_lm_quality import train_model
 from kept_runs import RESULTS, kept_or_run
-from turns import one_thread
+from torch import Tensor
+from turns import interleaved, one_thread
 
 from lightning_modules.comparison import best_rate, check_causal, paired_significance
 from lightning_modules.data.text import TextDataModule
@@ -56,6 +58,7 @@ QUESTIONS = (
     ("hermitian, tiles by phase", "hermitian, tiles by signature"),
     *((name, name.split(",")[0]) for name in VARIANTS),
 )
+TIMED_STEPS = 5
 ANSWERS = ("LOSES to", "is not shown to differ from", "is better than")
 FINISHED = RESULTS / "bk_quality.runs.jsonl"
 
@@ -64,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), metavar="SIZE", help="default: %(default)s")
     parser.add_argument("--steps", type=int, nargs="+", default=[300, 3000], help="training steps (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], metavar="SEED", help="default: %(default)s")
+    parser.add_argument("--choosing-seeds", type=int, metavar="N", help="choose the rate with the first N seeds (default: all)")
     parser.add_argument("--lrs", type=float, nargs="+", default=[2e-3, 4e-3, 8e-3], help="peak rates (default: %(default)s)")
     parser.add_argument("--only", nargs="+", choices=CONTESTANTS, metavar="NAME", help=f"some of: {'; '.join(CONTESTANTS)}")
     parser.add_argument("--path", help="another text")
@@ -74,47 +78,77 @@ def run(
     sizes: list[str],
     steps: list[int],
     seeds: list[int],
+    choosing_seeds: int | None,
     lrs: list[float],
     only: list[str] | None,
     path: str | None,
     resume: bool,
 ) -> dict[str, Any]:
+    num_choosing = len(seeds) if choosing_seeds is None else choosing_seeds
+    if not 1 <= num_choosing <= len(seeds):
+        raise SystemExit(f"choosing-seeds ({num_choosing}) must be >= 1 and <= the number of seeds ({len(seeds)})")
     if not resume:
         FINISHED.unlink(missing_ok=True)
     names = chosen(only)
     with one_thread():
-        compared = [compare(size, num_steps, seeds, lrs, names, path) for size in sizes for num_steps in steps]
+        compared = [compare(size, num_steps, seeds, num_choosing, lrs, names, path) for size in sizes for num_steps in steps]
     return {"rows": list(chain(*compared)), "answers": list(chain(*map(answers, compared)))}
 
 
 def compare(
-    size_name: str, steps: int, seeds: list[int], lrs: list[float], names: list[str], path: str | None
+    size_name: str, steps: int, seeds: list[int], num_choosing: int, lrs: list[float], names: list[str], path: str | None
 ) -> list[dict[str, Any]]:
     size = SIZES[size_name]
     data = text(size, steps, seeds[0], path)
     configs = {name: fitted_config(CONTESTANTS[name], data.vocab_size, size) for name in names}
     about = {name: facts(name, config, data) for name, config in configs.items()}
-    # Seeds outside, contestants inside: a change of the machine's speed meets all alike.
-    results = {
-        (seed, lr, name): finished_or_run(configs[name], size, steps, seed, lr, path, f"{name}, {size_name}, {steps} steps")
-        for seed in seeds
-        for lr in lrs
-        for name in names
-    }
+    seconds = seconds_per_step(configs, data)
+
+    def finished(name: str, lr: float, seed: int) -> dict[str, Any]:
+        return finished_or_run(configs[name], size, steps, seed, lr, path, f"{name}, {size_name}, {steps} steps")
+
+    # Seeds outside, contestants inside: a stopped comparison has all contestants with equally many seeds.
+    runs: dict[str, dict[float, list[dict[str, Any]]]] = {name: {lr: [] for lr in lrs} for name in names}
+    for seed in seeds[:num_choosing]:
+        for lr in lrs:
+            for name in names:
+                runs[name][lr].append(finished(name, lr, seed))
+    best = {name: chosen_rate(of_rate) for name, of_rate in runs.items()}
+    for seed in seeds[num_choosing:]:
+        for name in names:
+            runs[name][best[name]].append(finished(name, best[name], seed))
     rows = []
-    for name in names:
-        runs = {lr: [results[seed, lr, name] for seed in seeds] for lr in lrs}
-        best = chosen_rate(runs)
-        losses = [result["reported_nats"] for result in runs[best]]
+    for name, lr in best.items():
+        losses = [result["reported_nats"] for result in runs[name][lr]]
         rows.append(
-            {"size": size_name, "steps": steps, "contestant": name, **about[name], "lr": best}
+            {"size": size_name, "steps": steps, "contestant": name, **about[name], "lr": lr}
             | {"loss_nats_mean": statistics.fmean(losses), "loss_nats_spread": max(losses) - min(losses)}
             | {"losses": dict(zip(map(str, seeds), losses, strict=True))}
-            | {"both_halves_nats_mean": statistics.fmean(map(both_halves_nats, runs[best]))}
-            | {"cpu_s_per_step": statistics.median(result["cpu_s_per_step"] for result in runs[best])}
-            | {"runs": {str(lr): of_rate for lr, of_rate in runs.items()}}
+            | {"both_halves_nats_mean": statistics.fmean(map(both_halves_nats, runs[name][lr]))}
+            | {"cpu_s_per_step": statistics.median(seconds[name])}
+            | {"runs": {str(lr): of_rate for lr, of_rate in runs[name].items()}}
         )
     return rows
+
+
+def seconds_per_step(configs: Mapping[str, LanguageModelConfig], data: TextDataModule) -> dict[str, list[float]]:
+    """CPU seconds of TIMED_STEPS steps of training each, after one that does not count."""
+    token_BT, target_BT = next(iter(data.train_dataloader()))
+    steps = {name: step_of(LanguageModel(data.vocab_size, config), token_BT, target_BT) for name, config in configs.items()}
+    return {name: of_turn[1:] for name, of_turn in interleaved(steps, 1 + TIMED_STEPS).items()}
+
+
+def step_of(model: LanguageModel, token_BT: Tensor, target_BT: Tensor) -> Callable[[], None]:
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def step() -> None:
+        logits, _, aux = model(token_BT, return_routing=True)
+        loss = F.cross_entropy(logits.flatten(0, 1), target_BT.flatten())
+        optimizer.zero_grad()
+        (loss if aux is None else loss + aux["total_aux"]).backward()
+        optimizer.step()
+
+    return step
 
 
 def chosen_rate(runs: Mapping[float, Sequence[Mapping[str, Any]]]) -> float:
@@ -146,9 +180,8 @@ def finished_or_run(
         data = text(size, steps, seed, path)
         torch.manual_seed(seed)
         model = LanguageModel(data.vocab_size, config)
-        start = time.thread_time()
         train_model(model, data.train_dataloader(), steps, lr, f"{title}, rate {lr:g}, seed {seed}")
-        return {"cpu_s_per_step": (time.thread_time() - start) / steps, **losses_by_half(model, data)}
+        return losses_by_half(model, data)
 
     key = {"config": asdict(config), "batch_size": size.batch_size, "steps": steps, "seed": seed, "lr": lr}
     return kept_or_run(FINISHED, key | ({} if path is None else {"path": path}), train_and_validate)

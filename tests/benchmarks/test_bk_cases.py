@@ -44,8 +44,8 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(text)
 
 
-def quality(path: str, only: list[str], resume: bool = False) -> dict[str, Any]:
-    return bk_quality.run(["small"], [2], [0, 1], [1e-4, 1e-2], only, path, resume)
+def quality(path: str, only: list[str], resume: bool = False, choosing_seeds: int | None = None) -> dict[str, Any]:
+    return bk_quality.run(["small"], [2], [0, 1], choosing_seeds, [1e-4, 1e-2], only, path, resume)
 
 
 def test_the_rate_is_chosen_on_one_half_and_reported_on_the_other(path: str) -> None:
@@ -65,7 +65,18 @@ def test_the_rate_is_chosen_on_one_half_and_reported_on_the_other(path: str) -> 
     assert bk_quality.figure(results).axes[0].get_title() == "small, 2 steps"
 
 
+def test_seeds_that_do_not_choose_train_at_the_chosen_rate_alone(path: str) -> None:
+    (row,) = quality(path, ["ssd"], choosing_seeds=1)["rows"]
+    assert row["lr"] == 1e-2
+    assert {lr: len(runs) for lr, runs in row["runs"].items()} == {"0.0001": 1, "0.01": 2}
+    assert list(row["losses"]) == ["0", "1"]
+    for wrong in (0, 3):
+        with pytest.raises(SystemExit, match=rf"choosing-seeds \({wrong}\) must be >= 1 and <= the number of seeds \(2\)"):
+            quality(path, ["ssd"], choosing_seeds=wrong)
+
+
 def test_finished_runs_are_kept(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bk_quality, "seconds_per_step", lambda configs, data: dict.fromkeys(configs, [1.0]))
     first = quality(path, ["minGRU"])
     monkeypatch.setattr(bk_quality, "train_model", None)
     assert quality(path, ["minGRU"], resume=True) == first
