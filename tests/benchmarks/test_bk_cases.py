@@ -76,7 +76,7 @@ def test_seeds_that_do_not_choose_train_at_the_chosen_rate_alone(path: str) -> N
 
 
 def test_finished_runs_are_kept(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bk_quality, "seconds_per_step", lambda configs, data: dict.fromkeys(configs, [1.0]))
+    monkeypatch.setattr(bk_quality, "seconds_per_step", lambda configs, _: {name: [1.0] for name in configs})
     first = quality(path, ["minGRU"])
     monkeypatch.setattr(bk_quality, "train_model", None)
     assert quality(path, ["minGRU"], resume=True) == first
