@@ -3,6 +3,7 @@
 from trix.nn.attention import RotaryAttention
 from trix.nn.block import StackConfig, TriXBlock, TriXStack
 from trix.nn.classifier import PADDING_TOKEN, Classifier, ClassifierConfig
+from trix.nn.context_code import ContextCode
 from trix.nn.controls import GatedFFN, HashFFN
 from trix.nn.dense import DenseFFN
 from trix.nn.feed_forward import FFNConfig
@@ -26,6 +27,7 @@ __all__ = [
     "PADDING_TOKEN",
     "Classifier",
     "ClassifierConfig",
+    "ContextCode",
     "DenseFFN",
     "FFNConfig",
     "GatedFFN",

@@ -36,12 +36,12 @@ class TriXBlock(nn.Module):
         None where ``ffn.kind`` is a control without tiles. With a state, that of the mixer for the tokens before:
         (LayerOutput, state). context: what else is known of the tokens: ids, for routers that
         read them; a mask: no token looks at padding, it is not counted, and tiles skip it, except in sparse lookups; the
-        embeddings, which signatures read, by default x_BTD, as in the first block; whether it is causal, where is_causal does
-        not say so.
+        embeddings, which signatures read, by default x_BTD, as in the first block; the codes, which they read with
+        ``route_on: context``; whether it is causal, where is_causal does not say so.
 
     Raises:
         ValueError: ffn and settings of it at once, a router that reads what the mixer does not give, is_causal False with a
-            mixer that is causal only, and as the mixer and the feed-forward layer.
+            mixer that is causal only, no codes with ``route_on: context``, and as the mixer and the feed-forward layer.
     """
 
     def __init__(
@@ -79,6 +79,7 @@ class TriXBlock(nn.Module):
             # As in checkpoints of version 1, whose optimizers can so go on.
             self.feed_forward = FeedForwardResidual(nn.RMSNorm(d_model), layer, dropout, norm_last=True)
         self.routing_norm: nn.RMSNorm | None = None
+        self.reads_code = isinstance(layer, RoutedLayer) and ffn.route_on == "context"
         if isinstance(layer, RoutedLayer):
             _check_reads(layer, made)
             if ffn.route_on == "embedding":
@@ -124,6 +125,10 @@ class TriXBlock(nn.Module):
         output = LayerOutput(x_BTD)
         if self.feed_forward is not None:
             routing_BTD = None if self.routing_norm is None else self.routing_norm(embedding_BTD)
+            if self.reads_code:
+                if context.code_BTD is None:
+                    raise ValueError("route_on ('context') needs a code of each token, context.code_BTD, got None")
+                routing_BTD = context.code_BTD
             mask_BT = _both(context.mask_BT, context.is_running_BT)
             known = context._replace(embedding_BTD=routing_BTD, phase_BT=phase_BT, mask_BT=mask_BT)
             output = self.feed_forward.layer_output(x_BTD, known)

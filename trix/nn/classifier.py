@@ -88,6 +88,11 @@ class Classifier(nn.Module):
         self.stack = c.make_stack()
         if vocab_size is None and any("token" in layer.router.reads for layer in routed_layers(self.stack)):
             raise ValueError(f"routing ({c.ffn.routing!r}) needs the id of each token, and tokens are vectors here")
+        self.context_code = None
+        if vocab_size is not None:
+            self.context_code = c.ffn.make_code(vocab_size, c.d_model)
+        elif c.ffn.route_on == "context":
+            raise ValueError(f"route_on ({c.ffn.route_on!r}) needs the id of each token, and tokens are vectors here")
         self.norm = nn.RMSNorm(c.d_model)
         self.head = nn.Linear(c.d_model, num_classes)
 
@@ -103,6 +108,8 @@ class Classifier(nn.Module):
         mask_BT = self.padding_mask(x)
         token_BT = None if self.vocab_size is None else x
         context = TokenContext(token_BT, mask_BT)
+        if self.context_code is not None:
+            context = context._replace(code_BTD=self.context_code(x, mask_BT)[0])
         x_BTD, infos, aux = self.stack(self.embedding(x), is_causal=False, return_routing=True, context=context)
         logits = self.head(self.norm(_mean(x_BTD, mask_BT)))
         return (logits, infos, aux) if return_routing else logits

@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
+from trix.nn.context_code import ContextCode
 from trix.nn.dense import DenseFFN
 from trix.nn.ffn import TriXFFN
 from trix.nn.hierarchical import HierarchicalTriXFFN
@@ -33,6 +34,7 @@ _KINDS = {
     "sparse_lookup_v2": _Kind(SparseLookupFFNv2, (*_ALL_ROUTED, "diversity_weight", "dropout")),
     "dense": _Kind(_dense, ("d_ff",)),
 }
+_OF_CONTEXT = ("context_tokens", "context_decay")
 # A control may keep the settings of what it is compared with.
 _CONTROLS = ("dense", "none")
 
@@ -49,6 +51,10 @@ class FFNConfig:
             :class:`~trix.nn.TriXFFN`. Or the import path of a :class:`~trix.routing.Router`.
         route_on: what a block lets the signatures read. ``embedding``: the normalised embedding of the token, in every layer: a
             token goes to the same tiles whatever its context. ``hidden``: the layer's own input, so the context, too.
+            ``context``: a code of the last few ids that nothing trains (:class:`~trix.nn.ContextCode`), the same in every
+            layer; for models whose tokens are ids.
+        context_tokens, context_decay: of that code: how many ids, the token's own among them, and the weight of an id in terms
+            of that of the next.
         tiles_per_cluster, num_probes: for a hierarchical layer alone, which in turn has no max_k.
         tiles: ``ternary``, or the import path of a :class:`~trix.nn.Tiles`. routing_args, tiles_args: what a router and tiles
             of the user's own are made with besides.
@@ -62,7 +68,9 @@ class FFNConfig:
     d_ff: int | None = None
     top_k: int = 1
     routing: str = "explicit"
-    route_on: Literal["embedding", "hidden"] = "embedding"
+    route_on: Literal["embedding", "hidden", "context"] = "embedding"
+    context_tokens: int = 2
+    context_decay: float = 0.8
     balance_weight: float = 0.01
     balance_rate: float = 0.01
     max_k: int | None = None
@@ -92,16 +100,30 @@ class FFNConfig:
         kind = _KINDS[self.kind]
         if self.kind not in _CONTROLS:
             self._check_foreign(kind)
-            if self.route_on not in ("hidden", "embedding"):
-                raise ValueError(f"route_on ({self.route_on!r}) must be 'embedding' or 'hidden'")
+            if self.route_on not in ("embedding", "hidden", "context"):
+                raise ValueError(f"route_on ({self.route_on!r}) must be 'embedding', 'hidden' or 'context'")
         available = {f.name: getattr(self, f.name) for f in fields(self)} | {"dropout": dropout}
         return kind.make(d_model, **{name: available[name] for name in kind.settings})
 
+    def make_code(self, vocab_size: int, d_model: int) -> ContextCode | None:
+        """What the signatures of all layers read; None where they do not read codes.
+
+        Raises:
+            ValueError: as :class:`~trix.nn.ContextCode`.
+        """
+        if self.kind in _CONTROLS or self.route_on != "context":
+            return None
+        return ContextCode(vocab_size, d_model, self.context_tokens, self.context_decay)
+
     def _check_foreign(self, kind: _Kind) -> None:
-        defaults = FFNConfig()
+        of_context = () if self.route_on != "context" else _OF_CONTEXT
         for f in fields(self):
-            if f.name in ("kind", "route_on", *kind.settings):
+            if f.name in ("kind", "route_on", *kind.settings, *of_context):
                 continue
-            default, value = getattr(defaults, f.name), getattr(self, f.name)
+            default, value = getattr(_DEFAULTS, f.name), getattr(self, f.name)
             if value != default:
-                raise ValueError(f"{f.name} ({value}) must be {default} where kind is {self.kind!r}")
+                where = f"route_on is {self.route_on!r}" if f.name in _OF_CONTEXT else f"kind is {self.kind!r}"
+                raise ValueError(f"{f.name} ({value}) must be {default} where {where}")
+
+
+_DEFAULTS = FFNConfig()

@@ -35,6 +35,7 @@ class LanguageModel(nn.Module):
             raise ValueError(f"vocab_size ({vocab_size}) must be >= 1")
         self.vocab_size, self.config = vocab_size, config or LanguageModelConfig()
         c = self.config
+        self.context_code = c.ffn.make_code(vocab_size, c.d_model)
         self.embedding = nn.Embedding(vocab_size, c.d_model)
         nn.init.normal_(self.embedding.weight, std=c.d_model**-0.5)  # logits of unit scale: the head shares the matrix
         self.stack = c.make_stack()
@@ -43,12 +44,14 @@ class LanguageModel(nn.Module):
         self.head.weight = self.embedding.weight
 
     def state_specs(self) -> list[tuple[StateSpec, ...]]:
-        """What each block keeps of the tokens that it has read."""
-        return [mixer.state_specs() for mixer in self.stack.mixers]
+        """What each block keeps of the tokens that it has read, and last what the codes of contexts keep, if there are any."""
+        specs = [mixer.state_specs() for mixer in self.stack.mixers]
+        return specs if self.context_code is None else [*specs, self.context_code.state_specs()]
 
     def empty_state(self, batch_size: int) -> tuple[State, ...]:
         """The state before the first token."""
-        return self.stack.empty_state(batch_size)
+        state = self.stack.empty_state(batch_size)
+        return state if self.context_code is None else (*state, self.context_code.empty_state(batch_size))
 
     @overload
     def forward(self, token_BT: Tensor, return_routing: Literal[False] = ..., *, mask_BT: Tensor | None = ...) -> Tensor: ...
@@ -81,8 +84,16 @@ class LanguageModel(nn.Module):
     ) -> Any:
         x_BTD, context = self.embedding(token_BT), TokenContext(token_BT, mask_BT)
         new_state: tuple[State, ...] | None = None
+        of_code: tuple[State, ...] = ()
+        if self.context_code is not None:
+            before = None
+            if state is not None:
+                state, before = state[:-1], state[-1] if state else ()
+            code_BTD, ids = self.context_code(token_BT, mask_BT, before)
+            context, of_code = context._replace(code_BTD=code_BTD), (ids,)
         if state is not None:
             (x_BTD, infos, aux), new_state = self.stack(x_BTD, context=context, state=state, streams=hidden_states)
+            new_state = (*new_state, *of_code)
         else:
             x_BTD, infos, aux = self.stack(x_BTD, return_routing=True, context=context, streams=hidden_states)
         x_BTD = self.norm(x_BTD)
