@@ -21,10 +21,9 @@ from trix.functional.ternary import threshold_ternary
 from trix.nn.ffn import TriXFFN
 from trix.nn.hierarchical import HierarchicalTriXFFN
 from trix.routing.router import SIGNATURE_THRESHOLD, SignatureRouter
-from trix.routing.surgery import SignatureSurgery
+from trix.routing.surgery import ALL_TILES, SignatureSurgery
 
 ENTRY_MARGIN = 1.0
-ALL_TILES = -1  # the tile_idx in the history of an act on the whole layer
 
 
 @torch.no_grad()

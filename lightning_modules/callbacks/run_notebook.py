@@ -18,9 +18,9 @@ from typing_extensions import override
 
 from lightning_modules.callbacks.figures import has_tensorboard, tensorboard_loggers
 from lightning_modules.routed_layers import routed_layers
-from trix.evolution import ALL_TILES
 from trix.nn import RoutedLayer
 from trix.routing import ClaimMatrix
+from trix.routing.surgery import ALL_TILES
 
 MAX_TEXT = 80  # characters of a hyperparameter; longer ones (a vocabulary, many classes) are left out
 MAX_HISTORY = 200  # entries of the surgery history that are shown

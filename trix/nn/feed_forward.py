@@ -10,6 +10,7 @@ from trix.nn.context_code import ContextCode
 from trix.nn.dense import DenseFFN
 from trix.nn.ffn import TriXFFN
 from trix.nn.hierarchical import HierarchicalTriXFFN
+from trix.nn.routed_layer import RoutedLayer
 from trix.nn.sparse_lookup import SparseLookupFFN
 from trix.nn.sparse_lookup_v2 import SparseLookupFFNv2
 
@@ -53,6 +54,7 @@ class FFNConfig:
             token goes to the same tiles whatever its context. ``hidden``: the layer's own input, so the context, too.
             ``context``: a code of the last few ids that nothing trains (:class:`~trix.nn.ContextCode`), the same in every
             layer; for models whose tokens are ids.
+        signatures: ``learned``, or ``drawn``: frozen as they are drawn, so that no token ever changes its tile for their sake.
         context_tokens, context_decay: of that code: how many ids, the token's own among them, and the weight of an id in terms
             of that of the next.
         tiles_per_cluster, num_probes: for a hierarchical layer alone, which in turn has no max_k.
@@ -69,6 +71,7 @@ class FFNConfig:
     top_k: int = 1
     routing: str = "explicit"
     route_on: Literal["embedding", "hidden", "context"] = "embedding"
+    signatures: Literal["learned", "drawn"] = "learned"
     context_tokens: int = 2
     context_decay: float = 0.8
     balance_weight: float = 0.01
@@ -102,8 +105,13 @@ class FFNConfig:
             self._check_foreign(kind)
             if self.route_on not in ("embedding", "hidden", "context"):
                 raise ValueError(f"route_on ({self.route_on!r}) must be 'embedding', 'hidden' or 'context'")
+            if self.signatures not in ("learned", "drawn"):
+                raise ValueError(f"signatures ({self.signatures!r}) must be 'learned' or 'drawn'")
         available = {f.name: getattr(self, f.name) for f in fields(self)} | {"dropout": dropout}
-        return kind.make(d_model, **{name: available[name] for name in kind.settings})
+        layer = kind.make(d_model, **{name: available[name] for name in kind.settings})
+        if self.signatures == "drawn" and isinstance(layer, RoutedLayer):
+            layer.freeze_all_signatures(tag="as drawn")
+        return layer
 
     def make_code(self, vocab_size: int, d_model: int) -> ContextCode | None:
         """What the signatures of all layers read; None where they do not read codes.
@@ -118,7 +126,7 @@ class FFNConfig:
     def _check_foreign(self, kind: _Kind) -> None:
         of_context = () if self.route_on != "context" else _OF_CONTEXT
         for f in fields(self):
-            if f.name in ("kind", "route_on", *kind.settings, *of_context):
+            if f.name in ("kind", "route_on", "signatures", *kind.settings, *of_context):
                 continue
             default, value = getattr(_DEFAULTS, f.name), getattr(self, f.name)
             if value != default:

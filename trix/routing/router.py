@@ -144,6 +144,14 @@ class SignatureRouter(Router):
         self.note_surgery()
 
     @torch.no_grad()
+    def freeze_all(self, emergent_ED: Tensor | None = None) -> None:
+        """As :meth:`freeze`, of every tile in use."""
+        self._check_unpacked()
+        self.frozen_value_ED.copy_(self.signatures(emergent_ED).to(torch.int8))
+        self.is_frozen_E |= ~self.is_free_E
+        self.note_surgery()
+
+    @torch.no_grad()
     def unfreeze(self, tile_idx: int) -> None:
         """Let one signature learn again: an explicit one goes on from the frozen value, an emergent one is read again."""
         self._check_change(tile_idx)
@@ -215,6 +223,9 @@ class SignatureRouter(Router):
 
     def _check_change(self, tile_idx: int) -> None:
         self.check_tile(tile_idx)
+        self._check_unpacked()
+
+    def _check_unpacked(self) -> None:
         if self.packed_signatures is not None:
             raise ValueError("the router is packed: unpack the layer before changing its signatures")
 

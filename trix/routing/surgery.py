@@ -14,6 +14,7 @@ from trix.routing.pending import is_in_backward
 from trix.routing.router import FROZEN_FACTS, SignatureRouter, check_frozen_facts
 
 MAX_HISTORY_BYTES, MAX_HISTORY_DEPTH = 2**24, 100
+ALL_TILES = -1  # the tile_idx in the history of an act on the whole layer
 HISTORY_KEYS = {"operation": str, "tile_idx": int, "step": int, "tag": str}
 
 
@@ -165,6 +166,11 @@ class SignatureSurgery(Facts):
         """Hold one tile's signature at its present value: no optimizer can move it."""
         self._signature_router().freeze(tile_idx, self.emergent_signatures())
         self.surgery_log.record("freeze", tile_idx, tag)
+
+    def freeze_all_signatures(self, tag: str = "") -> None:
+        """As :meth:`freeze_signature`, of every tile in use; one operation in the history."""
+        self._signature_router().freeze_all(self.emergent_signatures())
+        self.surgery_log.record("freeze", ALL_TILES, tag)
 
     def unfreeze_signature(self, tile_idx: int, tag: str = "") -> None:
         """Let one tile's signature learn from its frozen value on (explicit), or follow its weights again (emergent)."""

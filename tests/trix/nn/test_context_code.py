@@ -171,3 +171,17 @@ def test_what_has_no_ids_cannot_route_on_context() -> None:
 def test_settings_of_codes_are_refused_where_nothing_reads_codes() -> None:
     with pytest.raises(ValueError, match=r"context_tokens \(3\) must be 2 where route_on is 'embedding'"):
         FFNConfig(context_tokens=3).build(8)
+
+
+def test_signatures_as_drawn_are_frozen_and_say_so() -> None:
+    model = context_model(signatures="drawn")
+    drawn = context_model()
+    for layer, free in zip(routed_layers(model), routed_layers(drawn), strict=True):
+        assert layer.router.frozen_tiles().all()
+        assert torch.equal(layer.get_tile_signatures(), free.get_tile_signatures())
+        (entry,) = layer.get_surgery_history()
+        assert (entry["operation"], entry["tile_idx"], entry["tag"]) == ("freeze", -1, "as drawn")
+    with pytest.raises(ValueError, match="has no signatures to freeze"):
+        context_model(signatures="drawn", routing="learned")
+    with pytest.raises(ValueError, match=r"signatures \('kept'\) must be 'learned' or 'drawn'"):
+        context_model(signatures="kept")

@@ -246,5 +246,5 @@ def test_an_empty_batch_goes_through_a_block(kind: Any, shape: tuple[int, ...]) 
 def test_what_routing_reads_must_fit() -> None:
     with pytest.raises(ValueError, match=r"routing_x \(3, 8\) must have the shape of x \(2, 8\)"):
         TriXFFN(8, 2)(torch.randn(2, 8), routing_x=torch.randn(3, 8))
-    with pytest.raises(ValueError, match=r"route_on \('both'\) must be 'embedding' or 'hidden'"):
+    with pytest.raises(ValueError, match=r"route_on \('both'\) must be 'embedding', 'hidden' or 'context'"):
         FFNConfig(route_on="both").build(8)  # type: ignore[arg-type]

@@ -1,0 +1,298 @@
+"""Validation loss of a character language model by what decides about the tile: the character, its context, a hash, a gate.
+
+Text: TinyShakespeare (from TRIX_DATA_DIR, or downloaded), or --path; windows of 128 characters, batches of 16. Everything but
+the feed-forward layer is the same: d_model 128, 4 layers, 4 heads, AdamW with cosine decay. Contestants: dense layers of width
+d, 4d and 16d; a hash of the character with 16 and 64 tiles, and of the character and the one before it with 64; a learned gate
+that reads the hidden state, or the code of both characters; signatures that read the hidden state, the embedding, or the code:
+as drawn, learned, or learned until 30 % of the steps and then frozen. Tiles have width d, and one serves each token: a quarter
+of dense 4d's active feed-forward compute.
+
+Seconds: CPU time of one thread in training, without validation. To reach: until the loss on an eighth of the validation text,
+interpolated between TIMES_WATCHED points, falls to the last one of dense 4d with the same seed. Churn: % of 2048 validation
+characters whose tile is another one than 50 steps before, mean of the layers, median of the second half of training. I(tile;
+character) and I(tile; one before | character): in bits, of the validation text, mean of the layers. Load: of the tile that most
+characters go to, over the mean; the worst layer. Dead: tiles without any character, in all layers.
+--resume keeps the runs that a stopped one had finished.
+"""
+
+import argparse
+import statistics
+import time
+from dataclasses import asdict
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import code_hash
+import numpy as np
+import torch
+import torch.nn.functional as F
+from cases.char_lm_quality import sizes
+from kept_runs import RESULTS, kept_or_run
+from rich.progress import track
+from torch import Tensor
+from turns import one_thread
+
+from lightning_modules.comparison import paired_significance
+from lightning_modules.data.text import TextDataModule
+from trix.nn import FFNConfig, LanguageModel, LanguageModelConfig, routed_layers
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+D_MODEL = 128
+TIMES_WATCHED = 20
+CHURN_EVERY = 50  # steps
+FREEZE_AT = 0.3  # of the steps
+DENSE, CHARACTER, PAIR, DRAWN = (
+    "dense 4d",
+    "hash of the character, 64",
+    "hash of the pair, 64",
+    "signatures on context, as drawn",
+)
+LEARNED_THEN_FROZEN = "signatures on context, learned then frozen"
+_context = {"num_tiles": 64, "route_on": "context", "balance_rate": 0.0}
+LAYERS = {
+    "dense d": FFNConfig("dense", d_ff=D_MODEL),
+    DENSE: FFNConfig("dense", d_ff=4 * D_MODEL),
+    "dense 16d": FFNConfig("dense", d_ff=16 * D_MODEL),
+    "hash of the character, 16": FFNConfig(num_tiles=16, routing="hash"),
+    CHARACTER: FFNConfig(num_tiles=64, routing="hash"),
+    PAIR: FFNConfig(**_context, routing=f"{code_hash.__name__}.CodeHash"),
+    "gate on hidden": FFNConfig(num_tiles=64, route_on="hidden", routing="learned"),
+    "gate on context": FFNConfig(**_context, routing="learned"),
+    "signatures on hidden": FFNConfig(num_tiles=64, route_on="hidden", balance_rate=0.0),
+    "signatures on embedding": FFNConfig(num_tiles=64, balance_rate=0.0),
+    DRAWN: FFNConfig(**_context, signatures="drawn"),
+    "signatures on 3 characters, as drawn": FFNConfig(**_context, signatures="drawn", context_tokens=3),
+    "signatures on context, learned": FFNConfig(**_context),
+    LEARNED_THEN_FROZEN: FFNConfig(**_context),
+}
+QUESTIONS = ((DRAWN, DENSE), (DRAWN, CHARACTER), (DRAWN, PAIR), (LEARNED_THEN_FROZEN, DRAWN))
+FINISHED = RESULTS / "context_routing.runs.jsonl"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--steps", type=int, nargs="+", default=[600, 3000], help="training steps (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED", help="default: %(default)s")
+    parser.add_argument("--mixers", nargs="+", default=["attention", "resolvent"], help="default: %(default)s")
+    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default: %(default)s)")
+    parser.add_argument("--path", help="another text")
+    parser.add_argument("--only", nargs="+", choices=LAYERS, metavar="LAYER", help=f"some of: {'; '.join(LAYERS)}")
+    parser.add_argument("--resume", action="store_true", help="keep the runs that an earlier call finished")
+
+
+def run(
+    steps: list[int], seeds: list[int], mixers: list[str], lr: float, path: str | None, only: list[str] | None, resume: bool
+) -> list[dict[str, Any]]:
+    if not resume:
+        FINISHED.unlink(missing_ok=True)
+    names = only or list(LAYERS)
+    with one_thread():
+        # Seeds outside, layers inside: a change of the machine's speed meets all layers alike.
+        results = {
+            (mixer, num_steps, seed, name): finished_or_run(name, mixer, num_steps, seed, lr, path)
+            for mixer in mixers
+            for num_steps in steps
+            for seed in seeds
+            for name in names
+        }
+    return [
+        summary(name, mixer, num_steps, {seed: results[mixer, num_steps, seed, name] for seed in seeds})
+        for mixer in mixers
+        for num_steps in steps
+        for name in names
+    ]
+
+
+def config_of(name: str, mixer: str) -> LanguageModelConfig:
+    return LanguageModelConfig(D_MODEL, mixer=mixer, ffn=LAYERS[name])
+
+
+def finished_or_run(name: str, mixer: str, steps: int, seed: int, lr: float, path: str | None) -> dict[str, Any]:
+    key = {"layer": name, "config": asdict(config_of(name, mixer)), "seed": seed, "steps": steps, "lr": lr}
+    what = f"{name}, {mixer}, {steps} steps, seed {seed}"
+    return kept_or_run(
+        FINISHED, key | ({} if path is None else {"path": path}), lambda: measure(name, mixer, steps, seed, lr, path, what)
+    )
+
+
+def measure(name: str, mixer: str, steps: int, seed: int, lr: float, path: str | None, what: str) -> dict[str, Any]:
+    data = TextDataModule("tinyshakespeare", path, seed=seed, batches_per_epoch=steps)
+    torch.manual_seed(seed)
+    model = LanguageModel(data.vocab_size, config_of(name, mixer))
+    windows = [*zip(*data.val_dataloader(), strict=True)]
+    token_WT, target_WT = (torch.cat(part) for part in windows)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    seconds, curve, churn = 0.0, [], []
+    tiles = tiles_of(model, token_WT[:16])
+    for step, (token_BT, target_BT) in enumerate(track(data.train_dataloader(), what, total=steps), start=1):
+        if name == LEARNED_THEN_FROZEN and step == round(FREEZE_AT * steps):
+            freeze_all(model)
+        start = time.thread_time()
+        logits, _, aux = model(token_BT, return_routing=True)
+        loss = F.cross_entropy(logits.flatten(0, 1), target_BT.flatten())
+        optimizer.zero_grad()
+        (loss if aux is None else loss + aux["total_aux"]).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        seconds += time.thread_time() - start
+        if step % max(steps // TIMES_WATCHED, 1) == 0:
+            curve.append([seconds, mean_loss(model, token_WT[::8], target_WT[::8])])
+        if step % CHURN_EVERY == 0 and tiles is not None:
+            before, tiles = tiles, tiles_of(model, token_WT[:16])
+            assert tiles is not None
+            churn.append((tiles != before).float().mean().item())
+    figures = {"seed": seed, "loss_nats": mean_loss(model, token_WT, target_WT), "cpu_seconds": seconds, "curve": curve}
+    return figures | sizes(model, 1.0) | routing_figures(model, token_WT) | {"churn": churn}
+
+
+def freeze_all(model: LanguageModel) -> None:
+    for layer in routed_layers(model):
+        layer.freeze_all_signatures()
+
+
+@torch.no_grad()
+def mean_loss(model: LanguageModel, token_WT: Tensor, target_WT: Tensor) -> float:
+    model.eval()
+    pairs = zip(token_WT.split(32), target_WT.split(32), strict=True)
+    losses = [F.cross_entropy(model(token).mT, target, reduction="none") for token, target in pairs]
+    model.train()
+    return torch.cat(losses).mean().item()
+
+
+@torch.no_grad()
+def tiles_of(model: LanguageModel, token_WT: Tensor) -> Tensor | None:
+    """[layers, W, T]; None without tiles."""
+    model.eval()
+    parts = [[info["tile_idx"][..., 0] for info in model(token, return_routing=True)[1]] for token in token_WT.split(32)]
+    model.train()
+    return torch.stack([torch.cat(of_layer) for of_layer in zip(*parts, strict=True)]) if parts[0] else None
+
+
+def routing_figures(model: LanguageModel, token_WT: Tensor) -> dict[str, Any]:
+    tiles = tiles_of(model, token_WT)
+    if tiles is None:
+        return {}
+    layers = list(routed_layers(model))
+    loads = [np.bincount(of_layer.flatten(), minlength=layer.num_tiles) for layer, of_layer in zip(layers, tiles, strict=True)]
+    token, before = token_WT[:, 1:].flatten().numpy(), token_WT[:, :-1].flatten().numpy()
+    of_tokens = [of_layer[:, 1:].flatten().numpy() for of_layer in tiles]
+    return {
+        "bits_of_token": statistics.fmean(information(tile, token) for tile in of_tokens),
+        "bits_of_one_before": statistics.fmean(
+            information(tile + 1000 * token, before) - information(token, before) for tile in of_tokens
+        ),
+        "max_over_mean_load": float(max(load.max() / load.mean() for load in loads)),
+        "num_dead": int(sum((load == 0).sum() for load in loads)),
+        "diversity": min((layer.get_signature_diversity() for layer in layers), default=None),
+    }
+
+
+def information(a: np.ndarray, b: np.ndarray) -> float:
+    """I(a; b) in bits, of two series of numbers >= 0."""
+    return entropy(a) + entropy(b) - entropy(a.astype(np.int64) * (int(b.max()) + 1) + b)
+
+
+def entropy(value: np.ndarray) -> float:
+    _, count = np.unique(value, return_counts=True)
+    share = count / count.sum()
+    return float(-(share * np.log2(share)).sum())
+
+
+def summary(name: str, mixer: str, steps: int, runs: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    losses = [of_seed["loss_nats"] for of_seed in runs.values()]
+    return {
+        "layer": name,
+        "mixer": mixer,
+        "steps": steps,
+        "config": asdict(LAYERS[name]),
+        "loss_nats_mean": statistics.fmean(losses),
+        "loss_nats_spread": max(losses) - min(losses),
+        "runs": list(runs.values()),
+    }
+
+
+def seconds_to_reach(curve: list[list[float]], loss: float) -> float | None:
+    """CPU seconds after which a curve of (seconds, loss) is at or below a loss for the first time; None: never."""
+    if curve[0][1] <= loss:
+        return curve[0][0]
+    for (from_s, from_loss), (to_s, to_loss) in pairwise(curve):
+        if to_loss <= loss:
+            return from_s + (to_s - from_s) * (from_loss - loss) / (from_loss - to_loss)
+    return None
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    row_of = {(row["mixer"], row["steps"], row["layer"]): row for row in results}
+    lines = []
+    for mixer, steps in dict.fromkeys((row["mixer"], row["steps"]) for row in results):
+        for ours, other in QUESTIONS:
+            rows = [row_of.get((mixer, steps, name)) for name in (ours, other)]
+            if rows[0] is not None and rows[1] is not None and len(rows[0]["runs"]) > 1:
+                found = paired_significance(
+                    *([run["loss_nats"] for run in row["runs"]] for row in (rows[1], rows[0])), min_pairs=2
+                )
+                low, high = found.confidence_interval
+                verdict = "LOSES to" if low > 0 else "is better than" if high < 0 else "is not shown to differ from"
+                said = f"{found.mean_difference:+.4f} ({low:+.4f} to {high:+.4f})"
+                lines.append((low <= 0, f"- {ours} {verdict} {other} ({mixer}, {steps} steps): {said}"))
+    said_lines = [line for _, line in sorted(lines, key=lambda line: line[0])]
+    said_lines += [
+        "",
+        "| mixer | steps | feed-forward layer | nats, mean (max - min) | CPU s | to reach dense 4d / its s | active "
+        "| parameters | churn, % | I(tile; character) | I(tile; one before \\| character) | load | dead | diversity |",
+        "|---" * 14 + "|",
+    ]
+    for row in sorted(results, key=lambda row: (row["mixer"], row["steps"], row["loss_nats_mean"])):
+        runs, dense = row["runs"], row_of.get((row["mixer"], row["steps"], DENSE))
+        said_lines.append(
+            f"| {row['mixer']} | {row['steps']} | {row['layer']} | {row['loss_nats_mean']:.3f} ({row['loss_nats_spread']:.3f}) "
+            f"| {statistics.fmean(run['cpu_seconds'] for run in runs):.0f} | {share_of_dense(runs, dense)} "
+            f"| {runs[0]['active_parameters']:,} | {runs[0]['parameters']:,} | {routing_cells(runs)} |"
+        )
+    return "\n".join(said_lines)
+
+
+def share_of_dense(runs: list[dict[str, Any]], dense: dict[str, Any] | None) -> str:
+    """CPU seconds until the last loss of dense 4d, over those of dense 4d: the mean of the seeds; "never" if one does not."""
+    if dense is None:
+        return ""
+    shares = []
+    for ours, other in zip(runs, dense["runs"], strict=True):
+        whole_s, goal = other["curve"][-1]
+        reached_s = seconds_to_reach(ours["curve"], goal)
+        if reached_s is None:
+            return "never"
+        shares.append(reached_s / whole_s)
+    return f"{statistics.fmean(shares):.2f}"
+
+
+def routing_cells(runs: list[dict[str, Any]]) -> str:
+    if "bits_of_token" not in runs[0]:
+        return " | " * 5
+    means = {name: statistics.fmean(run[name] for run in runs) for name in ("bits_of_token", "bits_of_one_before", "diversity")}
+    churn = [100 * statistics.median(run["churn"][len(run["churn"]) // 2 :]) for run in runs if run["churn"]]
+    cells = [f"{statistics.fmean(churn):.1f}" if churn else ""]
+    cells += [f"{means['bits_of_token']:.2f}", f"{means['bits_of_one_before']:.2f}"]
+    cells += [f"{max(run['max_over_mean_load'] for run in runs):.1f}", f"{max(run['num_dead'] for run in runs)}"]
+    return " | ".join([*cells, f"{means['diversity']:.2f}"])
+
+
+def figure(results: list[dict[str, Any]]) -> "Figure":
+    """Loss on an eighth of the validation text by CPU seconds, a panel for each mixer and number of steps; the first seed."""
+    from matplotlib.figure import Figure
+
+    panels = list(dict.fromkeys((row["mixer"], row["steps"]) for row in results))
+    drawn = Figure(figsize=(8, 4.5 * len(panels)), layout="constrained")
+    for axes, (mixer, steps) in zip(drawn.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
+        for row in results:
+            if (row["mixer"], row["steps"]) == (mixer, steps):
+                style = "-" if "context" in row["layer"] else "--"
+                axes.plot(*zip(*row["runs"][0]["curve"], strict=True), style, label=row["layer"])
+        axes.set(xlabel="CPU seconds of training", ylabel="validation nats per character", title=f"{mixer}, {steps} steps")
+        axes.set_ylim(top=min(3.0, axes.get_ylim()[1]))
+        axes.grid(alpha=0.3)
+    drawn.legend(*drawn.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize="small")
+    return drawn
