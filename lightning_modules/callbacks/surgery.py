@@ -60,24 +60,25 @@ class SurgeryEvent:
     Args:
         action: ``insert`` gives a tile a designed signature, ``freeze`` holds signatures at their present value, ``unfreeze``
             lets them learn again.
-        tiles: tile indices; one for insert. layers: ``all``, or indices of routed layers.
-        step, epoch, when: exactly one of them; the event happens before that training step or epoch, both counted from 0, or
-            after the first validation at which the condition is met.
+        tiles: ``all`` in use, or tile indices; one index for insert. layers: ``all``, or indices of routed layers.
+        step, epoch, share, when: exactly one of them; the event happens before that training step or epoch, both counted from
+            0; before the step round(share * trainer.max_steps); or after the first validation at which the condition is met.
         signature: what an inserted tile answers to: signs ("+0-", in YAML with quotes), a list of -1, 0 and 1, or
             positive_dims and negative_dims.
         freeze: whether an inserted tile holds its signature; without it, learning goes on from it.
         tag: a name for the layer's surgery history.
 
     Raises:
-        ValueError: no time or several, a negative number, an index twice, no tile or layer, an insert without a signature or
-            with several tiles, or a signature or freeze of another action.
+        ValueError: no time or several, a negative number, a share outside [0, 1), an index twice, no tile or layer, an insert
+            without a signature or with several tiles, or a signature or freeze of another action.
     """
 
     action: Action
-    tiles: list[int]
+    tiles: Literal["all"] | list[int]
     layers: Literal["all"] | list[int] = "all"
     step: int | None = None
     epoch: int | None = None
+    share: float | None = None
     when: MetricCondition | None = None
     signature: str | list[float] | dict[str, list[int]] | None = None
     freeze: bool = True
@@ -86,18 +87,23 @@ class SurgeryEvent:
     def __post_init__(self) -> None:
         if self.action not in get_args(Action):
             raise ValueError(f"action ({self.action!r}) must be 'insert', 'freeze' or 'unfreeze'")
-        if sum(time is not None for time in (self.step, self.epoch, self.when)) != 1:
-            raise ValueError(f"exactly one of step ({self.step}), epoch ({self.epoch}) and when ({self.when}) must be given")
+        if sum(time is not None for time in (self.step, self.epoch, self.share, self.when)) != 1:
+            times = f"step ({self.step}), epoch ({self.epoch}), share ({self.share}) and when ({self.when})"
+            raise ValueError(f"exactly one of {times} must be given")
         if any(time is not None and time < 0 for time in (self.step, self.epoch)):
             raise ValueError(f"step ({self.step}) or epoch ({self.epoch}) must be >= 0")
-        _check_indices("tiles", self.tiles)
+        if self.share is not None and not 0 <= self.share < 1:
+            raise ValueError(f"share ({self.share}) must be >= 0 and < 1")
+        if self.tiles != "all":
+            _check_indices("tiles", self.tiles)
         if self.layers != "all":
             _check_indices("layers", self.layers)
         if self.action == "insert":
             if self.signature is None:
                 raise ValueError("insert needs a signature")
-            if len(self.tiles) != 1:
-                raise ValueError(f"number of tiles ({len(self.tiles)}) of an insert must be 1")
+            if self.tiles == "all" or len(self.tiles) != 1:
+                number = self.tiles if self.tiles == "all" else len(self.tiles)
+                raise ValueError(f"number of tiles ({number}) of an insert must be 1")
         elif self.signature is not None or not self.freeze:
             key = "freeze" if self.signature is None else "signature"
             raise ValueError(f"{key} ({getattr(self, key)}) belongs to insert, not to {self.action}")
@@ -106,12 +112,15 @@ class SurgeryEvent:
     def time(self) -> str:
         if self.when is not None:
             return f"once {self.when}"
+        if self.share is not None:
+            return f"at {self.share:.0%} of the steps"
         return f"at step {self.step}" if self.step is not None else f"at epoch {self.epoch}"
 
     def __str__(self) -> str:
         layers = "all layers" if self.layers == "all" else f"layers {_listed(self.layers)}"
         tag = f", tag {self.tag!r}" if self.tag else ""
-        return f"{self.action} tiles {_listed(self.tiles)} of {layers} {self.time}{tag}"
+        tiles = "all tiles" if self.tiles == "all" else f"tiles {_listed(self.tiles)}"
+        return f"{self.action} {tiles} of {layers} {self.time}{tag}"
 
 
 class SurgerySchedule(L.Callback):
@@ -146,6 +155,7 @@ class SurgerySchedule(L.Callback):
               - {action: insert, tiles: [3], signature: {positive_dims: [0, 1], negative_dims: [7]}, step: 100, tag: concept}
               - {action: unfreeze, tiles: [3], step: 300, tag: concept}
               - {action: freeze, tiles: [0, 1], layers: [1], when: {metric: val/loss, below: 2.5}}
+              - {action: freeze, tiles: all, share: 0.3}
     """
 
     def __init__(self, events: list[SurgeryEvent]) -> None:
@@ -175,6 +185,11 @@ class SurgerySchedule(L.Callback):
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for event in self.events:
+            if event.share is not None and trainer.max_steps < 1:
+                raise UserError(
+                    f"{event}: trainer.max_steps ({trainer.max_steps}) must be >= 1: the share is of that many steps"
+                )
         conditional = [event for event in self.events if event.when is not None]
         if conditional and not trainer.enable_validation:
             raise UserError(f"{conditional[0]}: conditions are judged after validations, of which this run has none")
@@ -218,6 +233,8 @@ class SurgerySchedule(L.Callback):
             return asdict(event) in self._met
         if event.step is not None:
             return event.step <= trainer.global_step
+        if event.share is not None:
+            return round(event.share * trainer.max_steps) <= trainer.global_step
         assert event.epoch is not None
         return event.epoch <= trainer.current_epoch
 
@@ -227,11 +244,12 @@ class SurgerySchedule(L.Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._met, self._applied = list(state_dict["met"]), list(state_dict["applied"])
+        # Files from before there was a share do not name it.
+        self._met, self._applied = ([{"share": None, **event} for event in state_dict[name]] for name in ("met", "applied"))
 
 
 def _check_layer(event: SurgeryEvent, index: int, layer: RoutedLayer) -> None:
-    if max(event.tiles) >= layer.num_tiles:
+    if event.tiles != "all" and max(event.tiles) >= layer.num_tiles:
         raise UserError(f"{event}: tile ({max(event.tiles)}) must be < num_tiles ({layer.num_tiles}) of layer {index}")
     if not isinstance(layer.router, SignatureRouter):
         kind = type(layer.router).__name__
@@ -239,7 +257,7 @@ def _check_layer(event: SurgeryEvent, index: int, layer: RoutedLayer) -> None:
     if event.action == "insert":
         try:
             signature_D = torch.tensor(signature_from(event.signature, layer.router.d_model, "signature"))
-            copy.deepcopy(layer.router).insert(event.tiles[0], signature_D, event.freeze)  # says what the layer would say
+            copy.deepcopy(layer.router).insert(_only_tile(event), signature_D, event.freeze)  # says what the layer would say
         except (UserError, ValueError) as error:
             raise UserError(f"{event}: {error}") from error
 
@@ -249,15 +267,20 @@ def _apply(event: SurgeryEvent, layers: dict[str, RoutedLayer], optimizers: Iter
     for layer in (layers[name] for name in names):
         if event.action == "insert":
             signature_D = torch.tensor(signature_from(event.signature, layer.router.d_model, "signature"))
-            layer.insert_signature(event.tiles[0], signature_D, event.freeze, event.tag)
+            layer.insert_signature(_only_tile(event), signature_D, event.freeze, event.tag)
             for optimizer in optimizers:
-                reset_signature_state(optimizer, layer, event.tiles[0])
-            continue
-        for tile_idx in event.tiles:
-            if event.action == "freeze":
-                layer.freeze_signature(tile_idx, event.tag)
-            else:
-                layer.unfreeze_signature(tile_idx, event.tag)
+                reset_signature_state(optimizer, layer, _only_tile(event))
+        elif event.tiles == "all":
+            (layer.freeze_all_signatures if event.action == "freeze" else layer.unfreeze_all_signatures)(event.tag)
+        else:
+            act = layer.freeze_signature if event.action == "freeze" else layer.unfreeze_signature
+            for tile_idx in event.tiles:
+                act(tile_idx, event.tag)
+
+
+def _only_tile(event: SurgeryEvent) -> int:
+    assert event.tiles != "all"
+    return event.tiles[0]
 
 
 def _no_metric(name: str, metrics: Iterable[str]) -> str:

@@ -160,6 +160,16 @@ class SignatureRouter(Router):
         self.is_frozen_E[tile_idx] = False
         self.note_surgery()
 
+    @torch.no_grad()
+    def unfreeze_all(self) -> None:
+        """As :meth:`unfreeze`, of every tile."""
+        self._check_unpacked()
+        if self.raw_signatures is not None:
+            frozen_ED = self.frozen_value_ED.to(self.raw_signatures.dtype)
+            self.raw_signatures.copy_(torch.where(self.is_frozen_E.unsqueeze(-1), frozen_ED, self.raw_signatures))
+        self.is_frozen_E.fill_(False)
+        self.note_surgery()
+
     def is_frozen(self, tile_idx: int) -> bool:
         self.check_tile(tile_idx)
         return bool(self.is_frozen_E[tile_idx])

@@ -177,6 +177,11 @@ class SignatureSurgery(Facts):
         self._signature_router().unfreeze(tile_idx)
         self.surgery_log.record("unfreeze", tile_idx, tag)
 
+    def unfreeze_all_signatures(self, tag: str = "") -> None:
+        """As :meth:`unfreeze_signature`, of every tile; one operation in the history."""
+        self._signature_router().unfreeze_all()
+        self.surgery_log.record("unfreeze", ALL_TILES, tag)
+
     def remove_tile(self, tile_idx: int, tag: str = "") -> None:
         """Take one tile out of use: no token goes to it, and it counts for nothing in the gates of the others.
 

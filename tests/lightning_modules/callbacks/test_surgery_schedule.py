@@ -1,4 +1,5 @@
 import copy
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -301,6 +302,40 @@ def test_a_condition_needs_a_validation(
         trainer.fit(language_model, text)
 
 
+@pytest.mark.parametrize("routing", ["explicit", "emergent"])
+def test_all_tiles_freeze_at_a_share_of_the_steps(routing: str, text: TextDataModule, make_trainer: MakeTrainer) -> None:
+    L.seed_everything(0)
+    network = small_network(ffn=FFNConfig(num_tiles=4, routing=routing))
+    task = LanguageModelTask(text.vocabulary, network, lambda p: torch.optim.SGD(p, lr=100.0), None)
+    events = [SurgeryEvent("freeze", "all", share=0.3, tag="rest"), SurgeryEvent("unfreeze", "all", [0], share=0.8)]
+    recorder = SignatureRecorder()
+    make_trainer(max_steps=10, limit_val_batches=0, callbacks=[recorder, SurgerySchedule(events)]).fit(task, text)
+    assert recorder.frozen == [[False] * 4] * 3 + [[True] * 4] * 5 + [[False] * 4] * 2
+    for later in recorder.raw[4:8]:
+        assert torch.equal(later, recorder.raw[3])
+    assert not torch.equal(recorder.raw[9], recorder.raw[3])
+    history = routed_layers(task)["layer_0"].get_surgery_history()
+    told = [(entry["operation"], entry["tile_idx"], entry["step"], entry["tag"]) for entry in history]
+    assert told == [("freeze", -1, 3, "rest"), ("unfreeze", -1, 8, "")]
+
+
+def test_a_share_needs_a_number_of_steps(text: TextDataModule, make_trainer: MakeTrainer) -> None:
+    task = LanguageModelTask(text.vocabulary, small_network(), lambda p: torch.optim.SGD(p, lr=1.0), None)
+    schedule = SurgerySchedule([SurgeryEvent("freeze", "all", share=0.5)])
+    with pytest.raises(
+        UserError, match=r"freeze all tiles of all layers at 50% of the steps: trainer.max_steps \(-1\) must be"
+    ):
+        make_trainer(max_steps=-1, max_epochs=1, callbacks=[schedule]).fit(task, text)
+
+
+def test_events_of_files_from_before_there_was_a_share_stay_applied() -> None:
+    event = SurgeryEvent("freeze", [1], step=1)
+    old = {name: value for name, value in asdict(event).items() if name != "share"}
+    schedule = SurgerySchedule([event])
+    schedule.load_state_dict({"met": [], "applied": [old]})
+    assert schedule.state_dict()["applied"] == [asdict(event)]
+
+
 def test_the_end_names_what_never_came(
     language_model: LanguageModelTask, text: TextDataModule, make_trainer: MakeTrainer, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -332,10 +367,12 @@ def test_conditions_have_one_bound(bounds: dict[str, float], message: str) -> No
     ("arguments", "message"),
     [
         ({"action": "melt", "tiles": [0], "step": 1}, r"action \('melt'\) must be 'insert', 'freeze' or 'unfreeze'"),
-        ({"action": "freeze", "tiles": [0]}, r"one of step \(None\), epoch \(None\) and when \(None\)"),
+        ({"action": "freeze", "tiles": [0]}, r"one of step \(None\), epoch \(None\), share \(None\) and when \(None\)"),
+        ({"action": "freeze", "tiles": "all", "share": 1.0}, r"share \(1.0\) must be >= 0 and < 1"),
+        ({"action": "insert", "tiles": "all", "step": 1, "signature": "+"}, r"number of tiles \(all\) of an insert must be 1"),
         (
             {"action": "freeze", "tiles": [0], "step": 1, "epoch": 2},
-            r"exactly one of step \(1\), epoch \(2\) and when \(None\)",
+            r"exactly one of step \(1\), epoch \(2\), share \(None\) and when \(None\)",
         ),
         ({"action": "freeze", "tiles": [0], "step": 1, "when": RISEN}, r"exactly one of step \(1\), epoch .* when \(m > 0.9\)"),
         ({"action": "freeze", "tiles": [0], "step": -1}, r"must be >= 0"),
