@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from trix.outputs import State, StateSpec
 
 SHIFT = 7  # places; tells the tokens of a code apart
-SEED = 0
+SEED = 20_261_129  # one that nobody is likely to seed a model with, whose weights would then be drawn as the codes are
 
 
 class ContextCode(nn.Module):
