@@ -137,7 +137,7 @@ def test_a_checkpoint_of_before_the_balance_bias_came_to_rest_is_read_and_resume
     state = task.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in checkpoint["state_dict"].items())
     assert [state[name].tolist() for name in ages] == [[0.0] * 4] * 2
-    make_trainer(max_steps=4).fit(task, text, ckpt_path=saved, weights_only=True)
+    make_trainer(max_steps=4).fit(task.train(), text, ckpt_path=saved, weights_only=True)
     assert all(task.state_dict()[name].min() > 0 for name in ages)
 
 
