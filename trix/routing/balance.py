@@ -117,8 +117,9 @@ def step_at(age: Tensor) -> Tensor:
     """The part of ``balance_rate`` by which the bias moves: 1 for 100 training batches, 0 from 200 on, linear in between.
 
     A constant step never rests where inputs are few and discrete, as characters are: a tile gives up and takes back the same
-    input for ever. Measured on characters and pairs of characters by their frequencies, with 16 and 64 tiles: at a constant
-    step 8 to 90 % of the tokens change tile between updates 200 and 400, and the largest load is no lower than with this one.
+    input for ever. Measured on random embeddings of characters and codes of pairs, by their frequencies in a text, with 16 and
+    64 tiles (means over 10 draws): 17 to 87 % of the tokens leave their tile between updates 200 and 400, for a largest load of
+    2.8 and 10.6 (characters), 1.3 and 2.4 (pairs) times the mean; with this one none, and 2.7, 9.8, 1.2, 2.3.
 
     Args:
         age: training batches that a tile has seen, >= 0, any shape.
