@@ -1,4 +1,4 @@
-"""Changing the learning rate of a run for good, whatever its schedule."""
+"""The learning rate of a run: changed for good, whatever its schedule; and how far the schedule has lowered it."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -22,6 +22,21 @@ def scale_rates(optimizer: Optimizer, schedulers: Iterable[LRScheduler], factor:
         group.update({name: _scaled(value, factor) for name, value in group.items() if name in _RATES})
     for scheduler in schedulers:
         scheduler.load_state_dict(_with_scaled_rates(scheduler.state_dict(), factor))
+
+
+def share_of_peak(optimizers: Iterable[Optimizer]) -> float:
+    """The present learning rate as a part of its peak, in [0, 1]; the largest over all groups of parameters.
+
+    The peak is what schedules of torch note in the optimizer: the rate that they begin with, or their max_lr. So it stands in
+    every checkpoint, and :func:`scale_rates` leaves the share as it is. 1 where there is no schedule, or all rates are 0.
+    """
+    shares = []
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        rate = float(group["lr"])
+        peak = max(rate, float(group.get("initial_lr", rate)), float(group.get("max_lr", rate)))
+        if peak > 0.0:
+            shares.append(rate / peak)
+    return max(shares, default=1.0)
 
 
 def _with_scaled_rates(state: Any, factor: float) -> Any:

@@ -78,6 +78,7 @@ def split_tile(ffn: TriXFFN, source_idx: int, target_idx: int, tag: str = "") ->
         router.raw_signatures[target_idx] = _redrawn_within_cells(router.raw()[source_idx])
     router.is_free_E[target_idx] = False
     router.balance_bias[target_idx] = router.balance_bias[source_idx]
+    router.balance_age_E[[source_idx, target_idx]] = 0.0
     router.log_mass_E[source_idx] -= math.log(2.0)
     router.log_mass_E[target_idx] = router.log_mass_E[source_idx]
     router.note_surgery()

@@ -1,16 +1,19 @@
 """The routing of the first tokens of an evaluation, kept one by one.
 
-Shape suffixes: N tokens of the sample, T tokens of the first sequence, K chosen tiles, E tiles.
+Shape suffixes: N tokens of the sample, T tokens of the first sequence, K chosen tiles, E tiles, D width of what routers read.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
 
+from lightning_modules.callbacks.routing_factors import RoutingFactors, directions_of, num_moved
+from lightning_modules.routed_layers import routed_layers
 from lightning_modules.tasks import RoutedTask
-from trix.outputs import RoutingInfo
+from trix.outputs import Directions, RoutingInfo
 from trix.routing.confidence import routing_confidence
 
 MAX_TOKENS = 2048  # they stand in every checkpoint
@@ -24,6 +27,8 @@ class TokenSample:
         label_N: the labels of the first batches, int32 (float32 where they are no classes); with them two samples are known to
             be of the same tokens.
         tile_N: {layer: the best tile of each token, int16}. confidence_N: {layer: the gap of its best two scores, float32}.
+        read_ND: {layer: what its router read of each token, float32}. directions: {layer: what it compared that with}. Both
+            are there only where the choice is a matter of directions.
         first: {layer: the routing of the first sequence, [T, ...], of which up to 48 tokens}. tokens: how those are written;
             None where tokens are no characters.
     """
@@ -32,16 +37,27 @@ class TokenSample:
         self.label_N = torch.zeros(0, dtype=torch.int32)
         self.tile_N: dict[str, Tensor] = {}
         self.confidence_N: dict[str, Tensor] = {}
+        self.read_ND: dict[str, Tensor] = {}
+        self.directions: dict[str, Directions] = {}
         self.first: dict[str, RoutingInfo] = {}
         self.tokens: list[str] | None = None
-        self._is_full = False
+        self.is_full = False
 
-    def update(self, outputs: Any, batch: Any, pl_module: L.LightningModule) -> None:
-        """Take a step's outputs into account, until there are enough tokens."""
-        if self._is_full or not outputs["routing"]:
+    def update(
+        self, outputs: Any, batch: Any, pl_module: L.LightningModule, read_TD: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Take a step's outputs into account, until there are enough tokens.
+
+        Args:
+            read_TD: what the routers read of all tokens of the batch, by layer, padding among them: [T, D].
+        """
+        if self.is_full or not outputs["routing"]:
             return
         if not self.first:
             self._take_first_sequence(outputs["routing"], batch[0], pl_module)
+            found = {name: directions_of(layer) for name, layer in routed_layers(pl_module).items() if name in (read_TD or {})}
+            self.directions = {name: directions for name, directions in found.items() if directions is not None}
+        self._take_what_was_read(outputs["routing"], _padding_mask(batch[0], pl_module), read_TD or {})
         label = outputs["label"].flatten()
         self.label_N = _extended(self.label_N, label.to(torch.float32 if label.is_floating_point() else torch.int32))
         for name, info in outputs["routing"].items():
@@ -49,10 +65,10 @@ class TokenSample:
             score_NE = info["scores"].flatten(end_dim=-2)[:MAX_TOKENS].float()
             self.tile_N[name] = _extended(self.tile_N.get(name), tile_N)
             self.confidence_N[name] = _extended(self.confidence_N.get(name), routing_confidence(score_NE))
-            self._is_full = len(self.tile_N[name]) == MAX_TOKENS
+            self.is_full = len(self.tile_N[name]) == MAX_TOKENS
 
     def _take_first_sequence(self, routing: dict[str, RoutingInfo], x: Tensor, pl_module: L.LightningModule) -> None:
-        mask_BT = pl_module.padding_mask(x) if isinstance(pl_module, RoutedTask) else None
+        mask_BT = _padding_mask(x, pl_module)
         if mask_BT is not None:
             token_T = x[0][mask_BT[0]]
         else:  # where an example is one token, the batch is the sequence
@@ -68,6 +84,22 @@ class TokenSample:
                 "scores": info["scores"].flatten(end_dim=-2)[: len(token_T)].cpu(),
             }
 
+    def _take_what_was_read(
+        self, routing: dict[str, RoutingInfo], mask_BT: Tensor | None, read_TD: Mapping[str, Tensor]
+    ) -> None:
+        for name, info in routing.items():
+            if name not in self.directions:
+                continue
+            num_tokens, read = info["tile_idx"].flatten(end_dim=-2).shape[0], read_TD.get(name)
+            if read is not None and mask_BT is not None and len(read) == mask_BT.numel():
+                read = read[mask_BT.flatten()]
+            width = self.directions[name].direction_ED.shape[-1]
+            if read is None or read.shape != (num_tokens, width):  # a layer of another kind; nothing can be said of it
+                del self.directions[name]
+                self.read_ND.pop(name, None)
+                continue
+            self.read_ND[name] = _extended(self.read_ND.get(name), read.detach()[:MAX_TOKENS].float())
+
     def num_changed(self, earlier: dict[str, Any], name: str) -> tuple[int, int] | None:
         """How many tokens have another best tile than in the :meth:`state` of an earlier sample, of how many.
 
@@ -78,11 +110,35 @@ class TokenSample:
             return None
         return int((tile_N != self.tile_N[name]).sum()), len(tile_N)
 
+    def num_moved(self, earlier: dict[str, Any], name: str) -> dict[str, int] | None:
+        """How many tokens each factor of the choice alone would move since an earlier sample: see :func:`num_moved`.
+
+        None where the tokens are not the same, or the choice is no matter of directions.
+        """
+        before, now = earlier.get("factors", {}).get(name), self._factors().get(name)
+        if before is None or now is None or self.num_changed(earlier, name) is None:
+            return None
+        return num_moved(RoutingFactors(**before), now)
+
+    def _factors(self) -> dict[str, RoutingFactors]:
+        return {name: RoutingFactors(read, *self.directions[name]) for name, read in self.read_ND.items()}
+
     def state(self) -> dict[str, Any]:
-        """What a later sample is compared with, as tensors."""
-        return {"label": self.label_N, "tile": dict(self.tile_N)}
+        """What a later sample is compared with, as tensors; where all layers read the same, that is one tensor in a file."""
+        read: list[Tensor] = []
+        factors: dict[str, dict[str, Tensor]] = {}
+        for name, of_layer in self._factors().items():
+            features = next((other for other in read if torch.equal(other, of_layer.features)), of_layer.features)
+            read.append(features)
+            factors[name] = {"features": features, "signatures": of_layer.signatures, "bias": of_layer.bias}
+        return {"label": self.label_N, "tile": dict(self.tile_N), "factors": factors}
+
+
+def _padding_mask(x: Tensor, pl_module: L.LightningModule) -> Tensor | None:
+    return pl_module.padding_mask(x) if isinstance(pl_module, RoutedTask) else None
 
 
 def _extended(values: Tensor | None, more: Tensor) -> Tensor:
-    more = more[:MAX_TOKENS].cpu()
-    return more if values is None else torch.cat([values, more])[:MAX_TOKENS]
+    """The values and as many more as there is room for, in memory of their own size: a file holds the whole of it."""
+    more = more[: MAX_TOKENS - (0 if values is None else len(values))].cpu()
+    return more.clone() if values is None else torch.cat([values, more])

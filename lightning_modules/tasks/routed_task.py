@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from lightning_modules.routed_layers import layer_name
+from lightning_modules.learning_rates import share_of_peak
+from lightning_modules.routed_layers import layer_name, routed_layers
 from lightning_modules.tasks.task import LRSchedulerCallable, OptimizerCallable, TrixTask
 from trix.nn import ClassifierConfig, FFNConfig, LanguageModelConfig
 from trix.outputs import AuxLosses, RoutingInfo
@@ -50,6 +51,9 @@ class RoutedTask(TrixTask, ABC, is_base=True):
     Logged, in nats per label (or the unit of the loss): ``train/loss`` (the cross entropy alone), ``train/aux_loss``,
     ``val/loss`` and ``test/loss`` (means over all labels of the stage, whatever the sizes of the batches).
 
+    The step of the routers' balance bias is lowered with the learning rate: its part of the peak is the routers' step_factor,
+    so that with a schedule that ends at 0 the routing ends at rest. Nothing of it is kept but what the optimizer keeps.
+
     Args:
         network: logits, routing, losses = network(x, return_routing=True).
         optimizer: makes the optimizer from the parameters.
@@ -70,6 +74,16 @@ class RoutedTask(TrixTask, ABC, is_base=True):
             logits: what the network answers, [..., C], in float32 or float64. label: as batches have it.
         """
         return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), label.reshape(-1))
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
+        self._set_step_factor(share_of_peak(self.trainer.optimizers))
+
+    def on_train_end(self) -> None:
+        self._set_step_factor(1.0)
+
+    def _set_step_factor(self, factor: float) -> None:
+        for layer in routed_layers(self).values():
+            layer.router.step_factor.fill_(factor)
 
     def training_step(self, batch: Batch) -> StepOutput:
         output, _, aux = self._step(batch)

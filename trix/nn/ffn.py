@@ -36,7 +36,9 @@ class TriXFFN(SignatureSurgery):
             a tile's rows agree, 0 where their votes nearly cancel; ``explicit`` learns them apart; ``scattering`` goes by the
             phase that the mixer gives; ``learned`` is a float gate, ``hash`` looks at the token's id alone. Or the import path
             of a :class:`~trix.routing.base_router.Router`.
-        balance_weight: weight of the balance loss. balance_rate: step of the balance bias, per training batch.
+        balance_weight: weight of the balance loss. balance_rate: step of the balance bias, per training batch: whole for the
+            first 100 batches, then falling, and 0 from batch 200 on, where the bias rests and the balance loss holds the load
+            alone; a task multiplies it by the learning rate's share of its peak.
         max_k: adaptive k: one tile where the confidence exceeds ``confidence_threshold``, else more, up to max_k.
             adaptive_k: the same with a max_k of 2 by default.
         diversity_weight: weight of relu(target_diversity - diversity of the signatures). Where routing has none (``learned``,

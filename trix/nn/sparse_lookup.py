@@ -51,8 +51,8 @@ class SparseLookupFFN(SignatureSurgery):
         tiles_per_cluster: tiles in a cluster of a two-level search; as routing is exact, it changes no result.
         grid_size: cells of a spline along each axis. compress_hidden: rows of W_1; default d_model // 4, at least 1.
         ternary_splines: splines with ternary corner values and one scale per tile, instead of float ones.
-        balance_weight: weight of the balance loss. balance_rate: step of the router's balance bias, per training batch; 0, the
-            default, leaves the choice to the signatures alone.
+        balance_weight: weight of the balance loss. balance_rate: step of the router's balance bias, per training batch, as in
+            :class:`~trix.nn.TriXFFN`; 0, the default, leaves the choice to the signatures alone.
         num_classes: number of label classes; by default the claims grow to the largest label seen.
         top_k: tiles per token.
 

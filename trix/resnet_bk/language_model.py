@@ -17,6 +17,7 @@ import trix.nn.language_model
 import trix.resnet_bk.mixer
 from trix.resnet_bk.config import ResNetBKConfig
 from trix.resnet_bk.core import BirmanSchwingerCore
+from trix.routing.base_router import AGE
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -299,6 +300,8 @@ class LanguageModel(nn.Module):
             planned = cls(**known)
         expected = {name: value.shape for name, value in planned.state_dict().items()}
         for name, shape in expected.items():
+            if name not in weights and name.endswith(f".{AGE}"):
+                continue
             if name not in weights:
                 raise ValueError(f"weights in {source} ({len(weights)} tensors) must hold {name}")
             if not isinstance(weights[name], Tensor):

@@ -11,9 +11,11 @@ from torch import Tensor
 from trix.functional.gates import adaptive_weight
 from trix.functional.tile_matmul import select_top_k
 from trix.outputs import Directions, RoutingDecision, RowContext
-from trix.routing.balance import balance_nudge, check_weights
-from trix.routing.facts import Facts, moved
+from trix.routing.balance import balance_nudge, check_weights, step_at
+from trix.routing.facts import Fact, Facts, check_counts, moved
 from trix.routing.pending import Pending
+
+AGE = "balance_age_E"  # the fact that files from before the bias came to rest do not have
 
 
 class Router(Facts, ABC):
@@ -26,6 +28,11 @@ class Router(Facts, ABC):
     changes nothing; training calls :meth:`add_batch`, and :meth:`settle` once no backward pass will route the batch again.
     The bias stays in at least float32 under casts: narrower floats would lose its small steps.
 
+    The bias comes to rest: each batch moves that of a tile by balance_rate * step_factor * step(age) * sign(mean load - load),
+    where step is 1 for the first 100 training batches of the tile and then falls to 0 at batch 200
+    (:func:`~trix.routing.balance.step_at`). From then on the balance loss holds the load alone. A tile that surgery puts in
+    use starts anew. The age is a fact (:class:`~trix.routing.facts.Facts`), which files from before do not have: it is 0 there.
+
     With ``max_k``, k is chosen token by token: 1 where the gap between the best two scores exceeds ``confidence_threshold``,
     else 2, up to max_k (see :func:`~trix.functional.gates.adaptive_k`). A decision then always names max_k tiles; the unused
     ones have weight 0, and the weights of the used ones are a softmax among themselves: they sum to 1. So a token that is sure
@@ -34,6 +41,11 @@ class Router(Facts, ABC):
     Class attributes:
         reads: what of the context it needs: {"token"}, {"phase"}, or nothing; a block checks it when it is made.
         reads_stream: whether the stream has a say in the choice, as x_TD or by way of the phase.
+
+    Attributes:
+        balance_age_E: float32 [E], the training batches of each tile that moved the bias, each counted by its step_factor.
+        step_factor: float32 scalar on the CPU, 1 unless a training sets it: the present learning rate as a part of its peak. A
+            tensor, so that compiled graphs need not be made anew; it is no part of the state_dict.
 
     A configuration makes it as ``Router(d_model, num_tiles, top_k=..., balance_rate=..., max_k=..., confidence_threshold=...,
     **routing_args)``.
@@ -50,6 +62,7 @@ class Router(Facts, ABC):
     reads: ClassVar[frozenset[str]] = frozenset()
     reads_stream: ClassVar[bool] = True
     balance_bias: Tensor
+    balance_age_E = Fact[Tensor]()
 
     def __init__(
         self,
@@ -76,6 +89,8 @@ class Router(Facts, ABC):
         self._first_top_k = top_k if max_k is None else max_k
         dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
         self.register_buffer("balance_bias", torch.zeros(num_tiles, dtype=dtype))
+        self.hold(AGE, torch.zeros(num_tiles, dtype=torch.float32))
+        self.step_factor = torch.ones((), dtype=torch.float32, device="cpu")
         self.pending = Pending()
 
     @property
@@ -128,7 +143,7 @@ class Router(Facts, ABC):
         return score_TE.softmax(dim=-1).gather(-1, tile_idx_TK) * math.sqrt(self.num_tiles)
 
     def update_balance(self, tile_idx_TK: Tensor, weight_TK: Tensor | None = None) -> None:
-        """Nudge ``balance_bias`` by ``balance_rate`` toward equal load, at once.
+        """Nudge ``balance_bias`` toward equal load, at once; see the class for the step.
 
         Assignments of weight 0 are not counted. With several processes the load is that of all of them: every one has to
         call it.
@@ -147,7 +162,7 @@ class Router(Facts, ABC):
 
     @torch.no_grad()
     def _nudge(self, tile_idx_TK: Tensor, weight_TK: Tensor | None) -> Tensor | None:
-        """What a batch adds to the bias, which does not depend on it: [E]; None for a rate of 0."""
+        """What a batch adds to the bias at the full step, whatever the router's state is: [E]; None for a rate of 0."""
         if self.balance_rate == 0:
             return None
         return balance_nudge(tile_idx_TK, self.num_tiles, self.balance_rate, weight_TK)
@@ -157,9 +172,17 @@ class Router(Facts, ABC):
         return self._after(self.pending.num_batches, self.pending.nudge_E)
 
     @torch.no_grad()
-    def _after(self, num_batches: int, nudge_E: Tensor | None) -> dict[str, Tensor]:  # noqa: ARG002
+    def _after(self, num_batches: int, nudge_E: Tensor | None) -> dict[str, Tensor]:
         """What batches with this nudge make of the router, by name."""
-        return {} if nudge_E is None else {"balance_bias": self.balance_bias + nudge_E}
+        if nudge_E is None:
+            return {}
+        age_E = self.balance_age_E
+        move_E = self._shared(nudge_E * (step_at(age_E) * self.step_factor))
+        return {"balance_bias": self.balance_bias + move_E, AGE: age_E + num_batches * self.step_factor}
+
+    def _shared(self, move_E: Tensor) -> Tensor:
+        """What each tile gets of the moves of all: its own."""
+        return move_E
 
     @torch.no_grad()
     def _move(self, values: dict[str, Tensor]) -> None:
@@ -189,8 +212,16 @@ class Router(Facts, ABC):
         bias_E = state_dict.get(prefix + "balance_bias")
         if bias_E is not None and bool(bias_E.isnan().any() if not bias_E.is_meta else False):
             raise ValueError(f"balance_bias[{int(bias_E.isnan().nonzero()[0])}] (nan) must be a number")
+        if bias_E is not None and prefix + AGE not in state_dict:
+            state_dict[prefix + AGE] = torch.zeros_like(self.balance_age_E, device=bias_E.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.pending.clear()
+
+    def _checked(self, name: str, value: Tensor) -> Tensor | int:
+        checked = super()._checked(name, value)
+        if name == AGE:
+            check_counts(name, checked)
+        return checked
 
     def _check_width(self, x_TD: Tensor) -> None:
         if x_TD.shape[-1] != self.d_model:

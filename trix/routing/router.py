@@ -176,9 +176,10 @@ class SignatureRouter(Router):
 
     @torch.no_grad()
     def occupy(self, tile_idx: int, balance_bias: float) -> None:
-        """Let a slot be chosen, with mass 1 and this bias, whether it was free or not."""
+        """Let a slot be chosen, with mass 1, this bias and age 0, whether it was free or not."""
         self.is_free_E[tile_idx] = False
         self.log_mass_E[tile_idx] = 0.0
+        self.balance_age_E[tile_idx] = 0.0
         self.balance_bias[tile_idx] = balance_bias
         self.note_surgery()
 
@@ -250,13 +251,15 @@ class SignatureRouter(Router):
 
     @torch.no_grad()
     def _nudge(self, tile_idx_TK: Tensor, weight_TK: Tensor | None) -> Tensor | None:
-        # A frozen tile keeps its standing: it gets the mean nudge, whatever tokens it claims. Free slots have no part in it.
         if self.balance_rate == 0:
             return None
+        return balance_nudge(tile_idx_TK, self.num_tiles, self.balance_rate, weight_TK, ~self.is_free_E)
+
+    def _shared(self, move_E: Tensor) -> Tensor:
+        # A frozen tile keeps its standing: it gets the mean move, whatever tokens it claims. Free slots have no part in it.
         in_use_E = ~self.is_free_E
-        nudge_E = balance_nudge(tile_idx_TK, self.num_tiles, self.balance_rate, weight_TK, in_use_E)
-        mean_nudge = nudge_E.sum() / in_use_E.sum().clamp_min(1)
-        return torch.where(self.is_frozen_E, mean_nudge, nudge_E) * in_use_E
+        mean_move = (move_E * in_use_E).sum() / in_use_E.sum().clamp_min(1)
+        return torch.where(self.is_frozen_E, mean_move, move_E) * in_use_E
 
     @torch.no_grad()
     def _after(self, num_batches: int, nudge_E: Tensor | None) -> dict[str, Tensor]:

@@ -69,7 +69,7 @@ def test_an_inserted_signature_is_held_and_nothing_else_is_new(
     assert layer.is_frozen(3)
     (entry,) = layer.get_surgery_history()
     assert (entry["operation"], entry["tile_idx"], entry["tag"], entry["frozen"]) == ("insert", 3, "a concept", True)
-    names = {"is_frozen_E", "frozen_value_ED", "balance_bias"}
+    names = {"is_frozen_E", "frozen_value_ED", "balance_bias", "balance_age_E"}
     assert differences(ckpt, output) == {f"/state_dict/{HISTORY}"} | {f"/state_dict/{ROUTER}.{name}" for name in names}
     versions = [torch.load(path, weights_only=True)["state_dict"]._metadata for path in (ckpt, output)]
     assert versions[0] == versions[1] != {}
@@ -82,7 +82,7 @@ def test_an_inserted_signature_is_held_and_nothing_else_is_new(
     assert lines[1].endswith(" zeros, not frozen")
     assert lines[2] == "after   4 +, 8 -, 4 zeros, frozen"
     assert all(name in lines[3] for name in names)
-    num_equal = len(torch.load(ckpt, weights_only=True)["state_dict"]) - 4
+    num_equal = len(torch.load(ckpt, weights_only=True)["state_dict"]) - 5
     assert lines[4] == f"wrote   {output}  (read again: the edit stands, the other {num_equal} weights and buffers are equal)"
 
 
@@ -311,7 +311,8 @@ def test_both_copies_of_averaged_weights_are_edited(
     out, err = capsys.readouterr()
     assert "also in current_model_state: the trained weights, of which the others are an average" in out
     assert err == ""
-    names = (f"{ROUTER}.is_frozen_E", f"{ROUTER}.frozen_value_ED", f"{ROUTER}.balance_bias", HISTORY)
+    facts = ("is_frozen_E", "frozen_value_ED", "balance_bias", "balance_age_E")
+    names = (*(f"{ROUTER}.{name}" for name in facts), HISTORY)
     copies = ("state_dict", "current_model_state")
     assert differences(averaged, output) == {f"/{key}/{name}" for key in copies for name in names}
     written = torch.load(output, weights_only=True)

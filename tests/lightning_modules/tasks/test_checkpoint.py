@@ -125,6 +125,22 @@ def as_before(checkpoint: dict[str, Any], **changes: Any) -> None:
     checkpoint["trix"].update(changes)
 
 
+def test_a_checkpoint_of_before_the_balance_bias_came_to_rest_is_read_and_resumed(
+    saved: Path, text: TextDataModule, make_trainer: Any
+) -> None:
+    checkpoint = torch.load(saved, weights_only=True)
+    ages = [name for name in checkpoint["state_dict"] if name.endswith(".balance_age_E")]
+    for name in ages:
+        del checkpoint["state_dict"][name]
+    torch.save(checkpoint, saved)
+    task, _ = load_checkpoint(saved)
+    state = task.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in checkpoint["state_dict"].items())
+    assert [state[name].tolist() for name in ages] == [[0.0] * 4] * 2
+    make_trainer(max_steps=4).fit(task.train(), text, ckpt_path=saved, weights_only=True)
+    assert all(task.state_dict()[name].min() > 0 for name in ages)
+
+
 def test_a_checkpoint_without_class_paths_is_read_by_its_names(saved: Path, text: TextDataModule) -> None:
     checkpoint = torch.load(saved, weights_only=True)
     as_before(checkpoint)

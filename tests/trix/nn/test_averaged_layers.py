@@ -35,6 +35,7 @@ AVERAGES: dict[str, dict[str, Any]] = {
 }
 DESIGNED = torch.tensor([1.0, -1.0, 0.0, 1.0] * (WIDTH // 4))
 FACTS = {"is_frozen_E", "frozen_value_ED", "is_free_E", "log_mass_E", "num_raised", "members_CM", "step", "usage_E", "count_EC"}
+FACTS |= {"balance_age_E"}
 every_layer = pytest.mark.parametrize("name", LAYERS)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trix.nn import RotaryAttention
@@ -206,6 +207,17 @@ def test_what_does_not_fit_is_refused_before_anything_is_made(tmp_path: Path) ->
     (tmp_path / "model.safetensors").write_bytes(b"no tensors")
     with pytest.raises(ValueError, match=r"must be a safetensors file"):
         LanguageModel.from_pretrained(tmp_path)
+
+
+def test_a_file_of_before_the_balance_bias_came_to_rest_is_read(tmp_path: Path) -> None:
+    model = make()
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    kept = {name: value for name, value in weights.items() if not name.endswith(".balance_age_E")}
+    assert len(kept) < len(weights)
+    save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
+    state = LanguageModel.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
 class _Ran:
