@@ -32,8 +32,8 @@ class Ngrams(NamedTuple):
     count_N: Tensor
 
 
-def count_ngrams(token_BT: Tensor, num_tokens: int, mask_BT: Tensor | None = None) -> Ngrams:
-    """The n-grams of B texts, the shorter ones at their beginnings among them: what a context code reads at each token.
+def ngrams_at(token_BT: Tensor, num_tokens: int, mask_BT: Tensor | None = None) -> Tensor:
+    """The n-gram that ends at each token of B texts, one after the other: what a context code reads there, int64 [N, J].
 
     Args:
         token_BT: int64. num_tokens: J. mask_BT: bool, False for padding, at which no n-gram ends.
@@ -41,7 +41,13 @@ def count_ngrams(token_BT: Tensor, num_tokens: int, mask_BT: Tensor | None = Non
     if mask_BT is None:
         mask_BT = torch.ones_like(token_BT, dtype=torch.bool)
     id_BS = F.pad(token_BT.masked_fill(~mask_BT, NO_TOKEN), (num_tokens - 1, 0), value=NO_TOKEN)
-    return joined([Ngrams(id_BS.unfold(1, num_tokens, 1)[mask_BT], torch.ones_like(token_BT[mask_BT]))])
+    return id_BS.unfold(1, num_tokens, 1)[mask_BT]
+
+
+def count_ngrams(token_BT: Tensor, num_tokens: int, mask_BT: Tensor | None = None) -> Ngrams:
+    """The n-grams of B texts, the shorter ones at their beginnings among them; arguments as :func:`ngrams_at`."""
+    id_NJ = ngrams_at(token_BT, num_tokens, mask_BT)
+    return joined([Ngrams(id_NJ, torch.ones(len(id_NJ), dtype=torch.int64))])
 
 
 def joined(parts: Iterable[Ngrams]) -> Ngrams:

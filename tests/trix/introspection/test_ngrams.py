@@ -9,7 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trix.introspection import TriXIntrospector
-from trix.introspection.ngrams import NO_TOKEN, NgramReader, Ngrams, all_ngrams, count_ngrams, joined, routes_on_context
+from trix.introspection.ngrams import (
+    NO_TOKEN,
+    NgramReader,
+    Ngrams,
+    all_ngrams,
+    count_ngrams,
+    joined,
+    ngrams_at,
+    routes_on_context,
+)
 from trix.nn import Classifier, ClassifierConfig, FFNConfig, LanguageModel, LanguageModelConfig
 
 V, D = 11, 32
@@ -72,8 +81,7 @@ def test_the_tile_of_an_ngram_is_the_models_in_a_running_text(settings: dict[str
     model = context_model(**settings)
     reader, token_BT = NgramReader(model), text()
     _, infos, _ = model(token_BT, return_routing=True)
-    padded_BS = torch.cat([torch.full((5, reader.num_tokens - 1), NO_TOKEN), token_BT], dim=1)
-    id_NJ = padded_BS.unfold(1, reader.num_tokens, 1).reshape(-1, reader.num_tokens)
+    id_NJ = ngrams_at(token_BT, reader.num_tokens)
     for layer, info in enumerate(infos):
         decision = reader.decide(id_NJ, layer)
         assert torch.equal(decision.tile_idx, info["tile_idx"].reshape(len(id_NJ), -1))
@@ -116,8 +124,7 @@ def test_padding_takes_no_part() -> None:
 def test_contributions_of_tokens_and_biases_sum_to_the_difference_of_the_scores(settings: dict[str, Any]) -> None:
     model = context_model(**settings)
     reader, token_BT = NgramReader(model), text()[:1]
-    padded_BS = torch.cat([torch.full((1, reader.num_tokens - 1), NO_TOKEN), token_BT], dim=1)
-    id_TJ = padded_BS.unfold(1, reader.num_tokens, 1)[0]
+    id_TJ = ngrams_at(token_BT, reader.num_tokens)
     for layer in range(2):
         explanations = TriXIntrospector(model).why(token_BT, layer)
         winner_T = torch.tensor([e.tile_idx for e in explanations])
