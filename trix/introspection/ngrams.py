@@ -3,7 +3,7 @@
 Shape suffixes: N n-grams, J tokens of an n-gram in the order of reading, the token itself last.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -67,6 +67,19 @@ def all_ngrams(vocab_size: int, num_tokens: int) -> Ngrams:
         raise ValueError(f"number of n-grams ({vocab_size}^{num_tokens}) must be <= {MAX_ALL}")
     id_NJ = torch.cartesian_prod(*[torch.arange(vocab_size)] * num_tokens).reshape(-1, num_tokens)
     return Ngrams(id_NJ, torch.ones(len(id_NJ), dtype=torch.int64))
+
+
+@dataclass(frozen=True)
+class CountedText:
+    """The n-grams of a text. names: how each id is written. source: what the text is, in words, as "training text"."""
+
+    ngrams: Ngrams
+    names: Sequence[str]
+    source: str
+
+    def written(self, ids: Sequence[int]) -> str:
+        """An n-gram, with a sign in the place of each token that is not there."""
+        return "".join(BEGINNING if token == NO_TOKEN else self.names[token] for token in ids)
 
 
 @dataclass(frozen=True)

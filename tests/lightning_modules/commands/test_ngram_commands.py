@@ -55,3 +55,15 @@ def test_why_names_only_so_many_tokens(context_checkpoint: Path, capsys: pytest.
     assert main(["why", str(context_checkpoint), "--prompt", "fox", "--num-dims", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()[2:5]
     assert [len(re.findall(r"@-?\d:", line)) for line in lines] == [1, 1, 1]
+
+
+def test_the_page_names_tiles_by_the_ngrams_of_the_training_text(context_checkpoint: Path, tmp_path: Path) -> None:
+    output = tmp_path / "page.html"
+    assert main(["inspect", str(context_checkpoint), "--output", str(output), "--num-tokens", "160"]) == 0
+    page = output.read_text()
+    # 20 batches of 4 windows of 8.
+    assert page.count("The usage predicted from the n-grams of 640 tokens (training text) is at most") == 2
+    assert page.count("points off, from those of the sample itself 0.0.") == 2
+    assert page.count("<p>n-grams: ") == 2 * 8
+    assert page.count("(predicted: ") == 2 * 8
+    assert re.search(r"<code>ox</code>&nbsp;\d\.\d%", page)
