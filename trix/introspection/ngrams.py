@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trix.introspection.symbols import BEGINNING
 from trix.nn.context_code import ContextCode
 from trix.nn.routed_layer import RoutedLayer, routed_layers
 from trix.nn.sparse_lookup import SparseLookupFFN
 from trix.outputs import RoutingDecision, RowContext
 
 NO_TOKEN = -1
-BEGINNING = "⊢"  # how NO_TOKEN is written
 MAX_ALL = 2**20  # n-grams
 _ROWS = 2**14  # n-grams that a router is asked about at a time
 
