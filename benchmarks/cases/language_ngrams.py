@@ -149,8 +149,8 @@ def table(results: dict[str, Any]) -> str:
     runs, language = results["runs"], results["language"]
     times = ", ".join(TIMES)
     rows = [
-        f"| arm | characteristic pairs claimed: {times} (least) | of all {language} | of all texts: predicted, measured | purity "
-        "| test accuracy |",
+        f"| arm | characteristic pairs claimed: {times} (least) | of all {language} | of all texts: predicted, measured "
+        "| purity | test accuracy |",
         "|---|---|---|---|---|---|",
     ]
     for arm in ARMS:
@@ -163,9 +163,8 @@ def table(results: dict[str, Any]) -> str:
         least = min(values[TIMES[-1]]["characteristic"] for values in of_arm)
         predicted = statistics.mean(values["predicted"] for values in of_arm)
         accuracy = statistics.mean(values["accuracy"] for values in of_arm)
-        rows.append(
-            f"| {arm} | {pairs} ({least:.1%}) | {of_language} | {predicted:.1%}, {means('all')[1]} | {purity} | {accuracy:.1%} |"
-        )
+        shares = f"{predicted:.1%}, {means('all')[1]}"
+        rows.append(f"| {arm} | {pairs} ({least:.1%}) | {of_language} | {shares} | {purity} | {accuracy:.1%} |")
     furthest = max(abs(values["predicted"] - values[TIMES[1]]["all"]) for run in runs for values in run["arms"].values())
     share = statistics.mean(run["share_of_language"] for run in runs)
     rows.append(

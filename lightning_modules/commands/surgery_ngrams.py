@@ -24,12 +24,12 @@ SHOWN = 8  # of the n-grams and tiles that are told besides
 
 @dataclass(frozen=True)
 class Designed:
-    """signature_D: int8. forecast: what it will claim of the n-grams of a text. page: the held-out data, if it can be had."""
+    """signature_D: int8. forecast: what it will claim of the n-grams of a text. page: held-out data, or why there is none."""
 
     signature_D: "Tensor"
     forecast: "Forecast"
     text: "CountedText"
-    page: "Page | None"
+    page: "Page | str"
 
 
 def split_ngrams(text: str) -> list[str]:
@@ -101,11 +101,13 @@ def design(task: "TrixTask", checkpoint: dict[str, Any], options: Namespace, ckp
         names[PADDING_TOKEN] = ""
     reader = NgramReader(task.network)
     wanted_MJ = torch.tensor(ids_of(ngrams, names, reader.num_tokens))
+    page: Page | str
     try:
         page = task.page(run_data(task, checkpoint, ckpt, trusted), MEASURED_TOKENS)
-    except UserError:  # the data is not named, or not here
-        page = None
-    text = page.counted if page is not None and page.counted is not None else _each_once(reader, names)
+    except UserError as error:  # the data is not named, or not here
+        page = str(error)
+    counted = None if isinstance(page, str) else page.counted
+    text = _each_once(reader, names) if counted is None else counted
     signature_D = design_signature(reader, options.layer, options.tile, wanted_MJ, text.ngrams)
     seen = forecast(reader, options.layer, options.tile, signature_D, wanted_MJ, text.ngrams)
     return Designed(signature_D, seen, text, page)
@@ -152,8 +154,8 @@ def print_measured(task: "TrixTask", designed: Designed, layer: int) -> None:
     from trix.introspection.ngrams import NgramReader, count_ngrams, ngrams_at
 
     seen, page = designed.forecast, designed.page
-    if page is None or page.counted is None:
-        print("found   nothing: the data of the checkpoint cannot be had, so that no claims can be measured")
+    if isinstance(page, str):
+        print(f"found   nothing, as the data to measure it on cannot be had: {page}")
         return
     reader = NgramReader(task.network)
     capture = TriXIntrospector(page.network).capture(torch.split(page.inputs, 8))

@@ -119,7 +119,8 @@ class RunData:
         Raises:
             DataError: a batch is neither a tensor nor (inputs, label).
         """
-        if type(self.module).train_dataloader is L.LightningDataModule.train_dataloader:
+        has_none = getattr(self.module.train_dataloader, "__func__", None) is L.LightningDataModule.train_dataloader
+        if has_none:
             batches = validation_batches(self.module)
         else:
             self.module.setup("fit")

@@ -14,6 +14,7 @@ from trix.routing.router import SignatureRouter
 
 WANTED_MARGIN, OTHER_MARGIN = 0.25, 0.1  # of scores, in standard deviations of a code's values
 WEIGHTS = (0.3, 1.0, 3.0, 10.0)  # of the wanted n-grams against all others
+NO_RIVAL = -100.0  # the score of other tiles where there are not enough of them
 START_SHARES = (0.5, 1.0)  # of the dimensions that are active at first
 MAX_NGRAMS, MAX_CHANGES = 4096, 400
 
@@ -103,7 +104,7 @@ def design_signature(reader: NgramReader, layer: int, tile_idx: int, wanted_MJ: 
     score_NE[:, tile_idx] = -torch.inf
     # What an inserted signature starts with is the mean bias of the tiles in use.
     bias = float(router.balance_bias[~router.is_free_E].mean())
-    rival_N = score_NE.topk(min(router.top_k, score_NE.shape[1]), dim=-1).values[:, -1] - bias
+    rival_N = score_NE.topk(router.top_k, dim=-1).values[:, -1].clamp_min(NO_RIVAL) - bias
     share_N = ngrams.count_N.double().masked_fill(is_wanted_N, 0.0)
     share_N = (share_N / share_N.sum().clamp_min(1)).float()
     search = _Search(code_ND, rival_N, share_N, is_wanted_N)

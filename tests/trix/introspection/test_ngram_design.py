@@ -93,6 +93,15 @@ def test_without_a_text_all_ngrams_can_be_told_apart() -> None:
     assert len(seen.others()) < V * V / 50
 
 
+@pytest.mark.parametrize("settings", [{"num_tiles": 1}, {"num_tiles": 2, "top_k": 2}], ids=str)
+def test_where_there_is_no_rival_all_is_claimed(settings: dict[str, int]) -> None:
+    reader, ngrams = NgramReader(context_model(**settings)), all_ngrams(V, 2)
+    wanted_MJ = ngrams.id_NJ[:1]
+    seen = forecast(reader, 0, 0, design_signature(reader, 0, 0, wanted_MJ, ngrams), wanted_MJ, ngrams)
+    assert seen.after.is_claimed(0).all()
+    assert seen.taken_from() == []
+
+
 def test_what_has_no_signature_to_design() -> None:
     ngrams = Ngrams(torch.tensor([[1, 2]]), torch.tensor([1]))
     with pytest.raises(ValueError, match="a router of type LearnedRouter has no signatures to design"):
