@@ -39,4 +39,5 @@ def make_page(task: "TrixTask", data: "RunData", checkpoint: dict[str, Any], ckp
         class_names=page.class_names,
         facts=facts,
         track=functools.partial(track, console=console, transient=True, disable=not console.is_terminal),
+        counted=page.counted,
     )

@@ -2,6 +2,7 @@
 
 import html
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_modules.commands.onnx_ngrams import ngram_cell, ngrams_by_tile
 from lightning_modules.errors import UserError
 from ort_ops.file_format import LayerRecord, describe_size
 from ort_ops.runtime import open_model
@@ -53,7 +55,10 @@ def make_onnx_page(model: Path) -> str:
     }
     entries = [(index, entry) for index, record in enumerate(records) for entry in record.history]
     usages = _usages((about.reference or {}).get("tile_idx"), layers)
-    sections = [_layer_section(index, *parts) for index, parts in enumerate(zip(layers, records, usages, strict=True))]
+    found = ngrams_by_tile(about, len(layers))
+    ngrams: list[list[Counter[str]] | None] = [None] * len(layers) if found is None else [*found]
+    parts = zip(layers, records, usages, ngrams, strict=True)
+    sections = [_layer_section(index, *of_layer) for index, of_layer in enumerate(parts)]
     none = "" if layers else "<p>No layer of this file is routed by signatures.</p>"
     body = f"<p>{html.escape(INTRODUCTION)}</p>{definitions(facts.items())}{surgery_table(entries)}{none}{''.join(sections)}"
     return page(f"TriX model: {model.name}", body)
@@ -74,7 +79,13 @@ def _usage(tile_idx: NDArray[np.int64], num_tiles: int) -> NDArray[np.float64]:
     return np.bincount(tile_idx, minlength=num_tiles) / max(len(tile_idx), 1)
 
 
-def _layer_section(index: int, layer: SignatureLayer, record: LayerRecord, usage_E: NDArray[np.float64] | None) -> str:
+def _layer_section(
+    index: int,
+    layer: SignatureLayer,
+    record: LayerRecord,
+    usage_E: NDArray[np.float64] | None,
+    ngrams: Sequence[Counter[str]] | None,
+) -> str:
     num_tiles, width = layer.signature_ED.shape
     per_token = "1 tile" if layer.top_k == 1 else f"up to {layer.top_k} tiles"
     title = heading(
@@ -82,9 +93,11 @@ def _layer_section(index: int, layer: SignatureLayer, record: LayerRecord, usage
         f"Layer {index}",
         f"{record.kind}, {num_tiles} tiles, {width} dimensions, {per_token} per token, {record.source} signatures. "
         "Signature: one bar per dimension, orange +1, blue -1, light 0. Bias: what is added to the scores before the choice."
-        + ("" if usage_E is None else " Usage: of the example in the file."),
+        + ("" if usage_E is None else " Usage: of the example in the file.")
+        + ("" if ngrams is None else " N-grams: what of the example goes there, and its share of the example."),
         f"layer-{index}",
     )
+    num_tokens = sum(map(Counter.total, ngrams or ())) // layer.top_k
     rows = []
     for tile, signature_D in enumerate(layer.signature_ED):
         states = {"frozen": tile in record.frozen, "free": bool(layer.is_free_E[tile])}
@@ -93,10 +106,12 @@ def _layer_section(index: int, layer: SignatureLayer, record: LayerRecord, usage
         claims = () if record.claims is None else (_claims(record.claims[tile]),)
         bias = f"{layer.bias_E[tile]:+.3f}"
         usage = () if usage_E is None else (f"{usage_E[tile]:.1%}",)
-        rows.append((f"{tile} {badges}", strip(signature_D), *counts, *usage, bias, *claims))
+        cell = () if ngrams is None else (ngram_cell(ngrams, tile, num_tokens),)
+        rows.append((f"{tile} {badges}", strip(signature_D), *counts, *usage, bias, *claims, *cell))
     measured = () if usage_E is None else ("usage",)
     claimed = () if record.claims is None else ("claims",)
-    columns = ("tile", "signature", "plus", "minus", "zero", *measured, "bias", *claimed)
+    named = () if ngrams is None else ("n-grams",)
+    columns = ("tile", "signature", "plus", "minus", "zero", *measured, "bias", *claimed, *named)
     return title + f'<div class="signatures">{table(columns, rows)}</div>'
 
 

@@ -40,6 +40,7 @@ def run_surgery(arguments: list[str]) -> int:
 
 def _run_checkpoint_surgery(options: Namespace, ckpt: Path, output: Path, trusted: Collection[str]) -> int:
     task, checkpoint = load_task(str(ckpt), "surgery", trusted)
+    from lightning_modules.commands.surgery_ngrams import design, print_forecast, print_measured
     from lightning_modules.whole_files import save
 
     try:
@@ -47,10 +48,15 @@ def _run_checkpoint_surgery(options: Namespace, ckpt: Path, output: Path, truste
         layer = routed_layer(task, options.layer)
         before = layer.get_signature_analysis(options.tile)
         originals = {key: copy.deepcopy(of_copy.state_dict()) for key, of_copy in copies.items()}
+        designed = None if options.ngrams is None else design(task, checkpoint, options, str(ckpt), trusted)
         for of_copy in copies.values():
-            operate(routed_layer(of_copy, options.layer), options)
+            operate(routed_layer(of_copy, options.layer), options, None if designed is None else designed.signature_D)
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(f"{ckpt}: {error}") from error
+    if designed is not None:
+        print_forecast(designed)  # before anything is written
     edited = checkpoint | {key: state_of(copies[key], originals[key], checkpoint[key]) for key in copies}
     changed = {key: [name for name, v in edited[key].items() if v is not checkpoint[key][name]] for key in copies}
     try:
@@ -67,6 +73,8 @@ def _run_checkpoint_surgery(options: Namespace, ckpt: Path, output: Path, truste
     print(f"changed {', '.join(changed['state_dict'])}")
     if len(copies) > 1:
         print(f"also in {', '.join(list(copies)[1:])}: the trained weights, of which the others are an average")
+    if designed is not None:
+        print_measured(task, designed, options.layer)
     print(f"wrote   {output}  (read again: the edit stands, the other {num_equal} weights and buffers are equal)")
     return 0
 
@@ -83,8 +91,11 @@ def routed_layer(task: "TrixTask", index: int) -> "RoutedLayer":
     return layers[index]
 
 
-def operate(layer: "RoutedLayer", options: Namespace) -> None:
+def operate(layer: "RoutedLayer", options: Namespace, signature_D: "Tensor | None" = None) -> None:
     """Carry out the action; the layer writes it to its surgery history.
+
+    Args:
+        signature_D: what is inserted; None for what the options say.
 
     Raises:
         ValueError: what the layer says; or a tile is frozen that is frozen, or the other way round.
@@ -92,7 +103,8 @@ def operate(layer: "RoutedLayer", options: Namespace) -> None:
     if options.action == "insert":
         import torch
 
-        signature_D = torch.tensor(read_signature(options.signature, layer.router.d_model))
+        if signature_D is None:
+            signature_D = torch.tensor(read_signature(options.signature, layer.router.d_model))
         layer.insert_signature(options.tile, signature_D, freeze=not options.no_freeze, tag=options.tag)
         return
     if options.action == "remove":
@@ -194,10 +206,12 @@ def _described(analysis: dict[str, Any]) -> str:
 
 
 def _with_signature_attached(arguments: list[str]) -> list[str]:
-    """A signature may begin with "-", which would be taken for an option."""
+    """A signature or an n-gram may begin with "-", which would be taken for an option."""
     joined: list[str] = []
     for argument in arguments:
-        if joined and joined[-1] == "--signature" and argument and is_signs(argument):
+        option = joined[-1] if joined else ""
+        is_option = argument.startswith("--") and argument[2:3].isalpha()
+        if (option == "--signature" and argument and is_signs(argument)) or (option == "--ngrams" and not is_option):
             joined[-1] += f"={argument}"
         else:
             joined.append(argument)
@@ -205,11 +219,17 @@ def _with_signature_attached(arguments: list[str]) -> list[str]:
 
 
 def _check_options(options: Namespace, ckpt: Path, output: Path) -> None:
-    if options.action == "insert" and not options.signature:
-        raise UserError("insert needs a signature: --signature SIGNS or --signature FILE.json")
-    if options.action != "insert" and (options.signature is not None or options.no_freeze):
-        option = "--no-freeze" if options.signature is None else "--signature"
-        raise UserError(f"{option} belongs to insert, not to {options.action}")
+    given = {"--signature": options.signature, "--ngrams": options.ngrams, "--no-freeze": options.no_freeze or None}
+    named = [name for name, value in given.items() if value is not None]
+    if options.action != "insert" and named:
+        raise UserError(f"{named[0]} belongs to insert, not to {options.action}")
+    if named[:2] == ["--signature", "--ngrams"]:
+        raise UserError("--signature and --ngrams cannot both be given")
+    if options.action == "insert" and not options.signature and not options.ngrams:
+        raise UserError("insert needs a signature: --signature SIGNS, --signature FILE.json or --ngrams TEXT,TEXT")
+    if options.tag is None and options.ngrams is None:
+        raise UserError("the following arguments are required: --tag; see `trix surgery --help`")
+    options.tag = options.ngrams if options.tag is None else options.tag
     check_output_file(output, ckpt, kept=())  # below it replaces nothing at all
     is_exported = ckpt.suffix.lower() == ".onnx"  # the ending tells the two kinds of file apart
     if (output.suffix.lower() == ".onnx") != is_exported:
@@ -226,6 +246,7 @@ def make_parser() -> CommandParser:
         "model is edited without torch. The change stands in the layer's surgery history, and the new file is verified.",
         epilog="examples:\n"
         "  trix surgery runs/digits insert --layer 1 --tile 3 --signature loop.json --tag loops --output new.ckpt\n"
+        '  trix surgery runs/char_lm insert --ngrams "th,Th" --layer 0 --tile 3 --output new.ckpt\n'
         "  trix surgery runs/digits freeze --layer 0 --tile 2 --tag keep --output new.ckpt\n"
         "  trix surgery runs/digits/model.onnx remove --layer 0 --tile 5 --tag off --output new.onnx",
     )
@@ -243,8 +264,14 @@ def make_parser() -> CommandParser:
         help='one sign a dimension, as in "+0-", or a JSON file: a list of -1, 0 and 1, or {"positive_dims": [...], '
         '"negative_dims": [...]}',
     ).complete = FILE
+    parser.add_argument(
+        "--ngrams",
+        metavar="TEXT,TEXT",
+        help="in a checkpoint that routes on context, in the place of a signature: n-grams for which one is designed. What it "
+        "will claim is said before it is inserted, and measured afterwards",
+    )
     parser.add_argument("--no-freeze", action="store_true", help="let learning go on from the inserted signature")
-    parser.add_argument("--tag", required=True, help="a name for the surgery history")
+    parser.add_argument("--tag", help="a name for the surgery history; where n-grams are given, these by default")
     parser.add_argument("--output", required=True, help="the file to write, which does not exist yet").complete = FILE
     parser.add_trust()
     return parser

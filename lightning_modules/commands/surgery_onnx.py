@@ -15,6 +15,10 @@ from ort_ops.surgery import Edit, VerificationError, operate_on_file, routed_lay
 
 def run_onnx_surgery(options: Namespace, model: Path, output: Path) -> int:
     """Write the edited file, and print what has changed."""
+    if options.ngrams is not None:
+        raise UserError(
+            f"{model}: --ngrams needs a checkpoint: an exported model names no codes; insert in the checkpoint and export that"
+        )
     try:
         signature_D = None if options.signature is None else _signature(options.signature, model, options.layer)
         edit = Edit(options.action, options.layer, options.tile, options.tag, signature_D, freeze=not options.no_freeze)

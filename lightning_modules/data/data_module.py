@@ -3,7 +3,7 @@
 Shape suffixes: B examples, T tokens of an example, F values of a token.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
@@ -112,6 +112,25 @@ class RunData:
         """As :meth:`TrixDataModule.written`."""
         return self._answers.written(x)
 
+    def training_inputs(self, num_tokens: int) -> Iterator[Tensor]:
+        """The inputs of the first training batches, until they have num_tokens tokens or an epoch ends; where the data has no
+        training batches, those of the validation.
+
+        Raises:
+            DataError: a batch is neither a tensor nor (inputs, label).
+        """
+        has_none = getattr(self.module.train_dataloader, "__func__", None) is L.LightningDataModule.train_dataloader
+        if has_none:
+            batches = validation_batches(self.module)
+        else:
+            self.module.setup("fit")
+            batches = _examples(self.module.train_dataloader(), type(self.module).__name__)
+        for inputs, _ in batches:
+            yield inputs
+            num_tokens -= inputs.shape[0] * (inputs.shape[1] if is_sequences(inputs) else 1)
+            if num_tokens <= 0:
+                return
+
     def example(self, index: int) -> HeldOut:
         """One example of the validation data, as a batch of one.
 
@@ -145,7 +164,12 @@ def validation_batches(data: L.LightningDataModule) -> Iterator[HeldOut]:
         if type(data).val_dataloader is not L.LightningDataModule.val_dataloader:
             raise
         raise DataError(f"{kind} must have a val_dataloader, from which held-out data is taken") from error
-    for batch in loader[0] if isinstance(loader, list | tuple) else loader:
+    yield from _examples(loader[0] if isinstance(loader, list | tuple) else loader, kind)
+
+
+def _examples(loader: Iterable[Any], kind: str) -> Iterator[HeldOut]:
+    """The batches of a loader of a data module of this kind."""
+    for batch in loader:
         parts = list(batch) if isinstance(batch, list | tuple) else [batch]
         if not parts or not all(isinstance(part, Tensor) for part in parts[:2]):
             raise DataError(

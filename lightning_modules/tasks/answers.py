@@ -18,6 +18,7 @@ from lightning_modules.errors import UserError
 if TYPE_CHECKING:  # what a training has no need of
     from ort_ops.export import ExportReport
     from ort_ops.file_format import Activations
+    from trix.introspection.ngrams import CountedText
 
 MAX_LEVELS = 5  # of labels that are no classes
 
@@ -43,7 +44,8 @@ class Page:
     """What a page is drawn from: see :func:`trix.introspection.html_report`.
 
     Args:
-        network: what is run on the inputs. facts: what the page says of the data, by name.
+        network: what is run on the inputs. facts: what the page says of the data, by name. counted: of a network that routes on
+            context, the text whose n-grams say what each tile claims.
     """
 
     network: nn.Module
@@ -52,6 +54,7 @@ class Page:
     tokens: Sequence[Sequence[str]] | None = None
     labels: Tensor | None = None
     class_names: Sequence[str] | None = None
+    counted: "CountedText | None" = None
 
 
 class Exporter(Protocol):

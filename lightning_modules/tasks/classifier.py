@@ -16,10 +16,11 @@ from lightning_modules.data.data_module import RunData
 from lightning_modules.errors import DataError, UserError
 from lightning_modules.tasks.answers import Example, Exporter, Page, Request
 from lightning_modules.tasks.checkpoint import check_blocks, check_head
+from lightning_modules.tasks.ngram_counts import count_training_text
 from lightning_modules.tasks.routed_task import Batch, RoutedTask, as_config
 from lightning_modules.tasks.task import LRSchedulerCallable, OptimizerCallable, default_lr_scheduler
 from lightning_modules.tasks.token_ids import characters, check_length, check_token_ids
-from trix.nn import Classifier, ClassifierConfig
+from trix.nn import PADDING_TOKEN, Classifier, ClassifierConfig
 
 
 class ClassifierTask(RoutedTask):
@@ -140,11 +141,14 @@ class ClassifierTask(RoutedTask):
         x, label_B = data.held_out(num_tokens)
         self._check_inputs(x)
         tokens: list[list[str]] | None
+        counted = None
         if self.vocabulary is not None:
-            tokens = characters(x, ["", *self.vocabulary[1:]])  # token 0 is padding
+            names = ["", *self.vocabulary[1:]]  # token 0 is padding
+            tokens = characters(x, names)
+            counted = count_training_text(self.network, data, names, self.network.config.context_length, PADDING_TOKEN)
         else:
             tokens = None if data.is_picture and label_B is not None else [data.written(x_TF) for x_TF in x]
-        return Page(self.network, x, data.facts(), tokens, label_B, self.class_names)
+        return Page(self.network, x, data.facts(), tokens, label_B, self.class_names, counted)
 
     @override
     def exportable(self, data: RunData, num_tokens: int) -> Exporter:

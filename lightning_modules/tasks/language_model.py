@@ -15,6 +15,7 @@ from lightning_modules.data.data_module import RunData
 from lightning_modules.errors import DataError, UserError
 from lightning_modules.tasks.answers import Example, Exporter, Page, Request
 from lightning_modules.tasks.checkpoint import check_blocks
+from lightning_modules.tasks.ngram_counts import count_training_text
 from lightning_modules.tasks.routed_task import Batch, RoutedTask, as_config
 from lightning_modules.tasks.task import LRSchedulerCallable, OptimizerCallable, default_lr_scheduler
 from lightning_modules.tasks.token_ids import characters, check_length, check_token_ids
@@ -103,7 +104,8 @@ class LanguageModelTask(RoutedTask):
     def page(self, data: RunData, num_tokens: int) -> Page:
         """Held-out text; each character is a class of its own."""
         token_BT = self._held_out(data, num_tokens)
-        return Page(self.network, token_BT, data.facts(), characters(token_BT, self.vocabulary))
+        counted = count_training_text(self.network, data, self.vocabulary, self.network.config.context_length)
+        return Page(self.network, token_BT, data.facts(), characters(token_BT, self.vocabulary), counted=counted)
 
     @override
     def exportable(self, data: RunData, num_tokens: int) -> Exporter:

@@ -16,7 +16,7 @@ def check_length(prompt: str, limit: int) -> None:
         raise UserError(f"length of the prompt ({len(prompt)}) must be >= 1 and <= context_length ({limit})")
 
 
-def check_token_ids(token_BT: Tensor, vocabulary: str, limit: int) -> Tensor:
+def check_token_ids(token_BT: Tensor, vocabulary: Sequence[str], limit: int) -> Tensor:
     """The ids themselves.
 
     Raises:

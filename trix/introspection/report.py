@@ -11,9 +11,18 @@ from torch import Tensor, nn
 from trix.introspection import plots
 from trix.introspection.capture import Capture
 from trix.introspection.introspector import TriXIntrospector
+from trix.introspection.ngrams import CountedText, NgramReader, count_ngrams, routes_on_context
 from trix.introspection.page import definitions, drawing, heading, page, surgery_table, table
 from trix.introspection.sample import Sample
-from trix.introspection.tile_card import HOW_TO_READ, LayerReading, count_claims, is_counted, tile_card
+from trix.introspection.tile_card import (
+    HOW_TO_READ,
+    HOW_TO_READ_NGRAMS,
+    LayerReading,
+    NgramReading,
+    count_claims,
+    is_counted,
+    tile_card,
+)
 from trix.nn.ffn import TriXFFN
 from trix.nn.routed_layer import RoutedLayer
 from trix.outputs import RoutingDecision
@@ -65,6 +74,7 @@ def html_report(
     class_names: Sequence[str] | None = None,
     facts: Mapping[str, str] | None = None,
     track: Track = untracked,
+    counted: CountedText | None = None,
 ) -> str:
     """The page, as text.
 
@@ -72,6 +82,8 @@ def html_report(
         model: holds routed layers; run once on ``inputs``, in evaluation mode, and left as it was.
         inputs, tokens, labels, class_names: see :class:`~trix.introspection.sample.Sample`.
         facts: what else stands at the top, by name. track: shows the progress.
+        counted: of a model that routes on context, the text whose n-grams name the tiles and predict what they claim; without
+            it, the inputs themselves.
 
     Raises:
         ValueError: the model has no routed layers, or what is given does not fit the inputs.
@@ -80,7 +92,10 @@ def html_report(
     introspector = TriXIntrospector(model)
     capture = introspector.capture(track(torch.split(inputs, BATCH_SEQUENCES), "running the model"))
     layers = range(len(introspector.layers))
-    sections = [_layer_section(introspector, layer, capture, sample) for layer in track(layers, "drawing the layers")]
+    reads_ngrams = routes_on_context(model) and inputs.dim() == 2 and not inputs.is_floating_point()
+    own = _count_inputs(model, sample, is_counted(capture.decision[0])) if reads_ngrams else None
+    texts = None if own is None else (counted or own, own)
+    sections = [_layer_section(introspector, layer, capture, sample, texts) for layer in track(layers, "drawing the layers")]
     num_tokens = int(is_counted(capture.decision[0]).sum())
     at_most = "at most " if num_tokens < len(sample.label_N) else ""  # padding fills the others up
     measured = f"{num_tokens:,} tokens, in sequences of {at_most}{sample.length}"
@@ -88,7 +103,7 @@ def html_report(
     body = (
         f"<p>{html.escape(INTRODUCTION)}</p>{definitions([*(facts or {}).items(), ('measured on', measured)])}"
         f"<nav>Go to {links}</nav>{_summary(introspector, capture)}{_surgery(introspector.layers)}"
-        f"{_how_to_read()}{''.join(sections)}"
+        f"{_how_to_read(reads_ngrams)}{''.join(sections)}"
     )
     return page(title, body)
 
@@ -123,14 +138,33 @@ def _surgery(layers: Sequence[RoutedLayer]) -> str:
     return surgery_table([(index, entry) for index, layer in enumerate(layers) for entry in layer.get_surgery_history()])
 
 
-def _how_to_read() -> str:
+def _count_inputs(model: nn.Module, sample: Sample, is_counted_N: Tensor) -> CountedText:
+    """The n-grams of the sample itself, of which each id is written as its first token is."""
+    token_BT = sample.inputs.cpu()
+    name_of: dict[int, str] = {}
+    for ids, texts in zip(token_BT.tolist(), sample.tokens or token_BT.tolist(), strict=True):
+        for token, text in zip(ids, texts, strict=True):
+            name_of.setdefault(token, str(text))
+    names = [name_of.get(token, "") for token in range(max(name_of) + 1)]
+    mask_BT = is_counted_N.cpu().reshape(token_BT.shape)
+    return CountedText(count_ngrams(token_BT, NgramReader(model).num_tokens, mask_BT), names, "the same tokens")
+
+
+def _how_to_read(reads_ngrams: bool) -> str:
     title = heading(
         2, "How to read a tile's card", "Below the figures of a layer stands one card per tile. From top to bottom:"
     )
-    return title + definitions(HOW_TO_READ)
+    return title + definitions((*HOW_TO_READ, *HOW_TO_READ_NGRAMS) if reads_ngrams else HOW_TO_READ)
 
 
-def _layer_section(introspector: TriXIntrospector, index: int, capture: Capture, sample: Sample) -> str:
+def _layer_section(
+    introspector: TriXIntrospector,
+    index: int,
+    capture: Capture,
+    sample: Sample,
+    texts: tuple[CountedText, CountedText] | None,
+) -> str:
+    """texts: where n-grams decide, the one whose n-grams name the tiles, and the sample."""
     layer, decision = introspector.layers[index], capture.decision[index]
     reading = LayerReading(
         layer,
@@ -139,14 +173,20 @@ def _layer_section(introspector: TriXIntrospector, index: int, capture: Capture,
         introspector.signature_similarity_matrix(index),
         introspector.routing_distribution(capture, index),
         count_claims(decision, layer.num_tiles, sample),
+        None if texts is None else _read_ngrams(introspector.model, index, *texts),
     )
     cards = "".join(tile_card(reading, tile, sample) for tile in range(layer.num_tiles))
     return (
-        heading(2, f"Layer {index}", _routing_line(layer, decision), anchor=f"layer-{index}")
+        heading(2, f"Layer {index}", _routing_line(reading), anchor=f"layer-{index}")
         + _layer_figures(reading, sample)
         + heading(3, f"The tiles of layer {index}", "One card per tile; how to read it stands at the top of the page.")
         + f'<div class="tiles">{cards}</div>'
     )
+
+
+def _read_ngrams(model: nn.Module, index: int, counted: CountedText, own: CountedText) -> NgramReading:
+    reader = NgramReader(model)
+    return NgramReading(counted, reader.claims(counted.ngrams, index), reader.claims(own.ngrams, index))
 
 
 def _layer_figures(reading: LayerReading, sample: Sample) -> str:
@@ -190,8 +230,19 @@ def _layer_figures(reading: LayerReading, sample: Sample) -> str:
     return "".join(heading(3, name, explanation) + drawing(figure, name) for name, explanation, figure in figures)
 
 
-def _routing_line(layer: RoutedLayer, decision: RoutingDecision) -> str:
-    router = layer.router
-    top_k = decision.tile_idx.shape[1]
+def _routing_line(reading: LayerReading) -> str:
+    layer, router = reading.layer, reading.layer.router
+    top_k = reading.decision.tile_idx.shape[1]
     per_token = "1 tile" if top_k == 1 else f"up to {top_k} tiles" if router.is_adaptive else f"{top_k} tiles"
-    return f"{layer.num_tiles} tiles, {layer.d_model} dimensions, {per_token} per token. {router.describe()}"
+    line = f"{layer.num_tiles} tiles, {layer.d_model} dimensions, {per_token} per token. {router.describe()}"
+    if reading.ngrams is None:
+        return line
+    found, usage_E = reading.ngrams, reading.usage_E.cpu()
+    of_text, of_sample = (
+        f"{100 * float((claims.rates() - usage_E).abs().max()):.1f}" for claims in (found.claims, found.claims_of_sample)
+    )
+    return (
+        f"{line} It reads {found.claims.ngrams.id_NJ.shape[1]} tokens at a time. The usage predicted from the n-grams of "
+        f"{found.claims.num_tokens:,} tokens ({found.counted.source}) is at most {of_text} points off, from those of the "
+        f"sample itself {of_sample}."
+    )

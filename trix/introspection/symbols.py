@@ -2,6 +2,7 @@
 
 # Blue and orange stay apart for colour-blind readers; grey recedes.
 SIGNATURE_COLOURS = {-1: "#2166ac", 0: "#eeeeee", 1: "#e08214"}
+BEGINNING = "⊢"  # in an n-gram, the place of a token before the beginning of a text
 
 
 def visible(text: str) -> str:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trix.introspection.ngrams import CountedText, NgramClaims
 from trix.introspection.page import code, strip, table
 from trix.introspection.sample import Sample
 from trix.nn.routed_layer import RoutedLayer
@@ -14,6 +15,7 @@ from trix.routing.claims import ClaimMatrix
 NEAREST_TILES = 3
 CLASSES_PER_TILE = 6
 CONTEXTS_PER_TILE = 4
+NGRAMS_PER_TILE = 8
 MIN_OCCURRENCES = 5  # a class seen less often is too rare to speak of who claims it
 # Contexts are told apart as they are made; more than so many are not tried for one that is new.
 MAX_CONTEXTS_TRIED = 200
@@ -34,6 +36,23 @@ HOW_TO_READ = (
     ),
     ("examples", "tokens that landed here, those with the highest scores first, marked where they stand"),
 )
+HOW_TO_READ_NGRAMS = (
+    (
+        "n-grams",
+        "what the tile answers to, as the signatures alone say: the token that comes here, with those before it, and the share "
+        "of the counted text that each takes, the largest first. A sign ⊢ stands where the text had not begun",
+    ),
+    ("predicted", "the usage that follows from the signatures and the counts of n-grams, without running the model"),
+)
+
+
+@dataclass(frozen=True)
+class NgramReading:
+    """What a layer of a model that routes on context makes of n-grams: those of a text, and those of the sample itself."""
+
+    counted: CountedText
+    claims: NgramClaims
+    claims_of_sample: NgramClaims
 
 
 @dataclass(frozen=True)
@@ -46,6 +65,7 @@ class LayerReading:
     similarity_EE: Tensor
     usage_E: Tensor
     claims: ClaimMatrix
+    ngrams: NgramReading | None = None
 
 
 def count_claims(decision: RoutingDecision, num_tiles: int, sample: Sample) -> ClaimMatrix:
@@ -69,10 +89,24 @@ def tile_card(reading: LayerReading, tile: int, sample: Sample) -> str:
     bar = f'<div class="bar"><div style="width:{min(usage, 1):.1%}"></div></div>'
     signature_D = reading.signature_ED[tile]
     return (
-        f'<div class="tile"><h4>Tile {tile}{badges}</h4>{strip(signature_D.cpu().numpy())}'
+        f'<div class="tile"><h4>Tile {tile}{badges}</h4>{_ngrams(reading, tile)}{strip(signature_D.cpu().numpy())}'
         f'<div class="muted">{_counts(signature_D)}</div>{_nearest(reading.similarity_EE[tile], tile)}'
-        f"<p>usage: {usage:.1%}</p>{bar}{_traffic(reading, tile, sample)}</div>"
+        f"<p>usage: {usage:.1%}{_predicted(reading, tile)}</p>{bar}{_traffic(reading, tile, sample)}</div>"
     )
+
+
+def _ngrams(reading: LayerReading, tile: int) -> str:
+    if reading.ngrams is None:
+        return ""
+    claims, counted = reading.ngrams.claims, reading.ngrams.counted
+    found = claims.of_tile(tile, NGRAMS_PER_TILE)
+    shown = " ".join(f"{code(counted.written(ids))}&nbsp;{share:.1%}" for ids, share in found)
+    more = int(claims.is_claimed(tile).sum()) - len(found)
+    return f"<p>n-grams: {shown or 'none'}{f' and {more:,} more' if more else ''}</p>"
+
+
+def _predicted(reading: LayerReading, tile: int) -> str:
+    return "" if reading.ngrams is None else f" (predicted: {float(reading.ngrams.claims.rates()[tile]):.1%})"
 
 
 def _traffic(reading: LayerReading, tile: int, sample: Sample) -> str:

@@ -52,7 +52,8 @@ class SurgeryLog(Facts):
         Raises:
             TypeError: a detail that JSON cannot hold.
         """
-        entry = {"operation": operation, "tile_idx": tile_idx, "step": int(self.step), "tag": tag, **details}
+        step = 0 if self.step.is_meta else int(self.step)  # a sketch of a layer has no values
+        entry = {"operation": operation, "tile_idx": tile_idx, "step": step, "tag": tag, **details}
         self._entries.append(json.loads(json.dumps(entry)))
         self.stand_alone()
         self.note_change()

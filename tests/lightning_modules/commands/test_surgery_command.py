@@ -144,10 +144,11 @@ def test_training_goes_on_and_holds_the_signature(checkpoints: Path, tmp_path: P
 WHERE = ["--layer", "0", "--tile", "0", "--tag", "t", "--output", "{out}"]
 INSERT = ["{lm}", "insert", *WHERE]
 MISTAKES = [
-    ([], "the following arguments are required: MODEL, action, --layer, --tile, --tag, --output"),
+    ([], "the following arguments are required: MODEL, action, --layer, --tile, --output"),
+    (["{lm}", "freeze", "--layer", "0", "--tile", "0", "--output", "{out}"], "the following arguments are required: --tag"),
     (["{lm}", "freze", *WHERE], "argument action: invalid choice: 'freze'"),
-    (INSERT, "insert needs a signature: --signature SIGNS or --signature FILE.json"),
-    ([*INSERT, "--signature", ""], "insert needs a signature: --signature SIGNS or --signature FILE.json"),
+    (INSERT, "insert needs a signature: --signature SIGNS, --signature FILE.json or --ngrams"),
+    ([*INSERT, "--signature", ""], "insert needs a signature: --signature SIGNS, --signature FILE.json or --ngrams"),
     ([*INSERT, "--signature", "-0+"], "lm.ckpt: signature (3,) must have shape (16,)"),
     ([*INSERT, "--signature", "--0+"], "lm.ckpt: signature (4,) must have shape (16,)"),
     ([*INSERT, "--signature", "+x"], "--signature (+x) must be a row of +, 0 and -, or a file that can be read: No such file"),

@@ -9,6 +9,7 @@ import torch
 
 from trix.evolution import merge_tiles, raise_k, split_tile
 from trix.introspection import html_report
+from trix.introspection.ngrams import CountedText, NgramReader, count_ngrams
 from trix.nn import Classifier, ClassifierConfig, FFNConfig, LanguageModel, LanguageModelConfig, SparseLookupFFNv2
 
 TEXT = "<b>&\n $\\日\x0c"
@@ -239,3 +240,53 @@ def test_what_is_given_must_fit() -> None:
         html_report(classifier(), IMAGES, labels=torch.zeros(2, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"number of class_names \(2\) must be > the largest label \(2\)"):
         html_report(classifier(), IMAGES, labels=LABELS, class_names=["a", "b"])
+
+
+def context_network(**ffn: Any) -> LanguageModel:
+    return network(**({"num_tiles": 3, "route_on": "context"} | ffn))
+
+
+def test_tiles_of_a_model_that_routes_on_context_are_named_by_their_ngrams() -> None:
+    model = context_network()
+    reader = NgramReader(model)
+    page = html_report(model, TOKENS, STRINGS)
+    assert page.count("It reads 2 tokens at a time. The usage predicted from the n-grams of 36 tokens (the same tokens)") == 2
+    assert page.count("is at most 0.0 points off, from those of the sample itself 0.0.") == 2
+    ngrams = count_ngrams(TOKENS, 2)
+    for place, card in enumerate(cards(page)):
+        layer, tile = divmod(place, 3)
+        claims = reader.claims(ngrams, layer)
+        rate = f"{float(claims.rates()[tile]):.1%}"
+        assert f"<p>usage: {rate} (predicted: {rate})</p>" in card
+        expected = claims.of_tile(tile)
+        line = re.search(r"<p>n-grams: (.*?)</p>", card)
+        assert line is not None
+        shares = re.findall(r"<code>.*?</code>&nbsp;(\d+\.\d)%", line[1])
+        assert shares == [f"{100 * share:.1f}" for _, share in expected[:8]]
+        assert (f"and {len(expected) - 8} more" in line[1]) == (len(expected) > 8)
+
+
+def test_another_text_predicts_what_tiles_claim() -> None:
+    model = context_network()
+    letters = [*"abcdefgh"]
+    other = CountedText(count_ngrams(torch.tensor([[0, 1, 0, 1]]), 2), letters, "another text")
+    page = html_report(model, TOKENS, STRINGS, counted=other)
+    assert "The usage predicted from the n-grams of 4 tokens (another text) is at most" in page
+    shown = set(re.findall(r"<code>([a-h⊢]+)</code>&nbsp;(\d+\.\d)%", page))
+    assert shown == {("⊢a", "25.0"), ("ab", "50.0"), ("ba", "25.0")}
+
+
+def test_padding_is_no_part_of_an_ngram() -> None:
+    torch.manual_seed(0)
+    config = ClassifierConfig(16, 1, 2, 64, ffn=FFNConfig(num_tiles=4, route_on="context"))
+    model = Classifier(None, 2, config, vocab_size=9)
+    tokens = torch.zeros(2, 20, dtype=torch.int64)
+    tokens[:, :16] = torch.randint(1, 9, (2, 16))
+    strings = [["" if not token else "abcdefgh"[token - 1] for token in row] for row in tokens.tolist()]
+    page = html_report(model, tokens, strings, labels=torch.tensor([0, 1]))
+    assert "from the n-grams of 32 tokens (the same tokens) is at most 0.0 points off" in page
+
+
+def test_without_context_nothing_is_said_of_ngrams() -> None:
+    assert "n-grams" not in html_report(network(), TOKENS, STRINGS)
+    assert "n-grams" in html_report(context_network(routing="hash"), TOKENS, STRINGS)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from trix.nn import SparseLookupFFN, SparseLookupFFNv2, TriXFFN
+from trix.nn import FFNConfig, SparseLookupFFN, SparseLookupFFNv2, TriXFFN
 from trix.routing import SignatureSurgery, SurgeryLog
 
 WIDTH, NUM_TILES = 16, 4
@@ -241,3 +241,10 @@ def test_the_log_holds_only_what_json_can() -> None:
     with pytest.raises(TypeError):
         log.record("split", 1, value=torch.ones(1))
     assert len(log.history()) == 1
+
+
+def test_a_sketch_of_a_layer_can_be_frozen() -> None:
+    with torch.device("meta"):
+        sketch = FFNConfig(num_tiles=3, signatures="drawn").build(8)
+    assert isinstance(sketch, TriXFFN)
+    assert [entry["step"] for entry in sketch.get_surgery_history()] == [0]
