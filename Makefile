@@ -14,10 +14,13 @@ OPERATOR_TESTS := $(addprefix tests/ort_ops/test_,native_ops.py ternary_ffn.py r
   outlier_activations.py sparse_lookup_op.py activations.py functions.py panels.py library.py self_test.py) \
   tests/parity/test_isa_parity.py
 OLDEST := build/ort_oldest
+WITH_TRANSFORMERS := build/with_transformers
+TRANSFORMERS_TESTS := tests/benchmarks/test_bk_contestants.py tests/lightning_modules/test_comparison.py \
+  tests/trix/resnet_bk/test_language_model.py
 IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-cpus test-arm test-ort-oldest fuzz fuzz-files lint format bench screenshot wheel clean
+.PHONY: help setup demo test test-slow test-cpus test-arm test-ort-oldest test-transformers fuzz fuzz-files lint format bench screenshot wheel clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,6 +67,16 @@ test-ort-oldest: $(STAMP) ## Run the operator tests with the oldest onnxruntime 
 	$(OLDEST)/bin/pip install -q --disable-pip-version-check --no-deps -e .
 	$(OLDEST)/bin/python -c "import onnxruntime; print('onnxruntime', onnxruntime.__version__)"
 	$(OLDEST)/bin/pytest -q -p no:cacheprovider $(OPERATOR_TESTS)
+
+test-transformers: $(STAMP) ## Run the tests that need transformers or mambapy, which .venv does without
+	rm -rf $(WITH_TRANSFORMERS)
+	mkdir -p $(WITH_TRANSFORMERS)
+	$(BIN)/python -m pip freeze -q --exclude-editable > $(WITH_TRANSFORMERS)/constraints.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target $(WITH_TRANSFORMERS) mambapy
+	$(BIN)/python -m pip install -q --disable-pip-version-check --target $(WITH_TRANSFORMERS) \
+	  -c $(WITH_TRANSFORMERS)/constraints.txt 'transformers>=5,<6'
+	PYTHONPATH=$(CURDIR)/$(WITH_TRANSFORMERS) $(BIN)/python -m pytest -q -p no:cacheprovider $(TRANSFORMERS_TESTS) \
+	  -k 'transformers or Auto or mamba or Mamba2 or GatedDeltaNet or xLSTM or library'
 
 fuzz: $(STAMP) ## Feed the sanitized library mutated models and random shapes for ten minutes, or FUZZ_SECONDS=60
 	TRIX_FUZZ_SECONDS=$(or $(FUZZ_SECONDS),600) TRIX_FUZZ_SEED=$${TRIX_FUZZ_SEED:-$$(date +%s)} \

@@ -40,7 +40,18 @@ def model_of(name: str) -> LanguageModel:
 def test_every_contestant_has_the_same_size_and_does_not_look_ahead(name: str) -> None:
     model = model_of(name)
     assert abs(num_parameters(11, model.config) - SIZE.num_parameters) <= 0.01 * SIZE.num_parameters
-    check_causal(model, name, 11, 24)
+    assert check_causal(model, name, 11, 24)
+
+
+@pytest.mark.parametrize("name", ["TriX", "hermitian, tiles by phase", "hermitian, tiles by signature"])
+@torch.no_grad()
+def test_an_edit_moves_no_logit_before_it_by_sharing_its_tiles(name: str) -> None:
+    torch.manual_seed(0)
+    model = LanguageModel(11, fitted_config(CONTESTANTS[name], 11, Size(64, 2, 4, 128, 8, 125_000))).eval()
+    for place in torch.randint(1, 128, (12,)).tolist():
+        token_BT = torch.randint(11, (3, 128))
+        edited_BT = torch.cat([token_BT[:, :place], torch.randint(11, (3, 128 - place))], dim=1)
+        assert torch.equal(model(edited_BT)[:, :place], model(token_BT)[:, :place])
 
 
 @pytest.mark.parametrize("name", ALL)

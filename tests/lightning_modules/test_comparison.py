@@ -164,7 +164,7 @@ def contestant(name: str, context_length: int) -> nn.Module:
 @pytest.mark.parametrize("name", CONTESTANTS)
 def test_no_contestant_looks_ahead(name: str) -> None:
     torch.manual_seed(0)
-    check_causal(contestant(name, 16), name, 256, 16)
+    assert check_causal(contestant(name, 16), name, 256, 16)
 
 
 @pytest.mark.parametrize("name", CONTESTANTS)

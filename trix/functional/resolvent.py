@@ -74,6 +74,28 @@ def _reciprocal(z: Pair) -> Pair:
     return Pair(z.re / square, -z.im / square)
 
 
+def hermitian_couplings(c: Pair, b: Pair | None = None) -> Tensor:
+    """w = b c = |c|^2 for an operator with c below the diagonal and b above it, which must be conj(c), as in a hermitian one.
+
+    Pivots need w >= 0 alone, but the bound of :func:`~trix.functional.resolvent_mix.resolvent_mix` needs |c|^2 = w: with
+    b = 1/4 and c = 4, which also give w = 1, what is mixed outgrows it without end.
+
+    Args:
+        c: float32 or float64, any shape. b: of that shape; None is conj(c).
+
+    Raises:
+        ValueError: b is not conj(c), or shapes or dtypes that differ.
+    """
+    if b is not None:
+        for name, part in zip(("Re b", "Im b"), b, strict=True):
+            check_like(name, part, "c", c.re, c.re.shape)
+        is_other = (b.re != c.re) | (b.im != -c.im)
+        if bool(is_other.any()):
+            b_value, c_value = (complex(part.re[is_other][0], part.im[is_other][0]) for part in (b, c))
+            raise ValueError(f"b ({b_value:g}) must be the conjugate of c ({c_value:g})")
+    return c.re.square() + c.im.square()
+
+
 def two_sided_diagonal(alpha: Pair, w: Tensor, *, method: Method = "chunk") -> Pair:
     """The diagonal of the inverse of the whole operator: G_ii = 1 / (alpha_i - w_i GL_{i-1} - w_{i+1} GR_{i+1}).
 

@@ -37,8 +37,8 @@ def resolvent_mix(
     Vector state: y_i = G_i (u_i - c_i y_{i-1}).
     Matrix state: S_i = G_i (k_i (x) u_i - c_i S_{i-1}), y_i = q_i S_i.
 
-    Where w = |c|^2, sqrt(eta_i) |y_i| <= (sum_{j<=i} |u_j|^2 / eta_j)^(1/2) in the vector form. |c_i G_i| may exceed 1 and is
-    never clamped. c_i = 0 forgets what stood before token i.
+    Where w = |c|^2 (:func:`~trix.functional.resolvent.hermitian_couplings`), sqrt(eta_i) |y_i| <= (sum_{j<=i} |u_j|^2 /
+    eta_j)^(1/2) in the vector form. |c_i G_i| may exceed 1 and is never clamped. c_i = 0 forgets what stood before token i.
 
     Args:
         G, c: pivots and couplings, float32 or float64 [B, H, N].

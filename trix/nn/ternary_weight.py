@@ -69,7 +69,7 @@ class TernaryWeight(nn.Module):
             assert self.row_scale is not None
             return ternary_tile_matmul(x_SK, self.packed, self.row_scale, tile_idx_S)
         groups = group_tokens(tile_idx_S, self.shape[0])
-        return grouped_linear(x_SK[groups.order], self.ternary(), groups.ends)[groups.inverse]
+        return grouped_linear(x_SK[groups.order], self.ternary(), groups.ends, in_blocks=not self.training)[groups.inverse]
 
     def signatures(self) -> Tensor:
         """sign of the column sums of the codes: [..., K] in {-1, 0, +1}, no gradient."""

@@ -1,6 +1,7 @@
 """The experts of a routed layer, and the project's own kind: two-layer perceptrons with ternary weights."""
 
 from abc import ABC, abstractmethod
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -93,8 +94,9 @@ class TernaryTiles(Tiles):
             tile_idx_S = torch.where(weight_TK.reshape(-1) == 0, num_tiles, tile_idx_S)
         groups = group_tokens(tile_idx_S, num_tiles)
         x_SD = x_TD[groups.order if top_k == 1 else groups.order // top_k]
-        hidden_SH = F.relu(grouped_linear(x_SD, self.up.ternary(), groups.ends, skip_unused)).square()
-        y_SD = grouped_linear(hidden_SH, self.down.ternary(), groups.ends, skip_unused)[groups.inverse]
+        product = partial(grouped_linear, ends=groups.ends, has_rest=skip_unused, in_blocks=not self.training)
+        hidden_SH = F.relu(product(x_SD, self.up.ternary())).square()
+        y_SD = product(hidden_SH, self.down.ternary())[groups.inverse]
         y_TKD = y_SD.reshape(*tile_idx_TK.shape, x_TD.shape[-1]) * weight_TK.unsqueeze(-1).to(y_SD.dtype)
         return y_TKD.sum(dim=1)
 

@@ -13,6 +13,7 @@ from trix.functional.resolvent import (
     METHODS,
     Method,
     Pair,
+    hermitian_couplings,
     log_prefix_determinant,
     open_left_end,
     resolvent_pivots,
@@ -250,3 +251,15 @@ def test_the_sweep_is_compiled_and_exported_whole() -> None:
     ):
         assert torch.equal(found[0], resolvent_pivots(longer, w_longer).re)
     assert torch.equal(program.module()(*alpha, w)[1], expected.im)
+
+
+def test_hoppings_that_are_not_conjugates_are_refused() -> None:
+    c = Pair(torch.tensor([1.0, 3.0]), torch.tensor([-2.0, 4.0]))
+    assert hermitian_couplings(c).tolist() == [5.0, 25.0]
+    assert hermitian_couplings(c, Pair(c.re, -c.im)).tolist() == [5.0, 25.0]
+    with pytest.raises(ValueError, match=r"b \(3\+4j\) must be the conjugate of c \(3\+4j\)"):
+        hermitian_couplings(c, Pair(c.re, torch.tensor([2.0, 4.0])))
+    with pytest.raises(ValueError, match=r"b \(0.25\+0j\) must be the conjugate of c \(4\+0j\)"):
+        hermitian_couplings(Pair(torch.tensor([4.0]), torch.zeros(1)), Pair(torch.tensor([0.25]), torch.zeros(1)))
+    with pytest.raises(ValueError, match=r"Re b .* must"):
+        hermitian_couplings(c, Pair(c.re.double(), c.im.double()))

@@ -103,3 +103,27 @@ def test_the_weight_gradient_of_an_empty_group_is_zero(dtype: torch.dtype) -> No
     (weight_grad,) = torch.autograd.grad(y, weight, grad)
     none = torch.zeros(16, 8, dtype=dtype)
     torch.testing.assert_close(weight_grad, torch.stack([grad[:2].T @ x[:2], none, grad[2:5].T @ x[2:5], none]))
+
+
+@settings(deadline=None)
+@given(st.integers(1, 60), st.integers(0, 60), st.integers(0, 60), st.sampled_from([(16, 8), (33, 7), (128, 64)]), st.data())
+def test_in_blocks_a_row_has_one_answer_whatever_shares_its_group(
+    num_rows: int, num_before: int, num_after: int, sizes: tuple[int, int], data: st.DataObject
+) -> None:
+    width, num_outputs = sizes
+    weight, row = torch.randn(3, num_outputs, width), torch.randn(1, width)
+    place = num_before + data.draw(st.integers(0, num_rows - 1))
+    x = torch.randn(num_before + num_rows + num_after, width)
+    x[place] = row
+    ends = torch.tensor([num_before, num_before + num_rows, len(x)], dtype=torch.int32)
+    alone = grouped_linear(row, weight, torch.tensor([0, 1, 1], dtype=torch.int32), in_blocks=True)
+    y = grouped_linear(x, weight, ends, in_blocks=True)
+    assert torch.equal(y[place], alone[0])
+    torch.testing.assert_close(y, grouped_linear(x, weight.requires_grad_(), ends).detach(), rtol=1e-5, atol=1e-4)
+
+
+def test_rows_after_the_last_group_are_zero_in_blocks() -> None:
+    ends = torch.tensor([2, 5], dtype=torch.int32)
+    y = grouped_linear(torch.randn(6, 8), torch.randn(2, 4, 8), ends, has_rest=True, in_blocks=True)
+    assert y[:5].all()
+    assert not y[5].any()
