@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 from bk_contestants import CONTESTANTS, NUM_TILES, TOP_K, fitted_config
+from case_options import check_distinct, positive, seed_number, whole
 from cases.bk_quality import SIZES, chosen_rate, losses_by_half, text
 from cases.char_lm_quality import train_model, validate
-from kept_runs import RESULTS, kept_or_run
+from kept_runs import RESULTS, kept_or_run, put_aside
 from turns import one_thread
 
 from lightning_modules.comparison import check_causal
@@ -40,18 +41,19 @@ FINISHED = RESULTS / "bk_router.runs.jsonl"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--steps", type=int, default=300, help="training steps (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED", help="default: %(default)s")
-    parser.add_argument("--lrs", type=float, nargs="+", default=[2e-3, 4e-3, 8e-3], help="peak rates (default: %(default)s)")
+    parser.add_argument("--steps", type=whole(1), default=300, help="training steps (default: %(default)s)")
+    parser.add_argument("--seeds", type=seed_number, nargs="+", default=[0, 1, 2], metavar="SEED", help="default: %(default)s")
+    parser.add_argument("--lrs", type=positive, nargs="+", default=[2e-3, 4e-3, 8e-3], help="peak rates (default: %(default)s)")
     parser.add_argument("--path", help="another text")
     parser.add_argument("--resume", action="store_true", help="keep the runs that an earlier call finished")
 
 
 def run(steps: int, seeds: list[int], lrs: list[float], path: str | None, resume: bool) -> list[dict[str, Any]]:
+    check_distinct(seeds=seeds, lrs=lrs)
+    data = text(SIZE, steps, 0, path)
     if not resume:
-        FINISHED.unlink(missing_ok=True)
+        put_aside(FINISHED)
     with one_thread():
-        data = text(SIZE, steps, 0, path)
         configs = {name: config_of(routing, data.vocab_size) for name, routing in ROUTINGS.items()}
         is_bitwise = {name: is_causal(name, config, data.vocab_size) for name, config in configs.items()}
         runs = {
