@@ -2,7 +2,9 @@
 
 import json
 import os
+import pickle
 import secrets
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -237,14 +239,14 @@ class LanguageModel(nn.Module):
         """Write config.json and model.safetensors, each whole or not at all; the folder is made.
 
         Raises:
-            ValueError: a weight is not finite.
+            ValueError: a weight is not finite; then nothing is made.
         """
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
         weights = {name: value.detach().contiguous().cpu() for name, value in self.state_dict().items()}
         for name, value in weights.items():
             if value.is_floating_point() and not bool(value.isfinite().all()):
                 raise ValueError(f"weight {name} ({int((~value.isfinite()).sum())} values that are not) must be finite")
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
         about = {"model_type": MODEL_TYPE, "architectures": ["ResNetBKForCausalLM"], **asdict(self.config)}
         _replace(folder / WEIGHTS_FILE, lambda path: save_file(_unshared(weights), path, metadata={"format": "pt"}))
         _replace(folder / CONFIG_FILE, lambda path: path.write_text(json.dumps(about, indent=2) + "\n"))
@@ -264,7 +266,7 @@ class LanguageModel(nn.Module):
         try:
             about = json.loads((folder / CONFIG_FILE).read_text())
         except ValueError as error:
-            raise ValueError(f"{folder / CONFIG_FILE} must be JSON: {error}") from error
+            raise ValueError(f"{folder / CONFIG_FILE} must be JSON: {_first_line(error)}") from error
         return cls._made(about, _weights(folder / WEIGHTS_FILE), str(folder))
 
     @classmethod
@@ -275,11 +277,15 @@ class LanguageModel(nn.Module):
             ValueError: another file, or weights that do not fit the configuration.
         """
         try:
-            content = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch warns of a strange pickle before it refuses it
+                content = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
         except FileNotFoundError as error:
             raise ValueError(f"checkpoint ({checkpoint_path}) must exist") from error
         except Exception as error:  # whatever a damaged or hostile file makes torch raise
-            raise ValueError(f"checkpoint ({checkpoint_path}) must hold tensors and plain values only: {error}") from error
+            # torch's own text of a pickle is six lines, which tell how to run what is in it.
+            why = "" if isinstance(error, pickle.UnpicklingError) else f": {_first_line(error)}"
+            raise ValueError(f"checkpoint ({checkpoint_path}) must hold tensors and plain values only{why}") from error
         if not isinstance(content, dict) or not all(isinstance(content.get(key), dict) for key in ("config", "state_dict")):
             raise ValueError(f"checkpoint ({checkpoint_path}) must hold config and state_dict")
         return cls._made(content["config"], content["state_dict"], str(checkpoint_path))
@@ -364,6 +370,10 @@ def _replace(path: Path, write: Any) -> None:
         partial.unlink(missing_ok=True)
 
 
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def _local(name_or_path: str | Path) -> Path:
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
@@ -376,11 +386,11 @@ def _local(name_or_path: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(name_or_path), allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
     except Exception as error:  # no network, no such repository, no such name
-        raise ValueError(f"model ({name_or_path}) must be a folder or a repository of the hub: {error}") from error
+        raise ValueError(f"model ({name_or_path}) must be a folder or a repository of the hub: {_first_line(error)}") from error
 
 
 def _weights(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} must be a safetensors file: {error}") from error
+        raise ValueError(f"{path} must be a safetensors file: {_first_line(error)}") from error

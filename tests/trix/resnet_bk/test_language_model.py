@@ -2,8 +2,10 @@
 
 import json
 import pickle
+import sys
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -222,8 +224,38 @@ def test_a_pickle_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "model.pt").write_bytes(pickle.dumps(_Ran()))
     with pytest.raises(ValueError, match=r"must be a folder with config.json and model.safetensors, it is a file"):
         LanguageModel.from_pretrained(tmp_path / "model.pt")
-    with pytest.raises(ValueError, match=r"must hold tensors and plain values only"):
+    with pytest.raises(ValueError, match=r"must hold tensors and plain values only$"):
         LanguageModel.from_checkpoint(tmp_path / "model.pt")
+
+
+def test_what_cannot_be_read_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_network(*_: Any, **__: Any) -> str:
+        raise OSError("\nthe hub cannot be reached\nCheck your connection.")
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(snapshot_download=no_network))
+    torch.save(_Ran(), tmp_path / "object.pt")
+    torch.save({"weight": torch.zeros(100)}, tmp_path / "cut.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "cut.pt").read_bytes()[:-300])
+    (tmp_path / "bare.pt").write_bytes(pickle.dumps(_Ran()))
+    (tmp_path / "folder").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "folder" / name).write_text("{\n]")
+    readings = [lambda name=name: LanguageModel.from_checkpoint(tmp_path / name) for name in ("object.pt", "cut.pt", "bare.pt")]
+    readings += [lambda name=name: LanguageModel.from_pretrained(name) for name in ("nobody/none", tmp_path / "folder")]
+    for read in readings:
+        with pytest.raises(ValueError, match="must") as caught:
+            read()
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"^model \(nobody/none\) must be .* of the hub: the hub cannot be reached$"):
+        LanguageModel.from_pretrained("nobody/none")
+
+
+def test_a_weight_that_is_not_finite_leaves_no_folder(tmp_path: Path) -> None:
+    model = make()
+    next(model.parameters()).data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"weight \S+ \(1 values that are not\) must be finite"):
+        model.save_pretrained(tmp_path / "new" / "model")
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_checkpoint_is_its_configuration_and_weights(tmp_path: Path) -> None:
