@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 import trix.nn.language_model
 import trix.resnet_bk.mixer
+from trix.functional.next_tokens import IGNORED_LABEL, next_tokens
 from trix.resnet_bk.config import ResNetBKConfig
 from trix.resnet_bk.core import BirmanSchwingerCore
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 MODEL_TYPE = "resnet_bk"
-IGNORED_LABEL = -100
 MAX_LENGTH = 100
 
 
@@ -119,7 +119,8 @@ class LanguageModel(nn.Module):
         Args:
             input_ids: int64 [B, N] in [0, vocab_size), 1 <= N <= n_seq. attention_mask: [B, N], 0 for padding, on the left or
                 right. return_dict: False: the logits alone.
-            labels: int64 [B, N], the input's own tokens; token i + 1 is what i is compared with, -100 is not counted. state:
+            labels: int64 [B, N], the input's own tokens; token i + 1 is what i is compared with; -100 is not counted, nor is
+                what padding predicts or is. state:
                 from :meth:`empty_state` or the answer to the tokens before; then only input_ids is computed.
 
         Raises:
@@ -143,17 +144,15 @@ class LanguageModel(nn.Module):
             logits, _, aux = self.model(input_ids, return_routing=True, mask_BT=mask_BT, hidden_states=hidden)
         if not return_dict:
             return logits
-        loss = None
-        if labels is not None:
-            loss = self._loss(logits, labels if mask_BT is None else labels.masked_fill(~mask_BT, IGNORED_LABEL))
+        loss = None if labels is None else self._loss(logits, labels, mask_BT)
         return LanguageModelOutput(logits, loss, None if aux is None else aux["total_aux"], state, tuple(hidden))
 
     @staticmethod
-    def _loss(logits: Tensor, labels: Tensor) -> Tensor:
+    def _loss(logits: Tensor, labels: Tensor, mask_BT: Tensor | None) -> Tensor:
         if labels.shape != logits.shape[:2] or labels.dtype != torch.int64:
             raise ValueError(f"labels {tuple(labels.shape)} {labels.dtype} must be int64 {tuple(logits.shape[:2])}")
-        target = labels[:, 1:].flatten()
-        total = F.cross_entropy(logits[:, :-1].flatten(0, 1), target, ignore_index=IGNORED_LABEL, reduction="sum")
+        target = next_tokens(labels, mask_BT).flatten()
+        total = F.cross_entropy(logits.flatten(0, 1), target, ignore_index=IGNORED_LABEL, reduction="sum")
         return total / (target != IGNORED_LABEL).sum().clamp_min(1)
 
     def empty_state(self, batch_size: int) -> Any:

@@ -240,16 +240,20 @@ def test_a_plateau_lowers_the_rate(tmp_path: Path) -> None:
     assert trainer.optimizer.param_groups[0]["lr"] < 0.05
 
 
-@pytest.mark.parametrize("kind", ["tokens", "mapping", "labels"])
+@pytest.mark.parametrize("kind", ["tokens", "mapping", "left", "labels", "labels and mask"])
 def test_batches_of_other_forms_mean_the_same(kind: str, tmp_path: Path) -> None:
     token = torch.cat([torch.cat([x, y[:, -1:]], dim=1) for x, y in loader()])
     mask = torch.ones_like(token)
-    if kind == "mapping":  # what is padded has no say
+    if kind in ("mapping", "labels and mask"):  # what is padded has no say
         token, mask = torch.cat([token, token[:, :2]], dim=1), torch.cat([mask, mask[:, :2] * 0], dim=1)
+    if kind in ("left", "labels and mask"):
+        token, mask = torch.cat([token[:, :2], token], dim=1), torch.cat([mask[:, :2] * 0, mask], dim=1)
     forms: dict[str, Callable[[Tensor, Tensor], Any]] = {
         "tokens": lambda token, mask: token,  # noqa: ARG005
         "mapping": lambda token, mask: {"input_ids": token, "attention_mask": mask},
+        "left": lambda token, mask: {"input_ids": token, "attention_mask": mask},
         "labels": lambda token, mask: {"input_ids": token, "labels": token},  # noqa: ARG005
+        "labels and mask": lambda token, mask: {"input_ids": token, "attention_mask": mask, "labels": token},
     }
     data: DataLoader[Any] = DataLoader(
         TensorDataset(token, mask), 4, collate_fn=lambda rows: forms[kind](*map(torch.stack, zip(*rows, strict=True)))

@@ -124,6 +124,18 @@ def test_padding_changes_no_token(side: str) -> None:
     torch.testing.assert_close(model(padded, mask).logits[mask.bool()].reshape(2, 20, -1), model(ids).logits)
 
 
+@pytest.mark.parametrize("places", [slice(0, 6), slice(20, 26), slice(3, 9)], ids=["left", "right", "within"])
+def test_padding_has_no_part_in_the_loss(places: slice) -> None:
+    """On a side it changes nothing; within a text it parts it into two."""
+    model, ids = make(use_prime_bump=False), tokens(26, batch=1)  # the potential would count on
+    mask = torch.ones_like(ids)
+    mask[:, places] = 0
+    texts = [text for text in (ids[:, : places.start], ids[:, places.stop :]) if text.shape[1]]
+    sums = [float(model(text, labels=text).loss) * (text.shape[1] - 1) for text in texts]
+    expected = sum(sums) / sum(text.shape[1] - 1 for text in texts)
+    assert float(model(ids, mask, labels=ids).loss) == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize("settings", [{}, {"use_act": True}, {"hopping": "one_way", "use_semiseparable": False}], ids=str)
 def test_generating_is_reading_the_whole_text_each_time(settings: dict[str, Any]) -> None:
     model, ids = make(prime_bump_scale=0.3, **settings), tokens(5)
