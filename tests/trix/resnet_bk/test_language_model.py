@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trix.nn import RotaryAttention
+from trix.nn import RotaryAttention, TriXBlock
 from trix.resnet_bk import BirmanSchwingerMixer, LanguageModel, ResNetBKConfig
 from trix.routing import ScatteringRouter
 
@@ -274,6 +274,17 @@ def test_a_checkpoint_is_its_configuration_and_weights(tmp_path: Path) -> None:
     model, ids = make(), tokens()
     torch.save({"config": asdict(model.config), "state_dict": model.state_dict()}, tmp_path / "model.pt")
     assert torch.equal(LanguageModel.from_checkpoint(tmp_path / "model.pt").eval()(ids).logits, model(ids).logits)
+
+
+def test_a_causal_model_takes_no_two_sided_resolvent() -> None:
+    rule = r"mode \('two_sided'\) must be 'causal': a causal model takes no two-sided resolvent, which sees later tokens$"
+    with pytest.raises(ValueError, match=f"^{rule}"):
+        make(mode="two_sided")
+    for mixer in ("resolvent", f"{BirmanSchwingerMixer.__module__}.BirmanSchwingerMixer"):
+        with pytest.raises(ValueError, match=f"^{rule}"):
+            TriXBlock(32, 4, mixer=mixer, mixer_args={"mode": "two_sided"})
+        TriXBlock(32, 4, mixer=mixer, mixer_args={"mode": "causal"})
+    assert make(mode="causal").config == make().config
 
 
 def test_it_refuses_what_it_cannot_do() -> None:
