@@ -22,6 +22,7 @@ from typing_extensions import override
 from lightning_modules.callbacks.random_state import RandomState
 from lightning_modules.learning_rates import scale_rates
 from lightning_modules.recomputed_blocks import recomputed_blocks
+from lightning_modules.resnet_bk.checkpoint_manager import config_entry
 from lightning_modules.resnet_bk.config import training_config
 from lightning_modules.tasks.checkpoint_file import load_plain
 from lightning_modules.tasks.cut_epoch import settle_epoch
@@ -124,7 +125,8 @@ class Trainer:
         return {name.removeprefix("val/"): value for name, value in metrics.items()}
 
     def save_checkpoint(self, path: Path | str) -> None:
-        """Write all that the training needs to go on, whole or not at all.
+        """Write all that the training needs to go on, whole or not at all. Where the model's ``config`` is a dataclass, it is
+        written, too, so that :meth:`trix.resnet_bk.LanguageModel.from_checkpoint` can read the file.
 
         Raises:
             OSError: the file cannot be written.
@@ -252,6 +254,10 @@ class _Module(L.LightningModule):
             self.last_rate = float(self._optimizer.param_groups[0]["lr"])
             for group, before, rate in zip(self._optimizer.param_groups, full, granted, strict=True):
                 group["lr"] = before if group["lr"] == rate else group["lr"] / share
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint.update(config_entry(self.model))
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """The ResNet-BK language model with the names of its interface: a face of trix.nn.LanguageModel."""
 
+import difflib
 import json
 import os
 import pickle
@@ -25,6 +26,19 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 MODEL_TYPE = "resnet_bk"
 MAX_LENGTH = 100
+GENERATE_ARGUMENTS = (
+    "input_ids",
+    "max_length",
+    "max_new_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "do_sample",
+    "attention_mask",
+    "generator",
+)
+# The names of weights in a checkpoint by what they are called here: those of Trainer.save_checkpoint, and of `trix fit`.
+PREFIXES = {"model.model.": "model.", "network.": "model."}
 
 
 @dataclass
@@ -171,26 +185,39 @@ class LanguageModel(nn.Module):
         *,
         attention_mask: Tensor | None = None,
         generator: torch.Generator | None = None,
+        max_new_tokens: int | None = None,
+        **unknown: Any,
     ) -> Tensor:
         """The prompts and their continuations: int64 [B, max_length]. The prompt is read at once, then each token costs O(1).
 
         Args:
             input_ids: int64 [B, N], N <= max_length. max_length: length of the whole, <= n_seq; None: 100, or n_seq where
-                that is less. temperature, top_p, top_k: limits on the distribution that is drawn from; top_k 0 means all, and
-                top_p counts all tokens. do_sample: False takes the likeliest token.
+                that is less. max_new_tokens: the same without the prompt, in its place.
+            temperature, top_p, top_k: limits on the distribution that is drawn from; top_k 0 means all, and top_p counts all
+                tokens. do_sample: False takes the likeliest token.
             attention_mask: as a tokenizer returns it; prompts of one call are of one length, so it must be all 1.
             generator: source of the random numbers.
 
         Raises:
-            ValueError: a mask with a 0, max_length < N or > n_seq, temperature <= 0, top_p outside (0, 1], top_k < 0, and as
-            :meth:`forward`.
+            ValueError: a mask with a 0, max_length < N or > n_seq, max_length and max_new_tokens at once, temperature <= 0,
+            top_p outside (0, 1], top_k < 0, an unknown keyword, with the nearest one, and as :meth:`forward`.
         """
+        for name in unknown:
+            nearest = difflib.get_close_matches(name, GENERATE_ARGUMENTS, n=1, cutoff=0.0)[0]
+            raise ValueError(f"argument ({name}) must be one of {', '.join(GENERATE_ARGUMENTS)}; the nearest is {nearest}")
         self._check_tokens(input_ids)
         if attention_mask is not None and not bool(attention_mask.all()):
             num_padded = int((attention_mask == 0).sum())
             raise ValueError(
                 f"attention_mask (0 at {num_padded} tokens) must be 1 at all: give prompts of one length at a time"
             )
+        if max_new_tokens is not None:
+            if max_length is not None:
+                raise ValueError(f"max_length ({max_length}) and max_new_tokens ({max_new_tokens}) say the same: give one")
+            room = self.config.n_seq - input_ids.shape[1]
+            if not 0 <= max_new_tokens <= room:
+                raise ValueError(f"max_new_tokens ({max_new_tokens}) must be >= 0 and <= n_seq less the prompt ({room})")
+            max_length = input_ids.shape[1] + max_new_tokens
         max_length = min(MAX_LENGTH, self.config.n_seq) if max_length is None else max_length
         if not input_ids.shape[1] <= max_length <= self.config.n_seq:
             raise ValueError(
@@ -270,7 +297,11 @@ class LanguageModel(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, checkpoint_path: str | Path) -> Self:
-        """Read a checkpoint of :class:`lightning_modules.resnet_bk.CheckpointManager`, for evaluation; no pickled code is run.
+        """Read a checkpoint of a training, for evaluation; no pickled code is run.
+
+        Args:
+            checkpoint_path: written by CheckpointManager or ``Trainer.save_checkpoint`` of lightning_modules.resnet_bk, or by
+                ``trix fit`` with ResNetBKTask.
 
         Raises:
             ValueError: another file, or weights that do not fit the configuration.
@@ -285,9 +316,11 @@ class LanguageModel(nn.Module):
             # torch's own text of a pickle is six lines, which tell how to run what is in it.
             why = "" if isinstance(error, pickle.UnpicklingError) else f": {_first_line(error)}"
             raise ValueError(f"checkpoint ({checkpoint_path}) must hold tensors and plain values only{why}") from error
-        if not isinstance(content, dict) or not all(isinstance(content.get(key), dict) for key in ("config", "state_dict")):
-            raise ValueError(f"checkpoint ({checkpoint_path}) must hold config and state_dict")
-        return cls._made(content["config"], content["state_dict"], str(checkpoint_path))
+        about, weights = _config_of(content), content.get("state_dict") if isinstance(content, dict) else None
+        if not isinstance(about, dict) or not isinstance(weights, dict):
+            needed = "state_dict, and config or hyper_parameters.network"
+            raise ValueError(f"checkpoint ({checkpoint_path}) must hold {needed} of a LanguageModel")
+        return cls._made(about, _own_names(weights), str(checkpoint_path))
 
     @classmethod
     def _made(cls, about: Any, weights: dict[str, Tensor], source: str) -> Self:
@@ -310,7 +343,9 @@ class LanguageModel(nn.Module):
                 raise ValueError(f"{name} in {source} ({type(weights[name]).__name__}) must be a tensor")
             if weights[name].is_floating_point() and not bool(weights[name].isfinite().all()):
                 raise ValueError(f"{name} in {source} ({int((~weights[name].isfinite()).sum())} values) must be finite")
-            if weights[name].shape != shape:
+            # A history of surgery is as long as it is.
+            is_log = name.endswith("_extra_state") and weights[name].dtype == torch.uint8 and weights[name].ndim == 1
+            if weights[name].shape != shape and not is_log:
                 raise ValueError(f"shape of {name} in {source} {tuple(weights[name].shape)} must be {tuple(shape)}")
         for name in weights.keys() - expected.keys():
             raise ValueError(f"weight {name} in {source} must be one of the model's")
@@ -367,6 +402,23 @@ def _replace(path: Path, write: Any) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _config_of(content: Any) -> Any:
+    """What a checkpoint says of the model's configuration; ``trix fit`` keeps it among the task's arguments."""
+    if not isinstance(content, dict):
+        return None
+    if "config" in content:
+        return content["config"]
+    arguments = content.get("hyper_parameters")
+    return arguments.get("network") if isinstance(arguments, dict) else None
+
+
+def _own_names(weights: dict[str, Any]) -> dict[str, Any]:
+    for prefix, own in PREFIXES.items():
+        if weights and all(isinstance(name, str) and name.startswith(prefix) for name in weights):
+            return {own + name.removeprefix(prefix): value for name, value in weights.items()}
+    return weights
 
 
 def _first_line(error: Exception) -> str:

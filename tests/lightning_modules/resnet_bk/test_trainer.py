@@ -13,6 +13,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader, TensorDataset
 
+import trix.resnet_bk
 from lightning_modules.callbacks import AutoRecovery, StabilityMonitor
 from lightning_modules.commands.surgery import is_equal
 from lightning_modules.resnet_bk import ConfigError, Trainer
@@ -206,6 +207,23 @@ def test_what_is_saved_before_the_first_step_can_be_loaded(tmp_path: Path) -> No
     trainer = make(tmp_path)
     trainer.load_checkpoint(tmp_path / "a.pt")
     assert is_equal(trainer.train()["train_loss"], make(tmp_path).train()["train_loss"])
+
+
+def test_what_it_saves_is_read_as_a_language_model(tmp_path: Path) -> None:
+    def small() -> nn.Module:
+        return trix.resnet_bk.LanguageModel(VOCAB, 16, 1, LENGTH, n_heads=2)
+
+    trainer = make(tmp_path, {"save_interval": 5}, kind=small)
+    trainer.train_epoch(0)
+    trainer.save_checkpoint(tmp_path / "a.pt")
+    model = trix.resnet_bk.LanguageModel.from_checkpoint(tmp_path / "a.pt")
+    assert model.config == trainer.model.config
+    assert is_equal(dict(model.state_dict()), dict(trainer.model.state_dict()))
+    (kept,) = (tmp_path / "checkpoints").iterdir()
+    assert trix.resnet_bk.LanguageModel.from_checkpoint(kept).config == model.config
+    again = make(tmp_path, kind=small)
+    again.load_checkpoint(tmp_path / "a.pt")
+    again.train()
 
 
 def test_epochs_come_in_order(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The language model of the interface: a face of trix.nn.LanguageModel."""
 
+import inspect
 import json
 import pickle
 import sys
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from trix.nn import RotaryAttention, TriXBlock
 from trix.resnet_bk import BirmanSchwingerMixer, LanguageModel, ResNetBKConfig
+from trix.resnet_bk.language_model import GENERATE_ARGUMENTS
 from trix.routing import ScatteringRouter
 
 SMALL: dict[str, Any] = {"vocab_size": 23, "d_model": 32, "n_layers": 2, "n_seq": 32}
@@ -131,9 +133,9 @@ def test_padding_has_no_part_in_the_loss(places: slice) -> None:
     mask = torch.ones_like(ids)
     mask[:, places] = 0
     texts = [text for text in (ids[:, : places.start], ids[:, places.stop :]) if text.shape[1]]
-    sums = [float(model(text, labels=text).loss) * (text.shape[1] - 1) for text in texts]
+    sums = [model(text, labels=text).loss.item() * (text.shape[1] - 1) for text in texts]
     expected = sum(sums) / sum(text.shape[1] - 1 for text in texts)
-    assert float(model(ids, mask, labels=ids).loss) == pytest.approx(expected, rel=1e-5)
+    assert model(ids, mask, labels=ids).loss.item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("settings", [{}, {"use_act": True}, {"hopping": "one_way", "use_semiseparable": False}], ids=str)
@@ -276,6 +278,27 @@ def test_a_checkpoint_is_its_configuration_and_weights(tmp_path: Path) -> None:
     assert torch.equal(LanguageModel.from_checkpoint(tmp_path / "model.pt").eval()(ids).logits, model(ids).logits)
 
 
+def test_the_number_of_new_tokens_is_another_way_to_say_the_length() -> None:
+    model, ids = make(), tokens(5)
+    assert torch.equal(model.generate(ids, max_new_tokens=7, do_sample=False), model.generate(ids, 12, do_sample=False))
+    assert torch.equal(model.generate(ids, max_new_tokens=0), ids)
+    assert model.generate(ids, max_new_tokens=27).shape == (2, 32)
+    for settings, message in [
+        ({"max_new_tokens": 28}, r"^max_new_tokens \(28\) must be >= 0 and <= n_seq less the prompt \(27\)$"),
+        ({"max_new_tokens": -1}, r"^max_new_tokens \(-1\) must be >= 0 and <= n_seq less"),
+        ({"max_new_tokens": 3, "max_length": 8}, r"^max_length \(8\) and max_new_tokens \(3\) say the same: give one$"),
+        ({"max_new_token": 3}, r"^argument \(max_new_token\) must be one of .*; the nearest is max_new_tokens$"),
+        ({"temprature": 1.0}, r"^argument \(temprature\) must be one of .*; the nearest is temperature$"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            model.generate(ids, **settings)
+
+
+def test_every_argument_of_generate_is_known() -> None:
+    named = [name for name in inspect.signature(LanguageModel.generate).parameters if name not in ("self", "unknown")]
+    assert sorted(named) == sorted(GENERATE_ARGUMENTS)
+
+
 def test_a_causal_model_takes_no_two_sided_resolvent() -> None:
     rule = r"mode \('two_sided'\) must be 'causal': a causal model takes no two-sided resolvent, which sees later tokens$"
     with pytest.raises(ValueError, match=f"^{rule}"):
@@ -285,6 +308,30 @@ def test_a_causal_model_takes_no_two_sided_resolvent() -> None:
             TriXBlock(32, 4, mixer=mixer, mixer_args={"mode": "two_sided"})
         TriXBlock(32, 4, mixer=mixer, mixer_args={"mode": "causal"})
     assert make(mode="causal").config == make().config
+
+
+def test_a_history_of_surgery_may_be_of_any_length(tmp_path: Path) -> None:
+    model = make(use_scattering_router=False)
+    model.model.stack.blocks[0].ffn.freeze_signature(1, tag="held")
+    model.save_pretrained(tmp_path)
+    again = LanguageModel.from_pretrained(tmp_path).model.stack.blocks[0].ffn
+    assert [entry["tag"] for entry in again.surgery_log.history()] == ["held"]
+
+
+def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
+    path, weights = tmp_path / "model.pt", make().state_dict()
+    rule = r"must hold state_dict, and config or hyper_parameters.network of a LanguageModel$"
+    for content in ([weights], weights, {"state_dict": weights}, {"state_dict": weights, "hyper_parameters": {"lr": 1.0}}):
+        torch.save(content, path)
+        with pytest.raises(ValueError, match=rule):
+            LanguageModel.from_checkpoint(path)
+    torch.save({"state_dict": {}, "config": asdict(make().config)}, path)
+    with pytest.raises(ValueError, match=r"n_layers in .* \(2\) must be <= the number of its tensors \(0\)"):
+        LanguageModel.from_checkpoint(path)
+    renamed = {f"other.{name}": value for name, value in weights.items()}
+    torch.save({"state_dict": renamed, "config": asdict(make().config)}, path)
+    with pytest.raises(ValueError, match=r"weights in .* must hold model.embedding.weight"):
+        LanguageModel.from_checkpoint(path)
 
 
 def test_it_refuses_what_it_cannot_do() -> None:
@@ -352,5 +399,11 @@ def test_transformers_knows_it(tmp_path: Path) -> None:
     assert torch.equal(theirs(ids).logits, model(ids).logits)
     assert theirs(ids).hidden_states is None
     assert len(theirs(ids, output_hidden_states=True).hidden_states) == 3
+    expected = model.generate(ids, 25, do_sample=False)
+    for prompt in ({"inputs": ids}, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}):
+        assert torch.equal(theirs.generate(**prompt, max_new_tokens=5, do_sample=False), expected)
+    assert torch.equal(theirs.generate(ids, max_length=25, do_sample=False), expected)
+    with pytest.raises(ValueError, match=r"prompts \(2: inputs, input_ids\) must be given once"):
+        theirs.generate(ids, input_ids=ids)
     theirs.save_pretrained(tmp_path / "again")
     assert torch.equal(LanguageModel.from_pretrained(tmp_path / "again").eval()(ids).logits, model(ids).logits)
