@@ -3,7 +3,6 @@
 import difflib
 import json
 import os
-import pickle
 import secrets
 import warnings
 from dataclasses import asdict, dataclass
@@ -314,7 +313,7 @@ class LanguageModel(nn.Module):
             raise ValueError(f"checkpoint ({checkpoint_path}) must exist") from error
         except Exception as error:  # whatever a damaged or hostile file makes torch raise
             # torch's own text of a pickle is six lines, which tell how to run what is in it.
-            why = "" if isinstance(error, pickle.UnpicklingError) else f": {_first_line(error)}"
+            why = f": {_first_line(error)}" if isinstance(error, OSError | RuntimeError) else ""
             raise ValueError(f"checkpoint ({checkpoint_path}) must hold tensors and plain values only{why}") from error
         about, weights = _config_of(content), content.get("state_dict") if isinstance(content, dict) else None
         if not isinstance(about, dict) or not isinstance(weights, dict):
