@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_modules.state_size import state_floats as state_floats  # for the cases
 from trix.functional.resolvent import Pair
 from trix.nn import FFNConfig, LanguageModel, LanguageModelConfig
 from trix.nn.attention import RotaryAttention
@@ -177,14 +178,3 @@ def fitted_config(contestant: Contestant, vocab_size: int, size: Size) -> Langua
 
 def num_parameters(vocab_size: int, config: LanguageModelConfig) -> int:
     return sum(parameter.numel() for parameter in LanguageModel(vocab_size, config).parameters())
-
-
-@torch.no_grad()
-def state_floats(model: LanguageModel, num_tokens: int) -> float:
-    """What a layer keeps of a text of num_tokens, in floats, as a mean over the layers.
-
-    Zeros do not count: SSD and minGRU keep an imaginary part that is 0, for the sake of their frame alone.
-    """
-    token_BT = torch.randint(model.vocab_size, (1, num_tokens), generator=torch.Generator().manual_seed(0))
-    _, state = model(token_BT, state=model.empty_state(1))
-    return sum(int(part.count_nonzero()) for of_layer in state for part in of_layer) / len(state)

@@ -27,6 +27,7 @@ from lightning_modules.drawings import as_svg
 from lightning_modules.error_text import did_you_mean
 from lightning_modules.errors import DataError, UserError
 from lightning_modules.resnet_bk.trainer import Trainer, logits_of
+from lightning_modules.state_size import state_floats
 from lightning_modules.tasks.task import default_lr_scheduler
 from ort_ops.whole_file import write_whole
 
@@ -183,7 +184,8 @@ class FairComparison:
         self._context_length, self._learning_rates = context_length, tuple(learning_rates)
 
     def run_all_benchmarks(self) -> dict[str, Any]:
-        """``model_a`` and ``model_b``: name, parameters, learning_rate and, in nats per byte by seed, ``losses``; and
+        """``model_a`` and ``model_b``: name, parameters, ``state_floats`` (that a layer keeps of context_length tokens, see
+        :func:`~lightning_modules.state_size.state_floats`), learning_rate and, in nats per byte by seed, ``losses``; and
         ``significance`` of b - a, where below 0 means that b is better.
 
         Raises:
@@ -198,9 +200,9 @@ class FairComparison:
         if min(len(train_N) // 2, len(held_out_N) // 2) <= self._context_length:
             rule = f"must each hold more than 2 * context_length ({self._context_length}) bytes"
             raise DataError(f"training text ({len(train_N)} bytes) and validation text ({len(held_out_N)}) {rule}")
-        sizes = self._checked_sizes()
+        facts = self._checked_facts()
         results: dict[str, Any] = {}
-        for place, name, make, size in zip(("model_a", "model_b"), self.names, self._makers, sizes, strict=True):
+        for place, name, make, about in zip(("model_a", "model_b"), self.names, self._makers, facts, strict=True):
             losses = {
                 rate: [self._losses(make, seed, rate, train_N, held_out_N) for seed in range(self.num_seeds)]
                 for rate in self._learning_rates
@@ -208,7 +210,7 @@ class FairComparison:
             totals = {rate: math.fsum(chosen for chosen, _ in of_rate) for rate, of_rate in losses.items()}
             best = best_rate(totals)
             reported = [loss for _, loss in losses[best]]
-            results[place] = {"name": name, "parameters": size, "learning_rate": best, "losses": reported}
+            results[place] = {"name": name, **about, "learning_rate": best, "losses": reported}
         significance = paired_significance(results["model_a"]["losses"], results["model_b"]["losses"])
         return results | {"significance": significance._asdict(), "num_steps": self._num_steps, "num_seeds": self.num_seeds}
 
@@ -236,7 +238,7 @@ class FairComparison:
 
     @staticmethod
     def figure(results: Mapping[str, Any]) -> "Figure":
-        """The losses of both models, a line for each seed, and their means."""
+        """The losses of both models, a line for each seed, and their means; below, what a layer keeps of a text."""
         from matplotlib.figure import Figure
 
         drawn = Figure(figsize=(5, 4), layout="constrained")
@@ -246,7 +248,7 @@ class FairComparison:
             axes.plot([0, 1], losses, "o-", color="C0", alpha=0.5, label=None if seed else "a seed")
         means = [math.fsum(model["losses"]) / len(model["losses"]) for model in models]
         axes.plot([0, 1], means, "_", color="black", markersize=24, label="mean")
-        axes.set_xticks([0, 1], [f"{model['name']}\nrate {model['learning_rate']:g}" for model in models])
+        axes.set_xticks([0, 1], [_about(model) for model in models])
         found = results["significance"]
         low, high = found["confidence_interval"]
         title = f"difference {found['mean_difference']:+.4f}, 95 %: {low:+.4f} to {high:+.4f}"
@@ -259,18 +261,21 @@ class FairComparison:
         """The p-value of :func:`paired_significance`, which has more to say."""
         return paired_significance(results_a, results_b).p_value
 
-    def _checked_sizes(self) -> list[int]:
-        sizes = []
+    def _checked_facts(self) -> list[dict[str, Any]]:
+        """The number of parameters of each, and of floats in its state."""
+        facts: list[dict[str, Any]] = []
         for name, make in zip(self.names, self._makers, strict=True):
             L.seed_everything(0, verbose=False)
             model = make(NUM_BYTES, self._context_length)
-            sizes.append(sum(parameter.numel() for parameter in model.parameters()))
+            size = sum(parameter.numel() for parameter in model.parameters())
             check_causal(model, name, NUM_BYTES, min(self._context_length, 32))
+            facts.append({"parameters": size, "state_floats": state_floats(model, self._context_length)})
+        sizes = [about["parameters"] for about in facts]
         if max(sizes) > MAX_SIZE_RATIO * min(sizes):
             raise ValueError(
                 f"parameters of {self.names[1]} ({sizes[1]}) must be within 1 % of those of {self.names[0]} ({sizes[0]})"
             )
-        return sizes
+        return facts
 
     def _losses(self, make: MakeModel, seed: int, rate: float, train_N: Tensor, held_out_N: Tensor) -> tuple[float, float]:
         """Train once; the losses on the half that chooses the rate, and on the one that is reported."""
@@ -391,6 +396,12 @@ def total_nats(
     finally:
         model.train(was_training)
     return nats, num_targets
+
+
+def _about(model: Mapping[str, Any]) -> str:
+    state = model.get("state_floats")
+    kept = "not known" if state is None else f"{state:,.0f} floats"
+    return f"{model['name']}\nrate {model['learning_rate']:g}\nstate {kept}"
 
 
 def _bytes(text: str) -> Tensor:

@@ -30,8 +30,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from bk_contestants import CONTESTANTS, OF_LIBRARY, VARIANTS, Size, chosen, fitted_config, state_floats
+from case_options import check_distinct, positive, seed_number, whole
 from cases.char_lm_quality import train_model
-from kept_runs import RESULTS, kept_or_run
+from kept_runs import RESULTS, kept_or_run, put_aside
 from torch import Tensor
 from turns import interleaved, one_thread
 
@@ -65,10 +66,14 @@ FINISHED = RESULTS / "bk_quality.runs.jsonl"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), metavar="SIZE", help="default: %(default)s")
-    parser.add_argument("--steps", type=int, nargs="+", default=[300, 3000], help="training steps (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], metavar="SEED", help="default: %(default)s")
-    parser.add_argument("--choosing-seeds", type=int, metavar="N", help="choose the rate with the first N seeds (default: all)")
-    parser.add_argument("--lrs", type=float, nargs="+", default=[2e-3, 4e-3, 8e-3], help="peak rates (default: %(default)s)")
+    parser.add_argument("--steps", type=whole(1), nargs="+", default=[300, 3000], help="training steps (default: %(default)s)")
+    parser.add_argument(
+        "--seeds", type=seed_number, nargs="+", default=[0, 1, 2, 3, 4], metavar="SEED", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--choosing-seeds", type=whole(1), metavar="N", help="choose the rate with the first N seeds (default: all)"
+    )
+    parser.add_argument("--lrs", type=positive, nargs="+", default=[2e-3, 4e-3, 8e-3], help="peak rates (default: %(default)s)")
     parser.add_argument("--only", nargs="+", choices=CONTESTANTS, metavar="NAME", help=f"some of: {'; '.join(CONTESTANTS)}")
     parser.add_argument("--path", help="another text")
     parser.add_argument("--resume", action="store_true", help="keep the runs that an earlier call finished")
@@ -87,9 +92,12 @@ def run(
     num_choosing = len(seeds) if choosing_seeds is None else choosing_seeds
     if not 1 <= num_choosing <= len(seeds):
         raise SystemExit(f"choosing-seeds ({num_choosing}) must be >= 1 and <= the number of seeds ({len(seeds)})")
-    if not resume:
-        FINISHED.unlink(missing_ok=True)
     names = chosen(only)
+    check_distinct(sizes=sizes, steps=steps, seeds=seeds, lrs=lrs, only=names)
+    for size in sizes:
+        text(SIZES[size], steps[0], seeds[0], path)  # what is wrong with it is told now
+    if not resume:
+        put_aside(FINISHED)
     with one_thread():
         compared = [compare(size, num_steps, seeds, num_choosing, lrs, names, path) for size in sizes for num_steps in steps]
     return {"rows": list(chain(*compared)), "answers": list(chain(*map(answers, compared)))}

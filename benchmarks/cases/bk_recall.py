@@ -30,8 +30,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from bk_contestants import CONTESTANTS, Contestant, Size, fitted_config, state_floats
+from case_options import check_distinct, positive, seed_number, whole
 from cases.char_lm_quality import train_model
-from kept_runs import RESULTS, kept_or_run
+from kept_runs import RESULTS, kept_or_run, put_aside
 from torch import Tensor
 from turns import one_thread
 
@@ -54,11 +55,11 @@ FINISHED = RESULTS / "bk_recall.runs.jsonl"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--pairs", type=int, nargs="+", default=[4, 8, 16, 32], help="default: %(default)s")
-    parser.add_argument("--widths", type=int, nargs="+", default=[16, 64], help="of queries (default: %(default)s)")
-    parser.add_argument("--lrs", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2, 3e-2], help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=4000, help="training steps (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="SEED", help="default: %(default)s")
+    parser.add_argument("--pairs", type=whole(1, NUM_KEYS), nargs="+", default=[4, 8, 16, 32], help="default: %(default)s")
+    parser.add_argument("--widths", type=whole(1), nargs="+", default=[16, 64], help="of queries (default: %(default)s)")
+    parser.add_argument("--lrs", type=positive, nargs="+", default=[1e-3, 3e-3, 1e-2, 3e-2], help="default: %(default)s")
+    parser.add_argument("--steps", type=whole(1), default=4000, help="training steps (default: %(default)s)")
+    parser.add_argument("--seeds", type=seed_number, nargs="+", default=[0], metavar="SEED", help="default: %(default)s")
     parser.add_argument("--only", nargs="+", choices=NAMES, metavar="NAME", help=f"some of: {'; '.join(NAMES)}")
     parser.add_argument("--resume", action="store_true", help="keep the runs that an earlier call finished")
 
@@ -74,12 +75,12 @@ def run(
 ) -> list[dict[str, Any]]:
     if not 1 <= min(pairs) <= max(pairs) <= NUM_KEYS:
         raise SystemExit(f"pairs ({pairs}) must be >= 1 and <= {NUM_KEYS}")
+    names = only or list(NAMES)
+    check_distinct(pairs=pairs, widths=widths, lrs=lrs, seeds=seeds, only=names)
     if not resume:
-        FINISHED.unlink(missing_ok=True)
+        put_aside(FINISHED)
     with one_thread():
-        measured = [
-            measure(name, contestant, pairs, lrs, steps, seeds) for name, contestant in contestants(only or list(NAMES), widths)
-        ]
+        measured = [measure(name, contestant, pairs, lrs, steps, seeds) for name, contestant in contestants(names, widths)]
     return list(chain(*measured))
 
 

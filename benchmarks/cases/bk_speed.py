@@ -183,12 +183,12 @@ def ratio(above: list[float], below: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
-def slope(results: list[Result], way: str) -> float | None:
-    """The exponent of the time in the length, by least squares over the logarithms from 2048 tokens on."""
+def slope(results: list[Result], way: str, least: int = 2048) -> float | None:
+    """The exponent of the time in the length, by least squares over the logarithms from the least length on."""
     points = [
         (math.log(result["length"]), math.log(statistics.median(result["ms"])))
         for result in results
-        if result["way"] == way and result["length"] >= 2048
+        if result["way"] == way and result["length"] >= least
     ]
     return statistics.linear_regression(*zip(*points, strict=True)).slope if len(points) > 1 else None
 
@@ -216,6 +216,9 @@ def targets(results: list[Result]) -> list[str]:
     for way in ("vector", "matrix"):
         if (exponent := slope(results, way)) is not None:
             compare(f"{way}: exponent of the time in the length", exponent, 1.05, False)
+            *_, before, last = sorted({result["length"] for result in results if result["way"] == way})
+            exponent = slope(results, way, before)
+            compare(f"{way}: the same from {before} to {last} tokens alone", exponent, 1.05, False)
         if (result := find(results, way, 16384)) is not None:
             share = result["peak_bytes"] / (QUADRATIC_BYTES * 16384**2)
             compare(f"{way}: peak memory / one matrix of scores, 16384 tokens", share, 0.05, False)

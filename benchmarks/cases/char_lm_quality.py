@@ -17,13 +17,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from kept_runs import RESULTS, kept_or_run
+from case_options import check_distinct, positive, seed_number, whole
+from kept_runs import RESULTS, kept_or_run, put_aside
 from rich.progress import track
 from torch import nn
 
 from lightning_modules.data.text import TextDataModule
 from trix.nn import FFNConfig, LanguageModel, LanguageModelConfig, TriXFFN, routed_layers
 
+CORPUS = "tinyshakespeare"
 D_MODEL, NUM_TILES = 128, 16
 LAYERS = {
     "none": FFNConfig(kind="none"),
@@ -52,10 +54,12 @@ FINISHED = RESULTS / "char_lm_quality.runs.jsonl"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--steps", type=int, default=600, help="training steps (default: %(default)s)")
-    parser.add_argument("--long-steps", type=int, default=3000, help="of the longer comparison; 0: none (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED", help="(default: 0 1 2)")
-    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default: %(default)s)")
+    parser.add_argument("--steps", type=whole(1), default=600, help="training steps (default: %(default)s)")
+    parser.add_argument(
+        "--long-steps", type=whole(0), default=3000, help="of the longer comparison; 0: none (default: %(default)s)"
+    )
+    parser.add_argument("--seeds", type=seed_number, nargs="+", default=[0, 1, 2], metavar="SEED", help="(default: 0 1 2)")
+    parser.add_argument("--lr", type=positive, default=2e-3, help="peak learning rate (default: %(default)s)")
     parser.add_argument("--only", nargs="+", choices=LAYERS, metavar="LAYER", help=f"some of: {', '.join(LAYERS)}")
     parser.add_argument("--resume", action="store_true", help="keep the runs that an earlier call finished")
 
@@ -65,8 +69,10 @@ def run(steps: int, long_steps: int, seeds: list[int], lr: float, only: list[str
     comparisons = {steps: names}
     if long_steps not in (0, steps):
         comparisons[long_steps] = [name for name in names if name in LONG_LAYERS]
+    check_distinct(seeds=seeds, only=names)
+    TextDataModule(CORPUS)  # where it cannot be had, that is told now
     if not resume:
-        FINISHED.unlink(missing_ok=True)
+        put_aside(FINISHED)
     # Seeds outside, layers inside: a change of the machine's speed meets all layers alike.
     results = {
         (num_steps, name, seed): finished_or_run(name, seed, num_steps, lr)
@@ -87,7 +93,7 @@ def finished_or_run(name: str, seed: int, steps: int, lr: float) -> dict[str, An
 
 
 def train_and_validate(name: str, seed: int, steps: int, lr: float) -> dict[str, Any]:
-    data = TextDataModule("tinyshakespeare", seed=seed, batches_per_epoch=steps)
+    data = TextDataModule(CORPUS, seed=seed, batches_per_epoch=steps)
     start = time.thread_time()
     model, lowest_diversity = train(LAYERS[name], data, seed, steps, lr, f"{name}, {steps} steps, seed {seed}")
     figures = {"seed": seed, "cpu_seconds": time.thread_time() - start, "lowest_diversity": lowest_diversity}

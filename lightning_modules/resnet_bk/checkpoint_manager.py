@@ -69,9 +69,7 @@ class CheckpointManager:
             "optimizer_states": [optimizer.state_dict()],
             "metrics": values,
         }
-        config = getattr(model, "config", None)
-        if is_dataclass(config) and not isinstance(config, type):
-            content["config"] = asdict(config)
+        content |= config_entry(model)
         self._files.save_checkpoint(content, self.checkpoint_dir / f"epoch_{epoch}{CHECKPOINT_SUFFIX}")
         self._known[self.checkpoint_dir / f"epoch_{epoch}{CHECKPOINT_SUFFIX}"] = values
         paths = self._paths()
@@ -144,6 +142,12 @@ class CheckpointManager:
         epochs = {path: _NAME.fullmatch(path.name) for path in self.checkpoint_dir.glob(f"*{CHECKPOINT_SUFFIX}")}
         own = {path: int(match[1]) for path, match in epochs.items() if match and path.is_file() and not path.is_symlink()}
         return sorted(own, key=lambda path: own[path])
+
+
+def config_entry(model: nn.Module) -> dict[str, Any]:
+    """``config`` for a checkpoint, where the model has one that is a dataclass."""
+    config = getattr(model, "config", None)
+    return {"config": asdict(config)} if is_dataclass(config) and not isinstance(config, type) else {}
 
 
 def _content(path: Path) -> dict[str, Any]:

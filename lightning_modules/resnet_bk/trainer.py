@@ -22,14 +22,15 @@ from typing_extensions import override
 from lightning_modules.callbacks.random_state import RandomState
 from lightning_modules.learning_rates import scale_rates
 from lightning_modules.recomputed_blocks import recomputed_blocks
+from lightning_modules.resnet_bk.checkpoint_manager import config_entry
 from lightning_modules.resnet_bk.config import training_config
 from lightning_modules.tasks.checkpoint_file import load_plain
 from lightning_modules.tasks.cut_epoch import settle_epoch
 from lightning_modules.tasks.task import CheckpointError
 from lightning_modules.whole_files import WholeFileCheckpointIO
+from trix.functional.next_tokens import IGNORED_LABEL, next_tokens
 
 KEPT_CHECKPOINTS = 3
-IGNORED_LABEL = -100
 
 
 class Trainer:
@@ -37,8 +38,8 @@ class Trainer:
 
     A batch is (input_ids, targets), both [B, N]; or input_ids alone, whose targets are its own next tokens; or a mapping with
     ``input_ids``, which may have an ``attention_mask`` for the model, and ``labels``, the next tokens of which are the targets.
-    A target of -100 is passed over. The model answers ``model(input_ids)`` with logits [B, N, V], or with an object or mapping
-    that has ``logits``.
+    A target of -100 is passed over, and so are what padding is and what it would predict. The model answers
+    ``model(input_ids)`` with logits [B, N, V], or with an object or mapping that has ``logits``.
 
     The scheduler takes a step with every training step (ReduceLROnPlateau after every evaluation, by the loss).
 
@@ -124,7 +125,8 @@ class Trainer:
         return {name.removeprefix("val/"): value for name, value in metrics.items()}
 
     def save_checkpoint(self, path: Path | str) -> None:
-        """Write all that the training needs to go on, whole or not at all.
+        """Write all that the training needs to go on, whole or not at all. Where the model's ``config`` is a dataclass, it is
+        written, too, so that :meth:`trix.resnet_bk.LanguageModel.from_checkpoint` can read the file.
 
         Raises:
             OSError: the file cannot be written.
@@ -254,6 +256,10 @@ class _Module(L.LightningModule):
                 group["lr"] = before if group["lr"] == rate else group["lr"] / share
 
     @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint.update(config_entry(self.model))
+
+    @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         settle_epoch(checkpoint)
 
@@ -263,8 +269,7 @@ class _Module(L.LightningModule):
             inputs, mask, target = batch[:, :-1], None, batch[:, 1:]
         elif isinstance(batch, Mapping):
             inputs, mask = batch["input_ids"], batch.get("attention_mask")
-            label = batch.get("labels", inputs if mask is None else inputs.masked_fill(mask == 0, IGNORED_LABEL))
-            target = F.pad(label[:, 1:], (0, 1), value=IGNORED_LABEL)
+            target = next_tokens(batch.get("labels", inputs), mask)
         else:
             (inputs, target), mask = batch, None
         output = self.model(inputs) if mask is None else self.model(inputs, attention_mask=mask)

@@ -176,6 +176,7 @@ def test_the_routings_differ_in_routing_alone(path: str) -> None:
     assert [result["routing"] for result in results] == list(bk_router.ROUTINGS)
     assert all(0.0 <= result["runs"][0]["lowest_relative_entropy"] <= 1.0 for result in results)
     assert len({result["config"]["ffn"]["num_tiles"] for result in results}) == 1
+    assert {result["state_floats"] for result in results} == {2 * 16 * 16 + 3 * (16 + 2 * 16) + 2 * 2}  # of the mixer alone
     assert results[1]["config"]["ffn"]["routing_args"] == {"edge_rate": 0.0}
     assert results[0]["runs"][0]["lowest_relative_entropy"] != results[1]["runs"][0]["lowest_relative_entropy"]
     assert "in the worst seed, goal 0.9: " in bk_router.table(results)
@@ -188,7 +189,9 @@ def test_each_routing_is_reported_at_the_rate_that_the_first_half_chooses(path: 
         assert result["lr"] == float(min(means, key=lambda lr: means[lr])) == 1e-2
         assert result["runs"] == result["runs_by_rate"]["0.01"]
         reported = result["runs"][0]["reported_nats"]
+        causal = "to the last bit" if result["is_causal_bitwise"] else "to rounding"
+        start = f"| {result['routing']} | {result['state_floats']:,.0f} | {causal} | 0.01 | 1 |"
         assert any(
-            line.startswith(f"| {result['routing']} | 0.01 | 1 |") and line.endswith(f"| {reported:.4f} (0.0000) |")
+            line.startswith(start) and line.endswith(f"| {reported:.4f} (0.0000) |")
             for line in bk_router.table(results).splitlines()
         )

@@ -47,13 +47,15 @@ def test_table_and_drawing_of_a_record() -> None:
         for length in (2048, 8192)
         for way, scale in (("vector", 1.0), ("one_way_vector", 0.5), ("attention", 10.0))
     ]
+    results.append({"way": "vector", "length": 32768, "ms": [8192 * 4**1.5], "peak_bytes": 32768000})
     for length, ms in ((64, [1.0, 2.0]), (65536, [1.2, 2.2])):
         results.append({"way": "decode", "length": length, "ms": ms, "peak_bytes": None})
     table = bk_speed.table(results)
     assert "| attention / vector, 2048 tokens | >= 4.0 | 10.00 | yes |" in table
     assert "| attention / vector, 8192 tokens | >= 14.0 | 10.00 | no |" in table
     assert "| vector / one_way_vector, 8192 tokens | <= 1.3 | 2.00 | no |" in table
-    assert "| vector: exponent of the time in the length | <= 1.05 | 1.00 | yes |" in table
+    assert "| vector: exponent of the time in the length | <= 1.05 | 1.23 | no |" in table
+    assert "| vector: the same from 8192 to 32768 tokens alone | <= 1.05 | 1.46 | no |" in table
     assert "| decode after 65536 tokens / after 64 | <= 1.05 | 1.15 | no |" in table
     assert "| 65536 | decode | 1.7 (1.2 to 2.2) |  |  |" in table
     assert len(bk_speed.figure(results).axes) == 2

@@ -242,6 +242,13 @@ def test_the_better_model_is_found_at_its_own_rate() -> None:
     assert len(set(results["model_b"]["losses"])) == 5  # other weights and batches with every seed
 
 
+def test_each_loss_comes_with_the_state_that_it_took() -> None:
+    results = compare("ssd", "attention", num_steps=1, learning_rates=(1e-3,))
+    assert results["model_b"]["state_floats"] == 2 * 8 * 64  # keys and values of 8 tokens
+    assert results["model_a"]["state_floats"] == 16 * 64 + 3 * (64 + 2 * 16)
+    assert compare("bigrams", "bigrams", num_steps=1, learning_rates=(0.3,))["model_a"]["state_floats"] is None
+
+
 def test_a_model_equals_itself() -> None:
     results = compare("bigrams", "bigrams", learning_rates=(0.3,))
     assert results["model_a"] == results["model_b"]
@@ -254,7 +261,9 @@ def test_a_model_equals_itself() -> None:
 def test_a_comparison_is_recorded_and_drawn(tmp_path: Path) -> None:
     comparison = FairComparison("unigrams", "bigrams", contestants=OWN, **SHORT)
     losses = {"unigrams": [2.0, 2.1, 1.9, 2.2, 2.05], "bigrams": [1.9, 2.05, 1.7, 2.1, 2.0]}
-    models = [{"name": name, "parameters": 9, "learning_rate": 2e-3, "losses": losses[name]} for name in losses]
+    about = {"parameters": 9, "learning_rate": 2e-3}
+    state = {"unigrams": None, "bigrams": 1234.0}
+    models = [{"name": name, **about, "state_floats": state[name], "losses": losses[name]} for name in losses]
     found = paired_significance(*losses.values())._asdict()
     results = {"model_a": models[0], "model_b": models[1], "significance": found, "num_steps": 12, "num_seeds": 5}
     comparison.save(results, tmp_path / "new")
@@ -266,6 +275,8 @@ def test_a_comparison_is_recorded_and_drawn(tmp_path: Path) -> None:
     axes = comparison.figure(results).axes[0]
     drawn = [list(line.get_ydata()) for line in axes.lines]
     assert drawn == [*map(list, zip(*losses.values(), strict=True)), [pytest.approx(2.05), pytest.approx(1.95)]]
+    labels = [label.get_text() for label in axes.get_xticklabels()]
+    assert labels == ["unigrams\nrate 0.002\nstate not known", "bigrams\nrate 0.002\nstate 1,234 floats"]
     assert axes.get_title().startswith("difference -0.1000, 95 %: -0.1")
     comparison.save(results | {"significance": found | {"effect_size": math.inf}}, tmp_path)
     assert '"effect_size": null' in (tmp_path / "unigrams_vs_bigrams.json").read_text()

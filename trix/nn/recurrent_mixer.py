@@ -52,8 +52,8 @@ class RecurrentMixer(Mixer):
         of real and imaginary part.
 
     Raises:
-        ValueError: d_model not divisible by n_heads, d_state < 0, conv_width < 1, no token, or a state that comes with a mask
-            or for another batch.
+        ValueError: d_model not divisible by n_heads, d_state < 0, conv_width < 1, no token, x of another width or dtype than
+            the weights', or a state that comes with a mask or for another batch.
     """
 
     is_causal_only: ClassVar[bool] = True
@@ -110,14 +110,13 @@ class RecurrentMixer(Mixer):
         self, x_BTD: Tensor, context: TokenContext = TokenContext(), state: State | None = None
     ) -> tuple[Tensor, State, Tensor | None]:
         mask_BT = context.mask_BT
+        self._check_input(x_BTD)
         if state is not None:
             if mask_BT is not None:
                 raise ValueError("with a state, mask_BT must be None")
             if state[0].shape[0] != x_BTD.shape[0]:
                 raise ValueError(f"batch of the state ({state[0].shape[0]}) must be that of x ({x_BTD.shape[0]})")
         B, T, D = x_BTD.shape
-        if not torch.compiler.is_compiling() and T == 0:
-            raise ValueError(f"sequence length ({T}) must be >= 1")
         gate_BTD, channels_BTC = torch.split(self.in_proj(x_BTD), [D, self.num_channels], dim=-1)
         is_token_BT1 = None if mask_BT is None else mask_BT[..., None]
         if is_token_BT1 is not None:
@@ -132,6 +131,19 @@ class RecurrentMixer(Mixer):
         y_BTD = y_BHTP.transpose(1, 2).reshape(B, T, D).to(gate_BTD.dtype) * self.norm_weight
         update_BTD = self.out_proj(y_BTD * F.silu(gate_BTD))
         return update_BTD, () if state is None else (conv_state, carry, *hops.state), self.phase(hops)
+
+    def _check_input(self, x_BTD: Tensor) -> None:
+        if torch.compiler.is_compiling():
+            return
+        if x_BTD.ndim != 3 or x_BTD.shape[-1] != self.d_model:
+            raise ValueError(f"x {tuple(x_BTD.shape)} must be [batch, sequence, d_model ({self.d_model})]")
+        if x_BTD.shape[1] == 0:
+            raise ValueError(f"sequence length ({x_BTD.shape[1]}) must be >= 1")
+        dtype = self.conv.weight.dtype
+        # autocast makes one dtype of both, but not of float64
+        is_cast = torch.is_autocast_enabled(x_BTD.device.type) and torch.float64 not in (x_BTD.dtype, dtype)
+        if x_BTD.dtype != dtype and not (is_cast and x_BTD.is_floating_point()):
+            raise ValueError(f"dtype of x ({x_BTD.dtype}) must be that of the weights ({dtype})")
 
     def read_hops(self, x_BTD: Tensor, mask_BT: Tensor | None = None, state: State = ()) -> Hops:
         """The recurrence that these tokens make, in at least float32: in 16 bits a decay of 0.999 is 1."""

@@ -20,6 +20,14 @@ BAND = (0.15, 0.85)  # of the heads' wave numbers, in units of pi: inside the ba
 ETA_START = (0.01, 0.5)  # of the heads' eta, from long memory to short
 
 
+def check_causal_mode(mode: object) -> None:
+    """Raise ValueError for another mode than "causal": every entry of the two-sided resolvent depends on every token."""
+    if mode != "causal":
+        raise ValueError(
+            f"mode ({mode!r}) must be 'causal': a causal model takes no two-sided resolvent, which sees later tokens"
+        )
+
+
 class ResolventMixer(RecurrentMixer):
     """Tokens learn of each other by the last row of a resolvent: L_ij = [(H_i - z)^-1]_ij, H_i the leading block 0..i.
 
@@ -38,11 +46,11 @@ class ResolventMixer(RecurrentMixer):
     on the token alone; with hermitian hopping it depends on the tokens before it, too.
 
     Args:
-        hopping: see above. gauge: unwind the mean rotation. eta_min: added to every eta. All others: see
-            :class:`~trix.nn.recurrent_mixer.RecurrentMixer`.
+        hopping: see above. gauge: unwind the mean rotation. eta_min: added to every eta. mode: "causal" alone, see
+            :func:`check_causal_mode`. All others: see :class:`~trix.nn.recurrent_mixer.RecurrentMixer`.
 
     Raises:
-        ValueError: another hopping, eta_min <= 0, and as RecurrentMixer.
+        ValueError: another hopping or mode, eta_min <= 0 or not finite, and as RecurrentMixer.
     """
 
     gives: ClassVar[frozenset[str]] = frozenset({"phase"})
@@ -60,9 +68,11 @@ class ResolventMixer(RecurrentMixer):
         hopping: Hopping = "one_way",
         gauge: bool = True,
         eta_min: float = ETA_MIN,
+        mode: str = "causal",
     ) -> None:
-        if not eta_min > 0:
-            raise ValueError(f"eta_min ({eta_min}) must be > 0")
+        check_causal_mode(mode)
+        if not 0 < eta_min < math.inf:
+            raise ValueError(f"eta_min ({eta_min}) must be > 0 and finite")
         check_choice("hopping", hopping, get_args(Hopping))
         super().__init__(
             d_model, n_heads, context_length, ternary, dropout, d_state=d_state, conv_width=conv_width, num_dynamics=3

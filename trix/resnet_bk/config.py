@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from trix.nn.feed_forward import FFNConfig
 from trix.nn.language_model import LanguageModelConfig
+from trix.nn.resolvent_mixer import check_causal_mode
 
 MIXER = "trix.resnet_bk.mixer.BirmanSchwingerMixer"
 MAX_SEQUENCE = 2**16
@@ -102,8 +103,13 @@ class ResNetBKConfig:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Self:
-        """The configuration of a file or of keyword arguments; an unknown key is an error that names the nearest one."""
+        """The configuration of a file or of keyword arguments; an unknown key is an error that names the nearest one.
+
+        The key ``mode`` of the interface may be "causal", which all language models are.
+        """
         known = [f.name for f in fields(cls)]
+        check_causal_mode(values.get("mode", "causal"))
+        values = {key: value for key, value in values.items() if key != "mode"}
         for key in values:
             if key not in known:
                 nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]

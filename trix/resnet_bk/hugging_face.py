@@ -56,9 +56,18 @@ class ResNetBKForCausalLM(PreTrainedModel):
         hidden_states = output.hidden_states if output_hidden_states else None
         return CausalLMOutput(loss=output.loss, logits=output.logits, hidden_states=hidden_states)
 
-    def generate(self, input_ids: Tensor, max_length: int | None = None, **settings: Any) -> Tensor:
-        """See :meth:`trix.resnet_bk.LanguageModel.generate`."""
-        return self.face.generate(input_ids, max_length, **settings)
+    def generate(
+        self, inputs: Tensor | None = None, max_length: int | None = None, *, input_ids: Tensor | None = None, **settings: Any
+    ) -> Tensor:
+        """See :meth:`trix.resnet_bk.LanguageModel.generate`; ``inputs`` is transformers' other name of ``input_ids``.
+
+        Raises:
+            ValueError: none or both of the two, and as there.
+        """
+        given = [ids for ids in (inputs, input_ids) if ids is not None]
+        if len(given) != 1:
+            raise ValueError(f"prompts ({len(given)}: inputs, input_ids) must be given once")
+        return self.face.generate(given[0], max_length, **settings)
 
     def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
         """See :meth:`trix.resnet_bk.LanguageModel.save_pretrained`."""

@@ -1,8 +1,10 @@
 """The ResNet-BK language model with the names of its interface: a face of trix.nn.LanguageModel."""
 
+import difflib
 import json
 import os
 import secrets
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 
 import trix.nn.language_model
 import trix.resnet_bk.mixer
+from trix.functional.next_tokens import IGNORED_LABEL, next_tokens
 from trix.resnet_bk.config import ResNetBKConfig
 from trix.resnet_bk.core import BirmanSchwingerCore
 from trix.routing.base_router import AGE
@@ -22,8 +25,20 @@ from trix.routing.base_router import AGE
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 MODEL_TYPE = "resnet_bk"
-IGNORED_LABEL = -100
 MAX_LENGTH = 100
+GENERATE_ARGUMENTS = (
+    "input_ids",
+    "max_length",
+    "max_new_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "do_sample",
+    "attention_mask",
+    "generator",
+)
+# The names of weights in a checkpoint by what they are called here: those of Trainer.save_checkpoint, and of `trix fit`.
+PREFIXES = {"model.model.": "model.", "network.": "model."}
 
 
 @dataclass
@@ -118,7 +133,8 @@ class LanguageModel(nn.Module):
         Args:
             input_ids: int64 [B, N] in [0, vocab_size), 1 <= N <= n_seq. attention_mask: [B, N], 0 for padding, on the left or
                 right. return_dict: False: the logits alone.
-            labels: int64 [B, N], the input's own tokens; token i + 1 is what i is compared with, -100 is not counted. state:
+            labels: int64 [B, N], the input's own tokens; token i + 1 is what i is compared with; -100 is not counted, nor is
+                what padding predicts or is. state:
                 from :meth:`empty_state` or the answer to the tokens before; then only input_ids is computed.
 
         Raises:
@@ -142,17 +158,15 @@ class LanguageModel(nn.Module):
             logits, _, aux = self.model(input_ids, return_routing=True, mask_BT=mask_BT, hidden_states=hidden)
         if not return_dict:
             return logits
-        loss = None
-        if labels is not None:
-            loss = self._loss(logits, labels if mask_BT is None else labels.masked_fill(~mask_BT, IGNORED_LABEL))
+        loss = None if labels is None else self._loss(logits, labels, mask_BT)
         return LanguageModelOutput(logits, loss, None if aux is None else aux["total_aux"], state, tuple(hidden))
 
     @staticmethod
-    def _loss(logits: Tensor, labels: Tensor) -> Tensor:
+    def _loss(logits: Tensor, labels: Tensor, mask_BT: Tensor | None) -> Tensor:
         if labels.shape != logits.shape[:2] or labels.dtype != torch.int64:
             raise ValueError(f"labels {tuple(labels.shape)} {labels.dtype} must be int64 {tuple(logits.shape[:2])}")
-        target = labels[:, 1:].flatten()
-        total = F.cross_entropy(logits[:, :-1].flatten(0, 1), target, ignore_index=IGNORED_LABEL, reduction="sum")
+        target = next_tokens(labels, mask_BT).flatten()
+        total = F.cross_entropy(logits.flatten(0, 1), target, ignore_index=IGNORED_LABEL, reduction="sum")
         return total / (target != IGNORED_LABEL).sum().clamp_min(1)
 
     def empty_state(self, batch_size: int) -> Any:
@@ -171,26 +185,39 @@ class LanguageModel(nn.Module):
         *,
         attention_mask: Tensor | None = None,
         generator: torch.Generator | None = None,
+        max_new_tokens: int | None = None,
+        **unknown: Any,
     ) -> Tensor:
         """The prompts and their continuations: int64 [B, max_length]. The prompt is read at once, then each token costs O(1).
 
         Args:
             input_ids: int64 [B, N], N <= max_length. max_length: length of the whole, <= n_seq; None: 100, or n_seq where
-                that is less. temperature, top_p, top_k: limits on the distribution that is drawn from; top_k 0 means all, and
-                top_p counts all tokens. do_sample: False takes the likeliest token.
+                that is less. max_new_tokens: the same without the prompt, in its place.
+            temperature, top_p, top_k: limits on the distribution that is drawn from; top_k 0 means all, and top_p counts all
+                tokens. do_sample: False takes the likeliest token.
             attention_mask: as a tokenizer returns it; prompts of one call are of one length, so it must be all 1.
             generator: source of the random numbers.
 
         Raises:
-            ValueError: a mask with a 0, max_length < N or > n_seq, temperature <= 0, top_p outside (0, 1], top_k < 0, and as
-            :meth:`forward`.
+            ValueError: a mask with a 0, max_length < N or > n_seq, max_length and max_new_tokens at once, temperature <= 0,
+            top_p outside (0, 1], top_k < 0, an unknown keyword, with the nearest one, and as :meth:`forward`.
         """
+        for name in unknown:
+            nearest = difflib.get_close_matches(name, GENERATE_ARGUMENTS, n=1, cutoff=0.0)[0]
+            raise ValueError(f"argument ({name}) must be one of {', '.join(GENERATE_ARGUMENTS)}; the nearest is {nearest}")
         self._check_tokens(input_ids)
         if attention_mask is not None and not bool(attention_mask.all()):
             num_padded = int((attention_mask == 0).sum())
             raise ValueError(
                 f"attention_mask (0 at {num_padded} tokens) must be 1 at all: give prompts of one length at a time"
             )
+        if max_new_tokens is not None:
+            if max_length is not None:
+                raise ValueError(f"max_length ({max_length}) and max_new_tokens ({max_new_tokens}) say the same: give one")
+            room = self.config.n_seq - input_ids.shape[1]
+            if not 0 <= max_new_tokens <= room:
+                raise ValueError(f"max_new_tokens ({max_new_tokens}) must be >= 0 and <= n_seq less the prompt ({room})")
+            max_length = input_ids.shape[1] + max_new_tokens
         max_length = min(MAX_LENGTH, self.config.n_seq) if max_length is None else max_length
         if not input_ids.shape[1] <= max_length <= self.config.n_seq:
             raise ValueError(
@@ -238,14 +265,14 @@ class LanguageModel(nn.Module):
         """Write config.json and model.safetensors, each whole or not at all; the folder is made.
 
         Raises:
-            ValueError: a weight is not finite.
+            ValueError: a weight is not finite; then nothing is made.
         """
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
         weights = {name: value.detach().contiguous().cpu() for name, value in self.state_dict().items()}
         for name, value in weights.items():
             if value.is_floating_point() and not bool(value.isfinite().all()):
                 raise ValueError(f"weight {name} ({int((~value.isfinite()).sum())} values that are not) must be finite")
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
         about = {"model_type": MODEL_TYPE, "architectures": ["ResNetBKForCausalLM"], **asdict(self.config)}
         _replace(folder / WEIGHTS_FILE, lambda path: save_file(_unshared(weights), path, metadata={"format": "pt"}))
         _replace(folder / CONFIG_FILE, lambda path: path.write_text(json.dumps(about, indent=2) + "\n"))
@@ -265,25 +292,35 @@ class LanguageModel(nn.Module):
         try:
             about = json.loads((folder / CONFIG_FILE).read_text())
         except ValueError as error:
-            raise ValueError(f"{folder / CONFIG_FILE} must be JSON: {error}") from error
+            raise ValueError(f"{folder / CONFIG_FILE} must be JSON: {_first_line(error)}") from error
         return cls._made(about, _weights(folder / WEIGHTS_FILE), str(folder))
 
     @classmethod
     def from_checkpoint(cls, checkpoint_path: str | Path) -> Self:
-        """Read a checkpoint of :class:`lightning_modules.resnet_bk.CheckpointManager`, for evaluation; no pickled code is run.
+        """Read a checkpoint of a training, for evaluation; no pickled code is run.
+
+        Args:
+            checkpoint_path: written by CheckpointManager or ``Trainer.save_checkpoint`` of lightning_modules.resnet_bk, or by
+                ``trix fit`` with ResNetBKTask.
 
         Raises:
             ValueError: another file, or weights that do not fit the configuration.
         """
         try:
-            content = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch warns of a strange pickle before it refuses it
+                content = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
         except FileNotFoundError as error:
             raise ValueError(f"checkpoint ({checkpoint_path}) must exist") from error
         except Exception as error:  # whatever a damaged or hostile file makes torch raise
-            raise ValueError(f"checkpoint ({checkpoint_path}) must hold tensors and plain values only: {error}") from error
-        if not isinstance(content, dict) or not all(isinstance(content.get(key), dict) for key in ("config", "state_dict")):
-            raise ValueError(f"checkpoint ({checkpoint_path}) must hold config and state_dict")
-        return cls._made(content["config"], content["state_dict"], str(checkpoint_path))
+            # torch's own text of a pickle is six lines, which tell how to run what is in it.
+            why = f": {_first_line(error)}" if isinstance(error, OSError | RuntimeError) else ""
+            raise ValueError(f"checkpoint ({checkpoint_path}) must hold tensors and plain values only{why}") from error
+        about, weights = _config_of(content), content.get("state_dict") if isinstance(content, dict) else None
+        if not isinstance(about, dict) or not isinstance(weights, dict):
+            needed = "state_dict, and config or hyper_parameters.network"
+            raise ValueError(f"checkpoint ({checkpoint_path}) must hold {needed} of a LanguageModel")
+        return cls._made(about, _own_names(weights), str(checkpoint_path))
 
     @classmethod
     def _made(cls, about: Any, weights: dict[str, Tensor], source: str) -> Self:
@@ -308,7 +345,9 @@ class LanguageModel(nn.Module):
                 raise ValueError(f"{name} in {source} ({type(weights[name]).__name__}) must be a tensor")
             if weights[name].is_floating_point() and not bool(weights[name].isfinite().all()):
                 raise ValueError(f"{name} in {source} ({int((~weights[name].isfinite()).sum())} values) must be finite")
-            if weights[name].shape != shape:
+            # A history of surgery is as long as it is.
+            is_log = name.endswith("_extra_state") and weights[name].dtype == torch.uint8 and weights[name].ndim == 1
+            if weights[name].shape != shape and not is_log:
                 raise ValueError(f"shape of {name} in {source} {tuple(weights[name].shape)} must be {tuple(shape)}")
         for name in weights.keys() - expected.keys():
             raise ValueError(f"weight {name} in {source} must be one of the model's")
@@ -367,6 +406,27 @@ def _replace(path: Path, write: Any) -> None:
         partial.unlink(missing_ok=True)
 
 
+def _config_of(content: Any) -> Any:
+    """What a checkpoint says of the model's configuration; ``trix fit`` keeps it among the task's arguments."""
+    if not isinstance(content, dict):
+        return None
+    if "config" in content:
+        return content["config"]
+    arguments = content.get("hyper_parameters")
+    return arguments.get("network") if isinstance(arguments, dict) else None
+
+
+def _own_names(weights: dict[str, Any]) -> dict[str, Any]:
+    for prefix, own in PREFIXES.items():
+        if weights and all(isinstance(name, str) and name.startswith(prefix) for name in weights):
+            return {own + name.removeprefix(prefix): value for name, value in weights.items()}
+    return weights
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def _local(name_or_path: str | Path) -> Path:
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
@@ -379,11 +439,11 @@ def _local(name_or_path: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(name_or_path), allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
     except Exception as error:  # no network, no such repository, no such name
-        raise ValueError(f"model ({name_or_path}) must be a folder or a repository of the hub: {error}") from error
+        raise ValueError(f"model ({name_or_path}) must be a folder or a repository of the hub: {_first_line(error)}") from error
 
 
 def _weights(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} must be a safetensors file: {error}") from error
+        raise ValueError(f"{path} must be a safetensors file: {_first_line(error)}") from error

@@ -13,6 +13,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader, TensorDataset
 
+import trix.resnet_bk
 from lightning_modules.callbacks import AutoRecovery, StabilityMonitor
 from lightning_modules.commands.surgery import is_equal
 from lightning_modules.resnet_bk import ConfigError, Trainer
@@ -208,6 +209,23 @@ def test_what_is_saved_before_the_first_step_can_be_loaded(tmp_path: Path) -> No
     assert is_equal(trainer.train()["train_loss"], make(tmp_path).train()["train_loss"])
 
 
+def test_what_it_saves_is_read_as_a_language_model(tmp_path: Path) -> None:
+    def small() -> nn.Module:
+        return trix.resnet_bk.LanguageModel(VOCAB, 16, 1, LENGTH, n_heads=2)
+
+    trainer = make(tmp_path, {"save_interval": 5}, kind=small)
+    trainer.train_epoch(0)
+    trainer.save_checkpoint(tmp_path / "a.pt")
+    model = trix.resnet_bk.LanguageModel.from_checkpoint(tmp_path / "a.pt")
+    assert model.config == trainer.model.config
+    assert is_equal(dict(model.state_dict()), dict(trainer.model.state_dict()))
+    (kept,) = (tmp_path / "checkpoints").iterdir()
+    assert trix.resnet_bk.LanguageModel.from_checkpoint(kept).config == model.config
+    again = make(tmp_path, kind=small)
+    again.load_checkpoint(tmp_path / "a.pt")
+    again.train()
+
+
 def test_epochs_come_in_order(tmp_path: Path) -> None:
     trainer = make(tmp_path)
     trainer.train_epoch(0)
@@ -240,16 +258,20 @@ def test_a_plateau_lowers_the_rate(tmp_path: Path) -> None:
     assert trainer.optimizer.param_groups[0]["lr"] < 0.05
 
 
-@pytest.mark.parametrize("kind", ["tokens", "mapping", "labels"])
+@pytest.mark.parametrize("kind", ["tokens", "mapping", "left", "labels", "labels and mask"])
 def test_batches_of_other_forms_mean_the_same(kind: str, tmp_path: Path) -> None:
     token = torch.cat([torch.cat([x, y[:, -1:]], dim=1) for x, y in loader()])
     mask = torch.ones_like(token)
-    if kind == "mapping":  # what is padded has no say
+    if kind in ("mapping", "labels and mask"):  # what is padded has no say
         token, mask = torch.cat([token, token[:, :2]], dim=1), torch.cat([mask, mask[:, :2] * 0], dim=1)
+    if kind in ("left", "labels and mask"):
+        token, mask = torch.cat([token[:, :2], token], dim=1), torch.cat([mask[:, :2] * 0, mask], dim=1)
     forms: dict[str, Callable[[Tensor, Tensor], Any]] = {
         "tokens": lambda token, mask: token,  # noqa: ARG005
         "mapping": lambda token, mask: {"input_ids": token, "attention_mask": mask},
+        "left": lambda token, mask: {"input_ids": token, "attention_mask": mask},
         "labels": lambda token, mask: {"input_ids": token, "labels": token},  # noqa: ARG005
+        "labels and mask": lambda token, mask: {"input_ids": token, "attention_mask": mask, "labels": token},
     }
     data: DataLoader[Any] = DataLoader(
         TensorDataset(token, mask), 4, collate_fn=lambda rows: forms[kind](*map(torch.stack, zip(*rows, strict=True)))

@@ -1,15 +1,18 @@
 """The task of the ResNet-BK model."""
 
 import math
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
+from small_runs import SENTENCE, save_checkpoint
 
 from lightning_modules.commands.surgery import is_equal
 from lightning_modules.data.text import TextDataModule
 from lightning_modules.errors import UserError
 from lightning_modules.tasks import ResNetBKTask
-from trix.resnet_bk import ResNetBKConfig
+from trix.resnet_bk import LanguageModel, ResNetBKConfig
 from trix.resnet_bk.mixer import BirmanSchwingerMixer
 
 SMALL = {"d_model": 16, "n_layers": 2, "n_seq": 16, "n_heads": 2}
@@ -24,6 +27,19 @@ def test_its_hyperparameters_make_it_again() -> None:
     tokens = torch.randint(0, 4, (2, 9))
     assert torch.equal(again.eval()(tokens), task.eval()(tokens))
     assert isinstance(task.network.stack.mixers[0], BirmanSchwingerMixer)
+
+
+@pytest.mark.parametrize("use_scattering_router", [True, False])
+def test_its_checkpoints_are_read_as_language_models(use_scattering_router: bool, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(SENTENCE * 30)
+    data = TextDataModule(path=tmp_path / "text.txt", context_length=8)
+    network = ResNetBKConfig(**SMALL, use_scattering_router=use_scattering_router)
+    task = ResNetBKTask(data.vocabulary, network)
+    path = save_checkpoint(task, data, tmp_path / "trained.ckpt")
+    model = LanguageModel.from_checkpoint(path)
+    assert asdict(model.config) == task.hparams["network"]
+    tokens = torch.randint(0, data.vocab_size, (2, 9))
+    assert torch.equal(model(tokens).logits, task.network.eval()(tokens))
 
 
 def test_the_rate_rises_and_then_falls_along_half_a_cosine() -> None:

@@ -222,10 +222,21 @@ def test_it_refuses_what_does_not_fit() -> None:
         ResolventMixer(24, 4, conv_width=0)
     with pytest.raises(ValueError, match=r"hopping \('both'\) must be one of hermitian, one_way"):
         ResolventMixer(24, 4, hopping="both")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"eta_min \(0.0\) must be > 0"):
-        ResolventMixer(24, 4, eta_min=0.0)
+    for eta_min in (0.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=rf"eta_min \({eta_min}\) must be > 0 and finite"):
+            ResolventMixer(24, 4, eta_min=eta_min)
     with pytest.raises(ValueError, match=r"sequence length \(0\) must be >= 1"):
         ResolventMixer(24, 4)(torch.randn(2, 0, 24))
+    for x, message in [
+        (torch.randn(2, 3, 25), r"x \(2, 3, 25\) must be \[batch, sequence, d_model \(24\)\]"),
+        (torch.randn(3, 24), r"x \(3, 24\) must be \[batch, sequence, d_model \(24\)\]"),
+        (torch.randn(2, 3, 24).double(), r"dtype of x \(torch.float64\) must be that of the weights \(torch.float32\)"),
+        (torch.ones(2, 3, 24, dtype=torch.int64), r"dtype of x \(torch.int64\) must be that of the weights \(torch.float32\)"),
+    ]:
+        for kind in (ResolventMixer, SSDMixer):
+            for is_cast in (False, True):
+                with torch.autocast("cpu", torch.bfloat16, is_cast), pytest.raises(ValueError, match=message):
+                    kind(24, 4)(x)
     mixer, x = ResolventMixer(24, 4), torch.randn(2, 3, 24)
     with pytest.raises(ValueError, match=r"batch of the state \(3\) must be that of x \(2\)"):
         mixer(x, TokenContext(), mixer.empty_state(3))

@@ -1,9 +1,12 @@
 """The language model of the interface: a face of trix.nn.LanguageModel."""
 
+import inspect
 import json
 import pickle
+import sys
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,8 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from trix.nn import RotaryAttention
+from trix.nn import RotaryAttention, TriXBlock
 from trix.resnet_bk import BirmanSchwingerMixer, LanguageModel, ResNetBKConfig
+from trix.resnet_bk.language_model import GENERATE_ARGUMENTS
 from trix.routing import ScatteringRouter
 
 SMALL: dict[str, Any] = {"vocab_size": 23, "d_model": 32, "n_layers": 2, "n_seq": 32}
@@ -121,6 +125,18 @@ def test_padding_changes_no_token(side: str) -> None:
     mask = torch.ones_like(padded)
     mask[:, slice(0, 6) if side == "left" else slice(20, 26)] = 0
     torch.testing.assert_close(model(padded, mask).logits[mask.bool()].reshape(2, 20, -1), model(ids).logits)
+
+
+@pytest.mark.parametrize("places", [slice(0, 6), slice(20, 26), slice(3, 9)], ids=["left", "right", "within"])
+def test_padding_has_no_part_in_the_loss(places: slice) -> None:
+    """On a side it changes nothing; within a text it parts it into two."""
+    model, ids = make(use_prime_bump=False), tokens(26, batch=1)  # the potential would count on
+    mask = torch.ones_like(ids)
+    mask[:, places] = 0
+    texts = [text for text in (ids[:, : places.start], ids[:, places.stop :]) if text.shape[1]]
+    sums = [model(text, labels=text).loss.item() * (text.shape[1] - 1) for text in texts]
+    expected = sum(sums) / sum(text.shape[1] - 1 for text in texts)
+    assert model(ids, mask, labels=ids).loss.item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("settings", [{}, {"use_act": True}, {"hopping": "one_way", "use_semiseparable": False}], ids=str)
@@ -234,14 +250,100 @@ def test_a_pickle_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "model.pt").write_bytes(pickle.dumps(_Ran()))
     with pytest.raises(ValueError, match=r"must be a folder with config.json and model.safetensors, it is a file"):
         LanguageModel.from_pretrained(tmp_path / "model.pt")
-    with pytest.raises(ValueError, match=r"must hold tensors and plain values only"):
+    with pytest.raises(ValueError, match=r"must hold tensors and plain values only$"):
         LanguageModel.from_checkpoint(tmp_path / "model.pt")
+
+
+def test_what_cannot_be_read_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_network(*_: Any, **__: Any) -> str:
+        raise OSError("\nthe hub cannot be reached\nCheck your connection.")
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(snapshot_download=no_network))
+    torch.save(_Ran(), tmp_path / "object.pt")
+    torch.save({"weight": torch.zeros(100)}, tmp_path / "cut.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "cut.pt").read_bytes()[:-300])
+    (tmp_path / "bare.pt").write_bytes(pickle.dumps(_Ran()))
+    (tmp_path / "folder").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "folder" / name).write_text("{\n]")
+    readings = [lambda name=name: LanguageModel.from_checkpoint(tmp_path / name) for name in ("object.pt", "cut.pt", "bare.pt")]
+    readings += [lambda name=name: LanguageModel.from_pretrained(name) for name in ("nobody/none", tmp_path / "folder")]
+    for read in readings:
+        with pytest.raises(ValueError, match="must") as caught:
+            read()
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"^model \(nobody/none\) must be .* of the hub: the hub cannot be reached$"):
+        LanguageModel.from_pretrained("nobody/none")
+
+
+def test_a_weight_that_is_not_finite_leaves_no_folder(tmp_path: Path) -> None:
+    model = make()
+    next(model.parameters()).data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"weight \S+ \(1 values that are not\) must be finite"):
+        model.save_pretrained(tmp_path / "new" / "model")
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_checkpoint_is_its_configuration_and_weights(tmp_path: Path) -> None:
     model, ids = make(), tokens()
     torch.save({"config": asdict(model.config), "state_dict": model.state_dict()}, tmp_path / "model.pt")
     assert torch.equal(LanguageModel.from_checkpoint(tmp_path / "model.pt").eval()(ids).logits, model(ids).logits)
+
+
+def test_the_number_of_new_tokens_is_another_way_to_say_the_length() -> None:
+    model, ids = make(), tokens(5)
+    assert torch.equal(model.generate(ids, max_new_tokens=7, do_sample=False), model.generate(ids, 12, do_sample=False))
+    assert torch.equal(model.generate(ids, max_new_tokens=0), ids)
+    assert model.generate(ids, max_new_tokens=27).shape == (2, 32)
+    for settings, message in [
+        ({"max_new_tokens": 28}, r"^max_new_tokens \(28\) must be >= 0 and <= n_seq less the prompt \(27\)$"),
+        ({"max_new_tokens": -1}, r"^max_new_tokens \(-1\) must be >= 0 and <= n_seq less"),
+        ({"max_new_tokens": 3, "max_length": 8}, r"^max_length \(8\) and max_new_tokens \(3\) say the same: give one$"),
+        ({"max_new_token": 3}, r"^argument \(max_new_token\) must be one of .*; the nearest is max_new_tokens$"),
+        ({"temprature": 1.0}, r"^argument \(temprature\) must be one of .*; the nearest is temperature$"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            model.generate(ids, **settings)
+
+
+def test_every_argument_of_generate_is_known() -> None:
+    named = [name for name in inspect.signature(LanguageModel.generate).parameters if name not in ("self", "unknown")]
+    assert sorted(named) == sorted(GENERATE_ARGUMENTS)
+
+
+def test_a_causal_model_takes_no_two_sided_resolvent() -> None:
+    rule = r"mode \('two_sided'\) must be 'causal': a causal model takes no two-sided resolvent, which sees later tokens$"
+    with pytest.raises(ValueError, match=f"^{rule}"):
+        make(mode="two_sided")
+    for mixer in ("resolvent", f"{BirmanSchwingerMixer.__module__}.BirmanSchwingerMixer"):
+        with pytest.raises(ValueError, match=f"^{rule}"):
+            TriXBlock(32, 4, mixer=mixer, mixer_args={"mode": "two_sided"})
+        TriXBlock(32, 4, mixer=mixer, mixer_args={"mode": "causal"})
+    assert make(mode="causal").config == make().config
+
+
+def test_a_history_of_surgery_may_be_of_any_length(tmp_path: Path) -> None:
+    model = make(use_scattering_router=False)
+    model.model.stack.blocks[0].ffn.freeze_signature(1, tag="held")
+    model.save_pretrained(tmp_path)
+    again = LanguageModel.from_pretrained(tmp_path).model.stack.blocks[0].ffn
+    assert [entry["tag"] for entry in again.surgery_log.history()] == ["held"]
+
+
+def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
+    path, weights = tmp_path / "model.pt", make().state_dict()
+    rule = r"must hold state_dict, and config or hyper_parameters.network of a LanguageModel$"
+    for content in ([weights], weights, {"state_dict": weights}, {"state_dict": weights, "hyper_parameters": {"lr": 1.0}}):
+        torch.save(content, path)
+        with pytest.raises(ValueError, match=rule):
+            LanguageModel.from_checkpoint(path)
+    torch.save({"state_dict": {}, "config": asdict(make().config)}, path)
+    with pytest.raises(ValueError, match=r"n_layers in .* \(2\) must be <= the number of its tensors \(0\)"):
+        LanguageModel.from_checkpoint(path)
+    renamed = {f"other.{name}": value for name, value in weights.items()}
+    torch.save({"state_dict": renamed, "config": asdict(make().config)}, path)
+    with pytest.raises(ValueError, match=r"weights in .* must hold model.embedding.weight"):
+        LanguageModel.from_checkpoint(path)
 
 
 def test_it_refuses_what_it_cannot_do() -> None:
@@ -309,5 +411,11 @@ def test_transformers_knows_it(tmp_path: Path) -> None:
     assert torch.equal(theirs(ids).logits, model(ids).logits)
     assert theirs(ids).hidden_states is None
     assert len(theirs(ids, output_hidden_states=True).hidden_states) == 3
+    expected = model.generate(ids, 25, do_sample=False)
+    for prompt in ({"inputs": ids}, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}):
+        assert torch.equal(theirs.generate(**prompt, max_new_tokens=5, do_sample=False), expected)
+    assert torch.equal(theirs.generate(ids, max_length=25, do_sample=False), expected)
+    with pytest.raises(ValueError, match=r"prompts \(2: inputs, input_ids\) must be given once"):
+        theirs.generate(ids, input_ids=ids)
     theirs.save_pretrained(tmp_path / "again")
     assert torch.equal(LanguageModel.from_pretrained(tmp_path / "again").eval()(ids).logits, model(ids).logits)
