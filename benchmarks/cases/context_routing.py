@@ -26,8 +26,9 @@ import code_hash
 import numpy as np
 import torch
 import torch.nn.functional as F
+from case_options import check_distinct, positive, seed_number, whole
 from cases.char_lm_quality import sizes
-from kept_runs import RESULTS, kept_or_run
+from kept_runs import RESULTS, kept_or_run, put_aside
 from rich.progress import track
 from torch import Tensor
 from turns import one_thread
@@ -39,6 +40,8 @@ from trix.nn import FFNConfig, LanguageModel, LanguageModelConfig, routed_layers
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+CORPUS = "tinyshakespeare"
+MIXERS = ("attention", "resolvent", "ssd")
 D_MODEL = 128
 TIMES_WATCHED = 20
 CHURN_EVERY = 50  # steps
@@ -72,10 +75,10 @@ FINISHED = RESULTS / "context_routing.runs.jsonl"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--steps", type=int, nargs="+", default=[600, 3000], help="training steps (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED", help="default: %(default)s")
-    parser.add_argument("--mixers", nargs="+", default=["attention", "resolvent"], help="default: %(default)s")
-    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default: %(default)s)")
+    parser.add_argument("--steps", type=whole(1), nargs="+", default=[600, 3000], help="training steps (default: %(default)s)")
+    parser.add_argument("--seeds", type=seed_number, nargs="+", default=[0, 1, 2], metavar="SEED", help="default: %(default)s")
+    parser.add_argument("--mixers", nargs="+", choices=MIXERS, default=["attention", "resolvent"], help="default: %(default)s")
+    parser.add_argument("--lr", type=positive, default=2e-3, help="peak learning rate (default: %(default)s)")
     parser.add_argument("--path", help="another text")
     parser.add_argument("--only", nargs="+", choices=LAYERS, metavar="LAYER", help=f"some of: {'; '.join(LAYERS)}")
     parser.add_argument("--resume", action="store_true", help="keep the runs that an earlier call finished")
@@ -84,9 +87,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(
     steps: list[int], seeds: list[int], mixers: list[str], lr: float, path: str | None, only: list[str] | None, resume: bool
 ) -> list[dict[str, Any]]:
-    if not resume:
-        FINISHED.unlink(missing_ok=True)
     names = only or list(LAYERS)
+    check_distinct(steps=steps, seeds=seeds, mixers=mixers, only=names)
+    TextDataModule(CORPUS, path)  # where it cannot be had, that is told now
+    if not resume:
+        put_aside(FINISHED)
     with one_thread():
         # Seeds outside, layers inside: a change of the machine's speed meets all layers alike.
         results = {
@@ -117,7 +122,7 @@ def finished_or_run(name: str, mixer: str, steps: int, seed: int, lr: float, pat
 
 
 def measure(name: str, mixer: str, steps: int, seed: int, lr: float, path: str | None, what: str) -> dict[str, Any]:
-    data = TextDataModule("tinyshakespeare", path, seed=seed, batches_per_epoch=steps)
+    data = TextDataModule(CORPUS, path, seed=seed, batches_per_epoch=steps)
     torch.manual_seed(seed)
     model = LanguageModel(data.vocab_size, config_of(name, mixer))
     windows = [*zip(*data.val_dataloader(), strict=True)]
