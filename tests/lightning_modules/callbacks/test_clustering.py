@@ -16,7 +16,7 @@ from trix.nn import FFNConfig, HierarchicalTriXFFN
 def hierarchical_task(text: TextDataModule) -> LanguageModelTask:
     L.seed_everything(0)
     network = small_network(ffn=FFNConfig(kind="hierarchical", num_tiles=9, d_ff=36, num_probes=1))
-    return LanguageModelTask(text.vocabulary, network, lambda p: torch.optim.SGD(p, lr=100.0), None)
+    return LanguageModelTask(text.vocabulary, network, lambda p: torch.optim.Adam(p, lr=1.0), None)
 
 
 def is_fresh(layer: HierarchicalTriXFFN) -> bool:
