@@ -45,11 +45,12 @@ from lightning_modules.callbacks import (
     StabilityMonitor,
 )
 from lightning_modules.data.text import TextDataModule
+from lightning_modules.learning_rates import share_of_peak
 from lightning_modules.lightning_cli import run_training_command
 from lightning_modules.quiet import quiet_lightning
 from lightning_modules.tasks import LanguageModelTask
 from lightning_modules.tasks.task import default_lr_scheduler
-from trix.nn import LanguageModel, LanguageModelConfig
+from trix.nn import LanguageModel, LanguageModelConfig, routed_layers
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 EXPERIMENT, CLAIMS = CONFIGS / "char_lm.yaml", CONFIGS / "callbacks" / "claims.yaml"
@@ -152,6 +153,8 @@ def train_bare(turn: Turn) -> None:
     train_loader, val_loader, step = data.train_dataloader(), data.val_dataloader(), 0
     while step < turn.num_steps:
         for token_BT, target_BT in train_loader:
+            for layer in routed_layers(model):
+                layer.router.step_factor.fill_(share_of_peak([optimizer]))
             logits, _, aux = model(token_BT, return_routing=True)
             loss = F.cross_entropy(logits.flatten(0, 1), target_BT.flatten()) + aux["total_aux"]
             optimizer.zero_grad()

@@ -245,7 +245,9 @@ class SurgerySchedule(L.Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # Files from before there was a share do not name it.
-        self._met, self._applied = ([{"share": None, **event} for event in state_dict[name]] for name in ("met", "applied"))
+        self._met, self._applied = (
+            [event | {"share": event.get("share")} for event in state_dict[name]] for name in ("met", "applied")
+        )
 
 
 def _check_layer(event: SurgeryEvent, index: int, layer: RoutedLayer) -> None:
