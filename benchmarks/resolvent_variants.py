@@ -1,6 +1,5 @@
 """What was tried to bring hermitian hopping ahead of one-way hopping and SSD: a rotation per token, other first etas."""
 
-import math
 from typing import Any
 
 import torch
@@ -8,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trix.functional.resolvent import Pair
-from trix.nn.recurrent_mixer import Hops, RecurrentMixer
+from trix.nn.recurrent_mixer import Hops, RecurrentMixer, softplus_spread
 from trix.nn.resolvent_mixer import ResolventMixer
 from trix.nn.ssd_mixer import SSDMixer
 from trix.outputs import State
@@ -45,6 +44,5 @@ class EtaResolvent(ResolventMixer):
 
     def __init__(self, d_model: int, n_heads: int, *args: Any, eta_start: tuple[float, float], **settings: Any) -> None:
         super().__init__(d_model, n_heads, *args, **settings)
-        low, high = map(math.log10, eta_start)
         _, eta, _ = torch.split(self.dynamics.bias.detach(), n_heads)
-        eta.copy_(torch.logspace(low, high, n_heads).expm1().log())  # softplus of it
+        eta.copy_(softplus_spread(eta_start, n_heads))

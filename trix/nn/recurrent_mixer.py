@@ -1,5 +1,6 @@
 """The frame of a mixer with a state of fixed size: short convolution, complex linear recurrence, skip, norm and gate."""
 
+import math
 from abc import abstractmethod
 from typing import ClassVar, NamedTuple
 
@@ -15,6 +16,11 @@ from trix.nn.mixer import Mixer
 from trix.outputs import State, StateSpec, TokenContext
 
 NORM_EPS = 1e-5
+
+
+def softplus_spread(start: tuple[float, float], n_heads: int) -> Tensor:
+    """b [H] with softplus(b_h) from start[0] to start[1], in equal ratios from head to head."""
+    return torch.logspace(math.log10(start[0]), math.log10(start[1]), n_heads).expm1().log()
 
 
 class Hops(NamedTuple):

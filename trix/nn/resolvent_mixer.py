@@ -10,7 +10,7 @@ from torch import Tensor
 
 from trix.functional.phase import resolvent_phase
 from trix.functional.resolvent import Pair, check_choice, open_left_end, resolvent_pivots
-from trix.nn.recurrent_mixer import Hops, RecurrentMixer
+from trix.nn.recurrent_mixer import Hops, RecurrentMixer, softplus_spread
 from trix.outputs import State, StateSpec
 
 Hopping = Literal["hermitian", "one_way"]
@@ -82,9 +82,7 @@ class ResolventMixer(RecurrentMixer):
             energy, eta, hop = torch.split(self.dynamics.bias, n_heads)
             wave_number = torch.linspace(BAND[0], BAND[1], n_heads) * math.pi
             energy.copy_(-2 * wave_number.cos() if hopping == "hermitian" else torch.zeros(n_heads))
-            eta.copy_(
-                torch.logspace(math.log10(ETA_START[0]), math.log10(ETA_START[1]), n_heads).expm1().log()
-            )  # softplus of it
+            eta.copy_(softplus_spread(ETA_START, n_heads))
             hop.fill_(math.log(math.e - 1))  # softplus of it is 1
             self.dynamics.weight[:n_heads] *= ENERGY_SCALE
             # A hop that differs from token to token turns the phase by more than the energy does: with it, what comes from

@@ -1,13 +1,11 @@
 """The recurrence of Mamba-2, in the frame of the resolvent mixer: its baseline."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trix.functional.resolvent import Pair
-from trix.nn.recurrent_mixer import Hops, RecurrentMixer
+from trix.nn.recurrent_mixer import Hops, RecurrentMixer, softplus_spread
 from trix.outputs import State, StateSpec
 
 STEP_START = (1e-3, 1e-1)  # of the heads' Delta, as in Mamba-2
@@ -39,9 +37,7 @@ class SSDMixer(RecurrentMixer):
         )
         self.log_rate = nn.Parameter(torch.linspace(RATE_START[0], RATE_START[1], n_heads).log())
         with torch.no_grad():
-            self.dynamics.bias.copy_(
-                torch.logspace(math.log10(STEP_START[0]), math.log10(STEP_START[1]), n_heads).expm1().log()
-            )
+            self.dynamics.bias.copy_(softplus_spread(STEP_START, n_heads))
 
     def hop_specs(self) -> tuple[StateSpec, ...]:
         return ()
