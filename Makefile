@@ -15,8 +15,8 @@ OPERATOR_TESTS := $(addprefix tests/ort_ops/test_,native_ops.py ternary_ffn.py r
   tests/parity/test_isa_parity.py
 OLDEST := build/ort_oldest
 WITH_TRANSFORMERS := build/with_transformers
-TRANSFORMERS_TESTS := tests/benchmarks/test_bk_contestants.py tests/lightning_modules/test_comparison.py \
-  tests/trix/resnet_bk/test_language_model.py
+TRANSFORMERS_TESTS := tests/benchmarks/test_bk_contestants.py tests/benchmarks/test_bk_speed_case.py \
+  tests/lightning_modules/test_comparison.py tests/lightning_modules/test_state_size.py tests/trix/resnet_bk/test_language_model.py
 IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help

@@ -7,9 +7,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+PEAK = "highest_lr"
 # Where optimizers and the schedules of torch keep learning rates, in their states.
 _RATES = frozenset(
-    {"lr", "initial_lr", "max_lr", "min_lr", "base_lrs", "max_lrs", "min_lrs", "eta_min", "_last_lr", "default_min_lr"}
+    {PEAK, "lr", "initial_lr", "max_lr", "min_lr", "base_lrs", "max_lrs", "min_lrs", "eta_min", "_last_lr", "default_min_lr"}
 )
 
 
@@ -25,17 +26,17 @@ def scale_rates(optimizer: Optimizer, schedulers: Iterable[LRScheduler], factor:
 
 
 def share_of_peak(optimizers: Iterable[Optimizer]) -> float:
-    """The present learning rate as a part of its peak, in [0, 1]; the largest over all groups of parameters.
+    """The present learning rate as a part of the highest so far, in [0, 1]; the largest over all groups of parameters.
 
-    The peak is what schedules of torch note in the optimizer: the rate that they begin with, or their max_lr. So it stands in
-    every checkpoint, and :func:`scale_rates` leaves the share as it is. 1 where there is no schedule, or all rates are 0.
+    Each group keeps its highest rate under PEAK: call this once before every training step. So it stands in every checkpoint,
+    and :func:`scale_rates` leaves the share as it is. 1 where the rate has not fallen, or all rates are 0.
     """
     shares = []
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         rate = float(group["lr"])
-        peak = max(rate, float(group.get("initial_lr", rate)), float(group.get("max_lr", rate)))
-        if peak > 0.0:
-            shares.append(rate / peak)
+        group[PEAK] = max(rate, group.get(PEAK, 0.0))
+        if group[PEAK] > 0.0:
+            shares.append(rate / group[PEAK])
     return max(shares, default=1.0)
 
 

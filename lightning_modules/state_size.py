@@ -1,5 +1,6 @@
 """How much a language model keeps of a text that it has read."""
 
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -23,7 +24,7 @@ def state_floats(model: nn.Module, num_tokens: int) -> float | None:
     """
     inner = next((module for module in model.modules() if isinstance(module, LanguageModel)), None)
     config: Any = getattr(model, "config", None)
-    if inner is None and not isinstance(getattr(config, "num_hidden_layers", None), int):
+    if inner is None and not _has_cache(model, config):
         return None
     was_training = model.training
     model.eval()
@@ -31,7 +32,7 @@ def state_floats(model: nn.Module, num_tokens: int) -> float | None:
         if inner is not None:
             token_BT = _text(inner.vocab_size, num_tokens, model)
             _, state = LanguageModel.forward(inner, token_BT, state=inner.empty_state(1))  # a subclass may answer otherwise
-            parts, num_layers = [part for of_layer in state for part in of_layer], len(state)
+            parts, num_layers = [part for of_layer in state for part in of_layer], len(inner.stack.mixers)
         else:
             output = model(_text(config.vocab_size, num_tokens, model), use_cache=True)
             caches = [getattr(output, name, None) for name in ("cache_params", "past_key_values")]
@@ -41,6 +42,11 @@ def state_floats(model: nn.Module, num_tokens: int) -> float | None:
     finally:
         model.train(was_training)
     return sum(int(part.count_nonzero()) for part in parts) / num_layers
+
+
+def _has_cache(model: nn.Module, config: Any) -> bool:
+    sizes = (getattr(config, name, None) for name in ("num_hidden_layers", "vocab_size"))
+    return all(isinstance(size, int) for size in sizes) and "use_cache" in inspect.signature(model.forward).parameters
 
 
 def _text(vocab_size: int, num_tokens: int, model: nn.Module) -> Tensor:

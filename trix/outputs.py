@@ -22,10 +22,10 @@ class TokenContext(NamedTuple):
     token_BT: Tensor | None = None
     mask_BT: Tensor | None = None
     embedding_BTD: Tensor | None = None
-    code_BTD: Tensor | None = None
     phase_BT: Tensor | None = None
     is_causal: bool = True
     is_running_BT: Tensor | None = None
+    code_BTD: Tensor | None = None
 
 
 class RowContext(NamedTuple):

@@ -61,7 +61,7 @@ LAYERS = {
     "hash of the character, 16": FFNConfig(num_tiles=16, routing="hash"),
     CHARACTER: FFNConfig(num_tiles=64, routing="hash"),
     PAIR: FFNConfig(**_context, routing=f"{code_hash.__name__}.CodeHash"),
-    "gate on hidden": FFNConfig(num_tiles=64, route_on="hidden", routing="learned"),
+    "gate on hidden": FFNConfig(num_tiles=64, route_on="hidden", routing="learned", balance_rate=0.0),
     "gate on context": FFNConfig(**_context, routing="learned"),
     "signatures on hidden": FFNConfig(num_tiles=64, route_on="hidden", balance_rate=0.0),
     "signatures on embedding": FFNConfig(num_tiles=64, balance_rate=0.0),
@@ -143,7 +143,7 @@ def measure(name: str, mixer: str, steps: int, seed: int, lr: float, path: str |
         optimizer.step()
         schedule.step()
         seconds += time.thread_time() - start
-        if step % max(steps // TIMES_WATCHED, 1) == 0:
+        if step % max(steps // TIMES_WATCHED, 1) == 0 or step == steps:
             curve.append([seconds, mean_loss(model, token_WT[::8], target_WT[::8])])
         if step % CHURN_EVERY == 0 and tiles is not None:
             before, tiles = tiles, tiles_of(model, token_WT[:16])

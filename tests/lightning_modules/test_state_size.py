@@ -1,7 +1,7 @@
 """The floats that a layer keeps of a text: of our models, of what holds one, of models with a cache, and of others."""
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import trix.resnet_bk
 from lightning_modules.contestants import CONTESTANTS
 from lightning_modules.state_size import state_floats
-from trix.nn import LanguageModel, LanguageModelConfig
+from trix.nn import FFNConfig, LanguageModel, LanguageModelConfig
 
 
 def test_it_is_the_mean_over_the_layers_and_that_of_attention_alone_grows() -> None:
@@ -50,6 +50,33 @@ def test_a_cache_is_counted_whatever_its_form() -> None:
 
 def test_a_model_that_does_not_say_has_no_number() -> None:
     assert state_floats(nn.Embedding(5, 5), 4) is None
+
+
+class CountingLayers(nn.Module):
+    """A model of the user's with a configuration much like one of transformers, but no cache."""
+
+    class Config:
+        num_hidden_layers, vocab_size = 2, 5
+
+    config = Config()
+
+    def forward(self, token_BT: Tensor) -> Tensor:
+        return token_BT
+
+
+def test_a_model_without_a_cache_has_no_number_whatever_its_configuration() -> None:
+    assert state_floats(CountingLayers(), 4) is None
+
+
+def test_codes_of_contexts_are_no_layer() -> None:
+    torch.manual_seed(0)
+    sizes = [state_floats(LanguageModel(11, config_of(route_on)), 6) for route_on in ("embedding", "context")]
+    assert sizes[0] is not None
+    assert sizes[1] == pytest.approx(sizes[0] + 0.5)  # one id, in two layers
+
+
+def config_of(route_on: Literal["embedding", "context"]) -> LanguageModelConfig:
+    return LanguageModelConfig(16, 2, 2, 8, ffn=FFNConfig(num_tiles=4, route_on=route_on))
 
 
 def test_the_cache_of_a_model_of_transformers_is_its_state() -> None:

@@ -1,13 +1,18 @@
 """Codes of the last few tokens, which no gradient moves: what signatures read with ``route_on: context``."""
 
+from collections.abc import Callable
+from typing import Self
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trix.outputs import State, StateSpec
+from trix.routing.facts import moved
 
 SHIFT = 7  # places; tells the tokens of a code apart
-SEED = 20_261_129  # one that nobody is likely to seed a model with, whose weights would then be drawn as the codes are
+# Unlikely as the seed of a model, whose first weights would otherwise equal the codes.
+SEED = 20_261_129
 
 
 class ContextCode(nn.Module):
@@ -15,11 +20,11 @@ class ContextCode(nn.Module):
 
     R is drawn with a seed of its own: models of the same vocabulary and width have the same codes. Nothing trains it, so
     signatures that stay where they are send the same J tokens to the same tile for ever. Ids before the first token and ids
-    of padding contribute 0.
+    of padding contribute 0. R stays in at least float32 under casts, so that rounding changes no tile.
 
     Args:
-        vocab_size: V. d_model: D. num_tokens: J, the token itself among them. decay: of the weight, from a token to the one
-            before it.
+        vocab_size: V. d_model: D. num_tokens: J, the token itself among them. decay: factor on the weight from a token to the
+            one before it.
 
     Attributes:
         table_VD: float [V, D], R; in the state_dict.
@@ -49,12 +54,13 @@ class ContextCode(nn.Module):
         self.register_buffer("table_VD", F.rms_norm(table_VD, (d_model,)).to(torch.get_default_dtype()))
 
     def state_specs(self) -> tuple[StateSpec, ...]:
-        """The last J - 1 ids, each plus 1; 0 where there was no token."""
+        """The last J - 1 ids, each plus 1, in float32 whatever the weights are; 0 where there was no token."""
         return (StateSpec("ids", ("batch", self.num_tokens - 1)),) if self.num_tokens > 1 else ()
 
     def empty_state(self, batch_size: int) -> State:
         """The state before the first token."""
-        return tuple(self.table_VD.new_zeros(batch_size, self.num_tokens - 1) for _ in self.state_specs())
+        shape = (batch_size, self.num_tokens - 1)
+        return tuple(self.table_VD.new_zeros(shape, dtype=torch.float32) for _ in self.state_specs())
 
     def forward(self, token_BT: Tensor, mask_BT: Tensor | None = None, state: State | None = None) -> tuple[Tensor, State]:
         place_BT = token_BT + 1
@@ -74,6 +80,12 @@ class ContextCode(nn.Module):
 
     def _weighted(self, row_VD: Tensor, back: int) -> Tensor:
         return self.decay**back * row_VD.roll(SHIFT * back, dims=-1)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        table_VD = self.table_VD
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.table_VD = self.table_VD if table_VD.is_meta else moved(table_VD, self.table_VD)
+        return self
 
     def affinities(self, direction_ED: Tensor) -> Tensor:
         """What each id at each place adds to a score before the norm: decay^j <roll(R[v], 7 j), direction_e>.

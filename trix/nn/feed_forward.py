@@ -13,6 +13,8 @@ from trix.nn.hierarchical import HierarchicalTriXFFN
 from trix.nn.routed_layer import RoutedLayer
 from trix.nn.sparse_lookup import SparseLookupFFN
 from trix.nn.sparse_lookup_v2 import SparseLookupFFNv2
+from trix.routing.base_router import Router
+from trix.routing.router import SignatureRouter
 
 
 class _Kind(NamedTuple):
@@ -55,8 +57,8 @@ class FFNConfig:
             ``context``: a code of the last few ids that nothing trains (:class:`~trix.nn.ContextCode`), the same in every
             layer; for models whose tokens are ids.
         signatures: ``learned``, or ``drawn``: frozen as they are drawn, so that no token ever changes its tile for their sake.
-        context_tokens, context_decay: of that code: how many ids, the token's own among them, and the weight of an id in terms
-            of that of the next.
+        context_tokens, context_decay: number of ids in that code, the token's own among them, and the factor on the weight from
+            an id to the one before it.
         tiles_per_cluster, num_probes: for a hierarchical layer alone, which in turn has no max_k.
         tiles: ``ternary``, or the import path of a :class:`~trix.nn.Tiles`. routing_args, tiles_args: what a router and tiles
             of the user's own are made with besides.
@@ -109,9 +111,19 @@ class FFNConfig:
                 raise ValueError(f"signatures ({self.signatures!r}) must be 'learned' or 'drawn'")
         available = {f.name: getattr(self, f.name) for f in fields(self)} | {"dropout": dropout}
         layer = kind.make(d_model, **{name: available[name] for name in kind.settings})
-        if self.signatures == "drawn" and isinstance(layer, RoutedLayer):
-            layer.freeze_all_signatures(tag="as drawn")
+        if isinstance(layer, RoutedLayer):
+            self._check_router(layer.router)
+            if self.signatures == "drawn":
+                layer.freeze_all_signatures(tag="as drawn")
         return layer
+
+    def _check_router(self, router: Router) -> None:
+        if self.signatures == "drawn" and not isinstance(router, SignatureRouter):
+            raise ValueError(f"signatures ('drawn') needs routing 'explicit' or 'emergent', got {self.routing!r}")
+        if self.route_on == "context" and (not router.reads_stream or "phase" in router.reads):
+            raise ValueError(
+                f"route_on ('context') needs a router that reads the codes, which routing {self.routing!r} does not"
+            )
 
     def make_code(self, vocab_size: int, d_model: int) -> ContextCode | None:
         """What the signatures of all layers read; None where they do not read codes.

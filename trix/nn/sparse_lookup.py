@@ -214,10 +214,6 @@ class SparseLookupFFN(SignatureSurgery):
             return None
         return straight_through(self.direction_ED.detach().sign(), self.direction_ED)
 
-    @property
-    def _counts_together(self) -> bool:
-        return True  # the usage
-
     def _gate(self, score_TK: Tensor) -> Tensor:
         """The factor on the chosen tiles' output, by their scores."""
         return torch.ones_like(score_TK)

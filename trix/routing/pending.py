@@ -16,12 +16,12 @@ def is_in_backward() -> bool:
 
 
 class Pending:
-    """The sum of what batches add to a router's balance bias, and what has to be over before it may be added.
+    """The sum of the nudges that batches give a router's balance bias, and what has to be over before it may move.
 
     Activation checkpointing runs a layer's forward once more during the backward pass, and must meet the same routing. So
     the balance moves after that pass alone. A forward may be run again as long as its graph lives; where checkpointing is
     reentrant, as long as the autograd function lives in whose forward it was run. However many forwards are awaited, their
-    sum is one tensor.
+    sum is one tensor; the router scales it by the step of the age that it has then.
 
     Attributes:
         num_batches: how many are in the sum. nudge_E: the sum; None for 0.

@@ -238,14 +238,8 @@ class SignatureSurgery(Facts):
         """What a training forward does first: let earlier batches move the router, where no backward pass needs the old one."""
         if torch.compiler.is_compiling() or is_in_backward():
             return
-        if self._counts_together:
-            self.router.share()
+        self.router.share()
         self.router.settle()
-
-    @property
-    def _counts_together(self) -> bool:
-        """Whether the processes that train together add up what they count in this layer."""
-        return self.router.balance_rate > 0
 
     def _count_batch(self, tile_idx_TK: Tensor, weight_TK: Tensor | None) -> None:
         """Count the batch of a training forward, unless it has been counted before."""

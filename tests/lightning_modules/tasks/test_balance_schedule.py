@@ -1,5 +1,6 @@
 """The step of the balance bias is lowered with the learning rate."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,15 @@ import torch
 from small_runs import MakeTrainer, small_network
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
-from torch.optim.lr_scheduler import ConstantLR, LinearLR, LRScheduler, OneCycleLR, SequentialLR
+from torch.optim.lr_scheduler import (
+    ConstantLR,
+    LambdaLR,
+    LinearLR,
+    LRScheduler,
+    OneCycleLR,
+    ReduceLROnPlateau,
+    SequentialLR,
+)
 
 from lightning_modules.data.text import TextDataModule
 from lightning_modules.learning_rates import scale_rates, share_of_peak
@@ -75,32 +84,46 @@ def warm_up(optimizer: Optimizer) -> LRScheduler:
     return SequentialLR(optimizer, [LinearLR(optimizer, 0.25, total_iters=2), ConstantLR(optimizer, 0.5)], [2])
 
 
-@pytest.mark.parametrize(
-    ("make", "expected"),
-    [
-        (warm_up, [0.25, 0.625, 0.5, 0.5]),
-        (lambda optimizer: OneCycleLR(optimizer, max_lr=0.4, total_steps=5, pct_start=0.4, anneal_strategy="linear"), None),
-    ],
-)
-def test_the_share_is_that_of_the_peak_whatever_the_schedule(make: Any, expected: list[float] | None) -> None:
+def one_cycle(optimizer: Optimizer) -> LRScheduler:
+    return OneCycleLR(optimizer, max_lr=0.4, total_steps=5, pct_start=0.4, anneal_strategy="linear")
+
+
+def noam(optimizer: Optimizer) -> LRScheduler:
+    return LambdaLR(optimizer, lambda step: 0.01 * min((step + 1) / 2, ((step + 1) / 2) ** -0.5))
+
+
+@pytest.mark.parametrize("make", [warm_up, one_cycle, noam])
+def test_the_share_is_that_of_the_highest_rate_so_far(make: Callable[[Optimizer], LRScheduler]) -> None:
     optimizer = SGD(nn.Linear(2, 2).parameters(), lr=0.4)
-    scheduler, shares, rates = make(optimizer), [], []
-    for step in range(4):
-        if step == 2:
-            scale_rates(optimizer, [scheduler], 0.5)  # as a recovery does
+    scheduler, shares, rates = make(optimizer), list[float](), list[float]()
+    for _ in range(4):
+        rates.append(optimizer.param_groups[0]["lr"])
         shares.append(share_of_peak([optimizer]))
-        rates.append(optimizer.param_groups[0]["lr"] / (0.4 if step < 2 else 0.2))
         optimizer.step()
         scheduler.step()
-    assert shares == pytest.approx(rates)
-    if expected is not None:
-        assert shares == pytest.approx(expected)
+    assert shares == pytest.approx([rate / max(rates[: step + 1]) for step, rate in enumerate(rates)])
+    assert shares[0] == shares[1] == 1.0
+    assert shares[3] < 1.0
+
+
+def test_a_rate_that_a_plateau_lowers_counts_and_one_that_a_recovery_halves_does_not() -> None:
+    optimizer = SGD(nn.Linear(2, 2).parameters(), lr=0.4)
+    plateau = ReduceLROnPlateau(optimizer, factor=0.25, patience=0)
+    assert share_of_peak([optimizer]) == 1.0
+    scale_rates(optimizer, [], 0.5)
+    assert share_of_peak([optimizer]) == 1.0
+    plateau.step(1.0)
+    plateau.step(1.0)
+    assert share_of_peak([optimizer]) == pytest.approx(0.25)
+    other = SGD(nn.Linear(2, 2).parameters(), lr=0.4)
+    other.load_state_dict(optimizer.state_dict())
+    assert share_of_peak([other]) == pytest.approx(0.25)
 
 
 def test_the_share_is_the_largest_of_all_groups_and_1_where_nothing_is_known() -> None:
     first, second = nn.Linear(2, 2), nn.Linear(2, 2)
     optimizer = AdamW([{"params": first.parameters(), "lr": 0.1}, {"params": second.parameters(), "lr": 0.0}], lr=0.1)
     assert share_of_peak([optimizer]) == share_of_peak([]) == 1.0
-    optimizer.param_groups[0]["initial_lr"] = 0.4
+    optimizer.param_groups[0]["lr"] = 0.025
     assert share_of_peak([optimizer]) == pytest.approx(0.25)
     assert share_of_peak([SGD(first.parameters(), lr=0.0)]) == 1.0

@@ -181,7 +181,29 @@ def test_signatures_as_drawn_are_frozen_and_say_so() -> None:
         assert torch.equal(layer.get_tile_signatures(), free.get_tile_signatures())
         (entry,) = layer.get_surgery_history()
         assert (entry["operation"], entry["tile_idx"], entry["tag"]) == ("freeze", -1, "as drawn")
-    with pytest.raises(ValueError, match="has no signatures to freeze"):
+    with pytest.raises(ValueError, match=r"signatures \('drawn'\) needs routing 'explicit' or 'emergent', got 'learned'"):
         context_model(signatures="drawn", routing="learned")
     with pytest.raises(ValueError, match=r"signatures \('kept'\) must be 'learned' or 'drawn'"):
         context_model(signatures="kept")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_casts_neither_round_ids_nor_codes(dtype: torch.dtype) -> None:
+    code = ContextCode(5000, D, 3)
+    token_BT = torch.randint(5000, (2, 20))
+    whole_BTD, _ = code(token_BT)
+    code.to(dtype)
+    assert code.table_VD.dtype == torch.promote_types(dtype, torch.float32)
+    state, parts = code.empty_state(2), []
+    for piece_BT in token_BT.split(1, dim=1):
+        part_BTD, state = code(piece_BT, state=state)
+        parts.append(part_BTD)
+    torch.testing.assert_close(torch.cat(parts, dim=1).float(), whole_BTD)
+
+
+@pytest.mark.parametrize("routing", ["hash", "scattering"])
+def test_a_router_that_reads_no_codes_does_not_route_on_context(routing: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"route_on \('context'\) needs a router that reads the codes, which routing '{routing}'"
+    ):
+        FFNConfig(num_tiles=4, route_on="context", routing=routing).build(16)
