@@ -77,7 +77,8 @@ def design_signature(reader: NgramReader, layer: int, tile_idx: int, wanted_MJ: 
     """A ternary signature with which the tile claims the wanted n-grams and few others of the text: int8 [D].
 
     It begins as the signs of (mean code of the wanted n-grams - mean code of the text), and changes one dimension at a time as
-    long as this falls, margin_n being the score of n-gram n less that of the best other tile, each with its bias:
+    long as this falls, margin_n being the score of n-gram n less that of the k-th best other tile, each with its bias (k =
+    top_k; with adaptive k 1, as only the best tile is sure to be used):
 
         weight * mean_wanted relu(0.25 - margin_n) + sum_others share_n relu(0.1 + margin_n)
 
@@ -104,7 +105,8 @@ def design_signature(reader: NgramReader, layer: int, tile_idx: int, wanted_MJ: 
     score_NE[:, tile_idx] = -torch.inf
     # What an inserted signature starts with is the mean bias of the tiles in use.
     bias = float(router.balance_bias[~router.is_free_E].mean())
-    rival_N = score_NE.topk(router.top_k, dim=-1).values[:, -1].clamp_min(NO_RIVAL) - bias
+    k = 1 if router.is_adaptive else router.top_k
+    rival_N = score_NE.topk(k, dim=-1).values[:, -1].clamp_min(NO_RIVAL) - bias
     share_N = ngrams.count_N.double().masked_fill(is_wanted_N, 0.0)
     share_N = (share_N / share_N.sum().clamp_min(1)).float()
     search = _Search(code_ND, rival_N, share_N, is_wanted_N)
