@@ -101,7 +101,7 @@ def design_signature(reader: NgramReader, layer: int, tile_idx: int, wanted_MJ: 
     is_wanted_N[wanted_M] = True
     code_ND = reader.codes(ngrams.id_NJ).float()
     directions = router.explain(routed.emergent_signatures())
-    score_NE = code_ND @ directions.direction_ED.float().T + directions.bias_E.float()
+    score_NE = code_ND @ directions.direction_ED.float().cpu().T + directions.bias_E.float().cpu()
     score_NE[:, tile_idx] = -torch.inf
     # What an inserted signature starts with is the mean bias of the tiles in use.
     bias = float(router.balance_bias[~router.is_free_E].mean())

@@ -49,7 +49,9 @@ def test_a_designed_signature_claims_what_it_is_for_and_little_else(settings: di
         assert set(signature_D.tolist()) <= {-1, 0, 1}
         seen = forecast(reader, layer, 5, signature_D, wanted_MJ, ngrams)
         assert seen.claims_wanted().all()
-        assert sum(share for _, share in seen.others()) < (0.1 if settings.keys() & {"context_tokens", "top_k", "max_k"} else 0.05)
+        assert sum(share for _, share in seen.others()) < (
+            0.1 if settings.keys() & {"context_tokens", "top_k", "max_k"} else 0.05
+        )
 
 
 @pytest.mark.parametrize("settings", KINDS, ids=str)
