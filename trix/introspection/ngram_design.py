@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trix.introspection.ngrams import NgramClaims, NgramReader, Ngrams, joined
+from trix.introspection.ngrams import NgramClaims, NgramReader, Ngrams, joined, places_among
 from trix.routing.router import SignatureRouter
 
 WANTED_MARGIN, OTHER_MARGIN = 0.25, 0.1  # of scores, in standard deviations of a code's values
@@ -118,8 +118,7 @@ def design_signature(reader: NgramReader, layer: int, tile_idx: int, wanted_MJ: 
 def _with_wanted(text: Ngrams, wanted_MJ: Tensor) -> tuple[Ngrams, Tensor]:
     """The n-grams of the text and the wanted ones, and the places of these."""
     ngrams = joined([text, Ngrams(wanted_MJ, torch.zeros(len(wanted_MJ), dtype=torch.int64))])
-    is_same_MN = (ngrams.id_NJ == wanted_MJ.unsqueeze(1)).all(dim=-1)
-    return ngrams, is_same_MN.long().argmax(dim=1)
+    return ngrams, places_among(wanted_MJ, ngrams.id_NJ)
 
 
 def _strongest(value_D: Tensor, share: float) -> Tensor:
@@ -130,7 +129,7 @@ def _strongest(value_D: Tensor, share: float) -> Tensor:
 
 @dataclass(frozen=True)
 class _Search:
-    """rival_N: what a score must exceed. share_N: of the text, 0 for wanted n-grams."""
+    """rival_N: what a score must exceed. share_N: the shares of the text, 0 for wanted n-grams."""
 
     code_ND: Tensor
     rival_N: Tensor

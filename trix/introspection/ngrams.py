@@ -18,6 +18,7 @@ from trix.nn.sparse_lookup import SparseLookupFFN
 from trix.outputs import RoutingDecision, RowContext
 
 NO_TOKEN = -1
+NOT_AMONG = -1
 MAX_ALL = 2**20  # n-grams
 _ROWS = 2**14  # n-grams that a router is asked about at a time
 
@@ -57,6 +58,19 @@ def joined(parts: Iterable[Ngrams]) -> Ngrams:
     return Ngrams(id_NJ, torch.zeros(len(id_NJ), dtype=torch.int64).index_add_(0, place_M, torch.cat(all_counts)))
 
 
+def places_among(id_MJ: Tensor, among_NJ: Tensor) -> Tensor:
+    """Where each n-gram stands among distinct ones: int64 [M], NOT_AMONG where it is none of them."""
+    _, group = torch.unique(torch.cat([among_NJ, id_MJ]), dim=0, return_inverse=True)
+    place_G = torch.full_like(group, NOT_AMONG)
+    place_G[group[: len(among_NJ)]] = torch.arange(len(among_NJ), device=group.device)
+    return place_G[group[len(among_NJ) :]]
+
+
+def is_among(id_MJ: Tensor, among_NJ: Tensor) -> Tensor:
+    """Which n-grams are among distinct ones: bool [M]."""
+    return places_among(id_MJ, among_NJ) != NOT_AMONG
+
+
 def all_ngrams(vocab_size: int, num_tokens: int) -> Ngrams:
     """All V^J n-grams of J tokens, once each.
 
@@ -78,7 +92,7 @@ class CountedText:
     source: str
 
     def written(self, ids: Sequence[int]) -> str:
-        """An n-gram, with a sign in the place of each token that is not there."""
+        """An n-gram, with a sign instead of each token that is not there."""
         return "".join(BEGINNING if token == NO_TOKEN else self.names[token] for token in ids)
 
 
@@ -86,7 +100,7 @@ class CountedText:
 class NgramClaims:
     """What one layer makes of the n-grams of a text.
 
-    decision: of the N n-grams; tile_idx [N, K]. num_tiles: E.
+    decision: what the router decides about the N n-grams; tile_idx [N, K]. num_tiles: E.
     """
 
     ngrams: Ngrams
