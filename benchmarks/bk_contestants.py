@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_modules.state_size import state_floats as state_floats  # for the cases
 from trix.functional.resolvent import Pair
 from trix.nn import FFNConfig, LanguageModel, LanguageModelConfig
 from trix.nn.attention import RotaryAttention
@@ -61,7 +60,7 @@ class MinGRU(RecurrentMixer):
         return ()
 
     def hops(self, dynamics_BHT: tuple[Tensor, ...], is_token_B1T: Tensor | None, state: State) -> Hops:
-        """The logits of z, in the place of scale_in: there is a decay for each channel, not for each head."""
+        """The logits of z, instead of scale_in: there is a decay for each channel, not for each head."""
         del state
         if is_token_B1T is not None:
             raise ValueError("mask_BT must be None")

@@ -23,7 +23,7 @@ _IMPORT = re.compile(
 # A class of another kind than its place wants.
 _SUBCLASS = re.compile(r"Import path (?P<path>[\w.]+ )?does not correspond to a subclass of (?P<base>\w+)")
 _BASES = {"TrixTask": "lightning_modules.tasks.TrixTask, as CONTRIBUTING.md shows, so that checkpoints of it can be used"}
-# A class, or a function, in the place of an optimizer or a schedule.
+# A class, or a function, instead of an optimizer or a schedule.
 _CALLABLE = re.compile(
     r"Parser key \"(?P<key>\w+)\":\s*Type [^\n]* expects a function or a callable class: (?P<reason>[^\n]*?)\.*\. Got value: "
 )

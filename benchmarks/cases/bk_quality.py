@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from bk_contestants import CONTESTANTS, OF_LIBRARY, VARIANTS, Size, chosen, fitted_config, state_floats
+from bk_contestants import CONTESTANTS, OF_LIBRARY, VARIANTS, Size, chosen, fitted_config
 from case_options import check_distinct, positive, seed_number, whole
 from cases.char_lm_quality import train_model
 from kept_runs import RESULTS, kept_or_run, put_aside
@@ -38,6 +38,7 @@ from turns import interleaved, one_thread
 
 from lightning_modules.comparison import best_rate, check_causal, paired_significance
 from lightning_modules.data.text import TextDataModule
+from lightning_modules.state_size import state_floats
 from trix.nn import LanguageModel, LanguageModelConfig
 
 if TYPE_CHECKING:

@@ -29,7 +29,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
-from bk_contestants import CONTESTANTS, Contestant, Size, fitted_config, state_floats
+from bk_contestants import CONTESTANTS, Contestant, Size, fitted_config
 from case_options import check_distinct, positive, seed_number, whole
 from cases.char_lm_quality import train_model
 from kept_runs import RESULTS, kept_or_run, put_aside
@@ -37,6 +37,7 @@ from torch import Tensor
 from turns import one_thread
 
 from lightning_modules.comparison import check_causal
+from lightning_modules.state_size import state_floats
 from trix.nn import LanguageModel, LanguageModelConfig
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ FINISHED = RESULTS / "bk_recall.runs.jsonl"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pairs", type=whole(1, NUM_KEYS), nargs="+", default=[4, 8, 16, 32], help="default: %(default)s")
-    parser.add_argument("--widths", type=whole(1), nargs="+", default=[16, 64], help="of queries (default: %(default)s)")
+    parser.add_argument("--widths", type=whole(1), nargs="+", default=[16, 64], help="widths of queries (default: %(default)s)")
     parser.add_argument("--lrs", type=positive, nargs="+", default=[1e-3, 3e-3, 1e-2, 3e-2], help="default: %(default)s")
     parser.add_argument("--steps", type=whole(1), default=4000, help="training steps (default: %(default)s)")
     parser.add_argument("--seeds", type=seed_number, nargs="+", default=[0], metavar="SEED", help="default: %(default)s")

@@ -19,7 +19,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from bk_contestants import CONTESTANTS, NUM_TILES, TOP_K, fitted_config, state_floats
+from bk_contestants import CONTESTANTS, NUM_TILES, TOP_K, fitted_config
 from case_options import check_distinct, positive, seed_number, whole
 from cases.bk_quality import SIZES, chosen_rate, losses_by_half, text
 from cases.char_lm_quality import train_model, validate
@@ -27,6 +27,7 @@ from kept_runs import RESULTS, kept_or_run, put_aside
 from turns import one_thread
 
 from lightning_modules.comparison import check_causal
+from lightning_modules.state_size import state_floats
 from trix.nn import FFNConfig, LanguageModel, LanguageModelConfig
 
 SIZE = SIZES["small"]

@@ -56,7 +56,7 @@ FINISHED = RESULTS / "char_lm_quality.runs.jsonl"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=whole(1), default=600, help="training steps (default: %(default)s)")
     parser.add_argument(
-        "--long-steps", type=whole(0), default=3000, help="of the longer comparison; 0: none (default: %(default)s)"
+        "--long-steps", type=whole(0), default=3000, help="steps of the longer comparison; 0: none (default: %(default)s)"
     )
     parser.add_argument("--seeds", type=seed_number, nargs="+", default=[0, 1, 2], metavar="SEED", help="(default: 0 1 2)")
     parser.add_argument("--lr", type=positive, default=2e-3, help="peak learning rate (default: %(default)s)")

@@ -20,13 +20,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from case_options import whole
 from cases import language_id
 from rich.progress import track
 from torch import Tensor
 
 from lightning_modules.data.language_id import LanguageIdDataModule
 from trix.introspection import NgramReader, count_ngrams, design_signature
-from trix.introspection.ngrams import NO_TOKEN, Ngrams, ngrams_at
+from trix.introspection.ngrams import NO_TOKEN, Ngrams, is_among, ngrams_at
 from trix.nn import PADDING_TOKEN, Classifier, FFNConfig
 
 ARMS = {"1 tile": 1, "2 tiles": 2, "4 tiles": 4, "4 tiles, random": 4, "no surgery": 4}
@@ -38,7 +39,7 @@ LAYER = 1
 
 @dataclass(frozen=True)
 class Texts:
-    """token_NT: of one split. label: of the language. characteristic_MJ: its pairs, in the order of their last characters."""
+    """token_NT: the texts of one split. label: the language. characteristic_MJ: its pairs, by their last characters."""
 
     token_NT: Tensor
     label_N: Tensor
@@ -48,13 +49,18 @@ class Texts:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--language", default="hu", help="whose n-grams are claimed (default: %(default)s)")
-    parser.add_argument("--ngrams", type=int, default=40, help="characteristic n-grams (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=600, help="of training before (default: %(default)s)")
-    parser.add_argument("--further-steps", type=int, default=150, help="of training after (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to N - 1 (default: %(default)s)")
+    parser.add_argument(
+        "--ngrams", type=whole(max(ARMS.values())), default=40, help="characteristic n-grams (default: %(default)s)"
+    )
+    parser.add_argument("--steps", type=whole(1), default=600, help="training steps before surgery (default: %(default)s)")
+    parser.add_argument("--further-steps", type=whole(1), default=150, help="training steps after it (default: %(default)s)")
+    parser.add_argument("--seeds", type=whole(1), default=3, help="seeds 0 to N - 1 (default: %(default)s)")
 
 
 def run(language: str, ngrams: int, steps: int, further_steps: int, seeds: int) -> dict[str, Any]:
+    languages = LanguageIdDataModule().class_names
+    if language not in languages:
+        raise SystemExit(f"--language: {language} must be one of {', '.join(languages)}")
     runs = [operate(language, ngrams, steps, further_steps, seed) for seed in range(seeds)]
     return {"language": language, "ngrams": ngrams, "runs": runs}
 
@@ -99,10 +105,6 @@ def gathered(loader: Any) -> tuple[Tensor, Tensor]:
 
 def counted(token_NT: Tensor) -> Ngrams:
     return count_ngrams(token_NT, 2, token_NT != PADDING_TOKEN)
-
-
-def is_among(id_NJ: Tensor, wanted_MJ: Tensor) -> Tensor:
-    return (id_NJ.unsqueeze(1) == wanted_MJ).all(dim=-1).any(dim=-1)
 
 
 def characteristic(own: Ngrams, text: Ngrams, num_ngrams: int) -> Tensor:

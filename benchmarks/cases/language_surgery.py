@@ -34,8 +34,8 @@ FURTHER_LR = 5e-4
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--language", default="hu", help="whose signature is designed (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=600, help="of training before (default: %(default)s)")
-    parser.add_argument("--further-steps", type=int, default=150, help="of training after (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=600, help="training steps before surgery (default: %(default)s)")
+    parser.add_argument("--further-steps", type=int, default=150, help="training steps after it (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to N - 1 (default: %(default)s)")
 
 

@@ -23,7 +23,7 @@ REGULARISERS = ("ternary_weight", "sparsity_weight", "diversity_weight")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--epochs", type=int, default=20, help="of training on the digits (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=20, help="epochs of training on the digits (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each kind (default: %(default)s)")
     parser.add_argument("--claim-seeds", type=int, default=30, help="untrained layers for claim rates (default: %(default)s)")
     parser.add_argument(

@@ -38,7 +38,7 @@ class RoutingMonitor(L.Callback):
     and what of the choice moved: churn_features, churn_signatures, churn_bias (share of these tokens whose best tile changes
     when one factor alone is replaced by its present value, while the other two are as they were at the validation before: what
     the router reads of the tokens, its directions, its bias; each tile is scored for it, whatever the search of a hierarchical
-    router would visit; none where the choice is no matter of directions, as that of a hash).
+    router would visit; none where the choice is not decided by directions, as that of a hash).
     With up to 32 tiles also ``tile_usage/<layer>/tile_<i>``, the share of the assignments that a tile got.
 
     Histograms: ``routing/<layer>/tiles``, the tile indices chosen, and ``routing/<layer>/confidences``, of the first 2048

@@ -113,7 +113,7 @@ class TokenSample:
     def num_moved(self, earlier: dict[str, Any], name: str) -> dict[str, int] | None:
         """How many tokens each factor of the choice alone would move since an earlier sample: see :func:`num_moved`.
 
-        None where the tokens are not the same, or the choice is no matter of directions.
+        None where the tokens are not the same, or the choice is not decided by directions.
         """
         before, now = earlier.get("factors", {}).get(name), self._factors().get(name)
         if before is None or now is None or self.num_changed(earlier, name) is None:

@@ -111,14 +111,14 @@ def make_parser() -> CommandParser:
         type=int,
         choices=(24, 8),
         default=24,
-        help="of what the ternary products read: 24 is nearly as exact as float32; 8 is faster, and what it changes is told "
-        "(default: %(default)s)",
+        help="bits of what the ternary products read: 24 is nearly as exact as float32; 8 is faster, and what it changes is "
+        "told (default: %(default)s)",
     )
     parser.add_argument(
         "--group-size",
         type=int,
         choices=(128, 0),
-        help="of 8 bits: how many columns share a scale, 128, or 0 for all: faster, less exact (default: 128)",
+        help="with 8 bits, how many columns share a scale, 128, or 0 for all: faster, less exact (default: 128)",
     )
     parser.add_trust()
     return parser

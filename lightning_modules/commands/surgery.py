@@ -267,7 +267,7 @@ def make_parser() -> CommandParser:
     parser.add_argument(
         "--ngrams",
         metavar="TEXT,TEXT",
-        help="in a checkpoint that routes on context, in the place of a signature: n-grams for which one is designed. What it "
+        help="in a checkpoint that routes on context, instead of a signature: n-grams for which one is designed. What it "
         "will claim is said before it is inserted, and measured afterwards",
     )
     parser.add_argument("--no-freeze", action="store_true", help="let learning go on from the inserted signature")

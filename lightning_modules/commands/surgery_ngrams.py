@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 MEASURED_TOKENS = 16384
 ESCAPED = {"n": "\n", "t": "\t", ",": ",", "-": "-", "\\": "\\"}
 MAX_POSSIBLE = 2**16  # n-grams that are all looked at where there is no text
-SHOWN = 8  # of the n-grams and tiles that are told besides
+SHOWN = 8  # n-grams and tiles that are told besides
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ def ids_of(ngrams: Sequence[str], names: Sequence[str], num_tokens: int) -> list
     for place, ngram in enumerate(ngrams):
         if len(ngram) != num_tokens:
             raise UserError(
-                f"n-gram {ngram!r} (length {len(ngram)}) must have length {num_tokens}: so many characters the model reads "
-                "at a time (context_tokens)"
+                f"n-gram {ngram!r} (length {len(ngram)}) must have length {num_tokens}: the model reads "
+                f"{num_tokens} character{'' if num_tokens == 1 else 's'} at a time (context_tokens)"
             )
         unknown = next((character for character in ngram if character not in id_of), None)
         if unknown is not None:
@@ -114,16 +114,19 @@ def design(task: "TrixTask", checkpoint: dict[str, Any], options: Namespace, ckp
 
 
 def _each_once(reader: "NgramReader", names: Sequence[str]) -> "CountedText":
-    """In the place of a text: all n-grams, or a part of them where they are many."""
+    """Instead of a text: all n-grams of ids that have names, or a part of them where they are many."""
     import torch
 
     from trix.introspection.ngrams import CountedText, Ngrams, all_ngrams, joined
 
-    if len(names) ** reader.num_tokens <= MAX_POSSIBLE:
-        return CountedText(all_ngrams(len(names), reader.num_tokens), names, "each possible one once")
-    drawn_NJ = torch.randint(len(names), (2**14, reader.num_tokens), generator=torch.Generator().manual_seed(0))
-    ngrams = joined([Ngrams(drawn_NJ, torch.ones(len(drawn_NJ), dtype=torch.int64))])
-    return CountedText(ngrams, names, "possible ones drawn at random")
+    token_V = torch.tensor([token for token, name in enumerate(names) if name])
+    if len(token_V) ** reader.num_tokens <= MAX_POSSIBLE:
+        ngrams, source = all_ngrams(len(token_V), reader.num_tokens), "each possible one once"
+    else:
+        place_NJ = torch.randint(len(token_V), (2**14, reader.num_tokens), generator=torch.Generator().manual_seed(0))
+        ngrams = joined([Ngrams(place_NJ, torch.ones(len(place_NJ), dtype=torch.int64))])
+        source = "possible ones drawn at random"
+    return CountedText(ngrams._replace(id_NJ=token_V[ngrams.id_NJ]), names, source)
 
 
 def print_forecast(designed: Designed) -> None:
@@ -151,26 +154,27 @@ def print_measured(task: "TrixTask", designed: Designed, layer: int) -> None:
     import torch
 
     from trix.introspection import TriXIntrospector
-    from trix.introspection.ngrams import NgramReader, count_ngrams, ngrams_at
+    from trix.introspection.ngrams import NgramReader, count_ngrams, is_among, ngrams_at
+    from trix.introspection.tile_card import is_counted
 
     seen, page = designed.forecast, designed.page
     if isinstance(page, str):
-        print(f"found   nothing, as the data to measure it on cannot be had: {page}")
+        print(f"not measured: {page}")
         return
     reader = NgramReader(task.network)
     capture = TriXIntrospector(page.network).capture(torch.split(page.inputs, 8))
     decision = capture.decision[layer]
-    is_token_T = (decision.weight != 0).any(dim=-1)
+    is_token_T = is_counted(decision)
     mask_BT = is_token_T.reshape(page.inputs.shape)
     rate = float(TriXIntrospector(page.network).routing_distribution(capture, layer)[seen.tile_idx])
     predicted = float(reader.claims(count_ngrams(page.inputs, reader.num_tokens, mask_BT), layer).rates()[seen.tile_idx])
     wanted_MJ = seen.after.ngrams.id_NJ[seen.wanted_M]
     id_TJ = ngrams_at(page.inputs, reader.num_tokens, mask_BT)
-    is_wanted_T = (id_TJ.unsqueeze(1) == wanted_MJ).all(dim=-1).any(dim=-1)
+    is_wanted_T = is_among(id_TJ, wanted_MJ)
     is_claimed_T = ((decision.tile_idx == seen.tile_idx) & (decision.weight != 0)).any(dim=-1)[is_token_T]
     print(
         f"found   {_percent(rate)} of {len(id_TJ):,} tokens of held-out data go to tile {seen.tile_idx} (their own n-grams "
-        f"predict {_percent(predicted)}); of the {int(is_wanted_T.sum())} at which an n-gram asked for ends, "
+        f"predict {_percent(predicted)}); of the {int(is_wanted_T.sum())} at which a requested n-gram ends, "
         f"{int((is_wanted_T & is_claimed_T).sum())}"
     )
 

@@ -17,7 +17,8 @@ def run_onnx_surgery(options: Namespace, model: Path, output: Path) -> int:
     """Write the edited file, and print what has changed."""
     if options.ngrams is not None:
         raise UserError(
-            f"{model}: --ngrams needs a checkpoint: an exported model names no codes; insert in the checkpoint and export that"
+            f"{model}: --ngrams needs a checkpoint: an exported model does not contain the codes; insert in the checkpoint and "
+            "export that"
         )
     try:
         signature_D = None if options.signature is None else _signature(options.signature, model, options.layer)

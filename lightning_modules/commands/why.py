@@ -34,7 +34,7 @@ decided by  token@place:how much it spoke for the winner over the runner-up, at 
 
 
 class Row(NamedTuple):
-    """explanation: of one token. read: the n-gram that was read, empty where no n-grams are read. decided: by what."""
+    """explanation: why one token went where it did. read: the n-gram that was read, or "". decided: what spoke for the tile."""
 
     explanation: "Explanation"
     read: str
@@ -99,7 +99,8 @@ def _of_ngrams(
     from trix.introspection.ngrams import NgramReader, ngrams_at
 
     reader = NgramReader(network)
-    winner_T, rival_T = (torch.tensor([place(e) for e in explanations]) for place in (_winner, _rival))
+    winner_T = torch.tensor([e.tile_idx for e in explanations])
+    rival_T = torch.tensor([max(e.runner_up_idx, 0) for e in explanations])  # without a runner-up nothing is shown
     part_TJ = reader.contributions(ngrams_at(token_BT, reader.num_tokens), winner_T, rival_T, options.layer)
     reasons = []
     for last, part_J in enumerate(part_TJ.tolist()):
@@ -109,14 +110,6 @@ def _of_ngrams(
         decided = "  ".join(f"{tokens[place]}@{place - last}:{part:+.2f}" for part, place in strongest)
         reasons.append((f"'{read}'", decided))
     return reasons
-
-
-def _winner(explanation: "Explanation") -> int:
-    return explanation.tile_idx
-
-
-def _rival(explanation: "Explanation") -> int:
-    return max(explanation.runner_up_idx, 0)  # without a runner-up it is not shown
 
 
 def _unquoted(token: str) -> str:

@@ -20,10 +20,10 @@ from bk_contestants import (
     chosen,
     fitted_config,
     num_parameters,
-    state_floats,
 )
 
 from lightning_modules.comparison import check_causal
+from lightning_modules.state_size import state_floats
 from trix.nn import FFNConfig, LanguageModel
 
 SIZE = Size(16, 2, 2, 24, 2, 40_000)

@@ -17,7 +17,7 @@ CASES = (bk_quality, bk_recall, bk_router, char_lm_quality)
 
 @pytest.fixture
 def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Runs of an earlier call, in the place of every case's own."""
+    """Runs of an earlier call, instead of every case's own."""
     path = tmp_path / "runs.jsonl"
     path.write_text("days of work\n")
     for case in CASES:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trix.introspection.ngrams import NgramClaims, NgramReader, Ngrams, joined
+from trix.introspection.ngrams import NgramClaims, NgramReader, Ngrams, joined, places_among
 from trix.routing.router import SignatureRouter
 
 WANTED_MARGIN, OTHER_MARGIN = 0.25, 0.1  # of scores, in standard deviations of a code's values
@@ -77,7 +77,8 @@ def design_signature(reader: NgramReader, layer: int, tile_idx: int, wanted_MJ: 
     """A ternary signature with which the tile claims the wanted n-grams and few others of the text: int8 [D].
 
     It begins as the signs of (mean code of the wanted n-grams - mean code of the text), and changes one dimension at a time as
-    long as this falls, margin_n being the score of n-gram n less that of the best other tile, each with its bias:
+    long as this falls, margin_n being the score of n-gram n less that of the k-th best other tile, each with its bias (k =
+    top_k; with adaptive k 1, as only the best tile is sure to be used):
 
         weight * mean_wanted relu(0.25 - margin_n) + sum_others share_n relu(0.1 + margin_n)
 
@@ -100,11 +101,12 @@ def design_signature(reader: NgramReader, layer: int, tile_idx: int, wanted_MJ: 
     is_wanted_N[wanted_M] = True
     code_ND = reader.codes(ngrams.id_NJ).float()
     directions = router.explain(routed.emergent_signatures())
-    score_NE = code_ND @ directions.direction_ED.float().T + directions.bias_E.float()
+    score_NE = code_ND @ directions.direction_ED.float().cpu().T + directions.bias_E.float().cpu()
     score_NE[:, tile_idx] = -torch.inf
     # What an inserted signature starts with is the mean bias of the tiles in use.
     bias = float(router.balance_bias[~router.is_free_E].mean())
-    rival_N = score_NE.topk(router.top_k, dim=-1).values[:, -1].clamp_min(NO_RIVAL) - bias
+    k = 1 if router.is_adaptive else router.top_k
+    rival_N = score_NE.topk(k, dim=-1).values[:, -1].clamp_min(NO_RIVAL) - bias
     share_N = ngrams.count_N.double().masked_fill(is_wanted_N, 0.0)
     share_N = (share_N / share_N.sum().clamp_min(1)).float()
     search = _Search(code_ND, rival_N, share_N, is_wanted_N)
@@ -116,8 +118,7 @@ def design_signature(reader: NgramReader, layer: int, tile_idx: int, wanted_MJ: 
 def _with_wanted(text: Ngrams, wanted_MJ: Tensor) -> tuple[Ngrams, Tensor]:
     """The n-grams of the text and the wanted ones, and the places of these."""
     ngrams = joined([text, Ngrams(wanted_MJ, torch.zeros(len(wanted_MJ), dtype=torch.int64))])
-    is_same_MN = (ngrams.id_NJ == wanted_MJ.unsqueeze(1)).all(dim=-1)
-    return ngrams, is_same_MN.long().argmax(dim=1)
+    return ngrams, places_among(wanted_MJ, ngrams.id_NJ)
 
 
 def _strongest(value_D: Tensor, share: float) -> Tensor:
@@ -128,7 +129,7 @@ def _strongest(value_D: Tensor, share: float) -> Tensor:
 
 @dataclass(frozen=True)
 class _Search:
-    """rival_N: what a score must exceed. share_N: of the text, 0 for wanted n-grams."""
+    """rival_N: what a score must exceed. share_N: the shares of the text, 0 for wanted n-grams."""
 
     code_ND: Tensor
     rival_N: Tensor

@@ -18,6 +18,7 @@ from trix.nn.sparse_lookup import SparseLookupFFN
 from trix.outputs import RoutingDecision, RowContext
 
 NO_TOKEN = -1
+NOT_AMONG = -1
 MAX_ALL = 2**20  # n-grams
 _ROWS = 2**14  # n-grams that a router is asked about at a time
 
@@ -57,6 +58,19 @@ def joined(parts: Iterable[Ngrams]) -> Ngrams:
     return Ngrams(id_NJ, torch.zeros(len(id_NJ), dtype=torch.int64).index_add_(0, place_M, torch.cat(all_counts)))
 
 
+def places_among(id_MJ: Tensor, among_NJ: Tensor) -> Tensor:
+    """Where each n-gram stands among distinct ones: int64 [M], NOT_AMONG where it is none of them."""
+    _, group = torch.unique(torch.cat([among_NJ, id_MJ]), dim=0, return_inverse=True)
+    place_G = torch.full_like(group, NOT_AMONG)
+    place_G[group[: len(among_NJ)]] = torch.arange(len(among_NJ), device=group.device)
+    return place_G[group[len(among_NJ) :]]
+
+
+def is_among(id_MJ: Tensor, among_NJ: Tensor) -> Tensor:
+    """Which n-grams are among distinct ones: bool [M]."""
+    return places_among(id_MJ, among_NJ) != NOT_AMONG
+
+
 def all_ngrams(vocab_size: int, num_tokens: int) -> Ngrams:
     """All V^J n-grams of J tokens, once each.
 
@@ -78,7 +92,7 @@ class CountedText:
     source: str
 
     def written(self, ids: Sequence[int]) -> str:
-        """An n-gram, with a sign in the place of each token that is not there."""
+        """An n-gram, with a sign instead of each token that is not there."""
         return "".join(BEGINNING if token == NO_TOKEN else self.names[token] for token in ids)
 
 
@@ -86,7 +100,7 @@ class CountedText:
 class NgramClaims:
     """What one layer makes of the n-grams of a text.
 
-    decision: of the N n-grams; tile_idx [N, K]. num_tiles: E.
+    decision: what the router decides about the N n-grams; tile_idx [N, K]. num_tiles: E.
     """
 
     ngrams: Ngrams
@@ -126,7 +140,7 @@ class NgramReader:
     """Asks the routers of a model that routes on context where n-grams go; changes nothing in it.
 
     ``layer`` is the index of a routed layer, in the order of the model. What a router decides about an n-gram it decides
-    wherever the n-gram ends in a text: the code is the same there.
+    wherever the n-gram ends in a text: the code is the same there. Ids may be on any device; answers are on the CPU.
 
     Args:
         model: holds a :class:`~trix.nn.ContextCode`, which all of its routed layers read.
@@ -149,7 +163,7 @@ class NgramReader:
     @torch.no_grad()
     def codes(self, id_NJ: Tensor) -> Tensor:
         """The code after each n-gram: float [N, D]."""
-        return self.code(id_NJ.clamp_min(0), id_NJ != NO_TOKEN)[0][:, -1]
+        return self._codes(id_NJ).cpu()
 
     def decide(self, id_NJ: Tensor, layer: int = 0) -> RoutingDecision:
         """What the layer's own router decides about each n-gram."""
@@ -160,8 +174,8 @@ class NgramReader:
         """As :meth:`decide`, in a layer that need not be the model's, as a copy with another signature."""
         if "phase" in layer.router.reads:
             raise ValueError(f"a {type(layer.router).__name__} must read codes alone: it reads the phase of each token, too")
-        parts = [_decide(layer, self.codes(part_NJ), part_NJ[:, -1]) for part_NJ in torch.split(id_NJ, _ROWS)]
-        return RoutingDecision(*map(torch.cat, zip(*parts, strict=True)))
+        parts = [_decide(layer, self._codes(part_NJ), part_NJ[:, -1]) for part_NJ in torch.split(id_NJ, _ROWS)]
+        return RoutingDecision(*(torch.cat(of_part).cpu() for of_part in zip(*parts, strict=True)))
 
     def claims(self, ngrams: Ngrams, layer: int = 0) -> NgramClaims:
         """Which tile claims which n-grams, and how much of the text each tile will get."""
@@ -183,14 +197,20 @@ class NgramReader:
         if directions is None:
             kind = type(routed.router).__name__
             raise ValueError(f"layer ({layer}) is routed by a {kind}, which has no directions to explain a choice by")
-        width = directions.direction_ED.shape[1]
-        row_DJV = self.code.affinities(torch.eye(width)).flip(1)  # the oldest first, as in an n-gram
+        id_NJ, winner_N, rival_N = (ids.to(self.code.table_VD.device) for ids in (id_NJ, winner_N, rival_N))
+        basis_DD = torch.eye(directions.direction_ED.shape[1], device=id_NJ.device)
+        row_DJV = self.code.affinities(basis_DD).flip(1)  # the oldest first, as in an n-gram
         row_NJD = row_DJV.permute(1, 2, 0)[torch.arange(self.num_tokens), id_NJ.clamp_min(0)]
         row_NJD = row_NJD * (id_NJ != NO_TOKEN).unsqueeze(-1)
         sum_ND = row_NJD.sum(dim=1)
         rms_N = (sum_ND.square().mean(dim=-1) + torch.finfo(sum_ND.dtype).eps).sqrt()
         difference_ND = (directions.direction_ED[winner_N] - directions.direction_ED[rival_N]).to(row_NJD.dtype)
-        return torch.einsum("njd,nd->nj", row_NJD, difference_ND) / rms_N.unsqueeze(-1)
+        return (torch.einsum("njd,nd->nj", row_NJD, difference_ND) / rms_N.unsqueeze(-1)).cpu()
+
+    def _codes(self, id_NJ: Tensor) -> Tensor:
+        """As :meth:`codes`, on the device of the model."""
+        id_NJ = id_NJ.to(self.code.table_VD.device)
+        return self.code(id_NJ.clamp_min(0), id_NJ != NO_TOKEN)[0][:, -1]
 
     def _layer(self, layer: int) -> RoutedLayer:
         if not 0 <= layer < len(self.layers):
@@ -208,5 +228,5 @@ def _decide(layer: RoutedLayer, code_ND: Tensor, id_N: Tensor) -> RoutingDecisio
     if isinstance(layer, SparseLookupFFN):  # of the gate, nothing is asked here
         tile_idx_NK, score_NE = layer.router.select(code_ND, emergent_ED)
         return RoutingDecision(tile_idx_NK, torch.ones_like(tile_idx_NK, dtype=score_NE.dtype), score_NE)
-    decision: RoutingDecision = layer.router(code_ND, RowContext(token_T=id_N), emergent_ED)
+    decision: RoutingDecision = layer.router(code_ND, RowContext(token_T=id_N.to(code_ND.device)), emergent_ED)
     return decision

@@ -82,7 +82,7 @@ def html_report(
         model: holds routed layers; run once on ``inputs``, in evaluation mode, and left as it was.
         inputs, tokens, labels, class_names: see :class:`~trix.introspection.sample.Sample`.
         facts: what else stands at the top, by name. track: shows the progress.
-        counted: of a model that routes on context, the text whose n-grams name the tiles and predict what they claim; without
+        counted: the text whose n-grams name the tiles and predict what they claim, for a model that routes on context; without
             it, the inputs themselves.
 
     Raises:

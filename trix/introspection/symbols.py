@@ -6,7 +6,7 @@ BEGINNING = "⊢"  # in an n-gram, the place of a token before the beginning of 
 
 
 def visible(text: str) -> str:
-    """The text with a sign in the place of each space and control character."""
+    """The text with a sign instead of each space and control character."""
     return "".join(_VISIBLE.get(character, character) for character in text)
 
 

@@ -1,4 +1,4 @@
-"""Commands on a model that routes on context: n-grams in the place of dimensions, and a signature designed for some."""
+"""Commands on a model that routes on context: n-grams instead of dimensions, and a signature designed for some."""
 
 import re
 from collections import Counter
@@ -9,17 +9,18 @@ import lightning as L
 import pytest
 import torch
 from small_runs import SENTENCE, save_checkpoint, small_network
+from torch.utils.data import TensorDataset
 
 from lightning_modules.cli import main
 from lightning_modules.commands.onnx_ngrams import ngrams_by_tile
 from lightning_modules.commands.surgery_ngrams import split_ngrams
 from lightning_modules.data.text import TextDataModule
-from lightning_modules.tasks import LanguageModelTask, load_checkpoint
+from lightning_modules.tasks import ClassifierTask, LanguageModelTask, load_checkpoint
 from ort_ops.file_format import FileRecord
 from ort_ops.signature_layers import read_model
 from trix.introspection import TriXIntrospector
 from trix.introspection.ngrams import NgramReader, ngrams_at
-from trix.nn import FFNConfig
+from trix.nn import ClassifierConfig, FFNConfig
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,7 @@ def insert(ckpt: Path, output: Path, *options: str) -> int:
     return main(["surgery", str(ckpt), "insert", "--layer", "1", "--tile", "3", "--output", str(output), *options])
 
 
-def test_a_signature_is_designed_foretold_inserted_and_measured(
+def test_a_signature_is_designed_predicted_inserted_and_measured(
     context_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "new.ckpt"
@@ -87,10 +88,10 @@ def test_a_signature_is_designed_foretold_inserted_and_measured(
     out, err = capsys.readouterr()
     assert err == ""
     lines = out.splitlines()
-    foretold = re.match(
+    predicted = re.match(
         r"claims  2 of the 2 n-grams, (\S+)% of the text, and (\S+)% besides: (\S+)% \(n-grams of 640 ", lines[0]
     )
-    assert foretold is not None
+    assert predicted is not None
     assert lines[0].endswith("% (n-grams of 640 tokens: training text)")
     assert re.match(r"        'ox'  yes; \d\.\d\d% of the text, until now of tile \d$", lines[1])
     assert re.match(r"        'Th'  yes; \d\.\d\d% of the text, until now of tile \d$", lines[2])
@@ -98,12 +99,12 @@ def test_a_signature_is_designed_foretold_inserted_and_measured(
     assert lines[6] == "edited  layer 1, tile 3: insert, tag 'ox,Th'"
     found = re.match(
         r"found   (\S+)% of (\d+) tokens of held-out data go to tile 3 \(their own n-grams predict (\S+)%\); "
-        r"of the (\d+) at which an n-gram asked for ends, (\d+)$",
+        r"of the (\d+) at which a requested n-gram ends, (\d+)$",
         lines[10],
     )
     assert found is not None
     assert found[1] == found[3]
-    assert float(found[1]) == pytest.approx(float(foretold[3]), abs=2.0)
+    assert float(found[1]) == pytest.approx(float(predicted[3]), abs=2.0)
     assert found[4] == found[5] != "0"
     assert lines[11].startswith(f"wrote   {output}")
 
@@ -140,13 +141,25 @@ def test_without_the_data_each_possible_ngram_counts_once(
     assert err == ""
     num_ngrams = len(set(SENTENCE)) ** 2
     assert f"(n-grams of {num_ngrams:,} tokens: each possible one once)" in out
-    assert re.search(r"found   nothing, as the data to measure it on cannot be had: .*gone.txt", out)
+    assert re.search(r"^not measured: .*gone.txt", out, re.MULTILINE)
+
+
+def test_padding_is_in_no_possible_ngram(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    vocabulary = "\0\N{REPLACEMENT CHARACTER} abcé"
+    network = ClassifierConfig(16, 2, 2, context_length=8, ffn=FFNConfig(num_tiles=4, route_on="context"))
+    batches = TensorDataset(torch.ones(4, 8, dtype=torch.int64), torch.zeros(4, dtype=torch.int64))
+    unnamed = L.LightningDataModule.from_datasets(batches, batches)
+    ckpt = save_checkpoint(
+        ClassifierTask(None, 2, ("de", "fr"), network, vocabulary=vocabulary), unnamed, tmp_path / "texts.ckpt"
+    )
+    assert insert(ckpt, tmp_path / "new.ckpt", "--ngrams", "ab") == 0
+    assert f"(n-grams of {(len(vocabulary) - 1) ** 2} tokens: each possible one once)" in capsys.readouterr().out
 
 
 MISTAKES = [
     (
         ["--ngrams", "the"],
-        "n-gram 'the' (length 3) must have length 2: so many characters the model reads at a time",
+        "n-gram 'the' (length 3) must have length 2: the model reads 2 characters at a time (context_tokens)",
     ),
     (["--ngrams", "ox,,Th"], "n-gram '' (length 0) must have length 2"),
     (["--ngrams", "ox,ß "], "n-gram 'ß ' holds 'ß', outside the vocabulary of the model"),
@@ -216,7 +229,7 @@ def test_an_exported_file_names_its_tiles_by_ngrams_and_takes_none(
                 assert int(reader.decide(torch.tensor([ids]), layer).tile_idx) == tile
     capsys.readouterr()
     assert insert(model, tmp_path / "new.onnx", "--ngrams", "ox") == 2
-    assert "model.onnx: --ngrams needs a checkpoint: an exported model names no codes" in capsys.readouterr().err
+    assert "model.onnx: --ngrams needs a checkpoint: an exported model does not contain the codes" in capsys.readouterr().err
 
 
 def example_of(model: Path) -> tuple[str, list[list[Counter[str]]]]:

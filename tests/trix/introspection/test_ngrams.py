@@ -11,12 +11,15 @@ from hypothesis import strategies as st
 from trix.introspection import TriXIntrospector
 from trix.introspection.ngrams import (
     NO_TOKEN,
+    NOT_AMONG,
     NgramReader,
     Ngrams,
     all_ngrams,
     count_ngrams,
+    is_among,
     joined,
     ngrams_at,
+    places_among,
     routes_on_context,
 )
 from trix.nn import Classifier, ClassifierConfig, FFNConfig, LanguageModel, LanguageModelConfig
@@ -66,6 +69,15 @@ def test_counts_of_parts_add_up() -> None:
     parts = [count_ngrams(text(seed), 2) for seed in range(3)]
     whole = count_ngrams(torch.cat([text(seed) for seed in range(3)]), 2)
     assert all(torch.equal(one, other) for one, other in zip(joined(parts), whole, strict=True))
+
+
+def test_places_are_those_of_a_loop() -> None:
+    ngrams, id_MJ = count_ngrams(text(), 2), ngrams_at(text(1), 2)
+    rows = ngrams.id_NJ.flip(0).tolist()
+    expected = [rows.index(ids) if ids in rows else NOT_AMONG for ids in id_MJ.tolist()]
+    assert NOT_AMONG in expected
+    assert places_among(id_MJ, ngrams.id_NJ.flip(0)).tolist() == expected
+    assert is_among(id_MJ, ngrams.id_NJ).tolist() == [place != NOT_AMONG for place in expected]
 
 
 def test_all_ngrams_are_each_there_once() -> None:
