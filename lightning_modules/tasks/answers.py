@@ -44,8 +44,8 @@ class Page:
     """What a page is drawn from: see :func:`trix.introspection.html_report`.
 
     Args:
-        network: what is run on the inputs. facts: what the page says of the data, by name. counted: of a network that routes on
-            context, the text whose n-grams say what each tile claims.
+        network: what is run on the inputs. facts: what the page says of the data, by name. counted: the text whose n-grams say
+            what each tile claims, for a network that routes on context.
     """
 
     network: nn.Module

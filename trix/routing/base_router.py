@@ -109,7 +109,7 @@ class Router(Facts, ABC):
         return False
 
     def explain(self, emergent_ED: Tensor | None = None) -> Directions | None:  # noqa: ARG002
-        """The directions that decide; None where the choice is no matter of directions."""
+        """The directions that decide; None where the choice is not decided by directions."""
         return None
 
     def frozen_tiles(self) -> Tensor:
