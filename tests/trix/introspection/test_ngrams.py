@@ -23,6 +23,7 @@ from trix.introspection.ngrams import (
     routes_on_context,
 )
 from trix.nn import Classifier, ClassifierConfig, FFNConfig, LanguageModel, LanguageModelConfig
+from trix.routing.router import LearnedRouter
 
 V, D = 11, 32
 KINDS: list[dict[str, Any]] = [
@@ -33,10 +34,17 @@ KINDS: list[dict[str, Any]] = [
     {"kind": "sparse_lookup_v2"},
     {"routing": "emergent"},
     {"routing": "learned"},
-    {"routing": "hash"},
+    {"routing": f"{__name__}.Unexplained"},
     {"top_k": 2},
     {"max_k": 2},
 ]
+
+
+class Unexplained(LearnedRouter):
+    """Reads codes, but names no directions."""
+
+    def explain(self, emergent_ED: torch.Tensor | None = None) -> None:
+        del emergent_ED
 
 
 def context_model(**settings: Any) -> LanguageModel:
@@ -158,8 +166,8 @@ def test_what_cannot_be_read() -> None:
     assert not routes_on_context(model)
     with pytest.raises(ValueError, match=r"the model must route on context \(route_on: context\)"):
         NgramReader(model)
-    reader = NgramReader(context_model(routing="hash"))
+    reader = NgramReader(context_model(routing=f"{__name__}.Unexplained"))
     with pytest.raises(ValueError, match=r"layer \(2\) must be >= 0 and < number of routed layers \(2\)"):
         reader.decide(torch.tensor([[1, 2]]), 2)
-    with pytest.raises(ValueError, match="routed by a HashRouter, which has no directions to explain a choice by"):
+    with pytest.raises(ValueError, match="routed by a Unexplained, which has no directions to explain a choice by"):
         reader.contributions(torch.tensor([[1, 2]]), torch.tensor([0]), torch.tensor([1]))

@@ -289,4 +289,4 @@ def test_padding_is_no_part_of_an_ngram() -> None:
 
 def test_without_context_nothing_is_said_of_ngrams() -> None:
     assert "n-grams" not in html_report(network(), TOKENS, STRINGS)
-    assert "n-grams" in html_report(context_network(routing="hash"), TOKENS, STRINGS)
+    assert "n-grams" in html_report(context_network(routing="learned"), TOKENS, STRINGS)
