@@ -22,8 +22,9 @@ All of it takes days of one core; --resume keeps the runs that a stopped one had
 
 import argparse
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -31,9 +32,8 @@ import torch
 import torch.nn.functional as F
 from bk_contestants import CONTESTANTS, OF_LIBRARY, VARIANTS, Size, chosen, fitted_config
 from case_options import check_distinct, positive, seed_number, whole
-from cases.char_lm_quality import train_model
+from cases.char_lm_quality import take_step, train_model
 from kept_runs import RESULTS, kept_or_run, put_aside
-from torch import Tensor
 from turns import interleaved, one_thread
 
 from lightning_modules.comparison import best_rate, check_causal, paired_significance
@@ -143,21 +143,12 @@ def compare(
 def seconds_per_step(configs: Mapping[str, LanguageModelConfig], data: TextDataModule) -> dict[str, list[float]]:
     """CPU seconds of TIMED_STEPS steps of training each, after one that does not count."""
     token_BT, target_BT = next(iter(data.train_dataloader()))
-    steps = {name: step_of(LanguageModel(data.vocab_size, config), token_BT, target_BT) for name, config in configs.items()}
+    models = {name: LanguageModel(data.vocab_size, config) for name, config in configs.items()}
+    steps = {
+        name: partial(take_step, model, torch.optim.AdamW(model.parameters()), token_BT, target_BT)
+        for name, model in models.items()
+    }
     return {name: of_turn[1:] for name, of_turn in interleaved(steps, 1 + TIMED_STEPS).items()}
-
-
-def step_of(model: LanguageModel, token_BT: Tensor, target_BT: Tensor) -> Callable[[], None]:
-    optimizer = torch.optim.AdamW(model.parameters())
-
-    def step() -> None:
-        logits, _, aux = model(token_BT, return_routing=True)
-        loss = F.cross_entropy(logits.flatten(0, 1), target_BT.flatten())
-        optimizer.zero_grad()
-        (loss if aux is None else loss + aux["total_aux"]).backward()
-        optimizer.step()
-
-    return step
 
 
 def chosen_rate(runs: Mapping[float, Sequence[Mapping[str, Any]]]) -> float:

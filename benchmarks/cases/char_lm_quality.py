@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from case_options import check_distinct, positive, seed_number, whole
 from kept_runs import RESULTS, kept_or_run, put_aside
 from rich.progress import track
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_modules.data.text import TextDataModule
 from trix.nn import FFNConfig, LanguageModel, LanguageModelConfig, TriXFFN, routed_layers
@@ -116,16 +116,21 @@ def train_model(model: LanguageModel, batches: Iterable[Any], steps: int, lr: fl
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     diversities: list[float] = []
     for step, (token_BT, target_BT) in enumerate(track(batches, title, total=steps)):
-        logits, _, aux = model(token_BT, return_routing=True)
-        loss = F.cross_entropy(logits.flatten(0, 1), target_BT.flatten())
-        optimizer.zero_grad()
-        (loss if aux is None else loss + aux["total_aux"]).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        take_step(model, optimizer, token_BT, target_BT)
         schedule.step()
         if step % 50 == 0:
             diversities += [layer.get_signature_diversity() for layer in routed_layers(model)]
     return min(diversities, default=None)
+
+
+def take_step(model: LanguageModel, optimizer: torch.optim.Optimizer, token_BT: Tensor, target_BT: Tensor) -> None:
+    """One step of training on the cross entropy and the auxiliary losses; target -100 for none."""
+    logits, _, aux = model(token_BT, return_routing=True)
+    loss = F.cross_entropy(logits.flatten(0, 1), target_BT.flatten())
+    optimizer.zero_grad()
+    (loss if aux is None else loss + aux["total_aux"]).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
 
 
 @torch.no_grad()

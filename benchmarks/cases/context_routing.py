@@ -27,7 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from case_options import check_distinct, positive, seed_number, whole
-from cases.char_lm_quality import sizes
+from cases.char_lm_quality import sizes, take_step
 from kept_runs import RESULTS, kept_or_run, put_aside
 from rich.progress import track
 from torch import Tensor
@@ -135,12 +135,7 @@ def measure(name: str, mixer: str, steps: int, seed: int, lr: float, path: str |
         if name == LEARNED_THEN_FROZEN and step == round(FREEZE_AT * steps):
             freeze_all(model)
         start = time.thread_time()
-        logits, _, aux = model(token_BT, return_routing=True)
-        loss = F.cross_entropy(logits.flatten(0, 1), target_BT.flatten())
-        optimizer.zero_grad()
-        (loss if aux is None else loss + aux["total_aux"]).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        take_step(model, optimizer, token_BT, target_BT)
         schedule.step()
         seconds += time.thread_time() - start
         if step % max(steps // TIMES_WATCHED, 1) == 0 or step == steps:
