@@ -46,12 +46,17 @@ if TYPE_CHECKING:
 
 SIZES = {"small": Size(64, 2, 4, 128, 8, 125_000), "0.82M": Size(128, 4, 8, 128, 16, 820_000)}
 ANCHOR = "ssd"
+EXPANDED = tuple(f"{name}, expand 2" for name in ("ssd", "one_way", "hermitian"))
 # Whether the first is better than the second.
 QUESTIONS = (
     ("hermitian", "one_way"),
     ("hermitian", ANCHOR),
     ("hermitian", "attention + convolution"),
     *(("hermitian", name) for name in OF_LIBRARY),
+    *((name, name.removesuffix(", expand 2")) for name in EXPANDED),
+    *((name, "Mamba2") for name in EXPANDED),
+    ("hermitian, expand 2", "one_way, expand 2"),
+    ("one_way, expand 2, 1 block of attention", "one_way, expand 2"),
     ("hermitian, tiles by phase", "TriX"),
     ("hermitian", "hermitian, no gauge"),
     ("hermitian", "hermitian, vector state"),

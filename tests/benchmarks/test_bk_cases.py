@@ -142,7 +142,7 @@ def test_recall_counts_the_best_rate_of_each_width(path: str) -> None:
 
 def test_one_model_learns_all_numbers_of_pairs(path: str) -> None:
     shapes = [token.shape for token, _ in bk_recall.batches([1, 3], 20, torch.Generator().manual_seed(0))]
-    assert set(shapes) == {(bk_recall.BATCH_SIZE, 4), (bk_recall.BATCH_SIZE, 12)}
+    assert set(shapes) == {(512, 4), (170, 12)}  # 2048 tokens, or what whole texts leave of them
     results = bk_recall.run([1, 3], [16], [1e-2], 2, [0], ["attention + convolution"], False)
     assert [result["pairs"] for result in results] == [1, 3]
     assert results[0]["config"] == results[1]["config"]

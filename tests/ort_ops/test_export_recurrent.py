@@ -24,12 +24,14 @@ CASES: dict[str, dict[str, Any]] = {
     "hermitian and attention": {"mixer": "resolvent", "mixer_args": HERMITIAN, "attention_at": (1,), "num_layers": 2},
     "hermitian, vector state": {"mixer": "resolvent", "mixer_args": HERMITIAN | {"d_state": 0}},
     "one way": {"mixer": "resolvent", "mixer_args": {"hopping": "one_way", "gauge": False, "d_state": 5}},
+    "one way, expanded": {"mixer": "resolvent", "mixer_args": {"expand": 2}},
     "ssd": {"mixer": "ssd"},
 }
 STATES = {
     "hermitian and attention": ["conv_0", "carry_0", "pivot_0", "key_1", "value_1"],
     "hermitian, vector state": ["conv_0", "carry_0", "pivot_0"],
     "one way": ["conv_0", "carry_0"],
+    "one way, expanded": ["conv_0", "carry_0"],
     "ssd": ["conv_0", "carry_0"],
 }
 

@@ -51,6 +51,7 @@ class RecurrentMixer(Mixer):
             are :class:`~trix.nn.linear.TriXLinear`. dropout: not used.
         d_state: width of a query; 0 is the vector state, y_i = sum_j L_ij u_j, in which no query weighs the past.
         conv_width: tokens that the convolution sees, the token itself the last.
+        expand: width of u over d_model, as in Mamba-2; there are expand * n_heads heads of width d_model / n_heads.
 
     Shape:
         x_BTD: float, T >= 1 -> [B, T, D]. context: padding on the left or right changes no other token; within a text,
@@ -58,8 +59,8 @@ class RecurrentMixer(Mixer):
         of real and imaginary part.
 
     Raises:
-        ValueError: d_model not divisible by n_heads, d_state < 0, conv_width < 1, no token, x of another width or dtype than
-            the weights', or a state that comes with a mask or for another batch.
+        ValueError: d_model not divisible by n_heads, d_state < 0, conv_width or expand < 1, no token, x of another width or
+            dtype than the weights', or a state that comes with a mask or for another batch.
     """
 
     is_causal_only: ClassVar[bool] = True
@@ -74,6 +75,7 @@ class RecurrentMixer(Mixer):
         *,
         d_state: int = 16,
         conv_width: int = 4,
+        expand: int = 1,
         num_dynamics: int,
     ) -> None:
         super().__init__()
@@ -84,14 +86,17 @@ class RecurrentMixer(Mixer):
             raise ValueError(f"d_state ({d_state}) must be >= 0")
         if conv_width < 1:
             raise ValueError(f"conv_width ({conv_width}) must be >= 1")
-        self.d_model, self.n_heads, self.d_state, self.conv_width = d_model, n_heads, d_state, conv_width
-        self.num_channels = d_model + 2 * d_state
-        self.in_proj = projection(d_model, d_model + self.num_channels, ternary)
+        if expand < 1:
+            raise ValueError(f"expand ({expand}) must be >= 1")
+        self.d_model, self.d_state, self.conv_width = d_model, d_state, conv_width
+        self.n_heads, self.d_inner = expand * n_heads, expand * d_model
+        self.num_channels = self.d_inner + 2 * d_state
+        self.in_proj = projection(d_model, self.d_inner + self.num_channels, ternary)
         self.conv = nn.Conv1d(self.num_channels, self.num_channels, conv_width, groups=self.num_channels)
-        self.dynamics = nn.Linear(d_model, num_dynamics * n_heads)
-        self.skip = nn.Parameter(torch.ones(n_heads))
-        self.norm_weight = nn.Parameter(torch.ones(d_model))
-        self.out_proj = projection(d_model, d_model, ternary)
+        self.dynamics = nn.Linear(d_model, num_dynamics * self.n_heads)
+        self.skip = nn.Parameter(torch.ones(self.n_heads))
+        self.norm_weight = nn.Parameter(torch.ones(self.d_inner))
+        self.out_proj = projection(self.d_inner, d_model, ternary)
 
     @abstractmethod
     def hop_specs(self) -> tuple[StateSpec, ...]:
@@ -107,7 +112,7 @@ class RecurrentMixer(Mixer):
         return None
 
     def state_specs(self) -> tuple[StateSpec, ...]:
-        width = self.d_model // self.n_heads
+        width = self.d_inner // self.n_heads
         carry = (width,) if self.d_state == 0 else (self.d_state, width)
         conv = StateSpec("conv", ("batch", self.num_channels, self.conv_width - 1))
         return conv, StateSpec("carry", ("batch", self.n_heads, *carry, 2)), *self.hop_specs()
@@ -122,8 +127,7 @@ class RecurrentMixer(Mixer):
                 raise ValueError("with a state, mask_BT must be None")
             if state[0].shape[0] != x_BTD.shape[0]:
                 raise ValueError(f"batch of the state ({state[0].shape[0]}) must be that of x ({x_BTD.shape[0]})")
-        B, T, D = x_BTD.shape
-        gate_BTD, channels_BTC = torch.split(self.in_proj(x_BTD), [D, self.num_channels], dim=-1)
+        gate_BTI, channels_BTC = torch.split(self.in_proj(x_BTD), [self.d_inner, self.num_channels], dim=-1)
         is_token_BT1 = None if mask_BT is None else mask_BT[..., None]
         if is_token_BT1 is not None:
             channels_BTC = channels_BTC * is_token_BT1
@@ -134,8 +138,8 @@ class RecurrentMixer(Mixer):
         with without_autocast(x_BTD):
             hops = self.read_hops(x_BTD, mask_BT, hop_state)
             y_BHTP, carry = self._recur(hops, channels_BTC.to(hops.scale_in.dtype), carry)
-        y_BTD = y_BHTP.transpose(1, 2).reshape(B, T, D).to(gate_BTD.dtype) * self.norm_weight
-        update_BTD = self.out_proj(y_BTD * F.silu(gate_BTD))
+        y_BTI = y_BHTP.transpose(1, 2).reshape(gate_BTI.shape).to(gate_BTI.dtype) * self.norm_weight
+        update_BTD = self.out_proj(y_BTI * F.silu(gate_BTI))
         return update_BTD, () if state is None else (conv_state, carry, *hops.state), self.phase(hops)
 
     def _check_input(self, x_BTD: Tensor) -> None:
@@ -181,6 +185,6 @@ class RecurrentMixer(Mixer):
 
     def _split(self, channels_BTC: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         B, T, _ = channels_BTC.shape
-        u_BTD, q_BTN, k_BTN = torch.split(channels_BTC, [self.d_model, self.d_state, self.d_state], dim=-1)
-        u_BHTP = u_BTD.reshape(B, T, self.n_heads, self.d_model // self.n_heads).transpose(1, 2)
+        u_BTI, q_BTN, k_BTN = torch.split(channels_BTC, [self.d_inner, self.d_state, self.d_state], dim=-1)
+        u_BHTP = u_BTI.reshape(B, T, self.n_heads, self.d_inner // self.n_heads).transpose(1, 2)
         return (u_BHTP, q_BTN[:, None], k_BTN[:, None]) if self.d_state else (u_BHTP, None, None)

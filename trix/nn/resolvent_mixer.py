@@ -15,7 +15,7 @@ from trix.outputs import State, StateSpec
 
 Hopping = Literal["hermitian", "one_way"]
 ETA_MIN = 1e-3  # the error of float32 pivots is about 1e-7 / eta
-ENERGY_SCALE = 0.5  # of v where training starts: a rough potential shortens the memory (Anderson localisation)
+ENERGY_SCALE = 0.5  # of v where hermitian training starts: a rough potential shortens the memory (Anderson localisation)
 BAND = (0.15, 0.85)  # of the heads' wave numbers, in units of pi: inside the band, off its edges
 ETA_START = (0.01, 0.5)  # of the heads' eta, from long memory to short
 
@@ -65,6 +65,7 @@ class ResolventMixer(RecurrentMixer):
         *,
         d_state: int = 16,
         conv_width: int = 4,
+        expand: int = 1,
         hopping: Hopping = "one_way",
         gauge: bool = True,
         eta_min: float = ETA_MIN,
@@ -75,19 +76,27 @@ class ResolventMixer(RecurrentMixer):
             raise ValueError(f"eta_min ({eta_min}) must be > 0 and finite")
         check_choice("hopping", hopping, get_args(Hopping))
         super().__init__(
-            d_model, n_heads, context_length, ternary, dropout, d_state=d_state, conv_width=conv_width, num_dynamics=3
+            d_model,
+            n_heads,
+            context_length,
+            ternary,
+            dropout,
+            d_state=d_state,
+            conv_width=conv_width,
+            expand=expand,
+            num_dynamics=3,
         )
         self.hopping, self.gauge, self.eta_min = hopping, gauge, eta_min
         with torch.no_grad():
-            energy, eta, hop = torch.split(self.dynamics.bias, n_heads)
-            wave_number = torch.linspace(BAND[0], BAND[1], n_heads) * math.pi
-            energy.copy_(-2 * wave_number.cos() if hopping == "hermitian" else torch.zeros(n_heads))
-            eta.copy_(softplus_spread(ETA_START, n_heads))
+            energy, eta, hop = torch.split(self.dynamics.bias, self.n_heads)
+            wave_number = torch.linspace(BAND[0], BAND[1], self.n_heads) * math.pi
+            energy.copy_(-2 * wave_number.cos() if hopping == "hermitian" else torch.zeros(self.n_heads))
+            eta.copy_(softplus_spread(ETA_START, self.n_heads))
             hop.fill_(math.log(math.e - 1))  # softplus of it is 1
-            self.dynamics.weight[:n_heads] *= ENERGY_SCALE
-            # A hop that differs from token to token turns the phase by more than the energy does: with it, what comes from
-            # 8 tokens back has a random sign in the head of the longest memory, and recall is hardly learned.
-            self.dynamics.weight[2 * n_heads :] = 0.0
+            # Hops that vary turn the phase from token to token, and with one-way hopping so does the energy. They start at 0:
+            # else what comes from far back has a random sign, and recall is hardly learned.
+            self.dynamics.weight[: self.n_heads] *= ENERGY_SCALE if hopping == "hermitian" else 0.0
+            self.dynamics.weight[2 * self.n_heads :] = 0.0
 
     def hop_specs(self) -> tuple[StateSpec, ...]:
         """The last pivot, less G*: zeros are the open end. One-way hopping needs none."""

@@ -31,13 +31,22 @@ class SSDMixer(RecurrentMixer):
         *,
         d_state: int = 16,
         conv_width: int = 4,
+        expand: int = 1,
     ) -> None:
         super().__init__(
-            d_model, n_heads, context_length, ternary, dropout, d_state=d_state, conv_width=conv_width, num_dynamics=1
+            d_model,
+            n_heads,
+            context_length,
+            ternary,
+            dropout,
+            d_state=d_state,
+            conv_width=conv_width,
+            expand=expand,
+            num_dynamics=1,
         )
-        self.log_rate = nn.Parameter(torch.linspace(RATE_START[0], RATE_START[1], n_heads).log())
+        self.log_rate = nn.Parameter(torch.linspace(RATE_START[0], RATE_START[1], self.n_heads).log())
         with torch.no_grad():
-            self.dynamics.bias.copy_(softplus_spread(STEP_START, n_heads))
+            self.dynamics.bias.copy_(softplus_spread(STEP_START, self.n_heads))
 
     def hop_specs(self) -> tuple[StateSpec, ...]:
         return ()

@@ -26,6 +26,8 @@ KINDS = {
     "one_way": lambda **args: ResolventMixer(24, 4, hopping="one_way", **args),
     "no_gauge": lambda **args: ResolventMixer(24, 4, hopping="hermitian", gauge=False, **args),
     "ssd": lambda **args: SSDMixer(24, 4, **args),
+    "expanded": lambda **args: ResolventMixer(24, 4, hopping="hermitian", expand=2, **args),
+    "expanded ssd": lambda **args: SSDMixer(24, 4, expand=3, **args),
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -52,12 +54,13 @@ def dense_rows(G: Pair, c: Pair) -> Tensor:
 def test_it_computes_the_formula_of_its_docstring(kind: str) -> None:
     mixer, x = make(kind), torch.randn(2, 9, 24, dtype=torch.float64)
     hops = mixer.read_hops(x)
-    gate, channels = mixer.in_proj(x).split([24, mixer.num_channels], dim=-1)
+    width = 6 * mixer.n_heads
+    gate, channels = mixer.in_proj(x).split([width, mixer.num_channels], dim=-1)
     kernel = mixer.conv.weight[:, 0]
     padded = F.pad(channels, (0, 0, 3, 0))
     channels = F.silu(sum(padded[:, tap : tap + 9] * kernel[:, tap] for tap in range(4)) + mixer.conv.bias)
-    u, q, k = channels.split([24, mixer.d_state, mixer.d_state], dim=-1)
-    u = u.unflatten(-1, (4, 6)).transpose(1, 2)
+    u, q, k = channels.split([width, mixer.d_state, mixer.d_state], dim=-1)
+    u = u.unflatten(-1, (mixer.n_heads, 6)).transpose(1, 2)
     weights = dense_rows(hops.G, hops.c)
     if mixer.d_state:
         weights = weights * (q @ k.mT)[:, None]
@@ -178,7 +181,9 @@ def test_at_the_start_what_comes_from_afar_keeps_its_sign(hopping: str) -> None:
     assert (entry_BH.real.mean(0) > 0.3 * entry_BH.abs().mean(0)).all()  # .01 in one head where hops differ from token to token
 
 
-@pytest.mark.parametrize(("name", "value"), [("d_state", 8), ("conv_width", 2), ("hopping", "hermitian"), ("gauge", False)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("d_state", 8), ("conv_width", 2), ("expand", 2), ("hopping", "hermitian"), ("gauge", False)]
+)
 def test_each_argument_changes_the_answer(name: str, value: object) -> None:
     x, answers = torch.randn(1, 6, 24), []
     for args in ({}, {name: value}):
@@ -220,6 +225,8 @@ def test_it_refuses_what_does_not_fit() -> None:
         SSDMixer(24, 4, d_state=-1)
     with pytest.raises(ValueError, match=r"conv_width \(0\) must be >= 1"):
         ResolventMixer(24, 4, conv_width=0)
+    with pytest.raises(ValueError, match=r"expand \(0\) must be >= 1"):
+        SSDMixer(24, 4, expand=0)
     with pytest.raises(ValueError, match=r"hopping \('both'\) must be one of hermitian, one_way"):
         ResolventMixer(24, 4, hopping="both")  # type: ignore[arg-type]
     for eta_min in (0.0, float("inf"), float("nan")):
