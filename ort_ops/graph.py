@@ -4,13 +4,17 @@ Inner graphs, as those of ``torch.cond``, stay as they are: what they read count
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import Any
 
 import numpy as np
-from onnx import GraphProto, helper, numpy_helper
+from onnx import GraphProto, NodeProto, helper, numpy_helper
 
 from ort_ops.file_format import Activations
 from ort_ops.operators import SCHEMAS
+from ort_ops.operators.signature_route import SIGMOID, SIGNATURE_ROUTE
+from ort_ops.operators.sparse_lookup import SPARSE_LOOKUP
 from ort_ops.schema import DOMAIN
 
 
@@ -95,6 +99,56 @@ def leave_out_unread(graph: GraphProto) -> None:
             for place, (name, tensor) in enumerate(zip(node.output, ops[node.op_type].outputs, strict=False)):
                 if tensor.is_optional and not num_reads[name]:
                     node.output[place] = ""
+
+
+def join_routes(graph: GraphProto) -> None:
+    """One SignatureRoute in place of several in a row that read the same x with equal attributes and sizes, as those of all
+    layers do with ``route_on: context`` or ``embedding``: x is quantised once, and all choices are known before the first
+    layer runs.
+
+    The constants stay each layer's own: they are what is edited. A Concat joins them, which onnxruntime computes once, when it
+    loads the file; a Split separates the choices. Nodes whose scores are read stay as they are, and so do those of hierarchical
+    layers: alone, many tiles are scored in 8 bits first.
+    """
+    sizes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    names = (SIGNATURE_ROUTE.name, SPARSE_LOOKUP.name)
+    nodes = [node for node in graph.node if node.domain == DOMAIN and node.op_type in names]
+    for _, equal in groupby(nodes, lambda node: _what_joins(node, sizes)):
+        _join(graph, list(equal))
+
+
+def _what_joins(node: NodeProto, sizes: Mapping[str, tuple[int, ...]]) -> tuple[Any, ...]:
+    """Equal for nodes that one can stand for; no two of the others have it alike."""
+    x, *constants = node.input
+    is_sigmoid = any(attribute.name == "gate" and attribute.i == SIGMOID for attribute in node.attribute)
+    if node.op_type != SIGNATURE_ROUTE.name or is_sigmoid or any(node.output[2:]) or not sizes.keys() >= set(constants):
+        return (node.output[0],)
+    attributes = sorted(attribute.SerializeToString() for attribute in node.attribute)
+    return (x, *(sizes[name] for name in constants), *attributes)
+
+
+def _join(graph: GraphProto, routes: Sequence[NodeProto]) -> None:
+    if len(routes) == 1:
+        return
+    first, count = routes[0], len(routes)
+    joined = [f"{first.output[0]}.{tensor.name}" for tensor in SIGNATURE_ROUTE.inputs[1:]]
+    concats = [
+        helper.make_node("Concat", [route.input[place] for route in routes], [name], name=name, axis=0)
+        for place, name in enumerate(joined, start=1)
+    ]
+    chosen = [f"{name}.of_all" for name in first.output[:2]]
+    inputs, outputs = [first.input[0], *joined], [*chosen, ""]
+    whole = helper.make_node(first.op_type, inputs, outputs, name=first.name, domain=DOMAIN, num_groups=count)
+    whole.attribute.extend(attribute for attribute in first.attribute if attribute.name != "num_groups")
+    splits = [
+        helper.make_node("Split", [name], [route.output[place] for route in routes], name=name, axis=1, num_outputs=count)
+        for place, name in enumerate(chosen)
+    ]
+    nodes = list(graph.node)
+    place = nodes.index(first)
+    rest = [node for node in nodes[place:] if node not in routes]
+    del graph.node[place:]
+    graph.node.extend([*concats, whole, *splits, *rest])
 
 
 def set_activations(graph: GraphProto, activations: Activations) -> None:

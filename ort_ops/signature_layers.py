@@ -7,7 +7,7 @@ import copy
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -30,8 +30,27 @@ _PLACES = {op.name: {tensor.name: i for i, tensor in enumerate(op.inputs)} for o
 _SCORE = 2  # an output of SignatureRoute
 
 
+class LayerNodes(NamedTuple):
+    """What routes one layer.
+
+    node: its SignatureRoute, which it may share with other layers, or its SparseLookup. companions: the SignatureRoute, if any,
+    that computes the scores of a sparse lookup from the same constants. readers: for each input of the node that is a constant
+    of the layer, the node that reads it and the place among its inputs: the node itself, or a Concat that joins the constants
+    of all layers.
+    """
+
+    node: NodeProto
+    companions: tuple[NodeProto, ...]
+    readers: dict[str, tuple[NodeProto, int]]
+
+    @property
+    def constants(self) -> set[str]:
+        """The names of the layer's own constants."""
+        return {reader.input[place] for reader, place in self.readers.values()}
+
+
 class SignatureLayer:
-    """One SignatureRoute or SparseLookup node and its constants, which are in the graph: a change is written there at once.
+    """A layer that a SignatureRoute or SparseLookup routes, and its constants in the graph: a change is written there at once.
 
     Attributes:
         signature_ED: int8 in {-1, 0, +1}. bias_E: float32, -inf in a free slot. log_mass_E: float32, not 0 where a merger or a
@@ -43,15 +62,13 @@ class SignatureLayer:
     its own.
     """
 
-    def __init__(self, graph: GraphProto, nodes: Sequence[NodeProto], d_model: int) -> None:
-        self._graph, self._nodes, self._node = graph, nodes, nodes[0]
-        node = self._node
+    def __init__(self, graph: GraphProto, nodes: LayerNodes, d_model: int) -> None:
+        self._graph, self._companions, self._readers = graph, nodes.companions, nodes.readers
         self.changed: list[str] = []
         self.places: set[tuple[str, int]] = set()
-        self._places = place = _PLACES[node.op_type]
-        self.top_k = next((attribute.i for attribute in node.attribute if attribute.name == "top_k"), 1)
-        self.bias_E = self._constant(node, place["bias"])
-        self.log_mass_E = self._constant(node, place["log_mass"]) if "log_mass" in place else np.zeros_like(self.bias_E)
+        self.top_k = _int_attribute(nodes.node, "top_k")
+        self.bias_E = self._constant("bias")
+        self.log_mass_E = self._constant("log_mass") if "log_mass" in self._readers else np.zeros_like(self.bias_E)
         is_vector = all(values.ndim == 1 and values.dtype == np.float32 for values in (self.bias_E, self.log_mass_E))
         if not is_vector or self.bias_E.shape != self.log_mass_E.shape:
             shapes = f"{self.bias_E.dtype} {self.bias_E.shape} and {self.log_mass_E.dtype} {self.log_mass_E.shape}"
@@ -60,7 +77,7 @@ class SignatureLayer:
             raise ValueError("bias and log_mass must be finite, except for a bias of -inf in a free slot")
         if not 1 <= self.top_k <= len(self.bias_E):
             raise ValueError(f"top_k ({self.top_k}) must be >= 1 and <= tiles ({len(self.bias_E)})")
-        panels = self._constant(node, place["signatures"])
+        panels = self._constant("signatures")
         if panels.ndim != 3 or panels.dtype != np.uint8:
             raise ValueError(f"packed signatures ({panels.dtype}, {panels.ndim} axes) must be uint8 of 3 axes")
         self.signature_ED = from_panels(panels, len(self.bias_E), d_model)
@@ -74,19 +91,20 @@ class SignatureLayer:
     def set_signature(self, tile_idx: int, signature_D: NDArray[np.int8]) -> None:
         self.signature_ED = self.signature_ED.copy()
         self.signature_ED[tile_idx] = signature_D
-        self._set_constant(self._node, self._places["signatures"], to_panels(self.signature_ED))
+        self._set_constant("signatures", to_panels(self.signature_ED))
 
     def set_bias(self, tile_idx: int, bias: float) -> None:
         """-inf frees the slot, another value lets it be chosen; its mass is 1 either way."""
         self.bias_E = self.bias_E.copy()
         self.bias_E[tile_idx] = bias
-        self._set_constant(self._node, self._places["bias"], self.bias_E)
+        self._set_constant("bias", self.bias_E)
         if self.log_mass_E[tile_idx] != 0:
             self.log_mass_E = self.log_mass_E.copy()
             self.log_mass_E[tile_idx] = 0.0
-            self._set_constant(self._node, self._places["log_mass"], self.log_mass_E)
+            self._set_constant("log_mass", self.log_mass_E)
 
-    def _constant(self, node: NodeProto, place: int) -> NDArray[Any]:
+    def _constant(self, of_input: str) -> NDArray[Any]:
+        node, place = self._readers[of_input]
         found = next((tensor for tensor in self._graph.initializer if tensor.name == node.input[place]), None)
         if found is None:
             raise ValueError(f"input {place} of node {node.name} ({node.op_type}) must be a constant of the graph")
@@ -94,11 +112,12 @@ class SignatureLayer:
             raise ValueError(f"constant {found.name} must be stored in the file, not in another one")
         return numpy_helper.to_array(found)
 
-    def _set_constant(self, node: NodeProto, place: int, value: NDArray[Any]) -> None:
+    def _set_constant(self, of_input: str, value: NDArray[Any]) -> None:
+        node, place = self._readers[of_input]
         name = node.input[place]
         reads = [
             (node, place),
-            *((other, i) for other in self._nodes[1:] for i, used in enumerate(other.input) if used == name),
+            *((other, i) for other in self._companions for i, used in enumerate(other.input) if used == name),
         ]
         if sum(1 for used in names_read(self._graph) if used == name) > len(reads):
             taken = {tensor.name for tensor in self._graph.initializer} | {out for n in self._graph.node for out in n.output}
@@ -139,7 +158,7 @@ def read_model(path: Path) -> tuple[ModelProto, FileRecord, list[SignatureLayer]
         _check_names(proto)
         about = FileRecord.from_properties({entry.key: entry.value for entry in proto.metadata_props})
         nodes = signature_nodes(proto.graph)
-        load(proto, path.parent, {name for of_layer in nodes for name in of_layer[0].input})
+        load(proto, path.parent, {name for of_layer in nodes for name in of_layer.constants})
         if about.layers is None:
             about.layers = [LayerRecord() for _ in nodes]
         if len(about.layers) != len(nodes):
@@ -177,9 +196,11 @@ def _check_record(record: LayerRecord, num_tiles: int) -> None:
         raise ValueError(f"claims in the metadata of a layer ({len(record.claims)}) must be as many as tiles ({num_tiles})")
 
 
-def signature_nodes(graph: GraphProto) -> list[tuple[NodeProto, ...]]:
-    """The node of each layer that signatures route, in the order of computation. That of a sparse lookup whose scores are an
-    output is followed by the SignatureRoute that computes them, from the same constants.
+def signature_nodes(graph: GraphProto) -> list[LayerNodes]:
+    """The nodes of each layer that signatures route, in the order of computation.
+
+    Raises:
+        ValueError: a SignatureRoute has more groups than there are constants that a Concat joins for it, or fewer.
     """
     nodes = [node for node in graph.node if node.domain == DOMAIN and node.op_type in _PLACES]
     source_of_norm = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "LayerNormalization"}
@@ -195,7 +216,37 @@ def signature_nodes(graph: GraphProto) -> list[tuple[NodeProto, ...]]:
             ]
             companions |= {lookup.output[0]: node for lookup in found}
     own = [node for node in nodes if not any(node is companion for companion in companions.values())]
-    return [(node, *([companions[node.output[0]]] if node.output[0] in companions else [])) for node in own]
+    return [nodes for node in own for nodes in _layers_of(graph, node, companions.get(node.output[0]))]
+
+
+def _layers_of(graph: GraphProto, node: NodeProto, companion: NodeProto | None) -> list[LayerNodes]:
+    """The layers that one node routes."""
+    own = {name: place for name, place in _PLACES[node.op_type].items() if name in ("signatures", "bias", "log_mass")}
+    groups = num_groups(node)
+    if groups == 1:
+        readers = {name: (node, place) for name, place in own.items()}
+        return [LayerNodes(node, () if companion is None else (companion,), readers)]
+    concats = {other.output[0]: other for other in graph.node if other.op_type == "Concat" and len(other.output) == 1}
+    joined = {name: concats.get(node.input[place]) for name, place in own.items()}
+    for name, concat in joined.items():
+        count = 0 if concat is None else len(concat.input)
+        if count != groups:
+            rule = f"must be the number of {name} constants that a Concat joins ({count})"
+            raise ValueError(f"num_groups ({groups}) of node {node.name} {rule}")
+    return [
+        LayerNodes(node, (), {name: (concat, group) for name, concat in joined.items() if concat is not None})
+        for group in range(groups)
+    ]
+
+
+def num_groups(node: NodeProto) -> int:
+    """How many layers a SignatureRoute or SparseLookup routes."""
+    return _int_attribute(node, "num_groups")
+
+
+def _int_attribute(node: NodeProto, name: str) -> int:
+    """Its value; 1, which is the default of those asked for, where the node has none."""
+    return next((attribute.i for attribute in node.attribute if attribute.name == name), 1)
 
 
 def _routes_by(node: NodeProto, x: str) -> tuple[str, str, str]:

@@ -26,7 +26,14 @@ from ort_ops.parity import SCORE_ROUNDING, selection_gap
 from ort_ops.reference import LogitsReference, ModuleReference
 from ort_ops.runtime import open_model
 from ort_ops.schema import DOMAIN
-from ort_ops.signature_layers import SignatureLayer, read_model, show_scores, signature_nodes, with_open_lookups
+from ort_ops.signature_layers import (
+    SignatureLayer,
+    num_groups,
+    read_model,
+    show_scores,
+    signature_nodes,
+    with_open_lookups,
+)
 from ort_ops.state import empty_state
 from ort_ops.whole_file import whole_file, whole_files
 
@@ -193,7 +200,7 @@ class _Run:
     """
 
     def __init__(self, proto: ModelProto, folder: Path, example: Mapping[str, NDArray[Any]] | NDArray[Any]) -> None:
-        companions = {node.output[0] for _, *others in signature_nodes(proto.graph) for node in others}
+        companions = {node.output[0] for nodes in signature_nodes(proto.graph) for node in nodes.companions}
         probed = with_open_lookups(proto)
         nodes = [node for node in probed.graph.node if (node.domain, node.op_type) == (DOMAIN, SIGNATURE_ROUTE.name)]
         nodes = [node for node in nodes if node.output[0] not in companions]
@@ -203,7 +210,14 @@ class _Run:
         self.example, self._folder = example, folder
         self.output = self._run(proto)
         routing = self._run(probed)
-        self.x, self.tile_idx, self.score = ([routing[of_node[i]] for of_node in names] for i in range(3))
+        self.x: list[NDArray[Any]] = []
+        self.tile_idx: list[NDArray[Any]] = []
+        self.score: list[NDArray[Any]] = []
+        for node, (x, tile_idx, score) in zip(nodes, names, strict=True):
+            groups = num_groups(node)
+            self.x += [routing[x]] * groups
+            self.tile_idx += np.split(routing[tile_idx], groups, axis=1)
+            self.score += np.split(routing[score], groups, axis=1)
 
     def _run(self, proto: ModelProto) -> dict[str, NDArray[Any]]:
         try:

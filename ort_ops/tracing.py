@@ -15,6 +15,7 @@ from ort_ops.graph import (
     all_graphs,
     divide_by_roots,
     join_reshapes,
+    join_routes,
     leave_out_unread,
     names_read,
     share_constants,
@@ -80,6 +81,7 @@ def trace(packed: nn.Module, interface: Interface) -> Traced:
     share_constants(proto.graph)
     leave_out_unread(proto.graph)
     _lay_in_panels(proto.graph)
+    join_routes(proto.graph)
     proto.ir_version = ONNX_IR_VERSION
     proto.producer_name = "trix"
     # The exporter notes the source line of every node, with the paths of this machine: two thirds of a small file.

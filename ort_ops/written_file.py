@@ -149,7 +149,7 @@ def _layer_records(graph: onnx.GraphProto, wrapped: nn.Module) -> list[LayerReco
         for name, module in wrapped.named_modules(remove_duplicate=False)
         if isinstance(module, RoutedLayer) and isinstance(module.router, SignatureRouter)
     }
-    sources = [set(layers).intersection(node.input) for node, *_ in signature_nodes(graph)]
+    sources = [set(layers).intersection(nodes.constants) for nodes in signature_nodes(graph)]
     return [_layer_record(*layers[source.pop()]) if source else LayerRecord() for source in sources]
 
 

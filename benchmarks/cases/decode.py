@@ -7,6 +7,10 @@ compute the chosen tiles only, and all must give the same logits (8 bits: nearly
 
 The contenders take turns in one process; time is that of the calling thread with one thread, wall time with more; medians of
 --repeats turns. Memory is that of a process which holds one contender alone.
+
+A second table is about models that route on context, whose layers share one SignatureRoute in the file: against the same file
+with a SignatureRoute for each layer, and with none, where constants stand for the choices. Activations of 8 bits, one thread;
+what is saved is the median over --context-turns turns of the ratio within a turn.
 """
 
 import argparse
@@ -18,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +47,7 @@ from trix.nn.ternary_weight import TernaryWeight
 WAYS = ("trix 8 bit", "trix 24 bit", "ort float32", "torch float32")
 VOCABULARY = "".join(chr(code) for code in range(0x100, 0x200))
 FILES = {"trix 8 bit": "8.onnx", "trix 24 bit": "24.onnx", "ort float32": "float.onnx", "torch float32": "model.pt"}
+CONTEXT_WAYS = ("a route per layer", "one route", "no route")
 Step = Callable[[], Any]
 
 
@@ -52,11 +58,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--past", type=int, default=64, help="tokens in the cache (default: %(default)s)")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="default: %(default)s")
     parser.add_argument("--repeats", type=int, default=7, help="turns of each contender (default: %(default)s)")
+    context = parser.add_argument_group("models that route on context")
+    context.add_argument("--context-d-model", type=int, nargs="*", default=[128, 512], help="default: %(default)s")
+    context.add_argument("--context-layers", type=int, default=4, help="default: %(default)s")
+    context.add_argument("--context-tiles", type=int, default=64, help="in a layer (default: %(default)s)")
+    context.add_argument("--context-turns", type=int, default=2000, help="turns of each contender (default: %(default)s)")
 
 
-def run(d_model: int, layers: int, tiles: int, past: int, threads: list[int], repeats: int) -> list[dict[str, Any]]:
-    if repeats < 5:
-        raise SystemExit(f"repeats ({repeats}) must be >= 5")
+def run(
+    d_model: int,
+    layers: int,
+    tiles: int,
+    past: int,
+    threads: list[int],
+    repeats: int,
+    context_d_model: list[int],
+    context_layers: int,
+    context_tiles: int,
+    context_turns: int,
+) -> list[dict[str, Any]]:
+    for name, turns in {"repeats": repeats, "context-turns": context_turns}.items():
+        if turns < 5:
+            raise SystemExit(f"{name} ({turns}) must be >= 5")
+    if context_layers < 2:
+        raise SystemExit(f"context-layers ({context_layers}) must be >= 2, for layers to share a route")
+    of_context = [row for d in context_d_model for row in context_rows(d, context_layers, context_tiles, past, context_turns)]
+    return [*contenders(d_model, layers, tiles, past, threads, repeats), *of_context]
+
+
+def contenders(d_model: int, layers: int, tiles: int, past: int, threads: list[int], repeats: int) -> list[dict[str, Any]]:
     config = model_config(d_model, layers, tiles, past)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as name:
@@ -93,7 +123,7 @@ def make_files(config: LanguageModelConfig, folder: Path) -> None:
     held_out = torch.randint(len(VOCABULARY), (2 * config.context_length,))
     export_language_model(model, VOCABULARY, held_out, folder / FILES["trix 24 bit"], fallback=False)
     proto = onnx.load(folder / FILES["trix 24 bit"])
-    onnx.save(in_float(proto), folder / FILES["ort float32"])
+    onnx.save(in_float(with_route_per_layer(proto)), folder / FILES["ort float32"])
     set_activations(proto.graph, Activations(bits=8, group_size=0))
     onnx.save(proto, folder / FILES["trix 8 bit"])
 
@@ -103,8 +133,14 @@ def make_step(way: str, folder: Path, config: LanguageModelConfig, past: int, nu
     if way == "torch float32":
         return torch_step(folder / FILES[way], config, torch.from_numpy(token), num_threads)
     options = session_options() if way.startswith("trix") else ort.SessionOptions()
+    return session_step((folder / FILES[way]).read_bytes(), options, token, num_threads)
+
+
+def session_step(model: bytes, options: ort.SessionOptions, token: np.ndarray, num_threads: int) -> Step:
+    """token int64 [1, P + 1]: the step reads the last one, with the others in its cache."""
     options.intra_op_num_threads, options.log_severity_level = num_threads, 4
-    session = ort.InferenceSession(str(folder / FILES[way]), options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    past = token.shape[1] - 1
     state = empty_state(session, 1)
     outputs = [output.name for output in session.get_outputs() if output.name.startswith("present")]
     for place in range(past):  # the float graph takes one token at a time
@@ -238,6 +274,77 @@ def interleaved(steps: dict[str, Step], repeats: int, is_wall: bool) -> dict[str
     return times
 
 
+def context_rows(d_model: int, layers: int, tiles: int, past: int, turns: int) -> list[dict[str, Any]]:
+    """Seconds of each of CONTEXT_WAYS. saved: share of the time with a route per layer, median over turns."""
+    ffn = FFNConfig(num_tiles=tiles, route_on="context", signatures="drawn")
+    config = replace(model_config(d_model, layers, tiles, past), ffn=ffn)
+    torch.manual_seed(0)
+    model = LanguageModel(len(VOCABULARY), config).eval()
+    held_out = torch.randint(len(VOCABULARY), (2 * config.context_length,))
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name) / "context.onnx"
+        export_language_model(model, VOCABULARY, held_out, path, fallback=False, activations=Activations(8, 0))
+        proto = onnx.load(path)
+    files = dict(zip(CONTEXT_WAYS, (with_route_per_layer(proto), proto, without_route(proto)), strict=True))
+    token = np.arange(past + 1, dtype=np.int64)[None] % len(VOCABULARY)
+    steps = {way: session_step(file.SerializeToString(), session_options(), token, 1) for way, file in files.items()}
+    separate, joined = (steps[way]()[0] for way in CONTEXT_WAYS[:2])
+    assert np.array_equal(separate, joined)
+    times = interleaved(steps, turns, is_wall=False)
+    rows = []
+    for way in CONTEXT_WAYS:
+        low, high = statistics.quantiles(times[way], n=4)[::2]
+        saved = [1 - own / separate for own, separate in zip(times[way], times[CONTEXT_WAYS[0]], strict=True)]
+        row = {"way": f"context, {way}", "threads": 1, "d_model": d_model, "layers": layers, "tiles": tiles}
+        row |= {"seconds": statistics.median(times[way]), "quartiles": [low, high], "saved": statistics.median(saved)}
+        rows.append(row)
+    return rows
+
+
+def with_route_per_layer(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """The same model with a SignatureRoute for each layer in place of the one that they share, where they do."""
+    model, route, joins, splits = _shared_route(proto)
+    if not splits:  # a single layer
+        return model
+    constants = zip(*(join.input for join in joins), strict=True)
+    choices = zip(*(split.output for split in splits), strict=True)
+    own = []
+    for inputs, outputs in zip(constants, choices, strict=True):
+        node = helper.make_node(route.op_type, [route.input[0], *inputs], [*outputs, ""], domain=DOMAIN)
+        node.attribute.extend(attribute for attribute in route.attribute if attribute.name != "num_groups")
+        own.append(node)
+    _replace(model, route, own, gone=[*joins, *splits])
+    return model
+
+
+def without_route(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """The same model for one token at a time, which goes to the first tile in each layer. The code is still computed."""
+    model, route, joins, _ = _shared_route(proto)
+    num_layers = len(joins[0].input)
+    _replace(model, route, [], gone=joins)
+    chosen = {route.output[0]: np.zeros((1, num_layers), np.int64), route.output[1]: np.ones((1, num_layers), np.float32)}
+    model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in chosen.items())
+    model.graph.output.append(helper.make_tensor_value_info(route.input[0], onnx.TensorProto.FLOAT, None))
+    return model
+
+
+def _shared_route(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, onnx.NodeProto, list[onnx.NodeProto], list[onnx.NodeProto]]:
+    """A copy of the model; in it the shared SignatureRoute, what joins its constants, and what separates its choices."""
+    model = onnx.ModelProto()
+    model.CopyFrom(proto)
+    nodes = model.graph.node
+    (route,) = (node for node in nodes if node.op_type == "SignatureRoute")
+    joins = [node for name in route.input[1:] for node in nodes if name in node.output]
+    splits = [node for name in route.output[:2] for node in nodes if node.op_type == "Split" and node.input[0] == name]
+    return model, route, joins, splits
+
+
+def _replace(model: onnx.ModelProto, node: onnx.NodeProto, others: list[onnx.NodeProto], gone: list[onnx.NodeProto]) -> None:
+    nodes = [other for old in model.graph.node if old not in gone for other in (others if old == node else [old])]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+
+
 def resident_bytes(way: str, folder: Path, config: LanguageModelConfig, past: int) -> int:
     """What a process grows by that loads one contender and makes a step."""
     sizes = {"d_model": config.d_model, "layers": config.num_layers, "tiles": config.ffn.num_tiles, "past": past}
@@ -266,9 +373,17 @@ def table(results: list[dict[str, Any]]) -> str:
     ]
     ours = {row["threads"]: row["seconds"] for row in results if row["way"] == "trix 8 bit"}
     for row in results:
+        if "saved" in row:
+            continue
         ratio = row["seconds"] / ours[row["threads"]]
         sizes = f"{row['resident_bytes'] / 1e6:.0f} | {row['file_bytes'] / 1e6:.0f}"
         lines.append(f"| {row['way']} | {row['threads']} | {1 / row['seconds']:.0f} | {ratio:.1f} | {sizes} |")
+    of_context = [row for row in results if "saved" in row]
+    if of_context:
+        lines += ["", "| model | width | layers | tiles | us per token | saved |", "|---|---|---|---|---|---|"]
+    for row in of_context:
+        sizes = f"{row['d_model']} | {row['layers']} | {row['tiles']}"
+        lines.append(f"| {row['way']} | {sizes} | {row['seconds'] * 1e6:.0f} | {row['saved']:.1%} |")
     return "\n".join(lines)
 
 

@@ -1,6 +1,6 @@
 """The operator SignatureRoute: the tiles whose ternary signatures agree with a token most, and how much each of them counts.
 
-Legend: T tokens, D model width (K in the check), E tiles, C or top_k chosen tiles per token.
+Legend: T tokens, D model width (K in the check), E tiles of a group, G groups, R = T G rows, C or top_k chosen tiles per token.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from ort_ops.graph_nodes import as_function, attribute_value, float_info, int_ve
 from ort_ops.operators.checks import NUM_COLUMNS, NUM_TILES, NUM_TOKENS, TOP_K, Array, Run, relative_error
 from ort_ops.operators.operator import Operator, Translation
 from ort_ops.operators.packed_nodes import decode, decode_table, pad_columns
-from ort_ops.panels import to_panels
+from ort_ops.panels import PANEL_ROWS, to_panels
 from ort_ops.schema import DOMAIN, OPSET_VERSION, FloatAttribute, IntAttribute, OpSchema, TensorSchema
 
 LEAST = -3.4028234663852886e38  # of the numbers: unlike -inf, it can be taken from itself
@@ -23,16 +23,21 @@ SIGNATURE_ROUTE = OpSchema(
     name="SignatureRoute",
     inputs=(
         TensorSchema("x", "float32", ("T", "D")),
-        TensorSchema("signatures", "uint8", ("ceil(E/32)", "ceil(D/16)", "128")),
-        TensorSchema("bias", "float32", ("E",)),
-        TensorSchema("log_mass", "float32", ("E",)),
+        TensorSchema("signatures", "uint8", ("G * ceil(E/32)", "ceil(D/16)", "128")),
+        TensorSchema("bias", "float32", ("G * E",)),
+        TensorSchema("log_mass", "float32", ("G * E",)),
     ),
     outputs=(
-        TensorSchema("tile_idx", "int64", ("T", "top_k")),
-        TensorSchema("weight", "float32", ("T", "top_k")),
-        TensorSchema("score", "float32", ("T", "E"), is_optional=True),
+        TensorSchema("tile_idx", "int64", ("T", "G * top_k")),
+        TensorSchema("weight", "float32", ("T", "G * top_k")),
+        TensorSchema("score", "float32", ("T", "G * E"), is_optional=True),
     ),
-    attributes=(IntAttribute("top_k", 1), IntAttribute("gate", 1), FloatAttribute("confidence_threshold", _THRESHOLD)),
+    attributes=(
+        IntAttribute("top_k", 1),
+        IntAttribute("gate", 1),
+        FloatAttribute("confidence_threshold", _THRESHOLD),
+        IntAttribute("num_groups", 1),
+    ),
     doc=(
         "score[t, e] = sum_d x[t, d] * s[e, d] / sqrt(max(nnz(s_e), 1)); tile_idx holds the top_k tiles by score + bias, best "
         "first, ties to the lowest index. score is without the bias. Scores are products as those of TernaryTileMatMul with 24 "
@@ -42,18 +47,23 @@ SIGNATURE_ROUTE = OpSchema(
         "exp(score[t, e]) / sum_f exp(log_mass[f] + score[t, f]) * sqrt(E); 2 adaptive, the softmax among the scores of the "
         "first n chosen tiles and 0 for the rest, where n is the number of tiles f whose score is at most confidence_threshold "
         "below the largest, but at least 1 and at most top_k. Free tiles have weight 0; where all are free, gates 1 and 2 give "
-        "NaN. NaN scores make weights NaN, under gate 0 those of their own tiles."
+        "NaN. NaN scores make weights NaN, under gate 0 those of their own tiles. num_groups, G, is 1 or the number of groups "
+        "of E tiles, each routed as if it were alone: tile_idx counts from a group's first tile. Each of several groups begins "
+        "with a panel of its own; what stands between its last tile and the next panel is not read."
     ),
 )
 
 
 def _function() -> FunctionProto:
-    """score = x @ signatures^T / sqrt(nnz); TopK of score + bias, whose ties go to the lowest index; then the gate."""
+    """score = x @ signatures^T / sqrt(nnz); TopK of score + bias, whose ties go to the lowest index; then the gate.
+
+    Choice and gate are those of R rows of E tiles, one row for each group of each token.
+    """
     nodes = [
         *decode_table(),
         *pad_columns("signatures"),
-        node("Shape", ["bias"], ["num_rows"]),
-        *decode("signatures", "signature", "num_rows"),
+        *_sizes(),
+        *_signatures(),
         node("Abs", ["signature"], ["is_active"]),
         int_vector("columns_axis", [1]),
         node("ReduceSum", ["is_active", "columns_axis"], ["nnz"], keepdims=0),
@@ -63,27 +73,76 @@ def _function() -> FunctionProto:
         node("Reciprocal", ["norm"], ["inverse_norm"]),
         node("Gemm", ["x_padded", "signature"], ["dot"], transB=1),
         node("Mul", ["dot", "inverse_norm"], ["score"]),
-        node("Add", ["score", "bias"], ["key"]),
+        node("Add", ["score", "bias"], ["token_key"]),
+        *_in_rows("token_key", "key"),
         node("IsNaN", ["key"], ["is_nan"]),
         node("Constant", [], ["lowest"], value_float=float("-inf")),
         node("Where", ["is_nan", "lowest", "key"], ["ranked_key"]),
-        attribute_value("top_k", "top_k_scalar"),
-        int_vector("one_dimension", [1]),
-        node("Reshape", ["top_k_scalar", "one_dimension"], ["num_chosen"]),
         # One row more for TopK: in onnxruntime 1.17 it divides by the number of rows, so no tokens would crash it.
         int_vector("row_below", [0, 0, 1, 0]),
         node("Pad", ["ranked_key", "row_below"], ["key_with_row_below"]),
         node("TopK", ["key_with_row_below", "num_chosen"], ["chosen_key", "choice_with_row_below"], axis=1),
         int_vector("first_row", [0]),
         int_vector("last_row", [-1]),
-        node("Slice", ["choice_with_row_below", "first_row", "last_row", "first_row"], ["tile_idx"]),
+        node("Slice", ["choice_with_row_below", "first_row", "last_row", "first_row"], ["choice"]),
         *_gate(),
+        node("Reshape", ["choice", "token_shape"], ["tile_idx"], allowzero=1),
+        node("Reshape", ["row_weight", "token_shape"], ["weight"], allowzero=1),
     ]
     return as_function(SIGNATURE_ROUTE, nodes)
 
 
+def _sizes() -> list[NodeProto]:
+    """Vectors of one size: `num_groups` G, `num_tiles` E, `num_chosen` top_k. Shapes: `row_shape` [R, E], `token_shape`
+    [T, G top_k].
+    """
+    return [
+        int_vector("one_dimension", [1]),
+        attribute_value("num_groups", "num_groups_scalar"),
+        node("Reshape", ["num_groups_scalar", "one_dimension"], ["num_groups"]),
+        attribute_value("top_k", "top_k_scalar"),
+        node("Reshape", ["top_k_scalar", "one_dimension"], ["num_chosen"]),
+        node("Shape", ["bias"], ["num_all_tiles"]),
+        # By a reshape: a division by a num_groups of 0 would end the process.
+        int_vector("rest", [-1]),
+        node("Concat", ["num_groups", "rest"], ["groups_of_tiles"], axis=0),
+        node("Reshape", ["bias", "groups_of_tiles"], ["group_bias"]),
+        node("Shape", ["group_bias"], ["num_tiles"], start=1),
+        node("Shape", ["x"], ["num_tokens"], start=0, end=1),
+        node("Mul", ["num_tokens", "num_groups"], ["num_token_rows"]),
+        node("Concat", ["num_token_rows", "num_tiles"], ["row_shape"], axis=0),
+        node("Mul", ["num_groups", "num_chosen"], ["num_chosen_in_all"]),
+        node("Concat", ["num_tokens", "num_chosen_in_all"], ["token_shape"], axis=0),
+    ]
+
+
+def _signatures() -> list[NodeProto]:
+    """`signature` [G E, 16 B]: the first E rows of each group's panels."""
+    return [
+        int_vector("rows_at", [0]),
+        node("Gather", ["decoded_shape", "rows_at"], ["num_rows"]),
+        *decode("signatures", "row", "num_rows"),
+        int_vector("panel_rows", [PANEL_ROWS]),
+        int_vector("last_of_panel", [PANEL_ROWS - 1]),
+        node("Add", ["num_tiles", "last_of_panel"], ["up_to_next_panel"]),
+        node("Div", ["up_to_next_panel", "panel_rows"], ["num_group_panels"]),
+        node("Mul", ["num_group_panels", "panel_rows"], ["num_group_rows"]),
+        node("Concat", ["num_groups", "num_group_rows", "num_padded"], ["group_shape"], axis=0),
+        node("Reshape", ["row", "group_shape"], ["group_row"], allowzero=1),
+        int_vector("first_tile", [0]),
+        int_vector("tiles_at", [1]),
+        node("Slice", ["group_row", "first_tile", "num_tiles", "tiles_at"], ["group_signature"]),
+        node("Concat", ["num_all_tiles", "num_padded"], ["signature_shape"], axis=0),
+        node("Reshape", ["group_signature", "signature_shape"], ["signature"], allowzero=1),
+    ]
+
+
+def _in_rows(of_tokens: str, of_rows: str) -> list[NodeProto]:
+    return [node("Reshape", [of_tokens, "row_shape"], [of_rows], allowzero=1)]
+
+
 def _gate() -> list[NodeProto]:
-    """weight [T, top_k] from score [T, E], tile_idx [T, top_k], bias [E] and log_mass [E].
+    """`row_weight` [R, top_k] from score [T, G E], choice [R, top_k], bias [G E] and log_mass [G E].
 
     Exp and sums instead of Softmax, as what that gives for a row of -inf, or with NaN, is left open.
     """
@@ -94,9 +153,15 @@ def _gate() -> list[NodeProto]:
         node("Constant", [], ["softmax_gate"], value_int=1),
         node("Constant", [], ["no_weight"], value_float=0.0),
         int_vector("tile_axis", [1]),
-        node("Equal", ["bias", "lowest"], ["is_free"]),
-        node("Gather", ["is_free", "tile_idx"], ["chosen_is_free"]),
-        node("GatherElements", ["score", "tile_idx"], ["chosen_score"], axis=1),
+        node("Equal", ["bias", "lowest"], ["tile_is_free"]),
+        node("Shape", ["score"], ["score_shape"]),
+        node("Expand", ["tile_is_free", "score_shape"], ["token_is_free"]),
+        *_in_rows("token_is_free", "is_free"),
+        *_in_rows("score", "row_score"),
+        node("Add", ["score", "log_mass"], ["token_exponent"]),
+        *_in_rows("token_exponent", "exponent"),
+        node("GatherElements", ["is_free", "choice"], ["chosen_is_free"], axis=1),
+        node("GatherElements", ["row_score", "choice"], ["chosen_score"], axis=1),
         node("Equal", ["gate", "sigmoid_gate"], ["is_sigmoid"]),
         node("Equal", ["gate", "softmax_gate"], ["is_softmax"]),
         node(
@@ -120,9 +185,9 @@ def _gate() -> list[NodeProto]:
             ),
         ),
         # 0, or NaN where a score is none of the numbers: what exp and comparisons make of NaN is not certain.
-        node("Mul", ["score", "no_weight"], ["nothing"]),
+        node("Mul", ["row_score", "no_weight"], ["nothing"]),
         node("ReduceSum", ["nothing", "tile_axis"], ["zero_or_nan"], keepdims=1),
-        node("Add", ["weight_of_numbers", "zero_or_nan"], ["weight"]),
+        node("Add", ["weight_of_numbers", "zero_or_nan"], ["row_weight"]),
     ]
 
 
@@ -135,7 +200,6 @@ def _sigmoid() -> list[NodeProto]:
 
 def _softmax() -> list[NodeProto]:
     return [
-        node("Add", ["score", "log_mass"], ["exponent"]),
         node("Constant", [], ["least"], value_float=LEAST),
         node("Where", ["is_free", "least", "exponent"], ["exponent_in_use"]),
         node("ReduceMax", ["exponent_in_use", "tile_axis"], ["largest_exponent"], keepdims=1),
@@ -147,7 +211,6 @@ def _softmax() -> list[NodeProto]:
         node("Exp", ["chosen_lowered"], ["chosen_power"]),
         node("Where", ["chosen_is_free", "no_weight", "chosen_power"], ["counted_power"]),
         node("Div", ["counted_power", "sum_of_powers"], ["softmax_share"]),
-        node("Size", ["bias"], ["num_tiles"]),
         node("Cast", ["num_tiles"], ["num_tiles_float"], to=TensorProto.FLOAT),
         node("Sqrt", ["num_tiles_float"], ["root"]),
         node("Mul", ["softmax_share", "root"], ["softmax_weight"]),
@@ -157,7 +220,7 @@ def _softmax() -> list[NodeProto]:
 def _adaptive() -> list[NodeProto]:
     return [
         attribute_value("confidence_threshold", "threshold", AttributeProto.FLOAT),
-        node("Where", ["is_free", "lowest", "score"], ["score_in_use"]),
+        node("Where", ["is_free", "lowest", "row_score"], ["score_in_use"]),
         node("ReduceMax", ["score_in_use", "tile_axis"], ["best_score"], keepdims=1),
         node("Sub", ["best_score", "score_in_use"], ["gap"]),
         node("LessOrEqual", ["gap", "threshold"], ["is_close"]),

@@ -323,15 +323,15 @@ ROUTE_REJECTIONS = {
     "rank of x": ({"x": f32(5)}, "rank of x (1, shape [5]) must be 2 [T, D]"),
     "rank of signatures": (
         {"signatures": u8(3, 4)},
-        "rank of signatures (2, shape [3, 4]) must be 3 [ceil(E/32), ceil(D/16), 128]",
+        "rank of signatures (2, shape [3, 4]) must be 3 [G * ceil(E/32), ceil(D/16), 128]",
     ),
-    "rank of bias": ({"bias": f32(4, 1)}, "rank of bias (2, shape [4, 1]) must be 1 [E]"),
+    "rank of bias": ({"bias": f32(4, 1)}, "rank of bias (2, shape [4, 1]) must be 1 [G * E]"),
     "width": ({"signatures": u8(1, 2, 128)}, f"shape of signatures [1, 2, 128] {PANEL_SHAPE}"),
     "length of bias": (
         {"bias": f32(33), "log_mass": f32(33)},
         "shape of signatures [1, 1, 128] must end in [ceil(rows / 32), ceil(columns / 16), 128] = [2, 1, 128] for 33 rows",
     ),
-    "rank of log_mass": ({"log_mass": f32(4, 1)}, "rank of log_mass (2, shape [4, 1]) must be 1 [E]"),
+    "rank of log_mass": ({"log_mass": f32(4, 1)}, "rank of log_mass (2, shape [4, 1]) must be 1 [G * E]"),
     "length of log_mass": ({"log_mass": f32(5)}, "length of log_mass (5) must be the number of tiles in bias (4)"),
     "too few tiles": ({"bias": f32(2)}, "top_k (3) must be <= the number of tiles in bias (2)"),
     "reserved code": (

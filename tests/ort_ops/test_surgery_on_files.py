@@ -13,7 +13,7 @@ from exported_models import CONTEXT, VOCABULARY, Exported
 
 from ort_ops.panels import to_panels
 from ort_ops.runtime import ExportedModel
-from ort_ops.signature_layers import SignatureLayer, read_model
+from ort_ops.signature_layers import SignatureLayer, read_model, signature_nodes
 from ort_ops.surgery import Edit, VerificationError, operate_on_file
 from trix.nn import FFNConfig, LanguageModel, RoutedLayer, routed_layers
 
@@ -23,6 +23,8 @@ MODELS = {  # layer and number of layers, of which the last is edited
     "adaptive": (FFNConfig(num_tiles=4, max_k=2), 1),
     "emergent": (FFNConfig(num_tiles=4, routing="emergent"), 1),
     "lookup": (FFNConfig(kind="sparse_lookup_v2", num_tiles=4, route_on="hidden"), 1),
+    "one route for all layers": (FFNConfig(num_tiles=4, route_on="context"), 2),
+    "one route, adaptive": (FFNConfig(num_tiles=4, max_k=2, route_on="context"), 2),
 }
 SIGNATURE_D = torch.tensor([1, 0, -1, 0, 1] * 4, dtype=torch.int8)
 
@@ -122,7 +124,7 @@ def test_constants_that_layers_share_are_changed_for_one_alone(tmp_path: Path) -
     held_out = torch.randint(0, len(VOCABULARY), (4 * CONTEXT,))
     path, output = tmp_path / "m.onnx", tmp_path / "new.onnx"
     exported_models.export_language_model(model, VOCABULARY, held_out, path)
-    assert len({layer._node.input[1] for layer in read_model(path)[2]}) == 1
+    assert len({nodes.node.input[1] for nodes in signature_nodes(onnx.load(path).graph)}) == 1
     operate_on_file(path, output, edit_last(model, "insert"))
     assert_same(output, edited(model, lambda layer: layer.insert_signature(2, SIGNATURE_D)))
     np.testing.assert_array_equal(read_model(output)[2][0].signature_ED, read_model(path)[2][0].signature_ED)
@@ -159,14 +161,14 @@ def test_what_does_not_verify_is_not_written(
 ) -> None:
     set_constant = SignatureLayer._set_constant
 
-    def set_wrongly(self: SignatureLayer, node: onnx.NodeProto, place: int, value: np.ndarray) -> None:
-        if (part, node.op_type, place) == ("signature", "SignatureRoute", 1):
+    def set_wrongly(self: SignatureLayer, of_input: str, value: np.ndarray) -> None:
+        if (part, of_input) == ("signature", "signatures"):
             value = to_panels(np.roll(self.signature_ED, 1, axis=0))
-        elif (part, node.op_type, place) == ("bias", "SignatureRoute", 2):
+        elif (part, of_input) == ("bias", "bias"):
             value = np.roll(value, 1)
-        elif (part, node.op_type, place) == ("constant", "SignatureRoute", 1):
+        elif (part, of_input) == ("constant", "signatures"):
             self._graph.initializer[0].raw_data = self._graph.initializer[0].raw_data[::-1]
-        set_constant(self, node, place, value)
+        set_constant(self, of_input, value)
 
     monkeypatch.setattr(SignatureLayer, "_set_constant", set_wrongly)
     with pytest.raises(VerificationError, match="; no file is written"):

@@ -157,6 +157,15 @@ def route_inputs(
     return inputs, signatures
 
 
+def grouped_route_inputs(
+    rng: np.random.Generator, num_tokens: int, num_groups: int, num_tiles: int, num_columns: int
+) -> tuple[dict[str, np.ndarray], list[dict[str, np.ndarray]]]:
+    """Random valid inputs of SignatureRoute for several groups of tiles, and those for each group alone."""
+    groups = [route_inputs(rng, num_tokens, num_tiles, num_columns)[0] for _ in range(num_groups)]
+    joined = {name: np.concatenate([group[name] for group in groups]) for name in ("signatures", "bias", "log_mass")}
+    return {"x": groups[0]["x"]} | joined, [group | {"x": groups[0]["x"]} for group in groups]
+
+
 def sweep_inputs(rng: np.random.Generator, B: int, H: int, T: int) -> dict[str, np.ndarray]:
     """Random valid inputs of ResolventSweep; now and then a token begins a new text."""
     w = rng.uniform(0.0, 2.0, (B, H, T)) * (rng.random((B, H, T)) > 0.1)

@@ -124,4 +124,27 @@ void weigh_tiles(const KernelContext& context, const SignatureGateJob& of_all, s
     });
 }
 
+void route_groups(const KernelContext& context, const SignatureGateJob& of_first, std::int64_t* tile_idx,
+                  std::size_t num_groups, std::size_t stride, std::size_t num_tokens) {
+    const SignatureRouteKernel choose = kernels().signature_route;
+    const SignatureGateKernel weigh = kernels().signature_gate;
+    const std::size_t num_tiles = of_first.num_tiles, top_k = of_first.top_k;
+    const auto scale = static_cast<float>(std::sqrt(static_cast<double>(num_tiles)));
+    for_token_units(context, num_tokens * num_groups, [&](std::size_t begin, std::size_t end) {
+        for (std::size_t row = begin; row < end; ++row) {
+            const std::size_t first_tile = row % num_groups * num_tiles;
+            SignatureGateJob job = of_first;
+            job.score += row * stride;
+            job.bias += first_tile;
+            job.log_mass += first_tile;
+            job.tile_idx += row * top_k;
+            job.weight += row * top_k;
+            job.scale = scale;
+            job.token_end = 1;
+            choose({job.score, job.bias, tile_idx + row * top_k, num_tiles, top_k, 0, 1});
+            weigh(job);
+        }
+    });
+}
+
 }  // namespace trix

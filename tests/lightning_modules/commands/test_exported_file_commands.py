@@ -51,6 +51,22 @@ def test_a_file_is_edited_and_its_page_says_so(model: Path, tmp_path: Path, caps
     assert "<tag>" not in page
 
 
+def test_layers_that_share_one_route_are_edited_and_shown_each_on_its_own(tmp_path: Path) -> None:
+    shared = exported_models.export(tmp_path, FFNConfig(num_tiles=4, route_on="context"), num_layers=2).path
+    first, output = tmp_path / "first.onnx", tmp_path / "new.onnx"
+    for layer, source, target in ((0, shared, first), (1, first, output)):
+        edit = ["--layer", str(layer), "--tile", "2", "--signature", "+0-" * 6 + "-+", "--tag", f"of layer {layer}"]
+        assert main(["surgery", str(source), "insert", *edit, "--output", str(target)]) == 0
+    assert main(["inspect", str(output)]) == 0
+    page = output.with_suffix(".html").read_text()
+    for text in ("Layer 0", "Layer 1", "of layer 0", "of layer 1", "<th>usage</th>"):
+        assert text in page
+    assert page.count('class="strip"') == 8
+    before, after = (read_model(path)[2] for path in (shared, output))
+    for layer, edited in zip(before, after, strict=True):
+        assert (layer.signature_ED != edited.signature_ED).any(axis=1).tolist() == [False, False, True, False]
+
+
 def test_a_signature_can_come_from_a_file(model: Path, tmp_path: Path) -> None:
     signs, listed = tmp_path / "signs.onnx", tmp_path / "listed.onnx"
     (tmp_path / "s.json").write_text(json.dumps({"positive_dims": [3], "negative_dims": [0, 1]}))
