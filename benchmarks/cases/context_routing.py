@@ -67,8 +67,8 @@ LAYERS = {
     "signatures on embedding": FFNConfig(num_tiles=64, balance_rate=0.0),
     DRAWN: FFNConfig(**_context, signatures="drawn"),
     "signatures on 3 characters, as drawn": FFNConfig(**_context, signatures="drawn", context_tokens=3),
-    "signatures on context, learned": FFNConfig(**_context),
-    LEARNED_THEN_FROZEN: FFNConfig(**_context),
+    "signatures on context, learned": FFNConfig(**_context, signatures="learned"),
+    LEARNED_THEN_FROZEN: FFNConfig(**_context, signatures="learned"),
 }
 QUESTIONS = ((DRAWN, DENSE), (DRAWN, CHARACTER), (DRAWN, PAIR), (LEARNED_THEN_FROZEN, DRAWN))
 FINISHED = RESULTS / "context_routing.runs.jsonl"

@@ -79,7 +79,7 @@ class TriXBlock(nn.Module):
             # As in checkpoints of version 1, whose optimizers can so go on.
             self.feed_forward = FeedForwardResidual(nn.RMSNorm(d_model), layer, dropout, norm_last=True)
         self.routing_norm: nn.RMSNorm | None = None
-        self.reads_code = isinstance(layer, RoutedLayer) and ffn.route_on == "context"
+        self.reads_code = isinstance(layer, RoutedLayer) and ffn.route_on == "context" and layer.router.reads_features
         if isinstance(layer, RoutedLayer):
             _check_reads(layer, made)
             if ffn.route_on == "embedding":
@@ -198,6 +198,11 @@ class TriXStack(nn.Module):
             for index in range(num_layers)
         )
         self.halting = None if halt_threshold is None else Halting(d_model, halt_threshold)
+
+    @property
+    def reads_code(self) -> bool:
+        """Whether any block routes on codes of contexts."""
+        return any(cast(TriXBlock, block).reads_code for block in self.blocks)
 
     @property
     def mixers(self) -> list[Mixer]:

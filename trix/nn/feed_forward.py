@@ -55,8 +55,9 @@ class FFNConfig:
         route_on: what a block lets the signatures read. ``embedding``: the normalised embedding of the token, in every layer: a
             token goes to the same tiles whatever its context. ``hidden``: the layer's own input, so the context, too.
             ``context``: a code of the last few ids that nothing trains (:class:`~trix.nn.ContextCode`), the same in every
-            layer; for models whose tokens are ids.
+            layer; for models whose tokens are ids. ``hash`` and ``scattering`` read none of the three.
         signatures: ``learned``, or ``drawn``: frozen as they are drawn, so that no token ever changes its tile for their sake.
+            None: drawn where explicit signatures read codes, and learned anywhere else.
         context_tokens, context_decay: number of ids in that code, the token's own among them, and the factor on the weight from
             an id to the one before it.
         tiles_per_cluster, num_probes: for a hierarchical layer alone, which in turn has no max_k.
@@ -73,7 +74,7 @@ class FFNConfig:
     top_k: int = 1
     routing: str = "explicit"
     route_on: Literal["embedding", "hidden", "context"] = "embedding"
-    signatures: Literal["learned", "drawn"] = "learned"
+    signatures: Literal["learned", "drawn"] | None = None
     context_tokens: int = 2
     context_decay: float = 0.8
     balance_weight: float = 0.01
@@ -107,23 +108,20 @@ class FFNConfig:
             self._check_foreign(kind)
             if self.route_on not in ("embedding", "hidden", "context"):
                 raise ValueError(f"route_on ({self.route_on!r}) must be 'embedding', 'hidden' or 'context'")
-            if self.signatures not in ("learned", "drawn"):
-                raise ValueError(f"signatures ({self.signatures!r}) must be 'learned' or 'drawn'")
+            if self.signatures not in ("learned", "drawn", None):
+                raise ValueError(f"signatures ({self.signatures!r}) must be 'learned', 'drawn' or None")
         available = {f.name: getattr(self, f.name) for f in fields(self)} | {"dropout": dropout}
         layer = kind.make(d_model, **{name: available[name] for name in kind.settings})
-        if isinstance(layer, RoutedLayer):
-            self._check_router(layer.router)
-            if self.signatures == "drawn":
-                layer.freeze_all_signatures(tag="as drawn")
+        if isinstance(layer, RoutedLayer) and self._are_drawn(layer.router):
+            layer.freeze_all_signatures(tag="as drawn")
         return layer
 
-    def _check_router(self, router: Router) -> None:
+    def _are_drawn(self, router: Router) -> bool:
+        if self.signatures is None:
+            return self.route_on == "context" and self.routing == "explicit"
         if self.signatures == "drawn" and not isinstance(router, SignatureRouter):
             raise ValueError(f"signatures ('drawn') needs routing 'explicit' or 'emergent', got {self.routing!r}")
-        if self.route_on == "context" and (not router.reads_stream or "phase" in router.reads):
-            raise ValueError(
-                f"route_on ('context') needs a router that reads the codes, which routing {self.routing!r} does not"
-            )
+        return self.signatures == "drawn"
 
     def make_code(self, vocab_size: int, d_model: int) -> ContextCode | None:
         """What the signatures of all layers read; None where they do not read codes.

@@ -1,18 +1,24 @@
 """A small decoder-only language model of TriX blocks."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, overload
 
 from torch import Tensor, nn
 
 from trix.nn.block import StackConfig
+from trix.nn.feed_forward import FFNConfig
 from trix.outputs import AuxLosses, RoutingInfo, State, StateSpec, TokenContext
 
 
 @dataclass(frozen=True)
 class LanguageModelConfig(StackConfig):
-    """Size and kind of a :class:`LanguageModel`; see StackConfig."""
+    """Size and kind of a :class:`LanguageModel`; see StackConfig.
+
+    By default 64 tiles a layer, which the last two characters decide about, by signatures as they are drawn.
+    """
+
+    ffn: FFNConfig = field(default_factory=lambda: FFNConfig(num_tiles=64, route_on="context"))
 
 
 class LanguageModel(nn.Module):
@@ -35,10 +41,10 @@ class LanguageModel(nn.Module):
             raise ValueError(f"vocab_size ({vocab_size}) must be >= 1")
         self.vocab_size, self.config = vocab_size, config or LanguageModelConfig()
         c = self.config
-        self.context_code = c.ffn.make_code(vocab_size, c.d_model)
         self.embedding = nn.Embedding(vocab_size, c.d_model)
         nn.init.normal_(self.embedding.weight, std=c.d_model**-0.5)  # logits of unit scale: the head shares the matrix
         self.stack = c.make_stack()
+        self.context_code = c.ffn.make_code(vocab_size, c.d_model) if self.stack.reads_code else None
         self.norm = nn.RMSNorm(c.d_model)
         self.head = nn.Linear(c.d_model, vocab_size, bias=False)
         self.head.weight = self.embedding.weight

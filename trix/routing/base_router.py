@@ -104,6 +104,11 @@ class Router(Facts, ABC):
     ) -> RoutingDecision: ...
 
     @property
+    def reads_features(self) -> bool:
+        """Whether x_TD itself has a say in the choice, not a phase or ids alone."""
+        return self.reads_stream and "phase" not in self.reads
+
+    @property
     def needs_votes(self) -> bool:
         """Whether it must be told the tiles' votes, as ``emergent_ED``."""
         return False

@@ -13,7 +13,7 @@ from trix.functional.signatures import inverse_sqrt_active, signature_diversity_
 from trix.functional.ternary import threshold_ternary
 from trix.functional.tile_matmul import select_top_k, signature_route
 from trix.outputs import Directions, RoutingDecision, RowContext
-from trix.routing.balance import balance_nudge
+from trix.routing.balance import ALL_STEPS, balance_nudge
 from trix.routing.base_router import Router
 from trix.routing.facts import Fact, Facts, check_counts, check_finite
 
@@ -114,7 +114,8 @@ class SignatureRouter(Router):
     def insert(self, tile_idx: int, signature_D: Tensor, freeze: bool = True) -> None:
         """Replace the signature of one tile; see :meth:`trix.routing.surgery.SignatureSurgery.insert_signature`.
 
-        The balance bias that the old signature had earned is dropped for the mean of all tiles.
+        The balance bias that the old signature had earned is dropped for the mean of all tiles. That of a frozen one rests at
+        once.
         """
         self._check_change(tile_idx)
         if tuple(signature_D.shape) != (self.d_model,):
@@ -134,6 +135,8 @@ class SignatureRouter(Router):
             self.raw_signatures[tile_idx] = signature_D.to(self.raw_signatures)
         self.is_frozen_E[tile_idx] = freeze
         self.occupy(tile_idx, float(self.balance_bias[~self.is_free_E].mean()))
+        if freeze:
+            self.balance_age_E[tile_idx] = ALL_STEPS
 
     @torch.no_grad()
     def freeze(self, tile_idx: int, emergent_ED: Tensor | None = None) -> None:
@@ -256,10 +259,12 @@ class SignatureRouter(Router):
         return balance_nudge(tile_idx_TK, self.num_tiles, self.balance_rate, weight_TK, ~self.is_free_E)
 
     def _shared(self, move_E: Tensor) -> Tensor:
-        # A frozen tile keeps its standing: it gets the mean move, whatever tokens it claims. Free slots have no part in it.
+        # A frozen tile keeps its standing among those that learn: it gets the mean move, whatever tokens it claims. Where all
+        # are frozen, as they are drawn, each gets its own until it is at rest. Free slots have no part in it.
         in_use_E = ~self.is_free_E
         mean_move = (move_E * in_use_E).sum() / in_use_E.sum().clamp_min(1)
-        return torch.where(self.is_frozen_E, mean_move, move_E) * in_use_E
+        is_held_E = self.is_frozen_E & ((in_use_E & ~self.is_frozen_E).any() | (self.balance_age_E >= ALL_STEPS))
+        return torch.where(is_held_E, mean_move, move_E) * in_use_E
 
     @torch.no_grad()
     def _after(self, num_batches: int, nudge_E: Tensor | None) -> dict[str, Tensor]:

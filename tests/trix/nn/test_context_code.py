@@ -1,5 +1,7 @@
 """Codes of the last few tokens: their formula, where they begin, that nothing moves them, and models that route on them."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -90,9 +92,9 @@ def test_what_cannot_be(arguments: dict[str, float], message: str) -> None:
         ContextCode(**{"vocab_size": V, "d_model": D, **arguments})  # type: ignore[arg-type]
 
 
-def context_model(**settings: object) -> LanguageModel:
+def context_model(**settings: Any) -> LanguageModel:
     torch.manual_seed(0)
-    ffn = FFNConfig(num_tiles=8, route_on="context", balance_rate=0.0, **settings)  # type: ignore[arg-type]
+    ffn = FFNConfig(**{"num_tiles": 8, "route_on": "context", "balance_rate": 0.0} | settings)
     return LanguageModel(V, LanguageModelConfig(D, 2, 2, 16, ffn=ffn))
 
 
@@ -134,7 +136,7 @@ def test_pieces_go_to_the_tiles_of_the_whole() -> None:
 
 
 def test_a_step_of_training_moves_no_code_and_a_state_dict_brings_it_along() -> None:
-    model = context_model()
+    model = context_model(signatures="learned")
     before = model.state_dict()["context_code.table_VD"].clone()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     logits, _, aux = model(torch.randint(V, (2, 9)), return_routing=True)
@@ -175,7 +177,7 @@ def test_settings_of_codes_are_refused_where_nothing_reads_codes() -> None:
 
 def test_signatures_as_drawn_are_frozen_and_say_so() -> None:
     model = context_model(signatures="drawn")
-    drawn = context_model()
+    drawn = context_model(signatures="learned")
     for layer, free in zip(routed_layers(model), routed_layers(drawn), strict=True):
         assert layer.router.frozen_tiles().all()
         assert torch.equal(layer.get_tile_signatures(), free.get_tile_signatures())
@@ -183,7 +185,7 @@ def test_signatures_as_drawn_are_frozen_and_say_so() -> None:
         assert (entry["operation"], entry["tile_idx"], entry["tag"]) == ("freeze", -1, "as drawn")
     with pytest.raises(ValueError, match=r"signatures \('drawn'\) needs routing 'explicit' or 'emergent', got 'learned'"):
         context_model(signatures="drawn", routing="learned")
-    with pytest.raises(ValueError, match=r"signatures \('kept'\) must be 'learned' or 'drawn'"):
+    with pytest.raises(ValueError, match=r"signatures \('kept'\) must be 'learned', 'drawn' or None"):
         context_model(signatures="kept")
 
 
@@ -201,9 +203,20 @@ def test_casts_neither_round_ids_nor_codes(dtype: torch.dtype) -> None:
     torch.testing.assert_close(torch.cat(parts, dim=1).float(), whole_BTD)
 
 
-@pytest.mark.parametrize("routing", ["hash", "scattering"])
-def test_a_router_that_reads_no_codes_does_not_route_on_context(routing: str) -> None:
-    with pytest.raises(
-        ValueError, match=rf"route_on \('context'\) needs a router that reads the codes, which routing '{routing}'"
-    ):
-        FFNConfig(num_tiles=4, route_on="context", routing=routing).build(16)
+@pytest.mark.parametrize("ffn", [{"routing": "hash"}, {"kind": "dense"}, {"kind": "none"}], ids=["hash", "dense", "none"])
+def test_no_codes_are_made_where_nothing_reads_them(ffn: dict[str, Any]) -> None:
+    assert context_model(**ffn).context_code is None
+
+
+def test_a_language_model_routes_on_context_by_signatures_as_drawn_unless_told_otherwise() -> None:
+    model = LanguageModel(V)
+    assert model.context_code is not None
+    assert model.context_code.num_tokens == 2
+    layers = list(routed_layers(model))
+    assert [layer.num_tiles for layer in layers] == [64] * 4
+    assert all(layer.router.frozen_tiles().all() for layer in layers)
+
+
+@pytest.mark.parametrize("ffn", [{"signatures": "learned"}, {"routing": "emergent"}, {"route_on": "embedding"}], ids=str)
+def test_signatures_learn_where_they_are_told_to_or_read_no_codes(ffn: dict[str, Any]) -> None:
+    assert not any(layer.router.frozen_tiles().any() for layer in routed_layers(context_model(**ffn)))

@@ -116,10 +116,27 @@ def test_a_frozen_tile_gets_the_mean_of_the_moves_as_they_are() -> None:
     assert router.balance_bias.tolist() == pytest.approx([0.0025, 0.0, 0.0, 0.01])
 
 
+def test_where_all_tiles_are_frozen_the_load_is_leveled_but_not_that_of_an_inserted_one() -> None:
+    torch.manual_seed(0)
+    router, generator = SignatureRouter(64, 16), torch.Generator().manual_seed(0)
+    router.freeze_all()
+    router.insert(3, router.signatures()[3])
+    read, probe, loads = codes(64, 0, is_pair=True), characters(8192, generator), []
+    for _ in range(2):
+        loads.append(tile_load(router(read(probe)).tile_idx, 16))
+        for _ in range(NUM_UPDATES):
+            router.update_balance(router(read(characters(BATCH, generator))).tile_idx)
+    assert loads[1].max() < 0.7 * loads[0].max()
+    others_E = torch.arange(16) != 3
+    held, mean = router.balance_bias[3], router.balance_bias[others_E].mean()
+    assert (router.balance_bias[others_E] - mean).abs().max() > 0.5
+    assert (held - mean).abs() < 0.1
+
+
 def test_a_tile_that_surgery_puts_in_use_starts_anew() -> None:
     layer = TriXFFN(8, 5, routing="explicit")
     layer.router.balance_age_E.fill_(300.0)
-    layer.insert_signature(0, torch.ones(8))
+    layer.insert_signature(0, torch.ones(8), freeze=False)
     reseed_tile(layer, 1)
     split_tile(layer, 2, 3)
     assert layer.router.balance_age_E.tolist() == [0.0, 0.0, 0.0, 0.0, 300.0]
