@@ -7,6 +7,7 @@ from typing import Any, Literal, overload
 from torch import Tensor, nn
 
 from trix.nn.block import StackConfig
+from trix.nn.context_code import ContextCode
 from trix.outputs import AuxLosses, RoutingInfo, State, StateSpec, TokenContext
 
 
@@ -35,7 +36,7 @@ class LanguageModel(nn.Module):
             raise ValueError(f"vocab_size ({vocab_size}) must be >= 1")
         self.vocab_size, self.config = vocab_size, config or LanguageModelConfig()
         c = self.config
-        self.context_code = c.ffn.make_code(vocab_size, c.d_model)
+        self.context_code = c.ffn.make_code(ContextCode, vocab_size, c.d_model)
         self.embedding = nn.Embedding(vocab_size, c.d_model)
         nn.init.normal_(self.embedding.weight, std=c.d_model**-0.5)  # logits of unit scale: the head shares the matrix
         self.stack = c.make_stack()
