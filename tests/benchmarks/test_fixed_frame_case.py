@@ -77,10 +77,10 @@ def test_the_table_begins_with_what_is_lost_in_any_data() -> None:
         runs = [{"seed": seed, "loss_nats": loss, **figures} for seed, loss in enumerate(losses)]
         return case.summary(name, kind, 4, runs)
 
-    rows = [row("digits", "dense d", [0.3, 0.31]), row("digits", case.DRAWN, [0.2, 0.21])]
-    rows += [row("language_id", "dense 4d", [1.0, 1.01]), row("language_id", case.DRAWN, [1.1, 1.11])]
+    rows = [row("digits", "dense d", [0.3, 0.312]), row("digits", case.DRAWN, [0.2, 0.21])]
+    rows += [row("language_id", "dense 4d", [1.0, 1.01]), row("language_id", case.DRAWN, [1.1, 1.112])]
     lines = case.table({"left_out": {}, "rows": rows}).splitlines()
-    assert lines[0].startswith(f"- language_id: {case.DRAWN} LOSES to dense 4d: +0.1000 nats (")
-    assert lines[1].startswith(f"- digits: {case.DRAWN} is better than dense d: -0.1000 nats (")
+    assert lines[0].startswith(f"- language_id: {case.DRAWN} LOSES to dense 4d: +0.1010 nats (")
+    assert lines[1].startswith(f"- digits: {case.DRAWN} is better than dense d: -0.1010 nats (")
     cells = [line.split(" | ")[:2] for line in lines if line.startswith(("| digits", "| language"))]
     assert [name for _, name in cells] == [case.DRAWN, "dense d", "dense 4d", case.DRAWN]
