@@ -13,8 +13,8 @@ class TokenContext(NamedTuple):
     """What is known of the tokens besides their stream x_BTD. Each may be None.
 
     token_BT: int64, their ids. mask_BT: bool, False for padding. embedding_BTD: float, their embeddings; what a router reads
-    instead of its layer's own input. code_BTD: float, codes of the last few ids, which a router reads instead of either with
-    ``route_on: context``; see :class:`~trix.nn.context_code.ContextCode`. phase_BT: float, what the block's mixer says of each
+    instead of its layer's own input. code_BTD: float, codes of the last few tokens, which a router reads instead of either with
+    ``route_on: context``; see :class:`~trix.nn.fixed_code.FixedCode`. phase_BT: float, what the block's mixer says of each
     token; a resolvent says arg G, in radians from 0 to pi. is_causal: no token may look at later ones. is_running_BT: bool,
     False for tokens whose computation has ended: see :class:`~trix.nn.halting.Halting`.
     """

@@ -91,11 +91,11 @@ def design(task: "TrixTask", checkpoint: dict[str, Any], options: Namespace, ckp
     from trix.nn import PADDING_TOKEN, Classifier
 
     ngrams = split_ngrams(options.ngrams)
-    if not routes_on_context(task.network):
-        raise UserError(f"{ckpt}: --ngrams needs a model that routes on context (route_on: context), which this one does not")
     vocabulary = getattr(task, "vocabulary", None)
     if not isinstance(vocabulary, str):
         raise UserError(f"{ckpt}: --ngrams needs a model whose tokens are characters, and the task has no vocabulary")
+    if not routes_on_context(task.network):
+        raise UserError(f"{ckpt}: --ngrams needs a model that routes on context (route_on: context), which this one does not")
     names = list(vocabulary)
     if isinstance(task.network, Classifier):
         names[PADDING_TOKEN] = ""

@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import exported_models
 import numpy as np
@@ -276,6 +277,35 @@ def test_a_classifier_of_characters_exports_with_its_padding(ffn: FFNConfig, tmp
         np.testing.assert_allclose(exported.run(token.numpy())[0], model(token).detach().numpy(), rtol=1e-4, atol=1e-5)
     with pytest.raises(ExportError, match=r"vocabulary \(none\) must have vocab_size \(10\) characters"):
         export_classifier(model, ["a", "b", "c"], held_out, path)
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "ffn"),
+    [(None, {}), (None, {"signatures": "drawn", "context_tokens": 3}), ("\0?abcdefgh", {})],
+    ids=["features", "features, as drawn", "ids"],
+)
+def test_a_classifier_that_routes_on_context_goes_to_the_same_tiles_in_any_batch(
+    vocabulary: str | None, ffn: dict[str, Any], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    config = ClassifierConfig(32, 2, 2, 6, ffn=FFNConfig(num_tiles=8, route_on="context", **ffn))
+    if vocabulary is None:
+        model = Classifier(5, 3, config)
+        held_out = torch.rand(40, 6, 5)
+        model(held_out)  # its mean is then theirs
+    else:
+        model = Classifier(None, 3, config, len(vocabulary))
+        held_out = torch.randint(1, 10, (40, 6)) * (torch.arange(6) >= torch.randint(0, 3, (40, 1)))
+    path = tmp_path / "classifier.onnx"
+    report = export_classifier(model.eval(), ["a", "b", "c"], held_out, path, vocabulary=vocabulary)
+    assert report.parity.num_unexplained == 0
+    for use_library in (True, False):
+        exported = ExportedModel(path, use_library)
+        for part in (held_out, held_out[:1]):
+            logits, tile_idx = exported.run(part.numpy())
+            expected, infos, _ = model(part, return_routing=True)
+            np.testing.assert_allclose(logits, expected.detach().numpy(), rtol=1e-4, atol=1e-5)
+            assert np.array_equal(tile_idx, torch.stack([info["tile_idx"] for info in infos], dim=2).numpy())
 
 
 def test_a_model_that_computes_something_else_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

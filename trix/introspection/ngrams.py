@@ -152,7 +152,7 @@ class NgramReader:
     def __init__(self, model: nn.Module) -> None:
         code = next((module for module in model.modules() if isinstance(module, ContextCode)), None)
         if code is None:
-            raise ValueError("the model must route on context (route_on: context): else no n-grams decide about a tile")
+            raise ValueError("the model must route on context (route_on: context) of ids: else no n-grams decide about a tile")
         self.code, self.layers = code, routed_layers(model)
 
     @property

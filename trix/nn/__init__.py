@@ -6,8 +6,10 @@ from trix.nn.classifier import PADDING_TOKEN, Classifier, ClassifierConfig
 from trix.nn.context_code import ContextCode
 from trix.nn.controls import GatedFFN, HashFFN
 from trix.nn.dense import DenseFFN
+from trix.nn.feature_code import FeatureCode
 from trix.nn.feed_forward import FFNConfig
 from trix.nn.ffn import TriXFFN
+from trix.nn.fixed_code import FixedCode
 from trix.nn.hierarchical import HierarchicalTriXFFN
 from trix.nn.language_model import LanguageModel, LanguageModelConfig
 from trix.nn.linear import TriXLinear
@@ -30,6 +32,8 @@ __all__ = [
     "ContextCode",
     "DenseFFN",
     "FFNConfig",
+    "FeatureCode",
+    "FixedCode",
     "GatedFFN",
     "GridSplines",
     "HashFFN",

@@ -1,11 +1,16 @@
 """A small sequence classifier of TriX blocks."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, overload
 
 from torch import Tensor, nn
 
 from trix.nn.block import StackConfig
+from trix.nn.context_code import ContextCode
+from trix.nn.feature_code import FeatureCode
+from trix.nn.fixed_code import FixedCode
 from trix.nn.routed_layer import routed_layers
 from trix.outputs import AuxLosses, RoutingInfo, TokenContext
 
@@ -80,19 +85,18 @@ class Classifier(nn.Module):
         self.vocab_size, self.config = vocab_size, config or ClassifierConfig()
         c = self.config
         self.embedding: nn.Module
+        code: Callable[[], FixedCode]
         if num_features is not None:
             self.embedding = nn.Linear(num_features, c.d_model)
+            code = partial(c.ffn.make_code, FeatureCode, num_features, c.d_model)
         else:
             assert vocab_size is not None
             self.embedding = WindowEmbedding(vocab_size, c.d_model, c.window)
+            code = partial(c.ffn.make_code, ContextCode, vocab_size, c.d_model)
         self.stack = c.make_stack()
+        self.context_code = code() if self.stack.reads_code else None
         if vocab_size is None and any("token" in layer.router.reads for layer in routed_layers(self.stack)):
             raise ValueError(f"routing ({c.ffn.routing!r}) needs the id of each token, and tokens are vectors here")
-        self.context_code = None
-        if vocab_size is not None:
-            self.context_code = c.ffn.make_code(vocab_size, c.d_model)
-        elif c.ffn.route_on == "context":
-            raise ValueError(f"route_on ({c.ffn.route_on!r}) needs the id of each token, and tokens are vectors here")
         self.norm = nn.RMSNorm(c.d_model)
         self.head = nn.Linear(c.d_model, num_classes)
 

@@ -2,19 +2,21 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from torch import nn
 
-from trix.nn.context_code import ContextCode
 from trix.nn.dense import DenseFFN
 from trix.nn.ffn import TriXFFN
+from trix.nn.fixed_code import FixedCode
 from trix.nn.hierarchical import HierarchicalTriXFFN
 from trix.nn.routed_layer import RoutedLayer
 from trix.nn.sparse_lookup import SparseLookupFFN
 from trix.nn.sparse_lookup_v2 import SparseLookupFFNv2
 from trix.routing.base_router import Router
 from trix.routing.router import SignatureRouter
+
+CodeT = TypeVar("CodeT", bound=FixedCode)
 
 
 class _Kind(NamedTuple):
@@ -54,12 +56,13 @@ class FFNConfig:
             :class:`~trix.nn.TriXFFN`. Or the import path of a :class:`~trix.routing.Router`.
         route_on: what a block lets the signatures read. ``embedding``: the normalised embedding of the token, in every layer: a
             token goes to the same tiles whatever its context. ``hidden``: the layer's own input, so the context, too.
-            ``context``: a code of the last few ids that nothing trains (:class:`~trix.nn.ContextCode`), the same in every
-            layer; for models whose tokens are ids. ``hash`` and ``scattering`` read none of the three.
+            ``context``: a code of the last few tokens that nothing trains, the same in every layer: of their ids
+            (:class:`~trix.nn.ContextCode`), or of their features where tokens are vectors (:class:`~trix.nn.FeatureCode`).
+            ``hash`` and ``scattering`` read none of the three.
         signatures: ``learned``, or ``drawn``: frozen as they are drawn, so that no token ever changes its tile for their sake.
             None: drawn where explicit signatures read codes, and learned anywhere else.
-        context_tokens, context_decay: number of ids in that code, the token's own among them, and the factor on the weight from
-            an id to the one before it.
+        context_tokens, context_decay: number of tokens in that code, the token itself among them, and the factor on the weight
+            from a token to the one before it.
         tiles_per_cluster, num_probes: for a hierarchical layer alone, which in turn has no max_k.
         tiles: ``ternary``, or the import path of a :class:`~trix.nn.Tiles`. routing_args, tiles_args: what a router and tiles
             of the user's own are made with besides.
@@ -123,15 +126,16 @@ class FFNConfig:
             raise ValueError(f"signatures ('drawn') needs routing 'explicit' or 'emergent', got {self.routing!r}")
         return self.signatures == "drawn"
 
-    def make_code(self, vocab_size: int, d_model: int) -> ContextCode | None:
-        """What the signatures of all layers read; None where they do not read codes.
+    def make_code(self, kind: type[CodeT], num_rows: int, d_model: int) -> CodeT:
+        """What the signatures of all layers read, where they read codes.
+
+        Args:
+            kind: of code. num_rows: the number of ids, or of features.
 
         Raises:
-            ValueError: as :class:`~trix.nn.ContextCode`.
+            ValueError: as :class:`~trix.nn.FixedCode`.
         """
-        if self.kind in _CONTROLS or self.route_on != "context":
-            return None
-        return ContextCode(vocab_size, d_model, self.context_tokens, self.context_decay)
+        return kind(num_rows, d_model, self.context_tokens, self.context_decay)
 
     def _check_foreign(self, kind: _Kind) -> None:
         of_context = () if self.route_on != "context" else _OF_CONTEXT

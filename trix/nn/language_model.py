@@ -7,6 +7,7 @@ from typing import Any, Literal, overload
 from torch import Tensor, nn
 
 from trix.nn.block import StackConfig
+from trix.nn.context_code import ContextCode
 from trix.nn.feed_forward import FFNConfig
 from trix.outputs import AuxLosses, RoutingInfo, State, StateSpec, TokenContext
 
@@ -44,7 +45,7 @@ class LanguageModel(nn.Module):
         self.embedding = nn.Embedding(vocab_size, c.d_model)
         nn.init.normal_(self.embedding.weight, std=c.d_model**-0.5)  # logits of unit scale: the head shares the matrix
         self.stack = c.make_stack()
-        self.context_code = c.ffn.make_code(vocab_size, c.d_model) if self.stack.reads_code else None
+        self.context_code = c.ffn.make_code(ContextCode, vocab_size, c.d_model) if self.stack.reads_code else None
         self.norm = nn.RMSNorm(c.d_model)
         self.head = nn.Linear(c.d_model, vocab_size, bias=False)
         self.head.weight = self.embedding.weight
