@@ -65,8 +65,8 @@ LAYERS = {
     "gate on context": FFNConfig(**_context, routing="learned"),
     "signatures on hidden": FFNConfig(num_tiles=64, route_on="hidden", balance_rate=0.0),
     "signatures on embedding": FFNConfig(num_tiles=64, balance_rate=0.0),
-    DRAWN: FFNConfig(**_context, signatures="drawn"),
-    "signatures on 3 characters, as drawn": FFNConfig(**_context, signatures="drawn", context_tokens=3),
+    DRAWN: FFNConfig(num_tiles=64, route_on="context"),  # the default of language models
+    "signatures on 3 characters, as drawn": FFNConfig(num_tiles=64, route_on="context", context_tokens=3),
     "signatures on context, learned": FFNConfig(**_context, signatures="learned"),
     LEARNED_THEN_FROZEN: FFNConfig(**_context, signatures="learned"),
 }

@@ -182,8 +182,13 @@ class Router(Facts, ABC):
         if nudge_E is None:
             return {}
         age_E = self.balance_age_E
-        move_E = self._shared(nudge_E * (step_at(age_E) * self.step_factor))
-        return {"balance_bias": self.balance_bias + move_E, AGE: age_E + num_batches * self.step_factor}
+        pace = self._pace()
+        move_E = self._shared(nudge_E * (step_at(age_E) * self.step_factor * pace))
+        return {"balance_bias": self.balance_bias + move_E, AGE: age_E + num_batches * self.step_factor * pace}
+
+    def _pace(self) -> Tensor | float:
+        """How many training batches one counts for, in the bias as in its age."""
+        return 1.0
 
     def _shared(self, move_E: Tensor) -> Tensor:
         """What each tile gets of the moves of all: its own."""

@@ -18,6 +18,7 @@ from trix.routing.base_router import Router
 from trix.routing.facts import Fact, Facts, check_counts, check_finite
 
 MASS_DECAY = 0.99
+PACE_OF_FROZEN = 10.0  # tokens that change their tile early find it little trained
 SIGNATURE_THRESHOLD = 0.3  # |raw| above it counts as +1 or -1
 
 
@@ -40,6 +41,9 @@ class SignatureRouter(Router):
 
     Which signatures are frozen and to what, which slots are free, the masses and the number of times that k was raised are
     facts (:class:`~trix.routing.facts.Facts`): no averaging, cast or sharding of weights moves them.
+
+    Where all signatures are frozen, nothing else has to settle first, and a training batch counts for ten: the balance bias
+    moves ten times as far and rests after 20. One that was inserted frozen has a bias at rest.
 
     Raises:
         ValueError: top_k > num_tiles; x or the emergent signatures of a wrong size; emergent ones missing or not wanted; by
@@ -270,6 +274,9 @@ class SignatureRouter(Router):
     def _after(self, num_batches: int, nudge_E: Tensor | None) -> dict[str, Tensor]:
         # The masses that mergers and splits left behind go a little way back to 1.
         return super()._after(num_batches, nudge_E) | {"log_mass_E": self.log_mass_E * MASS_DECAY**num_batches}
+
+    def _pace(self) -> Tensor | float:
+        return torch.where((self.is_frozen_E | self.is_free_E).all(), PACE_OF_FROZEN, 1.0)
 
     @property
     def needs_votes(self) -> bool:

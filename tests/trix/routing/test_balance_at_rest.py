@@ -124,9 +124,10 @@ def test_where_all_tiles_are_frozen_the_load_is_leveled_but_not_that_of_an_inser
     read, probe, loads = codes(64, 0, is_pair=True), characters(8192, generator), []
     for _ in range(2):
         loads.append(tile_load(router(read(probe)).tile_idx, 16))
-        for _ in range(NUM_UPDATES):
+        for _ in range(20):
             router.update_balance(router(read(characters(BATCH, generator))).tile_idx)
     assert loads[1].max() < 0.7 * loads[0].max()
+    assert torch.equal(tile_load(router(read(probe)).tile_idx, 16), loads[1])  # at rest after 20 batches
     others_E = torch.arange(16) != 3
     held, mean = router.balance_bias[3], router.balance_bias[others_E].mean()
     assert (router.balance_bias[others_E] - mean).abs().max() > 0.5
