@@ -70,8 +70,8 @@ def layer_of(name: str, data: str) -> FFNConfig:
         "gate on hidden": {"routing": "learned", "route_on": "hidden"},
         "signatures on hidden": {"route_on": "hidden"},
         "signatures on embedding": {},
-        DRAWN: {"route_on": "context", "signatures": "drawn"},
-        LEARNED: {"route_on": "context"},
+        DRAWN: {"route_on": "context", "balance_rate": 0.0},
+        LEARNED: {"route_on": "context", "signatures": "learned"},
     }
     return FFNConfig(**({"num_tiles": NUM_TILES[data]} | settings[name]))
 

@@ -37,9 +37,11 @@ def as_config(kind: type[ConfigT], values: ConfigT | Mapping[str, Any]) -> Confi
     """A network's configuration, from itself or from the nested dicts that a checkpoint stores."""
     if isinstance(values, kind):
         return values
-    stored = cast(Mapping[str, Any], values)
-    ffn, places = stored.get("ffn", {}), stored.get("attention_at", ())
-    return kind(**{**stored, "ffn": FFNConfig(**ffn), "attention_at": tuple(places)})
+    settings = dict(cast(Mapping[str, Any], values))
+    for name, made in (("ffn", lambda ffn: FFNConfig(**ffn)), ("attention_at", tuple)):
+        if name in settings:
+            settings[name] = made(settings[name])
+    return kind(**settings)
 
 
 class RoutedTask(TrixTask, ABC, is_base=True):

@@ -197,7 +197,7 @@ def test_every_callback_and_command_takes_it(precision: str, folder: Path, capfd
 
     # Surgery leaves the weights in the floats of the training, and the training goes on from them.
     where = ["--layer", "0", "--tile", "1", "--tag", "t", "--output", "new.ckpt"]
-    assert main(["surgery", str(last), "freeze", *where]) == 0
+    assert main(["surgery", str(last), "unfreeze", *where]) == 0
     old, new = (torch.load(path, weights_only=True)["state_dict"] for path in (last, "new.ckpt"))
     changed = {name for name, value in old.items() if isinstance(value, Tensor) and not torch.equal(value, new[name])}
     assert changed

@@ -14,7 +14,7 @@ from trix.nn import FFNConfig, LanguageModel, LanguageModelConfig
 
 
 def test_it_is_the_mean_over_the_layers_and_that_of_attention_alone_grows() -> None:
-    hybrid = LanguageModel(11, LanguageModelConfig(16, 2, 2, 24, mixer="ssd", attention_at=(1,)))
+    hybrid = LanguageModel(11, LanguageModelConfig(16, 2, 2, 24, mixer="ssd", attention_at=(1,), ffn=FFNConfig()))
     of_ssd = 16 * 16 + 3 * (16 + 2 * 16)  # one real part, and what the convolution looks back on
     assert [state_floats(hybrid, length) for length in (8, 24)] == [(of_ssd + 2 * length * 16) / 2 for length in (8, 24)]
     assert hybrid.training

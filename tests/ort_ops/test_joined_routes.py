@@ -27,7 +27,7 @@ from ort_ops.whole_file import write_whole
 from trix.nn import FFNConfig, LanguageModel, routed_layers
 
 pytestmark = pytest.mark.usefixtures("native_library")
-CONTEXT_ROUTED = FFNConfig(num_tiles=5, top_k=2, route_on="context")
+CONTEXT_ROUTED = FFNConfig(num_tiles=5, top_k=2, route_on="context", signatures="learned")
 NUM_LAYERS = 3
 SIGNATURE_D = torch.tensor([1, 0, -1, 0, 1] * 4, dtype=torch.int8)
 

@@ -23,8 +23,8 @@ MODELS = {  # layer and number of layers, of which the last is edited
     "adaptive": (FFNConfig(num_tiles=4, max_k=2), 1),
     "emergent": (FFNConfig(num_tiles=4, routing="emergent"), 1),
     "lookup": (FFNConfig(kind="sparse_lookup_v2", num_tiles=4, route_on="hidden"), 1),
-    "one route for all layers": (FFNConfig(num_tiles=4, route_on="context"), 2),
-    "one route, adaptive": (FFNConfig(num_tiles=4, max_k=2, route_on="context"), 2),
+    "one route for all layers": (FFNConfig(num_tiles=4, route_on="context", signatures="learned"), 2),
+    "one route, adaptive": (FFNConfig(num_tiles=4, max_k=2, route_on="context", signatures="learned"), 2),
 }
 SIGNATURE_D = torch.tensor([1, 0, -1, 0, 1] * 4, dtype=torch.int8)
 

@@ -17,6 +17,7 @@ from trix.functional.packing import unpack_ternary
 from trix.functional.signatures import signature_scores
 
 BLOCK_ROWS = 24  # a multiple of the rows that BLAS kernels take at once, so that all rows of a block are computed alike
+BLOCK_COLUMNS = 16  # a multiple of the floats of a vector register
 
 
 class TokenGroups(NamedTuple):
@@ -95,8 +96,10 @@ def _grouped_linear_in_blocks(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor
     shift = (padded_ends - num_blocks * BLOCK_ROWS) - (ends - size)  # of the starts of the groups
     place_S = torch.arange(int(ends[-1])) + shift.repeat_interleave(size)
     tile_of_block = torch.arange(len(ends)).repeat_interleave(num_blocks).tolist()
-    rows = x.new_zeros(len(tile_of_block) * BLOCK_ROWS, x.shape[1])
-    rows[place_S] = x[: len(place_S)]
+    # Rows that begin at other remainders of a vector's bytes are added up in another order, too.
+    weight = F.pad(weight, (0, -x.shape[1] % BLOCK_COLUMNS))
+    rows = x.new_zeros(len(tile_of_block) * BLOCK_ROWS, weight.shape[2])
+    rows[place_S, : x.shape[1]] = x[: len(place_S)]
     product = x.new_empty(len(rows), weight.shape[1])
     for block, tile in enumerate(tile_of_block):
         of_block = slice(block * BLOCK_ROWS, (block + 1) * BLOCK_ROWS)

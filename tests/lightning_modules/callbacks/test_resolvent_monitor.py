@@ -38,6 +38,7 @@ def test_scalars_and_a_histogram_reach_tensorboard(
 def test_the_shift_is_that_of_the_potential_and_padding_has_none(hopping: str) -> None:
     torch.manual_seed(0)
     mixer = ResolventMixer(24, 4, hopping=hopping).double()  # type: ignore[arg-type]
+    torch.nn.init.normal_(mixer.dynamics.weight, std=0.1)  # one-way hopping starts without a potential
     x = torch.randn(2, 30, 24, dtype=torch.float64)
     metrics, phase = _read(mixer, x, None)
     padded = torch.cat([torch.randn(2, 5, 24, dtype=torch.float64), x], dim=1)

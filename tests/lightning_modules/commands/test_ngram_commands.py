@@ -113,7 +113,7 @@ def test_a_signature_is_designed_predicted_inserted_and_measured(
     assert reader.layers[1].is_frozen(3)
     wanted_MJ = torch.tensor([[task.vocabulary.index(character) for character in ngram] for ngram in ("ox", "Th")])
     assert reader.decide(wanted_MJ, 1).tile_idx[:, 0].tolist() == [3, 3]
-    (entry,) = reader.layers[1].get_surgery_history()
+    *_, entry = reader.layers[1].get_surgery_history()
     assert (entry["operation"], entry["tag"], entry["frozen"]) == ("insert", "ox,Th", True)
 
 

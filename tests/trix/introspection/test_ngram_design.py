@@ -78,6 +78,7 @@ def test_a_forecast_comes_true(settings: dict[str, Any]) -> None:
 
 def test_what_the_text_lacks_can_be_wanted_and_a_removed_tile_comes_back() -> None:
     reader = NgramReader(context_model())
+    reader.layers[0].unfreeze_signature(5)
     reader.layers[0].remove_tile(5)
     ngrams = count_ngrams(torch.tensor([[0, 1, 2, 3]]), 2)
     wanted_MJ = torch.tensor([[9, 7], [7, 9]])

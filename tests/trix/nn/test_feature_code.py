@@ -196,7 +196,7 @@ def test_tokens_with_the_same_features_before_them_go_to_the_same_tile_in_any_se
 
 
 def test_training_moves_no_token_while_signatures_stay_and_reaches_those_that_learn() -> None:
-    for settings_of_signatures, is_learned in (({"signatures": "drawn"}, False), ({}, True)):
+    for settings_of_signatures, is_learned in (({"balance_rate": 0.0}, False), ({"signatures": "learned"}, True)):
         model, x_BTF = frame_model(**settings_of_signatures), torch.rand(8, 6, F)
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         model(x_BTF)
