@@ -103,7 +103,8 @@ class Turn(threading.Thread):
             self._has_halted.release()
 
     def before_batch(self) -> None:
-        if self._num_batches % self.segment == 0:
+        # What is read after the training, for the report, is not measured.
+        if self._num_batches < self.num_steps and self._num_batches % self.segment == 0:
             self._has_halted.release()
             self._may_go.acquire()
         self._num_batches += 1
