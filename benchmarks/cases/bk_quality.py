@@ -5,7 +5,8 @@ with and without a short convolution, minGRU, SSD (Mamba-2), and the resolvent: 
 gauge, with a vector state, with one block of attention, and with tiles for the dense layer, routed by phase or by signature;
 TriX, which is attention and tiles; and, where transformers is installed, its Mamba-2, gated delta rule (Qwen3-Next) and xLSTM.
 With --only also variants, which ask whether rotations by token or another eta change the order (resolvent_variants.py).
-The project's recurrent ones share convolution, gate, norm and skip. d_ff is such that all have the same number of parameters,
+The project's recurrent ones share convolution, gate, norm and skip; "expand 2" makes them twice as wide as the model, as
+Mamba-2's layer is. d_ff is such that all have the same number of parameters,
 within 1 %. None may look ahead, which is tested first. Each trains with AdamW and cosine decay at each of --lrs, with the first
 --choosing-seeds of the seeds; the rate with the least mean loss on the first half of the validation text is taken, and trained
 with all seeds. The loss on the second half is reported. The second half is harder, so the mean of both is given too, for

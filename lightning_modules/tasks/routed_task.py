@@ -37,11 +37,9 @@ def as_config(kind: type[ConfigT], values: ConfigT | Mapping[str, Any]) -> Confi
     """A network's configuration, from itself or from the nested dicts that a checkpoint stores."""
     if isinstance(values, kind):
         return values
-    settings = dict(cast(Mapping[str, Any], values))
-    for name, made in (("ffn", lambda ffn: FFNConfig(**ffn)), ("attention_at", tuple)):
-        if name in settings:
-            settings[name] = made(settings[name])
-    return kind(**settings)
+    stored = cast(Mapping[str, Any], values)
+    ffn = {"ffn": FFNConfig(**stored["ffn"])} if "ffn" in stored else {}  # each kind has a default of its own
+    return kind(**{**stored, **ffn, "attention_at": tuple(stored.get("attention_at", ()))})
 
 
 class RoutedTask(TrixTask, ABC, is_base=True):
