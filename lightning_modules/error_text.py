@@ -23,6 +23,9 @@ _IMPORT = re.compile(
 # A class of another kind than its place wants.
 _SUBCLASS = re.compile(r"Import path (?P<path>[\w.]+ )?does not correspond to a subclass of (?P<base>\w+)")
 _BASES = {"TrixTask": "lightning_modules.tasks.TrixTask, as CONTRIBUTING.md shows, so that checkpoints of it can be used"}
+_ABSTRACT = re.compile(r"Expected an instantiatable class, but (?P<path>[\w.]+ )?is abstract")
+# The option of a class that has not been named.
+_NO_CLASS = re.compile(r"Parser key \"(?P<key>\w+)\":.*Not a valid subclass of .*NestedArg\(key='(?P<option>[^']+)'", re.DOTALL)
 # A class, or a function, instead of an optimizer or a schedule.
 _CALLABLE = re.compile(
     r"Parser key \"(?P<key>\w+)\":\s*Type [^\n]* expects a function or a callable class: (?P<reason>[^\n]*?)\.*\. Got value: "
@@ -97,6 +100,13 @@ def _shorten(message: str, known_keys: Iterable[str], known_classes: Iterable[st
         given = _GIVEN.search(message)
         path = (match["path"] or (given["value"] if given else "")).strip()
         return one_line(f"class {path} must derive from {_BASES.get(match['base'], match['base'])}"), path
+    if match := _ABSTRACT.search(message):
+        given = _GIVEN.search(message)
+        path = (match["path"] or (given["value"] if given else "")).strip()
+        return one_line(f"class {path} is abstract: name a class that derives from it"), path
+    if match := _NO_CLASS.search(message):
+        key = f"--{match['key']}"
+        return one_line(f"{key}.{match['option']} needs a class first: {key} CLASS, or --config FILE"), key
     if match := _CALLABLE.search(message):
         why = _CLASS.sub(r"\1", match["reason"])
         return one_line(f"{match['key']}: {why}"), match["key"]

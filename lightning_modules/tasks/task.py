@@ -1,6 +1,7 @@
 """What every task shares: the network, its optimizer and schedule, what a checkpoint says of itself, what commands ask."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, cast
 
@@ -56,7 +57,7 @@ def half_cosine(step: int, num_steps: int) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * min(step / num_steps, 1.0)))
 
 
-class TrixTask(L.LightningModule):
+class TrixTask(L.LightningModule, ABC):
     """A LightningModule that `trix` can train, resume, measure, read and export: the base class of a task of your own.
 
     A subclass has the steps of any LightningModule; :class:`~lightning_modules.tasks.RoutedTask` has them already. It saves
@@ -88,6 +89,10 @@ class TrixTask(L.LightningModule):
         self.network = network
         self._make_optimizer = optimizer
         self._make_lr_scheduler = lr_scheduler
+
+    @abstractmethod
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Lightning. Abstract: the parser would take this class's own ``network`` (none) for the default of a subclass."""
 
     def forward(self, x: Tensor) -> Tensor:
         """The network's answer."""

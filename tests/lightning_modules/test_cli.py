@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from forked_scripts import Script
 
 from lightning_modules.cli import main
 from lightning_modules.commands.table import COMMANDS
+from lightning_modules.lightning_cli import fit_settings
+from trix.nn import LanguageModelConfig
 
 SMALL = """\
 model:
@@ -151,6 +154,12 @@ def test_print_config_shows_every_default(folder: Path, capfd: pytest.CaptureFix
         assert text in printed
 
 
+def test_a_file_without_a_network_trains_the_default_one(folder: Path) -> None:
+    (folder / "short.yaml").write_text("model: LanguageModelTask\ndata: TextDataModule\n")
+    network = fit_settings(folder / "short.yaml")["model"]["init_args"]["network"]
+    assert network == asdict(LanguageModelConfig())
+
+
 def test_schedule_and_optimizer_are_configurable(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     base = ["fit", "--config", "small.yaml", "--trainer.logger=false", "--trainer.fast_dev_run=1"]
     assert main([*base, "--model.optimizer=SGD", "--model.optimizer.lr=0.1", "--model.lr_scheduler=null"]) == 0
@@ -207,7 +216,16 @@ MISTAKES = {
     "--ckpt_path=last": "checkpoint last cannot be read",
     "--ckpt_path=text.txt": "text.txt is not a checkpoint",
     "extra": "unexpected argument 'extra'",
+    "--model=TrixTask": "class TrixTask is abstract: name a class that derives from it",
 }
+
+
+def test_an_option_of_a_class_that_is_not_named(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    before = files(folder)
+    assert main(["fit", "--model.network.d_model=8", "--data=TextDataModule"]) == 2
+    text = "trix: error: --model.network.d_model needs a class first: --model CLASS, or --config FILE\n"
+    assert capfd.readouterr().err == text
+    assert files(folder) == before
 
 
 @pytest.mark.parametrize("arguments", MISTAKES)

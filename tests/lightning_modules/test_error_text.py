@@ -37,3 +37,9 @@ def test_the_nearest_key_is_spelt_as_its_place_wants_it(tmp_path: Path) -> None:
     text = shorten_parser_error("Group 'network' does not accept option 'dmodel'", keys, [], [tmp_path / "missing", config])
     assert text == f"unknown key 'dmodel'; did you mean d_model? (in {config}, line 2)"
     assert shorten_parser_error("Option 'zzz' is not accepted", keys, []) == "unknown key 'zzz'"
+
+
+def test_an_abstract_class_is_named_whichever_way_it_was_given() -> None:
+    text = "class a.Task is abstract: name a class that derives from it"
+    assert shorten_parser_error("Expected an instantiatable class, but a.Task is abstract", [], []) == text
+    assert shorten_parser_error("Expected an instantiatable class, but is abstract\n  Given value: a.Task", [], []) == text
