@@ -38,6 +38,7 @@ _NESTED_KEY = re.compile(r"NestedArg\(key='(?P<key>[^']+)'")
 # A value that fits none of several types: one reason for each, most of them beside the point.
 _UNION = "Does not validate against any of the Union subtypes"
 _REASON = re.compile(r"^\s*- (?P<reason>.+)$", re.MULTILINE)
+_UNION_LITERAL = re.compile(r"Expected a typing\.Literal\[(?P<choices>.+)\]$")
 _UNION_TYPE = re.compile(r"Expected a <class '(?P<type>[\w.]+)'>$")
 _NO_MAPPING = re.compile(r"Parser key \"[^\"]+\": Unable to load config \"(?P<value>[^\"\n]*)\"")
 _GIVEN = re.compile(r"Given value: (?P<value>[^\n]*)")
@@ -90,6 +91,9 @@ def _shorten(message: str, known_keys: Iterable[str], known_classes: Iterable[st
             key = match["key"].split("=")[0]
             if pattern.pattern.startswith("unrecognized") and not key.startswith("-"):
                 return f"unexpected argument {key!r}", ""
+            nested, outer = _NESTED_KEY.search(message), _KEY.search(message)
+            if nested and outer and key == f"--{nested['key']}":  # the parser of the class leaves out what leads to it
+                key = f"--{outer['key']}.{nested['key']}"
             kind = "option" if key.startswith("-") else "key"
             return f"unknown {kind} {key!r}" + _nearest(key, known_keys), key
     if (match := _UNKNOWN_CLASS.search(message)) and not _TYPE_OR_CLASS.search(message):
@@ -130,11 +134,14 @@ def reason(message: str) -> str:
     found = [_KEY.sub("", match["reason"]).strip() for match in _REASON.finditer(message)]
     found = [text for text in found if text and not text.startswith(_BESIDE_THE_POINT)]
     types = [match["type"] for text in found if (match := _UNION_TYPE.match(text)) and match["type"] != "NoneType"]
-    own = [text for text in found if not _UNION_TYPE.match(text)]
+    choices = [match["choices"] for text in found if (match := _UNION_LITERAL.match(text))]
+    own = [text for text in found if not _UNION_TYPE.match(text) and not _UNION_LITERAL.match(text)]
     if own:
         return own[0]
     given = _GIVEN.search(message)  # the innermost comes first
     value = given["value"].strip() if given else ""
+    if choices:
+        return f"must be one of {', '.join(choices)}, got {value!r}"
     if types:
         return f"must be of type {' or '.join(types)}, got {value!r}"
     return f"must be keys and values, got {value!r}" if given else message

@@ -257,6 +257,7 @@ def _explain(error: Exception, use_library: bool) -> str:
     text = " ".join(str(error).split())
     if f"{DOMAIN}:" in text and "is not a registered function/op" in text and not use_library:
         return "it was exported without portable functions and needs the native library (leave out --no-library)"
-    if isinstance(error, UnicodeDecodeError) or "Protobuf parsing failed" in text or "INVALID_PROTOBUF" in text:
+    damaged = ("Protobuf parsing failed", "INVALID_PROTOBUF", "No graph was found")
+    if isinstance(error, UnicodeDecodeError) or any(sign in text for sign in damaged):
         return "not an ONNX file, or a damaged one"
     return f"onnxruntime can't load it: {text}"

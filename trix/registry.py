@@ -1,8 +1,10 @@
 """Named kinds of a part: the project's own by a short name, a user's own by the import path of its class."""
 
+import re
 import sys
 from collections.abc import Callable, Mapping
-from inspect import isclass
+from difflib import get_close_matches
+from inspect import isclass, signature
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
@@ -74,7 +76,14 @@ class Registry(Generic[T]):
         try:
             return kind(*positional, **named, **arguments)
         except TypeError as error:
-            raise ValueError(f"{self.part} {name!r}: {error}") from error
+            raise ValueError(f"{self.part} {name!r}: {error}{_nearest_argument(kind, str(error))}") from error
+
+
+def _nearest_argument(kind: Callable[..., Any], message: str) -> str:
+    """ "; did you mean NAME?" where Python names an argument that is like one of the part's."""
+    unknown = re.search(r"unexpected keyword argument '(\w+)'", message)
+    nearest = get_close_matches(unknown[1], signature(kind).parameters, n=1) if unknown else []
+    return f"; did you mean {nearest[0]}?" if nearest else ""
 
 
 def _imported(path: str) -> Any:

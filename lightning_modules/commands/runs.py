@@ -72,7 +72,8 @@ def find_runs(root: Path) -> list[Run]:
         UserError: there is no such folder, no run below it, or files of a run that TensorBoard cannot read.
     """
     if not root.is_dir():
-        raise UserError(f"folder {root} must {'be a folder, not a file' if root.exists() else 'exist'}")
+        rule = "be a folder, not a file" if root.exists() else "exist: `trix fit` makes one for its runs"
+        raise UserError(f"folder {root} must {rule}")
     folders = sorted({path.parent for path in root.rglob(EVENT_FILES)})
     if not folders:
         raise UserError(f"folder {root} must hold a run: there are no TensorBoard files ({EVENT_FILES}) below it")

@@ -225,7 +225,7 @@ def _check_options(options: Namespace, ckpt: Path, output: Path) -> None:
         raise UserError(f"{named[0]} belongs to insert, not to {options.action}")
     if named[:2] == ["--signature", "--ngrams"]:
         raise UserError("--signature and --ngrams cannot both be given")
-    if options.action == "insert" and not options.signature and not options.ngrams:
+    if options.action == "insert" and not options.signature and options.ngrams is None:
         raise UserError("insert needs a signature: --signature SIGNS, --signature FILE.json or --ngrams TEXT,TEXT")
     if options.tag is None and options.ngrams is None:
         raise UserError("the following arguments are required: --tag; see `trix surgery --help`")

@@ -68,6 +68,8 @@ def test_no_name_imports_a_module(registry: Registry[Part]) -> None:
 def test_arguments_that_do_not_fit_are_told_with_the_name(registry: Registry[Part]) -> None:
     with pytest.raises(ValueError, match=r"part 'plain': .*unexpected keyword argument 'weight'"):
         registry.make("plain", 3, arguments={"weight": 1})
+    with pytest.raises(ValueError, match=r"unexpected keyword argument 'sizee'; did you mean size\?"):
+        registry.make("plain", arguments={"sizee": 1})
     with pytest.raises(ValueError, match=r"arguments of part 'plain' \(size\) have a setting of their own"):
         registry.make("plain", arguments={"size": 1}, size=2)
 

@@ -310,6 +310,9 @@ class StackConfig:
             import path of a :class:`~trix.nn.Mixer`. mixer_args: what it is made with besides.
         attention_at: the places of blocks, counted from 0, that mix by attention whatever ``mixer`` says.
         halt_threshold: adaptive computation time, see :class:`~trix.nn.halting.Halting`; None: every token passes all blocks.
+
+    Raises:
+        ValueError: d_model, n_heads or context_length is < 1.
     """
 
     d_model: int = 128
@@ -323,6 +326,11 @@ class StackConfig:
     mixer_args: dict[str, Any] = field(default_factory=dict)
     attention_at: tuple[int, ...] = ()
     halt_threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("d_model", "n_heads", "context_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be >= 1")
 
     def make_stack(self) -> TriXStack:
         return TriXStack(

@@ -80,8 +80,10 @@ class TriXFFN(SignatureSurgery):
     ) -> None:
         super().__init__(num_tiles)
         d_ff = num_tiles * max(d_model // max(top_k, 1), 1) if d_ff is None else d_ff
-        if num_tiles < 1 or d_ff < 1 or d_ff % num_tiles:
-            raise ValueError(f"d_ff ({d_ff}) must be divisible by num_tiles ({num_tiles}), both >= 1")
+        if num_tiles < 1:
+            raise ValueError(f"num_tiles ({num_tiles}) must be >= 1")
+        if d_ff < 1 or d_ff % num_tiles:
+            raise ValueError(f"d_ff ({d_ff}) must be divisible by num_tiles ({num_tiles}), and >= 1")
         check_weights(balance_weight=balance_weight, diversity_weight=diversity_weight)
         check_target_diversity(target_diversity)
         self.d_model, self.num_tiles, self.balance_weight = d_model, num_tiles, balance_weight
