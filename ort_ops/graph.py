@@ -108,17 +108,17 @@ def join_routes(graph: GraphProto) -> None:
 
     The constants stay each layer's own: they are what is edited. A Concat joins them, which onnxruntime computes once, when it
     loads the file; a Split separates the choices. Nodes whose scores are read stay as they are, and so do those of hierarchical
-    layers: alone, many tiles are scored in 8 bits first.
+    layers: only a node of its own scores many tiles in 8 bits first.
     """
     sizes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
     names = (SIGNATURE_ROUTE.name, SPARSE_LOOKUP.name)
     nodes = [node for node in graph.node if node.domain == DOMAIN and node.op_type in names]
-    for _, equal in groupby(nodes, lambda node: _what_joins(node, sizes)):
+    for _, equal in groupby(nodes, lambda node: _join_key(node, sizes)):
         _join(graph, list(equal))
 
 
-def _what_joins(node: NodeProto, sizes: Mapping[str, tuple[int, ...]]) -> tuple[Any, ...]:
-    """Equal for nodes that one can stand for; no two of the others have it alike."""
+def _join_key(node: NodeProto, sizes: Mapping[str, tuple[int, ...]]) -> tuple[Any, ...]:
+    """Equal for nodes that can be joined, and unique for every other node."""
     x, *constants = node.input
     is_sigmoid = any(attribute.name == "gate" and attribute.i == SIGMOID for attribute in node.attribute)
     if node.op_type != SIGNATURE_ROUTE.name or is_sigmoid or any(node.output[2:]) or not sizes.keys() >= set(constants):

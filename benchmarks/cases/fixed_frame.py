@@ -12,7 +12,7 @@ batches of 64.
 Contestants: dense layers of width d, which is the active compute of one tile, and 4d; a hash of the token (of digits the bits
 of the row's code); a learned gate that reads the hidden state; signatures that read the hidden state, the embedding, or the
 fixed frame, as drawn and learned. All with the same number of tiles of width d, one for each token, and the balance of the
-configurations.
+configurations; signatures as drawn have no balance bias, so that no token ever changes its tile.
 
 Churn: % of held-out tokens (at most 256 images or texts) whose tile is another one than 50 steps before, mean of the layers,
 median of the second half of training. Load: of the tile that most held-out tokens go to, over the mean; the worst layer. Dead:

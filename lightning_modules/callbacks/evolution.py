@@ -81,9 +81,9 @@ class Evolution(L.Callback):
     layer's surgery history under the tag "evolution", as a line of the run's output and as text in TensorBoard. Logged for each
     layer at each look: ``evolution/<layer>/`` acts (at this look), tiles_in_use, top_k.
 
-    Layers without signatures are left alone; so are merging and splitting where a token has several tiles. Loads and
-    confidence are summed over ranks and what is random is drawn from the step, so that under ddp all ranks do the same. Sharded
-    parameters (fsdp) are not for it. A resumed run goes on with the same counts.
+    Layers without signatures and frozen tiles are left alone; so are merging and splitting where a token has several tiles.
+    Loads and confidence are summed over ranks and what is random is drawn from the step, so that under ddp all ranks do the
+    same. Sharded parameters (fsdp) are not for it. A resumed run goes on with the same counts.
 
     Args:
         policy: when to do what.

@@ -70,7 +70,7 @@ examples
   trix inspect runs/char_lm
   trix why runs/char_lm --prompt "The "
   trix runs --sort val/loss
-  trix surgery runs/digits freeze --layer 1 --tile 3 --tag keep --output frozen.ckpt
+  trix surgery runs/char_lm insert --ngrams "th,Th" --layer 1 --tile 3 --output edited.ckpt
   trix export --ckpt runs/char_lm --output runs/char_lm/model.onnx
   trix generate runs/char_lm/model.onnx --prompt "The "
   trix bench runs/char_lm/model.onnx

@@ -61,7 +61,8 @@ def test_a_run_is_measured_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     text = tmp_path / "text.txt"
     text.write_text("all is well that ends well, " * 200)
     names = [case.DENSE, case.LEARNED_THEN_FROZEN, case.DRAWN]
-    monkeypatch.setitem(case.LAYERS, case.DRAWN, replace(case.LAYERS[case.DRAWN], balance_rate=0.0))  # moves 20 steps long
+    without_bias = replace(case.LAYERS[case.DRAWN], balance_rate=0.0)  # which would move for 20 steps
+    monkeypatch.setitem(case.LAYERS, case.DRAWN, without_bias)
     arguments: tuple[Any, ...] = ([4], [0, 1], ["attention"], 1e-2, str(text), names)
     rows = case.run(*arguments, False)
     by_name = {row["layer"]: row["runs"] for row in rows}

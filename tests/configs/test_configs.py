@@ -15,7 +15,7 @@ from lightning_modules.callbacks.run_record import read_metrics
 from lightning_modules.cli import main
 from lightning_modules.commands.surgery import is_equal
 from lightning_modules.data import corpora
-from trix.nn import TriXBlock
+from trix.nn import FFNConfig, RoutedLayer, TriXBlock
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))
@@ -46,6 +46,19 @@ def test_config_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     arguments = [str(CONFIGS.parent / text) if text.startswith("configs/") else text for text in arguments]
     assert main([*arguments, "--trainer.fast_dev_run=1", "--data.batch_size=2"]) == 0
     assert [item.name for item in tmp_path.iterdir()] == ["stand_in.txt"]  # a trial leaves nothing
+
+
+@pytest.mark.parametrize("name", ["diversity", "evolution", "surgery"])
+def test_callbacks_that_change_signatures_come_with_signatures_that_learn(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = opening_command(CONFIGS / "callbacks" / f"{name}.yaml")
+    arguments = [str(CONFIGS.parent / text) if text.startswith("configs/") else text for text in command]
+    assert main([*arguments, "--print_config"]) == 0
+    settings = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["network"]["ffn"]
+    layer = FFNConfig(**settings).build(16)
+    assert isinstance(layer, RoutedLayer)
+    assert not layer.router.frozen_tiles().any()
 
 
 @pytest.mark.parametrize("name", ["char_lm", "digits", "language_id"])

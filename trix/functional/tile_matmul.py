@@ -96,8 +96,9 @@ def _grouped_linear_in_blocks(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor
     shift = (padded_ends - num_blocks * BLOCK_ROWS) - (ends - size)  # of the starts of the groups
     place_S = torch.arange(int(ends[-1])) + shift.repeat_interleave(size)
     tile_of_block = torch.arange(len(ends)).repeat_interleave(num_blocks).tolist()
-    # Rows that begin at other remainders of a vector's bytes are added up in another order, too.
-    weight = F.pad(weight, (0, -x.shape[1] % BLOCK_COLUMNS))
+    # The order of summation also depends on how a row is aligned: with whole vector registers, all rows are aligned alike.
+    if x.shape[1] % BLOCK_COLUMNS:  # a pad of 0 would copy the weights of all tiles
+        weight = F.pad(weight, (0, -x.shape[1] % BLOCK_COLUMNS))
     rows = x.new_zeros(len(tile_of_block) * BLOCK_ROWS, weight.shape[2])
     rows[place_S, : x.shape[1]] = x[: len(place_S)]
     product = x.new_empty(len(rows), weight.shape[1])

@@ -1,8 +1,6 @@
 """A small sequence classifier of TriX blocks."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal, overload
 
 from torch import Tensor, nn
@@ -85,16 +83,14 @@ class Classifier(nn.Module):
         self.vocab_size, self.config = vocab_size, config or ClassifierConfig()
         c = self.config
         self.embedding: nn.Module
-        code: Callable[[], FixedCode]
+        code: type[FixedCode]
         if num_features is not None:
-            self.embedding = nn.Linear(num_features, c.d_model)
-            code = partial(c.ffn.make_code, FeatureCode, num_features, c.d_model)
+            self.embedding, code, num_rows = nn.Linear(num_features, c.d_model), FeatureCode, num_features
         else:
             assert vocab_size is not None
-            self.embedding = WindowEmbedding(vocab_size, c.d_model, c.window)
-            code = partial(c.ffn.make_code, ContextCode, vocab_size, c.d_model)
+            self.embedding, code, num_rows = WindowEmbedding(vocab_size, c.d_model, c.window), ContextCode, vocab_size
         self.stack = c.make_stack()
-        self.context_code = code() if self.stack.reads_code else None
+        self.context_code = c.ffn.make_code(code, num_rows, c.d_model) if self.stack.reads_code else None
         if vocab_size is None and any("token" in layer.router.reads for layer in routed_layers(self.stack)):
             raise ValueError(f"routing ({c.ffn.routing!r}) needs the id of each token, and tokens are vectors here")
         self.norm = nn.RMSNorm(c.d_model)

@@ -29,9 +29,9 @@ class ContextCode(FixedCode):
         """float32, whatever the weights are."""
         return torch.float32
 
-    def _marked(self, x: Tensor, mask_BT: Tensor | None) -> Tensor:
+    def _masked(self, x: Tensor, mask_BT: Tensor | None) -> Tensor:
         place_BT = x + 1
         return place_BT if mask_BT is None else place_BT * mask_BT
 
-    def _read(self, token: Tensor, row_VD: Tensor) -> Tensor:
+    def _embed(self, token: Tensor, row_VD: Tensor) -> Tensor:
         return F.pad(row_VD, (0, 0, 1, 0))[token]  # row 0 is that of no token

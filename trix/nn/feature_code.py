@@ -16,8 +16,7 @@ class FeatureCode(FixedCode, Facts):
     before that it is 0. Without it codes are nearly parallel where features are not spread around 0, and signatures that are
     drawn at random send most tokens to few tiles.
 
-    So a token is told apart by how it differs from the mean, and tokens that are not there count as the mean. Features in
-    larger units count for more.
+    Missing tokens count as the mean. Features are not scaled: those in larger units weigh more.
 
     Attributes:
         mean_F: float [F]; a fact (:class:`~trix.routing.facts.Facts`), in the state_dict. num_centred: 1 once there is a mean,
@@ -26,8 +25,8 @@ class FeatureCode(FixedCode, Facts):
     Shape:
         x: x_BTF, float, F = num_features.
 
-    Source: a first batch that decides about the origin: data-dependent initialisation, Salimans and Kingma, 2016
-    (arXiv:1602.07868), section 3; theirs sets weights that go on learning.
+    Source: the mean from a first batch is data-dependent initialisation, Salimans and Kingma, 2016 (arXiv:1602.07868), section
+    3; theirs sets weights that go on learning.
     """
 
     size_name = "num_features"
@@ -49,14 +48,14 @@ class FeatureCode(FixedCode, Facts):
         """That of the table."""
         return self.table_VD.dtype
 
-    def _marked(self, x: Tensor, mask_BT: Tensor | None) -> Tensor:
+    def _masked(self, x: Tensor, mask_BT: Tensor | None) -> Tensor:
         x_BTF = x.to(self.table_VD.dtype)
         if self.training and not self.num_centred:
             self._centre(x_BTF, mask_BT)
         x_BTF = x_BTF - self.mean_F
         return x_BTF if mask_BT is None else x_BTF.masked_fill(~mask_BT.unsqueeze(-1), 0)
 
-    def _read(self, token: Tensor, row_VD: Tensor) -> Tensor:
+    def _embed(self, token: Tensor, row_VD: Tensor) -> Tensor:
         return token @ row_VD
 
     @torch.no_grad()

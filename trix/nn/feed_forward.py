@@ -59,8 +59,8 @@ class FFNConfig:
             ``context``: a code of the last few tokens that nothing trains, the same in every layer: of their ids
             (:class:`~trix.nn.ContextCode`), or of their features where tokens are vectors (:class:`~trix.nn.FeatureCode`).
             ``hash`` and ``scattering`` read none of the three.
-        signatures: ``learned``, or ``drawn``: frozen as they are drawn, so that no token ever changes its tile for their sake.
-            None: drawn where explicit signatures read codes, and learned anywhere else.
+        signatures: ``learned``, or ``drawn``: frozen at their random start values, so that they never move a token to another
+            tile. None: ``drawn`` with ``routing: explicit`` and ``route_on: context``, ``learned`` otherwise.
         context_tokens, context_decay: number of tokens in that code, the token itself among them, and the factor on the weight
             from a token to the one before it.
         tiles_per_cluster, num_probes: for a hierarchical layer alone, which in turn has no max_k.
@@ -127,10 +127,10 @@ class FFNConfig:
         return self.signatures == "drawn"
 
     def make_code(self, kind: type[CodeT], num_rows: int, d_model: int) -> CodeT:
-        """What the signatures of all layers read, where they read codes.
+        """The code that the signatures of all layers read with ``route_on: context``.
 
         Args:
-            kind: of code. num_rows: the number of ids, or of features.
+            kind: class of the code. num_rows: rows of its table, which is the number of ids, or of features.
 
         Raises:
             ValueError: as :class:`~trix.nn.FixedCode`.

@@ -18,12 +18,12 @@ SEED = 20_261_129
 
 
 class FixedCode(nn.Module, ABC):
-    """c[t] = RMSnorm(sum_{j < J} decay^j roll(r[t - j], 7 j)), r[t] what a table of random rows says of token t.
+    """c[t] = RMSnorm(sum_{j < J} decay^j roll(r[t - j], 7 j)), r[t] the vector of token t by a table of random rows.
 
-    The rows are drawn with a seed of their own, normal, each of root mean square 1: codes of the same sizes have the same
-    rows. Nothing trains them, so signatures that stay where they are send the same J tokens to the same tile for ever. Tokens
-    before the first one and padding contribute 0. The table stays in at least float32 under casts, and the sum in its kind of
-    numbers under autocast, so that rounding changes no tile.
+    The rows are drawn from a normal distribution with a seed of their own and scaled to root mean square 1: codes of the same
+    sizes have the same rows. Nothing trains them, so signatures that stay where they are send the same J tokens to the same
+    tile for ever. Tokens before the first one and padding contribute 0. Casts leave the table in at least float32, and autocast
+    leaves the sum in the table's dtype, so that rounding changes no tile.
 
     Args:
         num_rows: V. d_model: D. num_tokens: J, the token itself among them. decay: factor on the weight from a token to the
@@ -62,20 +62,20 @@ class FixedCode(nn.Module, ABC):
 
     @abstractmethod
     def state_specs(self) -> tuple[StateSpec, ...]:
-        """The last J - 1 tokens as :meth:`_marked` has them; nothing where J is 1."""
+        """The last J - 1 tokens as :meth:`_masked` gives them; nothing where J is 1."""
 
     @property
     @abstractmethod
     def state_dtype(self) -> torch.dtype:
-        """In what kind of numbers they are kept."""
+        """The dtype of the state."""
 
     @abstractmethod
-    def _marked(self, x: Tensor, mask_BT: Tensor | None) -> Tensor:
-        """The tokens, [B, T] first, 0 where there is none."""
+    def _masked(self, x: Tensor, mask_BT: Tensor | None) -> Tensor:
+        """The tokens in a form in which 0 stands for no token: [B, T, ...]."""
 
     @abstractmethod
-    def _read(self, token: Tensor, row_VD: Tensor) -> Tensor:
-        """What these rows say of marked tokens: [B, T, D], 0 where there is none."""
+    def _embed(self, token: Tensor, row_VD: Tensor) -> Tensor:
+        """The vectors of masked tokens by these rows: [B, T, D], 0 where there is no token."""
 
     def empty_state(self, batch_size: int) -> State:
         """The state before the first token."""
@@ -83,16 +83,16 @@ class FixedCode(nn.Module, ABC):
         return tuple(self.table_VD.new_zeros(shape, dtype=self.state_dtype) for shape in shapes)
 
     def forward(self, x: Tensor, mask_BT: Tensor | None = None, state: State | None = None) -> tuple[Tensor, State]:
-        token = self._marked(x, mask_BT)
-        batch_size, length = token.shape[:2]  # len() would be a constant in an exported graph
+        token = self._masked(x, mask_BT)
+        batch_size, length = token.shape[:2]  # len() would become a constant in an exported graph
         (before,) = state or self.empty_state(batch_size) or (token[:, :0],)
         known = torch.cat([before.to(token.dtype), token], dim=1)
         num_before = self.num_tokens - 1
         with without_autocast(self.table_VD):
-            sum_BTD = self._read(token, self._weighted(0))
+            sum_BTD = self._embed(token, self._weighted(0))
             for back in range(1, self.num_tokens):
                 earlier = known[:, num_before - back : num_before - back + length]
-                sum_BTD = sum_BTD + self._read(earlier, self._weighted(back))
+                sum_BTD = sum_BTD + self._embed(earlier, self._weighted(back))
             code_BTD = F.rms_norm(sum_BTD, sum_BTD.shape[-1:])
         return code_BTD, (known[:, length:].to(before.dtype),) if num_before else ()
 

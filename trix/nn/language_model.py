@@ -16,7 +16,7 @@ from trix.outputs import AuxLosses, RoutingInfo, State, StateSpec, TokenContext
 class LanguageModelConfig(StackConfig):
     """Size and kind of a :class:`LanguageModel`; see StackConfig.
 
-    By default 64 tiles a layer, which the last two characters decide about, by signatures as they are drawn.
+    By default a layer has 64 tiles, and the last two tokens choose among them, by signatures frozen as they were drawn.
     """
 
     ffn: FFNConfig = field(default_factory=lambda: FFNConfig(num_tiles=64, route_on="context"))

@@ -93,8 +93,8 @@ class ResolventMixer(RecurrentMixer):
             energy.copy_(-2 * wave_number.cos() if hopping == "hermitian" else torch.zeros(self.n_heads))
             eta.copy_(softplus_spread(ETA_START, self.n_heads))
             hop.fill_(math.log(math.e - 1))  # softplus of it is 1
-            # Hops that vary turn the phase from token to token, and with one-way hopping so does the energy. They start at 0:
-            # else what comes from far back has a random sign, and recall is hardly learned.
+            # Hops that vary turn the phase from token to token, and with one-way hopping so does the energy. Both therefore
+            # start the same for all tokens; otherwise, what comes from far back has a random sign and recall is hardly learned.
             self.dynamics.weight[: self.n_heads] *= ENERGY_SCALE if hopping == "hermitian" else 0.0
             self.dynamics.weight[2 * self.n_heads :] = 0.0
 

@@ -105,7 +105,7 @@ class Router(Facts, ABC):
 
     @property
     def reads_features(self) -> bool:
-        """Whether x_TD itself has a say in the choice, not a phase or ids alone."""
+        """Whether the choice depends on x_TD itself, and not on a phase or token ids alone."""
         return self.reads_stream and "phase" not in self.reads
 
     @property
@@ -187,7 +187,7 @@ class Router(Facts, ABC):
         return {"balance_bias": self.balance_bias + move_E, AGE: age_E + num_batches * self.step_factor * pace}
 
     def _pace(self) -> Tensor | float:
-        """How many training batches one counts for, in the bias as in its age."""
+        """How many batches each training batch counts as, in the step of the bias and in its age."""
         return 1.0
 
     def _shared(self, move_E: Tensor) -> Tensor:

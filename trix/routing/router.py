@@ -18,7 +18,7 @@ from trix.routing.base_router import Router
 from trix.routing.facts import Fact, Facts, check_counts, check_finite
 
 MASS_DECAY = 0.99
-PACE_OF_FROZEN = 10.0  # tokens that change their tile early find it little trained
+PACE_OF_FROZEN = 10.0  # the earlier a token changes its tile, the less training is lost
 SIGNATURE_THRESHOLD = 0.3  # |raw| above it counts as +1 or -1
 
 
@@ -42,8 +42,8 @@ class SignatureRouter(Router):
     Which signatures are frozen and to what, which slots are free, the masses and the number of times that k was raised are
     facts (:class:`~trix.routing.facts.Facts`): no averaging, cast or sharding of weights moves them.
 
-    Where all signatures are frozen, nothing else has to settle first, and a training batch counts for ten: the balance bias
-    moves ten times as far and rests after 20. One that was inserted frozen has a bias at rest.
+    Where all signatures are frozen, the balance bias need not wait for them to settle, and each training batch counts as ten:
+    the bias moves ten times as far and rests after 20 batches. A signature that is inserted frozen has a bias at rest.
 
     Raises:
         ValueError: top_k > num_tiles; x or the emergent signatures of a wrong size; emergent ones missing or not wanted; by
@@ -118,8 +118,8 @@ class SignatureRouter(Router):
     def insert(self, tile_idx: int, signature_D: Tensor, freeze: bool = True) -> None:
         """Replace the signature of one tile; see :meth:`trix.routing.surgery.SignatureSurgery.insert_signature`.
 
-        The balance bias that the old signature had earned is dropped for the mean of all tiles. That of a frozen one rests at
-        once.
+        The balance bias that the old signature had earned is dropped for the mean of all tiles. If the new one is frozen, its
+        bias is at rest at once.
         """
         self._check_change(tile_idx)
         if tuple(signature_D.shape) != (self.d_model,):
@@ -264,10 +264,10 @@ class SignatureRouter(Router):
 
     def _shared(self, move_E: Tensor) -> Tensor:
         # A frozen tile keeps its standing among those that learn: it gets the mean move, whatever tokens it claims. Where all
-        # are frozen, as they are drawn, each gets its own until it is at rest. Free slots have no part in it.
+        # are frozen, each gets its own move until it is at rest. Free slots have no part in it.
         in_use_E = ~self.is_free_E
         mean_move = (move_E * in_use_E).sum() / in_use_E.sum().clamp_min(1)
-        is_held_E = self.is_frozen_E & ((in_use_E & ~self.is_frozen_E).any() | (self.balance_age_E >= ALL_STEPS))
+        is_held_E = self.is_frozen_E & (~self._are_all_frozen | (self.balance_age_E >= ALL_STEPS))
         return torch.where(is_held_E, mean_move, move_E) * in_use_E
 
     @torch.no_grad()
@@ -276,7 +276,12 @@ class SignatureRouter(Router):
         return super()._after(num_batches, nudge_E) | {"log_mass_E": self.log_mass_E * MASS_DECAY**num_batches}
 
     def _pace(self) -> Tensor | float:
-        return torch.where((self.is_frozen_E | self.is_free_E).all(), PACE_OF_FROZEN, 1.0)
+        return torch.where(self._are_all_frozen, PACE_OF_FROZEN, 1.0)
+
+    @property
+    def _are_all_frozen(self) -> Tensor:
+        """Whether every tile in use has a frozen signature: bool, a scalar."""
+        return (self.is_frozen_E | self.is_free_E).all()
 
     @property
     def needs_votes(self) -> bool:
@@ -295,6 +300,8 @@ class SignatureRouter(Router):
         return self.is_free_E.clone()
 
     def describe(self) -> str:
+        if self._are_all_frozen:
+            return "Signatures choose the tiles; all of them are frozen."
         if self.source == "explicit":
             return "Signatures choose the tiles; they are learned apart from the tiles' weights (explicit routing)."
         return "Signatures choose the tiles; they are read from the tiles' own weights (emergent routing)."

@@ -50,9 +50,10 @@ void choose_tiles(const KernelContext& context, std::size_t num_tokens, std::siz
 /// the tokens are not set.
 void weigh_tiles(const KernelContext& context, const SignatureGateJob& of_all, std::size_t num_tokens);
 
-/// Both for each of several groups of tiles, as if it were alone. The job is that of weigh_tiles for the
-/// first group of the first token: score holds [T, num_groups, stride], bias and log_mass [num_groups,
-/// num_tiles], tile_idx and weight [T, num_groups, top_k]. tile_idx is written where the job reads it.
+/// choose_tiles and weigh_tiles for each of several groups of tiles, as if it were alone. The job is that of
+/// weigh_tiles for the first group of the first token: score holds [T, num_groups, stride], bias and
+/// log_mass [num_groups, num_tiles], tile_idx and weight [T, num_groups, top_k]. tile_idx is written where
+/// the job reads it.
 void route_groups(const KernelContext& context, const SignatureGateJob& of_first, std::int64_t* tile_idx,
                   std::size_t num_groups, std::size_t stride, std::size_t num_tokens);
 

@@ -4,8 +4,12 @@ import importlib
 import re
 from pathlib import Path
 
+from lightning_modules.commands import surgery
 from lightning_modules.commands.table import COMMANDS, help_text
+from lightning_modules.lightning_cli import fit_settings
+from trix.nn import FFNConfig, RoutedLayer
 
+README = Path(__file__).parents[3] / "README.md"
 NAMES = {command.name for command in COMMANDS}
 
 
@@ -25,8 +29,20 @@ def test_the_help_lists_each_command_once_and_names_no_other() -> None:
     assert set(re.findall(r"^  trix (\w+)", text, re.MULTILINE)) <= NAMES
 
 
+def test_tiles_that_examples_freeze_or_remove_are_not_frozen_in_the_run_that_they_name() -> None:
+    texts = (README.read_text(), help_text(), surgery.make_parser().format_help())
+    found = [re.findall(r"^ *trix surgery runs/(\w+)\S* (?:freeze|remove) ", text, re.MULTILINE) for text in texts]
+    for name in {name for of_text in found for name in of_text}:
+        network = fit_settings(README.parent / "configs" / f"{name}.yaml")["model"]["init_args"]["network"]
+        layer = FFNConfig(**network["ffn"]).build(16)
+        assert isinstance(layer, RoutedLayer)
+        assert not layer.router.frozen_tiles().any()
+    assert found[0]
+    assert found[2]
+
+
 def test_the_readme_shows_every_command_and_no_other() -> None:
-    readme = (Path(__file__).parents[3] / "README.md").read_text()
+    readme = README.read_text()
     shown = {
         name
         for block in re.findall(r"```bash\n(.*?)```", readme, re.DOTALL)

@@ -122,6 +122,18 @@ def test_in_blocks_a_row_has_one_answer_whatever_shares_its_group(
     torch.testing.assert_close(y, grouped_linear(x, weight.requires_grad_(), ends).detach(), rtol=1e-5, atol=1e-4)
 
 
+def test_in_blocks_weights_are_not_copied_where_rows_fill_vector_registers(monkeypatch: pytest.MonkeyPatch) -> None:
+    multiply, weight, places = torch.mm, torch.randn(3, 8, 32), []
+
+    def noted(rows: torch.Tensor, matrix: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+        places.append(matrix.untyped_storage().data_ptr())
+        return multiply(rows, matrix, out=out)
+
+    monkeypatch.setattr(torch, "mm", noted)
+    grouped_linear(torch.randn(1, 32), weight, torch.tensor([0, 1, 1], dtype=torch.int32), in_blocks=True)
+    assert places == [weight.untyped_storage().data_ptr()]
+
+
 def test_rows_after_the_last_group_are_zero_in_blocks() -> None:
     ends = torch.tensor([2, 5], dtype=torch.int32)
     y = grouped_linear(torch.randn(6, 8), torch.randn(2, 4, 8), ends, has_rest=True, in_blocks=True)

@@ -179,6 +179,8 @@ def test_signatures_as_drawn_are_frozen_and_say_so() -> None:
     for layer, free in zip(routed_layers(model), routed_layers(drawn), strict=True):
         assert layer.router.frozen_tiles().all()
         assert torch.equal(layer.get_tile_signatures(), free.get_tile_signatures())
+        assert "frozen" in layer.router.describe()
+        assert "learned" in free.router.describe()
         (entry,) = layer.get_surgery_history()
         assert (entry["operation"], entry["tile_idx"], entry["tag"]) == ("freeze", -1, "as drawn")
     with pytest.raises(ValueError, match=r"signatures \('drawn'\) needs routing 'explicit' or 'emergent', got 'learned'"):
