@@ -69,13 +69,15 @@ class HeldOutAnswers:
         self.gap: NDArray[np.float32] | None = np.concatenate(gap) if gap else None
 
     def parity(self, session: ort.InferenceSession) -> Parity:
-        return self._parity(run_whole(session, self._held_out))
+        return self._parity(run_whole(session, self._held_out), "")
 
     def stepwise_parity(self, session: ort.InferenceSession) -> Parity | None:
-        return self._parity(run_stepwise(session, self._held_out[:CHECK_BATCH])) if self._is_language_model else None
+        if not self._is_language_model:
+            return None
+        return self._parity(run_stepwise(session, self._held_out[:CHECK_BATCH]), "read token by token (the mixers' state): ")
 
-    def _parity(self, actual: Answer) -> Parity:
-        """Compares the first sequences, as many as actual holds."""
+    def _parity(self, actual: Answer, how: str) -> Parity:
+        """Compares the first sequences, as many as actual holds; how they were read begins the error."""
         (logits, tile_idx), gap, num = self.answer, self.gap, len(actual.logits)
         if tile_idx is None or gap is None:
             parity = compare(actual.logits, logits[:num])
@@ -83,7 +85,7 @@ class HeldOutAnswers:
             parity = compare(actual.logits, logits[:num], actual.tile_idx, tile_idx[:num], gap[:num])
         if not parity.agrees(MAX_RELATIVE_DIFFERENCE):
             raise ExportError(
-                f"max relative difference to torch ({parity.max_relative_difference:.1e}) must be < "
+                f"{how}max relative difference to torch ({parity.max_relative_difference:.1e}) must be < "
                 f"{MAX_RELATIVE_DIFFERENCE:.0e} and tokens routed differently without a near tie ({parity.num_unexplained}) "
                 "must be 0"
             )

@@ -92,7 +92,7 @@ class TrixTask(L.LightningModule, ABC):
 
     @abstractmethod
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """As in Lightning. Abstract: the parser would take this class's own ``network`` (none) for the default of a subclass."""
+        """As in Lightning. Were it not abstract, the parser would take the missing default of ``network`` here for a subclass's."""
 
     def forward(self, x: Tensor) -> Tensor:
         """The network's answer."""

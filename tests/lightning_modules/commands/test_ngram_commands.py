@@ -166,7 +166,7 @@ MISTAKES = [
     (["--ngrams", "ox,Th,ox"], "n-gram 'ox' must not be named twice"),
     (["--ngrams", r"o\x"], r"--ngrams (o\x): a backslash must be followed by n, t, a comma, a dash or a back"),
     (["--ngrams", "ox", "--signature", "+-"], "--signature and --ngrams cannot both be given"),
-    (["--ngrams", ""], "insert needs a signature: --signature SIGNS, --signature FILE.json or --ngrams TEXT,TEXT"),
+    (["--ngrams", ""], "n-gram '' (length 0) must have length 2"),
     (["--ngrams"], "argument --ngrams: expected one argument"),
     (["--ngrams", "ox", "--tile", "8"], "tile_idx (8) must be >= 0 and < num_tiles (8)"),
     (["--ngrams", "ox", "--layer", "2"], "layer (2) must be >= 0 and < number of routed layers (2)"),
