@@ -8,6 +8,7 @@ from torch.autograd.function import FunctionCtx
 
 from trix.functional.autocast import without_autocast
 
+MAX_LOG_RATIO = 4.0  # of the mean load to that of a tile; one without tokens counts as this
 FULL_STEPS, ALL_STEPS = 100, 200  # training batches: after the first the balance bias slows down, after all it rests
 
 
@@ -95,22 +96,35 @@ def balance_loss(score: Tensor, tile_idx: Tensor, weight: Tensor | None = None) 
 
 
 def balance_nudge(
-    tile_idx: Tensor, num_tiles: int, rate: float, weight: Tensor | None = None, in_use: Tensor | None = None
+    tile_idx: Tensor,
+    num_tiles: int,
+    rate: float,
+    weight: Tensor | None = None,
+    in_use: Tensor | None = None,
+    is_by_ratio: Tensor | None = None,
 ) -> Tensor:
     """rate * sign(mean load - load), to be added to the bias: tiles with too much load become a little harder to reach.
+
+    By ratio it is rate * log(mean load / load), clipped to [-4, 4], which is large for a tile that hardly gets a token and small
+    near the mean. With equal steps such a tile may still be empty when the bias rests; see SignatureRouter for a measurement.
 
     Source: Wang et al., 2024, auxiliary-loss-free load balancing (arXiv:2408.15664). With several processes it is the load of
     all of them: every one has to call it.
 
     Args:
         tile_idx, weight: as :func:`tile_load`. in_use: bool [num_tiles]; the others have no part in the mean and get 0.
+        is_by_ratio: bool, a scalar.
     """
     count = summed_over_processes(tile_count(tile_idx, num_tiles, weight))
     load = count / count.sum().clamp_min(1)
-    if in_use is None:
-        return rate * (load.mean() - load).sign()
+    in_use = torch.ones_like(load, dtype=torch.bool) if in_use is None else in_use
     mean = (load * in_use).sum() / in_use.sum().clamp_min(1)
-    return rate * (mean - load).sign() * in_use
+    move = (mean - load).sign()
+    if is_by_ratio is not None:
+        smallest = torch.finfo(load.dtype).tiny  # so that an empty batch moves nothing
+        log_ratio = ((mean + smallest) / (load + smallest)).log().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        move = torch.where(is_by_ratio, log_ratio, move)
+    return rate * move * in_use
 
 
 def step_at(age: Tensor) -> Tensor:

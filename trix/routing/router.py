@@ -42,8 +42,9 @@ class SignatureRouter(Router):
     Which signatures are frozen and to what, which slots are free, the masses and the number of times that k was raised are
     facts (:class:`~trix.routing.facts.Facts`): no averaging, cast or sharding of weights moves them.
 
-    Where all signatures are frozen, the balance bias need not wait for them to settle, and each training batch counts as ten:
-    the bias moves ten times as far and rests after 20 batches. A signature that is inserted frozen has a bias at rest.
+    Where all signatures are frozen, the balance bias need not wait for them to settle. It moves by the ratio of the loads
+    (:func:`~trix.routing.balance.balance_nudge`), and each training batch counts as ten: it moves ten times as far and rests
+    after 20 batches. A signature that is inserted frozen has a bias at rest.
 
     Raises:
         ValueError: top_k > num_tiles; x or the emergent signatures of a wrong size; emergent ones missing or not wanted; by
@@ -260,7 +261,9 @@ class SignatureRouter(Router):
     def _nudge(self, tile_idx_TK: Tensor, weight_TK: Tensor | None) -> Tensor | None:
         if self.balance_rate == 0:
             return None
-        return balance_nudge(tile_idx_TK, self.num_tiles, self.balance_rate, weight_TK, ~self.is_free_E)
+        return balance_nudge(
+            tile_idx_TK, self.num_tiles, self.balance_rate, weight_TK, ~self.is_free_E, is_by_ratio=self._are_all_frozen
+        )
 
     def _shared(self, move_E: Tensor) -> Tensor:
         # A frozen tile keeps its standing among those that learn: it gets the mean move, whatever tokens it claims. Where all

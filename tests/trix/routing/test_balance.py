@@ -1,3 +1,4 @@
+import math
 from typing import Any
 
 import pytest
@@ -32,6 +33,16 @@ def test_a_step_down_the_balance_loss_evens_the_scores() -> None:
 def test_the_bias_moves_against_the_load() -> None:
     bias = balance_nudge(torch.tensor([[0], [0], [0], [1], [1], [2]]), 3, rate=0.1)
     assert bias.tolist() == pytest.approx([-0.1, 0.0, 0.1])
+
+
+def test_by_ratio_the_bias_moves_as_far_as_the_load_is_off() -> None:
+    by_ratio = torch.tensor(True)
+    nudge = balance_nudge(torch.tensor([[0]] * 8 + [[1]] * 2), 4, 0.1, is_by_ratio=by_ratio)
+    expected = [0.1 * math.log(0.25 / 0.8), 0.1 * math.log(0.25 / 0.2), 0.4, 0.4]
+    assert nudge.tolist() == pytest.approx(expected, abs=1e-6)
+    in_use = torch.tensor([True, True, True, False])
+    assert balance_nudge(torch.tensor([[0], [1], [2]]), 4, 0.1, in_use=in_use, is_by_ratio=by_ratio).tolist() == [0.0] * 4
+    assert balance_nudge(torch.empty(0, 1, dtype=torch.int64), 4, 0.1, is_by_ratio=by_ratio).tolist() == [0.0] * 4
 
 
 def test_padding_counts_neither_in_the_load_nor_in_the_probability() -> None:

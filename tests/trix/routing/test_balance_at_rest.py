@@ -134,6 +134,18 @@ def test_where_all_tiles_are_frozen_the_load_is_leveled_but_not_that_of_an_inser
     assert (held - mean).abs() < 0.1
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_where_all_tiles_are_frozen_none_stays_empty(seed: int) -> None:
+    torch.manual_seed(seed)
+    router, generator = SignatureRouter(128, 64), torch.Generator().manual_seed(seed)
+    router.freeze_all()
+    read, probe = codes(128, seed, is_pair=True), characters(65536, generator)
+    assert (tile_load(router(read(probe)).tile_idx, 64) < 0.1 / 64).any()
+    for _ in range(20):
+        router.update_balance(router(read(characters(BATCH, generator))).tile_idx)
+    assert (tile_load(router(read(probe)).tile_idx, 64) > 0.1 / 64).all()
+
+
 def test_a_tile_that_surgery_puts_in_use_starts_anew() -> None:
     layer = TriXFFN(8, 5, routing="explicit")
     layer.router.balance_age_E.fill_(300.0)
