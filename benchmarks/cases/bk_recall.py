@@ -19,7 +19,7 @@ layers after it; then each of the 32 keys needs coordinates of its own, however 
 matrix state question and pair meet before the sum, y_i = sum_j L_ij (q_i . k_j) u_j, and P pairs need P directions of k.
 
 Goals of the resolvent, with either hopping: 0.99 with 8 pairs, 0.95 with 16, 0.9 with 3 of the 4 rates; of the hybrid: 0.99
-with 32. All of it takes about three hours of one core; --resume keeps the runs that a stopped one had finished.
+with 32. All of it takes about an hour and a half of one core; --resume keeps the runs that a stopped one had finished.
 """
 
 import argparse
@@ -58,7 +58,7 @@ FINISHED = RESULTS / "bk_recall.runs.jsonl"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pairs", type=whole(1, NUM_KEYS), nargs="+", default=[4, 8, 16, 32], help="default: %(default)s")
-    parser.add_argument("--widths", type=whole(1), nargs="+", default=[16, 64], help="widths of queries (default: %(default)s)")
+    parser.add_argument("--widths", type=whole(1), nargs="+", default=[16], help="widths of queries (default: %(default)s)")
     parser.add_argument("--lrs", type=positive, nargs="+", default=[1e-3, 3e-3, 1e-2, 3e-2], help="default: %(default)s")
     parser.add_argument("--steps", type=whole(1), default=3000, help="training steps (default: %(default)s)")
     parser.add_argument("--seeds", type=seed_number, nargs="+", default=[0], metavar="SEED", help="default: %(default)s")
