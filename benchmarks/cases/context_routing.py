@@ -4,14 +4,22 @@ Text: TinyShakespeare (from TRIX_DATA_DIR, or downloaded), or --path; windows of
 the feed-forward layer is the same: d_model 128, 4 layers, 4 heads, AdamW with cosine decay. Contestants: dense layers of width
 d, 4d and 16d; a hash of the character with 16 and 64 tiles, and of the character and the one before it with 64; a learned gate
 that reads the hidden state, or the code of both characters; signatures that read the hidden state, the embedding, or the code:
-as drawn, learned, or learned until 30 % of the steps and then frozen. Tiles have width d, and one serves each token: a quarter
-of dense 4d's active feed-forward compute.
+as drawn, or learned. Tiles have width d, and one serves each token: a quarter of dense 4d's active feed-forward compute. With
+adaptive k, a token that is not sure of its tile gets two; load, churn and information are of the first.
 
-Seconds: CPU time of one thread in training, without validation. To reach: until the loss on an eighth of the validation text,
-interpolated between TIMES_WATCHED points, falls to the last one of dense 4d with the same seed. Churn: % of 2048 validation
-characters whose tile is another one than 50 steps before, mean of the layers, median of the second half of training. I(tile;
-character) and I(tile; one before | character): in bits, of the validation text, mean of the layers. Load: of the tile that most
-characters go to, over the mean; the worst layer. Dead: tiles without any character, in all layers.
+Further contestants look for better signatures on the code than those that are drawn. Learned until 30 % of the steps, then
+frozen. Learned with hysteresis: a value in use changes only after the learned one has asked for the same other value in 50
+consecutive steps. Learned in a short run of a quarter of the steps, and given to a fresh model, where they are frozen
+(StableMoE). Clusters: before training, pairs of characters are clustered by the characters that follow them, and each cluster
+gets a tile. Grown: 32 drawn ones are in use at first; in the first half of training the tile with the highest summed loss is
+split, again and again, until there are 64. All but the first are in signature_ways.py.
+
+Seconds: CPU time of one thread in training, without validation; the short run, the clustering and the splits count. To reach:
+until the loss on an eighth of the validation text, interpolated between TIMES_WATCHED points, falls to the last one of dense 4d
+with the same seed. Active: parameters that a token meets; with adaptive k, the mean. Churn: % of 2048 validation characters
+whose tile is another one than 50 steps before, mean of the layers, median of the second half of training. I(tile; character)
+and I(tile; one before | character): in bits, of the validation text, mean of the layers. Load: of the tile that most characters
+go to, over the mean; the worst layer. Dead: tiles without any character, in all layers.
 --resume keeps the runs that a stopped one had finished.
 """
 
@@ -19,15 +27,16 @@ import argparse
 import statistics
 import time
 from dataclasses import asdict
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any
 
 import code_hash
 import numpy as np
+import signature_ways
 import torch
 import torch.nn.functional as F
 from case_options import check_distinct, positive, seed_number, whole
-from cases.char_lm_quality import sizes, take_step
+from cases.char_lm_quality import sizes, take_step, validate
 from kept_runs import RESULTS, kept_or_run, put_aside
 from rich.progress import track
 from torch import Tensor
@@ -46,13 +55,19 @@ D_MODEL = 128
 TIMES_WATCHED = 20
 CHURN_EVERY = 50  # steps
 FREEZE_AT = 0.3  # of the steps
+PATIENCE = 50  # steps
+SHORT_RUN = 0.25  # of the steps
+CLUSTERED = 512  # batches, 2^20 characters
 DENSE, CHARACTER, PAIR, DRAWN = (
     "dense 4d",
     "hash of the character, 64",
     "hash of the pair, 64",
     "signatures on context, as drawn",
 )
-LEARNED_THEN_FROZEN = "signatures on context, learned then frozen"
+LEARNED, LEARNED_THEN_FROZEN = "signatures on context, learned", "signatures on context, learned then frozen"
+DIVERSE, ADAPTIVE = f"{LEARNED}, diversity 0.1", f"{DRAWN}, adaptive k"
+HYSTERESIS, SHORT = f"{LEARNED} with hysteresis", f"{LEARNED} in a short run"
+CLUSTERS, GROWN = "signatures on context, clusters of pairs", "signatures on context, grown from 32"
 _context = {"num_tiles": 64, "route_on": "context", "balance_rate": 0.0}
 LAYERS = {
     "dense d": FFNConfig("dense", d_ff=D_MODEL),
@@ -67,10 +82,22 @@ LAYERS = {
     "signatures on embedding": FFNConfig(num_tiles=64, balance_rate=0.0),
     DRAWN: FFNConfig(num_tiles=64, route_on="context"),  # the default of language models
     "signatures on 3 characters, as drawn": FFNConfig(num_tiles=64, route_on="context", context_tokens=3),
-    "signatures on context, learned": FFNConfig(**_context, signatures="learned"),
+    ADAPTIVE: FFNConfig(num_tiles=64, route_on="context", max_k=2),
+    LEARNED: FFNConfig(**_context, signatures="learned"),
+    DIVERSE: FFNConfig(**_context, signatures="learned", diversity_weight=0.1),
     LEARNED_THEN_FROZEN: FFNConfig(**_context, signatures="learned"),
+    HYSTERESIS: FFNConfig(
+        **_context, routing=f"{signature_ways.__name__}.HysteresisRouter", routing_args={"patience": PATIENCE}
+    ),
+    SHORT: FFNConfig(num_tiles=64, route_on="context"),
+    CLUSTERS: FFNConfig(num_tiles=64, route_on="context"),
+    GROWN: FFNConfig(**_context, signatures="learned"),
 }
-QUESTIONS = ((DRAWN, DENSE), (DRAWN, CHARACTER), (DRAWN, PAIR), (LEARNED_THEN_FROZEN, DRAWN))
+QUESTIONS = (
+    *((DRAWN, other) for other in (DENSE, CHARACTER, PAIR)),
+    *((way, DRAWN) for way in (LEARNED, LEARNED_THEN_FROZEN, HYSTERESIS, SHORT, CLUSTERS, GROWN, ADAPTIVE)),
+    (DIVERSE, LEARNED),
+)
 FINISHED = RESULTS / "context_routing.runs.jsonl"
 
 
@@ -129,7 +156,10 @@ def measure(name: str, mixer: str, steps: int, seed: int, lr: float, path: str |
     token_WT, target_WT = (torch.cat(part) for part in windows)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    seconds, curve, churn = 0.0, [], []
+    start = time.thread_time()
+    prepare(name, model, data, mixer, lr)
+    growth = signature_ways.Growth(model, optimizer, steps) if name == GROWN else None
+    seconds, curve, churn = time.thread_time() - start, [], []
     tiles = tiles_of(model, token_WT[:16])
     for step, (token_BT, target_BT) in enumerate(track(data.train_dataloader(), what, total=steps), start=1):
         if name == LEARNED_THEN_FROZEN and step == round(FREEZE_AT * steps):
@@ -137,6 +167,8 @@ def measure(name: str, mixer: str, steps: int, seed: int, lr: float, path: str |
         start = time.thread_time()
         take_step(model, optimizer, token_BT, target_BT)
         schedule.step()
+        if growth is not None:
+            growth.after_step(step, token_BT, target_BT)
         seconds += time.thread_time() - start
         if step % max(steps // TIMES_WATCHED, 1) == 0 or step == steps:
             curve.append([seconds, mean_loss(model, token_WT[::8], target_WT[::8])])
@@ -145,7 +177,23 @@ def measure(name: str, mixer: str, steps: int, seed: int, lr: float, path: str |
             assert tiles is not None
             churn.append((tiles != before).float().mean().item())
     figures = {"seed": seed, "loss_nats": mean_loss(model, token_WT, target_WT), "cpu_seconds": seconds, "curve": curve}
-    return figures | sizes(model, 1.0) | routing_figures(model, token_WT) | {"churn": churn}
+    mean_k = validate(model, data)["mean_k"] if name == ADAPTIVE else 1.0
+    return figures | sizes(model, mean_k) | routing_figures(model, token_WT) | {"churn": churn}
+
+
+def prepare(name: str, model: LanguageModel, data: TextDataModule, mixer: str, lr: float) -> None:
+    """What a contestant does to its signatures before training."""
+    if name == SHORT:
+        batches = [*islice(data.train_dataloader(), max(round(SHORT_RUN * data.batches_per_epoch), 1))]
+        config = config_of(LEARNED, mixer)
+        found = signature_ways.learned_signatures(
+            config, data.vocab_size, batches, data.seed, lr, f"short run, seed {data.seed}"
+        )
+        signature_ways.set_signatures(model, found, "short run")
+    elif name == CLUSTERS:
+        batches = [*islice(data.train_dataloader(), CLUSTERED)]
+        token_BT = torch.cat([torch.cat([token_BT, target_BT[:, -1:]], dim=1) for token_BT, target_BT in batches])
+        signature_ways.set_signatures(model, signature_ways.cluster_signatures(model, token_BT, data.seed), "clusters")
 
 
 def freeze_all(model: LanguageModel) -> None:
