@@ -53,7 +53,7 @@ def load_checkpoint(path: Path | str, trusted: Collection[str] = ()) -> tuple[Tr
     """
     checkpoint = read_checkpoint(path)
     try:
-        kind = import_class(_task_class(checkpoint[CHECKPOINT_KEY]), TrixTask, path, trusted)
+        kind = import_class(_task_class(checkpoint[CHECKPOINT_KEY]), TrixTask, path, trusted)  # type: ignore[type-abstract]
     except UserError as error:
         raise CheckpointError(str(error)) from error
     name = checkpoint[CHECKPOINT_KEY].get("task")

@@ -92,7 +92,10 @@ class TrixTask(L.LightningModule, ABC):
 
     @abstractmethod
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """As in Lightning. Were it not abstract, the parser would take the missing default of ``network`` here for a subclass's."""
+        """As in Lightning.
+
+        It is abstract for the parser's sake, which would take the ``network`` of this class, none, for a subclass's default.
+        """
 
     def forward(self, x: Tensor) -> Tensor:
         """The network's answer."""

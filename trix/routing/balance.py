@@ -105,8 +105,8 @@ def balance_nudge(
 ) -> Tensor:
     """rate * sign(mean load - load), to be added to the bias: tiles with too much load become a little harder to reach.
 
-    By ratio it is rate * log(mean load / load), clipped to [-4, 4], which is large for a tile that hardly gets a token and small
-    near the mean. With equal steps such a tile may still be empty when the bias rests; see SignatureRouter for a measurement.
+    By ratio it is rate * log(mean load / load), the logarithm clipped to [-4, 4]: a tile that hardly gets a token moves far
+    enough to be used before the bias rests, which equal steps do not ensure.
 
     Source: Wang et al., 2024, auxiliary-loss-free load balancing (arXiv:2408.15664). With several processes it is the load of
     all of them: every one has to call it.
