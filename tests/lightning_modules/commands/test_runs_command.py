@@ -143,7 +143,7 @@ def test_the_folder_is_runs_unless_told_otherwise(
 
 
 MISTAKES = [
-    (["{root}/missing"], "folder {root}/missing must exist"),
+    (["{root}/missing"], "folder {root}/missing must exist: `trix fit` makes one for its runs"),
     (["{root}/lm/best.ckpt"], "folder {root}/lm/best.ckpt must be a folder, not a file"),
     (["{root}/empty"], "folder {root}/empty must hold a run: there are no TensorBoard files (events.out.tfevents.*) below it"),
     (["{root}", "--sort", "val/los"], "--sort (val/los) must be a metric of a run; did you mean val/loss?"),
