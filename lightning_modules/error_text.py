@@ -101,12 +101,10 @@ def _shorten(message: str, known_keys: Iterable[str], known_classes: Iterable[st
     if match := _IMPORT.search(message):
         return one_line(f"class {match['path']} cannot be imported: {match['reason']}"), match["path"]
     if match := _SUBCLASS.search(message):
-        given = _GIVEN.search(message)
-        path = (match["path"] or (given["value"] if given else "")).strip()
+        path = _class_path(match, message)
         return one_line(f"class {path} must derive from {_BASES.get(match['base'], match['base'])}"), path
     if match := _ABSTRACT.search(message):
-        given = _GIVEN.search(message)
-        path = (match["path"] or (given["value"] if given else "")).strip()
+        path = _class_path(match, message)
         return one_line(f"class {path} is abstract: name a class that derives from it"), path
     if match := _NO_CLASS.search(message):
         key = f"--{match['key']}"
@@ -145,6 +143,12 @@ def reason(message: str) -> str:
     if types:
         return f"must be of type {' or '.join(types)}, got {value!r}"
     return f"must be keys and values, got {value!r}" if given else message
+
+
+def _class_path(match: re.Match[str], message: str) -> str:
+    """Where the sentence that was matched names no class, it is the value that was given."""
+    given = _GIVEN.search(message)
+    return (match["path"] or (given["value"] if given else "")).strip()
 
 
 def _last_key(message: str, end: int) -> str:

@@ -19,7 +19,7 @@ layers after it; then each of the 32 keys needs coordinates of its own, however 
 matrix state question and pair meet before the sum, y_i = sum_j L_ij (q_i . k_j) u_j, and P pairs need P directions of k.
 
 Goals of the resolvent, with either hopping: 0.99 with 8 pairs, 0.95 with 16, 0.9 with 3 of the 4 rates; of the hybrid: 0.99
-with 32. All of it takes about an hour and a half of one core; --resume keeps the runs that a stopped one had finished.
+with 32. All of it takes a little more than an hour of one core; --resume keeps the runs that a stopped one had finished.
 """
 
 import argparse

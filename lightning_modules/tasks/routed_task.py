@@ -1,7 +1,7 @@
 """What every task of routed networks shares: the steps and the losses."""
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypedDict, TypeVar, cast
 
@@ -42,7 +42,7 @@ def as_config(kind: type[ConfigT], values: ConfigT | Mapping[str, Any]) -> Confi
     return kind(**{**stored, **ffn, "attention_at": tuple(stored.get("attention_at", ()))})
 
 
-class RoutedTask(TrixTask, ABC, is_base=True):
+class RoutedTask(TrixTask, is_base=True):
     """loss = cross entropy(network(x), label) + total_aux, for any network that returns logits, routing and losses.
 
     A batch is (x, label). A subclass makes ``network``, says what else is measured and what a prediction is; one that learns

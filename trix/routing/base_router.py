@@ -167,7 +167,7 @@ class Router(Facts, ABC):
 
     @torch.no_grad()
     def _nudge(self, tile_idx_TK: Tensor, weight_TK: Tensor | None) -> Tensor | None:
-        """What a batch adds to the bias at the full step, whatever the router's state is: [E]; None for a rate of 0."""
+        """What a batch adds to the bias at the full step, whatever the ages of the tiles are: [E]; None for a rate of 0."""
         if self.balance_rate == 0:
             return None
         return balance_nudge(tile_idx_TK, self.num_tiles, self.balance_rate, weight_TK)
