@@ -24,8 +24,11 @@ _IMPORT = re.compile(
 _SUBCLASS = re.compile(r"Import path (?P<path>[\w.]+ )?does not correspond to a subclass of (?P<base>\w+)")
 _BASES = {"TrixTask": "lightning_modules.tasks.TrixTask, as CONTRIBUTING.md shows, so that checkpoints of it can be used"}
 _ABSTRACT = re.compile(r"Expected an instantiatable class, but (?P<path>[\w.]+ )?is abstract")
-# The option of a class that has not been named.
-_NO_CLASS = re.compile(r"Parser key \"(?P<key>\w+)\":.*Not a valid subclass of .*NestedArg\(key='(?P<option>[^']+)'", re.DOTALL)
+# An option, or keys of a file, of a class that has not been named.
+_NO_CLASS = re.compile(
+    r"Parser key \"(?P<key>\w+)\":.*Not a valid subclass of .*Given value: (NestedArg\(key='(?P<option>[^']+)'|\{'init_args')",
+    re.DOTALL,
+)
 # A class, or a function, instead of an optimizer or a schedule.
 _CALLABLE = re.compile(
     r"Parser key \"(?P<key>\w+)\":\s*Type [^\n]* expects a function or a callable class: (?P<reason>[^\n]*?)\.*\. Got value: "
@@ -107,8 +110,9 @@ def _shorten(message: str, known_keys: Iterable[str], known_classes: Iterable[st
         path = _class_path(match, message)
         return one_line(f"class {path} is abstract: name a class that derives from it"), path
     if match := _NO_CLASS.search(message):
-        key = f"--{match['key']}"
-        return one_line(f"{key}.{match['option']} needs a class first: {key} CLASS, or --config FILE"), key
+        key = match["key"]
+        what = f"--{key}.{match['option']}" if match["option"] else f"{key}.init_args"
+        return one_line(f"{what} needs a class first: --{key} CLASS, or --config FILE"), f"--{key}"
     if match := _CALLABLE.search(message):
         why = _CLASS.sub(r"\1", match["reason"])
         return one_line(f"{match['key']}: {why}"), match["key"]

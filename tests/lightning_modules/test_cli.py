@@ -232,6 +232,9 @@ def test_an_option_of_a_class_that_is_not_named(folder: Path, capfd: pytest.Capt
     text = "trix: error: --model.network.d_model needs a class first: --model CLASS, or --config FILE\n"
     assert capfd.readouterr().err == text
     assert files(folder) == before
+    (folder / "part.yaml").write_text("model:\n  init_args:\n    network: {d_model: 8}\n")
+    assert main(["fit", "--config", "part.yaml", "--config", "small.yaml"]) == 2
+    assert capfd.readouterr().err == text.replace("--model.network.d_model", "model.init_args")
 
 
 @pytest.mark.parametrize("arguments", MISTAKES)
