@@ -14,18 +14,21 @@ consecutive steps. Learned in a short run of a quarter of the steps, and given t
 gets a tile. Grown: 32 drawn ones are in use at first; in the first half of training the tile with the highest summed loss is
 split, again and again, until there are 64. All but the first are in signature_ways.py.
 
-Seconds: CPU time of one thread in training, without validation; the short run, the clustering and the splits count. To reach:
-until the loss on an eighth of the validation text, interpolated between TIMES_WATCHED points, falls to the last one of dense 4d
-with the same seed. Active: parameters that a token meets; with adaptive k, the mean. Churn: % of 2048 validation characters
-whose tile is another one than 50 steps before, mean of the layers, median of the second half of training. I(tile; character)
-and I(tile; one before | character): in bits, of the validation text, mean of the layers. Load: of the tile that most characters
-go to, over the mean; the worst layer. Dead: tiles without any character, in all layers.
+A step: its CPU time on one thread over that of dense 4d; all contestants take turns, on this machine. To reach: CPU time until
+the loss on an eighth of the validation text, interpolated between TIMES_WATCHED points, falls to the last one of dense 4d with
+the same seed, over the time of all steps of dense 4d. The short run, the clustering and the splits count; each run measures
+them in steps of its own, so that runs that were kept may come from other machines. Active: parameters that a token meets; with
+adaptive k, the mean. Churn: % of 2048 validation characters whose tile is another one than 50 steps before, mean of the
+layers, median of the second half of training. I(tile; character) and I(tile; one before | character): in bits, of the
+validation text, mean of the layers. Load: of the tile that most characters go to, over the mean; the worst layer. Dead: tiles
+without any character, in all layers.
 --resume keeps the runs that a stopped one had finished.
 """
 
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any
@@ -40,17 +43,19 @@ from cases.char_lm_quality import sizes, take_step, validate
 from kept_runs import RESULTS, kept_or_run, put_aside
 from rich.progress import track
 from torch import Tensor
-from turns import one_thread
+from turns import interleaved, one_thread
 
 from lightning_modules.comparison import paired_significance
 from lightning_modules.data.text import TextDataModule
+from lightning_modules.machine import cpu_name
 from trix.nn import FFNConfig, LanguageModel, LanguageModelConfig, routed_layers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CORPUS = "tinyshakespeare"
-MIXERS = ("attention", "resolvent", "ssd")
+# The recurrent ones are twice as wide as the model, as those that are best in CASE=bk_quality.
+MIXERS: dict[str, dict[str, Any]] = {"attention": {}, "resolvent": {"expand": 2}, "ssd": {"expand": 2}}
 D_MODEL = 128
 TIMES_WATCHED = 20
 CHURN_EVERY = 50  # steps
@@ -58,6 +63,7 @@ FREEZE_AT = 0.3  # of the steps
 PATIENCE = 50  # steps
 SHORT_RUN = 0.25  # of the steps
 CLUSTERED = 512  # batches, 2^20 characters
+ROUNDS, STEPS_A_TURN = 7, 5  # of the measurement of a step's time, after two rounds that do not count
 DENSE, CHARACTER, PAIR, DRAWN = (
     "dense 4d",
     "hash of the character, 64",
@@ -128,8 +134,9 @@ def run(
             for seed in seeds
             for name in names
         }
+        step_ms = {mixer: time_of_steps(names, mixer, lr, path) for mixer in mixers}
     return [
-        summary(name, mixer, num_steps, {seed: results[mixer, num_steps, seed, name] for seed in seeds})
+        summary(name, mixer, num_steps, {seed: results[mixer, num_steps, seed, name] for seed in seeds}, step_ms[mixer][name])
         for mixer in mixers
         for num_steps in steps
         for name in names
@@ -137,15 +144,14 @@ def run(
 
 
 def config_of(name: str, mixer: str) -> LanguageModelConfig:
-    return LanguageModelConfig(D_MODEL, mixer=mixer, ffn=LAYERS[name])
+    return LanguageModelConfig(D_MODEL, mixer=mixer, mixer_args=MIXERS[mixer], ffn=LAYERS[name])
 
 
 def finished_or_run(name: str, mixer: str, steps: int, seed: int, lr: float, path: str | None) -> dict[str, Any]:
     key = {"layer": name, "config": asdict(config_of(name, mixer)), "seed": seed, "steps": steps, "lr": lr}
+    key["text_sha256"] = TextDataModule(CORPUS, path).text_sha256
     what = f"{name}, {mixer}, {steps} steps, seed {seed}"
-    return kept_or_run(
-        FINISHED, key | ({} if path is None else {"path": path}), lambda: measure(name, mixer, steps, seed, lr, path, what)
-    )
+    return kept_or_run(FINISHED, key, lambda: measure(name, mixer, steps, seed, lr, path, what))
 
 
 def measure(name: str, mixer: str, steps: int, seed: int, lr: float, path: str | None, what: str) -> dict[str, Any]:
@@ -159,7 +165,8 @@ def measure(name: str, mixer: str, steps: int, seed: int, lr: float, path: str |
     start = time.thread_time()
     prepare(name, model, data, mixer, lr)
     growth = signature_ways.Growth(model, optimizer, steps) if name == GROWN else None
-    seconds, curve, churn = time.thread_time() - start, [], []
+    extra_seconds, step_seconds = time.thread_time() - start, []
+    curve, churn = [], []
     tiles = tiles_of(model, token_WT[:16])
     for step, (token_BT, target_BT) in enumerate(track(data.train_dataloader(), what, total=steps), start=1):
         if name == LEARNED_THEN_FROZEN and step == round(FREEZE_AT * steps):
@@ -167,18 +174,44 @@ def measure(name: str, mixer: str, steps: int, seed: int, lr: float, path: str |
         start = time.thread_time()
         take_step(model, optimizer, token_BT, target_BT)
         schedule.step()
+        step_seconds.append(time.thread_time() - start)
         if growth is not None:
+            start = time.thread_time()
             growth.after_step(step, token_BT, target_BT)
-        seconds += time.thread_time() - start
+            extra_seconds += time.thread_time() - start
         if step % max(steps // TIMES_WATCHED, 1) == 0 or step == steps:
-            curve.append([seconds, mean_loss(model, token_WT[::8], target_WT[::8])])
+            curve.append([step, mean_loss(model, token_WT[::8], target_WT[::8])])
         if step % CHURN_EVERY == 0 and tiles is not None:
             before, tiles = tiles, tiles_of(model, token_WT[:16])
             assert tiles is not None
             churn.append((tiles != before).float().mean().item())
-    figures = {"seed": seed, "loss_nats": mean_loss(model, token_WT, target_WT), "cpu_seconds": seconds, "curve": curve}
+    figures = {"seed": seed, "loss_nats": mean_loss(model, token_WT, target_WT), "curve": curve}
+    figures |= {"cpu": cpu_name(), "text": path or CORPUS, "text_sha256": data.text_sha256}
+    figures |= {"cpu_seconds": sum(step_seconds), "extra_steps": extra_seconds / statistics.median(step_seconds)}
     mean_k = validate(model, data)["mean_k"] if name == ADAPTIVE else 1.0
     return figures | sizes(model, mean_k) | routing_figures(model, token_WT) | {"churn": churn}
+
+
+def time_of_steps(names: list[str], mixer: str, lr: float, path: str | None) -> dict[str, list[float]]:
+    """CPU milliseconds of a step of training, of each contestant in each round; they take turns."""
+    data = TextDataModule(CORPUS, path, batches_per_epoch=STEPS_A_TURN)
+    batches = [*data.train_dataloader()]
+
+    def turn_of(name: str) -> Callable[[], None]:
+        torch.manual_seed(0)
+        model = LanguageModel(data.vocab_size, config_of(name, mixer))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.1)
+
+        def turn() -> None:
+            for token_BT, target_BT in batches:
+                take_step(model, optimizer, token_BT, target_BT)
+
+        return turn
+
+    turns = {name: turn_of(name) for name in names}
+    interleaved(turns, 2)
+    seconds = interleaved(turns, ROUNDS)
+    return {name: [1000 * turn / STEPS_A_TURN for turn in of_name] for name, of_name in seconds.items()}
 
 
 def prepare(name: str, model: LanguageModel, data: TextDataModule, mixer: str, lr: float) -> None:
@@ -249,7 +282,7 @@ def entropy(value: np.ndarray) -> float:
     return float(-(share * np.log2(share)).sum())
 
 
-def summary(name: str, mixer: str, steps: int, runs: dict[int, dict[str, Any]]) -> dict[str, Any]:
+def summary(name: str, mixer: str, steps: int, runs: dict[int, dict[str, Any]], step_ms: list[float]) -> dict[str, Any]:
     losses = [of_seed["loss_nats"] for of_seed in runs.values()]
     return {
         "layer": name,
@@ -258,17 +291,18 @@ def summary(name: str, mixer: str, steps: int, runs: dict[int, dict[str, Any]]) 
         "config": asdict(LAYERS[name]),
         "loss_nats_mean": statistics.fmean(losses),
         "loss_nats_spread": max(losses) - min(losses),
+        "step_ms": step_ms,
         "runs": list(runs.values()),
     }
 
 
-def seconds_to_reach(curve: list[list[float]], loss: float) -> float | None:
-    """CPU seconds after which a curve of (seconds, loss) is at or below a loss for the first time; None: never."""
+def steps_to_reach(curve: list[list[float]], loss: float) -> float | None:
+    """Steps after which a curve of (step, loss) is at or below a loss for the first time; None: never."""
     if curve[0][1] <= loss:
         return curve[0][0]
-    for (from_s, from_loss), (to_s, to_loss) in pairwise(curve):
+    for (from_step, from_loss), (to_step, to_loss) in pairwise(curve):
         if to_loss <= loss:
-            return from_s + (to_s - from_s) * (from_loss - loss) / (from_loss - to_loss)
+            return from_step + (to_step - from_step) * (from_loss - loss) / (from_loss - to_loss)
     return None
 
 
@@ -289,32 +323,36 @@ def table(results: list[dict[str, Any]]) -> str:
     said_lines = [line for _, line in sorted(lines, key=lambda line: line[0])]
     said_lines += [
         "",
-        "| mixer | steps | feed-forward layer | nats, mean (max - min) | CPU s | to reach dense 4d / its s | active "
-        "| parameters | churn, % | I(tile; character) | I(tile; one before \\| character) | load | dead | diversity |",
+        "| mixer | steps | feed-forward layer | nats, mean (max - min) | a step / dense 4d's | to reach dense 4d / its time "
+        "| active | parameters | churn, % | I(tile; character) | I(tile; one before \\| character) | load | dead | diversity |",
         "|---" * 14 + "|",
     ]
     for row in sorted(results, key=lambda row: (row["mixer"], row["steps"], row["loss_nats_mean"])):
-        runs, dense = row["runs"], row_of.get((row["mixer"], row["steps"], DENSE))
+        runs = row["runs"]
         said_lines.append(
             f"| {row['mixer']} | {row['steps']} | {row['layer']} | {row['loss_nats_mean']:.3f} ({row['loss_nats_spread']:.3f}) "
-            f"| {statistics.fmean(run['cpu_seconds'] for run in runs):.0f} | {share_of_dense(runs, dense)} "
+            f"| {' | '.join(shares_of_dense(row, row_of.get((row['mixer'], row['steps'], DENSE))))} "
             f"| {runs[0]['active_parameters']:,} | {runs[0]['parameters']:,} | {routing_cells(runs)} |"
         )
     return "\n".join(said_lines)
 
 
-def share_of_dense(runs: list[dict[str, Any]], dense: dict[str, Any] | None) -> str:
-    """CPU seconds until the last loss of dense 4d, over those of dense 4d: the mean of the seeds; "never" if one does not."""
+def shares_of_dense(row: dict[str, Any], dense: dict[str, Any] | None) -> tuple[str, str]:
+    """A step's CPU time over that of dense 4d, and the time until its last loss over its time.
+
+    Median of the turns; mean of the seeds, "never" if one does not get there. Empty without dense 4d.
+    """
     if dense is None:
-        return ""
+        return "", ""
+    step = statistics.median(ours / other for ours, other in zip(row["step_ms"], dense["step_ms"], strict=True))
     shares = []
-    for ours, other in zip(runs, dense["runs"], strict=True):
-        whole_s, goal = other["curve"][-1]
-        reached_s = seconds_to_reach(ours["curve"], goal)
-        if reached_s is None:
-            return "never"
-        shares.append(reached_s / whole_s)
-    return f"{statistics.fmean(shares):.2f}"
+    for ours, other in zip(row["runs"], dense["runs"], strict=True):
+        all_steps, goal = other["curve"][-1]
+        reached = steps_to_reach(ours["curve"], goal)
+        if reached is None:
+            return f"{step:.2f}", "never"
+        shares.append(step * (ours["extra_steps"] + reached) / all_steps)
+    return f"{step:.2f}", f"{statistics.fmean(shares):.2f}"
 
 
 def routing_cells(runs: list[dict[str, Any]]) -> str:
@@ -329,7 +367,7 @@ def routing_cells(runs: list[dict[str, Any]]) -> str:
 
 
 def figure(results: list[dict[str, Any]]) -> "Figure":
-    """Loss on an eighth of the validation text by CPU seconds, a panel for each mixer and number of steps; the first seed."""
+    """Loss on an eighth of the validation text by CPU time, a panel for each mixer and number of steps; the first seed."""
     from matplotlib.figure import Figure
 
     panels = list(dict.fromkeys((row["mixer"], row["steps"]) for row in results))
@@ -338,7 +376,9 @@ def figure(results: list[dict[str, Any]]) -> "Figure":
         for row in results:
             if (row["mixer"], row["steps"]) == (mixer, steps):
                 style = "-" if "context" in row["layer"] else "--"
-                axes.plot(*zip(*row["runs"][0]["curve"], strict=True), style, label=row["layer"])
+                run, step_s = row["runs"][0], statistics.median(row["step_ms"]) / 1000
+                seconds = [step_s * (run["extra_steps"] + step) for step, _ in run["curve"]]
+                axes.plot(seconds, [loss for _, loss in run["curve"]], style, label=row["layer"])
         axes.set(xlabel="CPU seconds of training", ylabel="validation nats per character", title=f"{mixer}, {steps} steps")
         axes.set_ylim(top=min(3.0, axes.get_ylim()[1]))
         axes.grid(alpha=0.3)

@@ -36,28 +36,39 @@ def test_information_is_what_one_says_of_the_other() -> None:
     assert case.information(np.array([0, 1, 2, 3]), coin) == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize(("loss", "seconds"), [(5.0, 1.0), (3.0, 2.0), (2.5, 2.5), (2.0, 3.0), (1.9, None)])
-def test_the_time_to_a_loss_is_read_between_the_points(loss: float, seconds: float | None) -> None:
-    assert case.seconds_to_reach([[1.0, 4.0], [3.0, 2.0], [4.0, 2.1]], loss) == seconds
+@pytest.mark.parametrize(("loss", "steps"), [(5.0, 1.0), (3.0, 2.0), (2.5, 2.5), (2.0, 3.0), (1.9, None)])
+def test_the_steps_to_a_loss_are_read_between_the_points(loss: float, steps: float | None) -> None:
+    assert case.steps_to_reach([[1, 4.0], [3, 2.0], [4, 2.1]], loss) == steps
 
 
 def test_the_table_begins_with_what_is_lost_and_says_who_never_gets_there() -> None:
-    def row(name: str, losses: list[float], last: float) -> dict[str, Any]:
-        figures = {"cpu_seconds": 2.0, "curve": [[1.0, 3.0], [2.0, last]], "active_parameters": 1, "parameters": 2}
+    def row(name: str, losses: list[float], last: float, step_ms: float, extra: float = 0.0) -> dict[str, Any]:
+        figures = {"curve": [[10, 3.0], [20, last]], "extra_steps": extra, "active_parameters": 1, "parameters": 2}
         runs = {seed: {"loss_nats": loss, **figures} for seed, loss in enumerate(losses)}
-        return case.summary(name, "attention", 600, runs)
+        return case.summary(name, "attention", 600, runs, [step_ms, 2 * step_ms, 2 * step_ms])
 
-    rows = [row(case.DENSE, [1.7, 1.71], 1.75), row(case.DRAWN, [1.6, 1.61], 0.5), row(case.PAIR, [1.5, 1.51], 1.8)]
+    rows = [
+        row(case.DENSE, [1.7, 1.71], 1.75, 8.0),
+        row(case.DRAWN, [1.6, 1.61], 0.5, 4.0),
+        row(case.SHORT, [1.6, 1.61], 0.5, 4.0, extra=5.0),
+        row(case.PAIR, [1.5, 1.51], 1.8, 16.0),
+    ]
     lines = case.table(rows).splitlines()
     assert lines[0].startswith(f"- {case.DRAWN} LOSES to {case.PAIR} (attention, 600 steps): +0.1000 (")
     assert lines[1].startswith(f"- {case.DRAWN} is better than {case.DENSE}")
-    cells = {line.split(" | ")[2]: line.split(" | ")[5] for line in lines if line.startswith("| attention")}
-    assert cells == {case.DENSE: "1.00", case.DRAWN: "0.75", case.PAIR: "never"}
+    cells = {line.split(" | ")[2]: line.split(" | ")[4:6] for line in lines if line.startswith("| attention")}
+    assert cells == {
+        case.DENSE: ["1.00", "1.00"],
+        case.DRAWN: ["0.50", "0.38"],
+        case.SHORT: ["0.50", "0.50"],
+        case.PAIR: ["2.00", "never"],
+    }
 
 
 def test_a_run_is_measured_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(case, "FINISHED", tmp_path / "runs.jsonl")
     monkeypatch.setattr(case, "CHURN_EVERY", 1)
+    monkeypatch.setattr(case, "STEPS_A_TURN", 1)
     text = tmp_path / "text.txt"
     text.write_text("all is well that ends well, " * 200)
     names = [case.DENSE, case.LEARNED_THEN_FROZEN, case.DRAWN]
@@ -69,7 +80,7 @@ def test_a_run_is_measured_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for runs in by_name.values():
         for run in runs:
             assert math.isfinite(run["loss_nats"])
-            assert len(run["curve"]) == 4
+            assert [step for step, _ in run["curve"]] == [1, 2, 3, 4]
     for run in by_name[case.DRAWN]:
         assert run["churn"] == [0.0] * 4
         assert run["bits_of_one_before"] > 0
@@ -78,4 +89,5 @@ def test_a_run_is_measured_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert case.DRAWN in case.table(rows)
     assert case.figure(rows).axes[0].get_title() == "attention, 4 steps"
     monkeypatch.setattr(case, "measure", None)
-    assert case.run(*arguments, True) == rows
+    again = case.run(*arguments, True)
+    assert [row | {"step_ms": []} for row in again] == [row | {"step_ms": []} for row in rows]
