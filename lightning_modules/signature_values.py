@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning_modules.errors import UserError
-from ort_ops.regular_files import read_regular
+from trix.regular_files import read_regular
 
 MAX_FILE_BYTES = 2**22
 SIGNS = {"+": 1, "0": 0, "-": -1}

@@ -8,7 +8,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
-from ort_ops.whole_file import whole_file
+from trix.whole_file import whole_file
 
 CHECKPOINT_SUFFIX = ".ckpt"
 

@@ -11,7 +11,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from lightning_modules.errors import UserError
-from ort_ops.regular_files import read_regular
+from trix.regular_files import read_regular
 
 MAX_BYTES, MAX_VALUES, MAX_DEPTH = 2**20, 50_000, 50
 MAX_PLAIN = 4096  # characters without quotes, which may be a number: 1:1:1 is 3661 in YAML

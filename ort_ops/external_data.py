@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from ort_ops.regular_files import open_regular
-from ort_ops.whole_file import remove_unless_used
+from trix.regular_files import open_regular
+from trix.whole_file import remove_unless_used
 
 MARK = b"location"  # a file without these bytes has no external data
 MAX_FIELDS = 10_000_000  # beyond those of any model: each takes a microsecond. Packed numbers count as fields do

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from ort_ops.external_data import ALIGNMENT, INLINE_BYTES
-from ort_ops.regular_files import open_regular
+from trix.regular_files import open_regular
 
 
 def is_external(tensor: TensorProto) -> bool:

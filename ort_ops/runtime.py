@@ -14,9 +14,9 @@ from ort_ops.file_format import ModelFileError as ModelFileError
 from ort_ops.library import LibraryNotFoundError, session_options
 from ort_ops.parity import OutputParity, Parity
 from ort_ops.reference import LogitsReference, ModuleReference
-from ort_ops.regular_files import check_regular
 from ort_ops.schema import DOMAIN
 from ort_ops.state import StatefulReader, empty_state, past_names, present_name, run_session
+from trix.regular_files import check_regular
 
 MAX_THREADS = 1024  # beyond what any machine has, a session takes minutes to start, or cannot
 

@@ -22,8 +22,8 @@ from ort_ops.graph import names_read
 from ort_ops.operators.signature_route import SIGNATURE_ROUTE
 from ort_ops.operators.sparse_lookup import SPARSE_LOOKUP, sparse_lookup_function
 from ort_ops.panels import RESERVED_VALUE, from_panels, to_panels
-from ort_ops.regular_files import read_regular
 from ort_ops.schema import DOMAIN
+from trix.regular_files import read_regular
 
 # Of the operators that route by signatures: where each input stands.
 _PLACES = {op.name: {tensor.name: i for i, tensor in enumerate(op.inputs)} for op in (SIGNATURE_ROUTE, SPARSE_LOOKUP)}

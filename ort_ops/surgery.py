@@ -35,7 +35,7 @@ from ort_ops.signature_layers import (
     with_open_lookups,
 )
 from ort_ops.state import empty_state
-from ort_ops.whole_file import whole_file, whole_files
+from trix.whole_file import whole_file, whole_files
 
 
 class VerificationError(RuntimeError):

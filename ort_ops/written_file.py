@@ -16,9 +16,9 @@ from ort_ops.parity import Drift, OutputDrift, OutputParity, Parity
 from ort_ops.signature_layers import signature_nodes
 from ort_ops.tracing import Traced
 from ort_ops.verification import Expectation, ExportError, open_session
-from ort_ops.whole_file import whole_file, whole_files
 from trix.nn import RoutedLayer, SparseLookupFFN, TernaryWeight
 from trix.routing import SignatureRouter
+from trix.whole_file import whole_file, whole_files
 
 
 @dataclass(frozen=True)

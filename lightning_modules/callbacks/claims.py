@@ -21,8 +21,8 @@ from lightning_modules.callbacks.log_folder import local_log_folder
 from lightning_modules.error_text import did_you_mean
 from lightning_modules.errors import UserError
 from lightning_modules.routed_layers import check_reports_routing, layer_name, routed_layers
-from ort_ops.whole_file import write_whole
 from trix.routing import ClaimMatrix
+from trix.whole_file import write_whole
 
 CLAIMS_NAME = "claims.csv"
 CLAIMS_COLUMNS = ("class", "layer", "favourite_tile", "claim_rate", "tile_purity", "count")

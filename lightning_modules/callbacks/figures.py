@@ -21,7 +21,6 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ort_ops.whole_file import write_whole
 from trix.functional.signatures import pairwise_cosine
 from trix.introspection.plots import (
     draw_claims,
@@ -32,6 +31,7 @@ from trix.introspection.plots import (
 )
 from trix.introspection.symbols import SIGNATURE_COLOURS
 from trix.outputs import RoutingInfo
+from trix.whole_file import write_whole
 
 MAX_CLASSES_BY_LABEL = 32
 PAGE_WIDTH = 6.0  # inches; TensorBoard shows figures in columns of about 350 pixels

@@ -14,7 +14,7 @@ from lightning_modules.errors import UserError
 from lightning_modules.run_folder import CHECKPOINTS_NAME
 from lightning_modules.tasks.checkpoint import read_checkpoint
 from lightning_modules.whole_files import CHECKPOINT_SUFFIX, WholeFileCheckpointIO
-from ort_ops.whole_file import remove_abandoned, whole_file
+from trix.whole_file import remove_abandoned, whole_file
 
 LAST_NAME = "last.ckpt"
 INTERRUPTED_NAME = "interrupted.ckpt"

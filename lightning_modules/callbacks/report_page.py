@@ -14,7 +14,7 @@ from lightning_modules.checkpoint_page import make_page
 from lightning_modules.error_text import one_line
 from lightning_modules.routed_layers import routed_layers
 from lightning_modules.tasks.checkpoint import load_checkpoint
-from ort_ops.whole_file import write_whole
+from trix.whole_file import write_whole
 
 PAGE_NAME = "report.html"
 

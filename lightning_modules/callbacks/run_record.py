@@ -22,8 +22,8 @@ from lightning_modules.data.data_module import digests
 from lightning_modules.error_text import one_line
 from lightning_modules.errors import UserError
 from lightning_modules.machine import cpu_name, git_state
-from ort_ops.regular_files import read_regular
-from ort_ops.whole_file import write_whole
+from trix.regular_files import read_regular
+from trix.whole_file import write_whole
 
 ENVIRONMENT_NAME, METRICS_NAME = "environment.json", "metrics.csv"
 MAX_METRICS_BYTES, MAX_METRICS_ROWS = 2**27, 500_000

@@ -26,7 +26,7 @@ from ort_ops.file_format import CLASSIFIER, LANGUAGE_MODEL, MODULE, ModelFileErr
 from ort_ops.library import LibraryNotFoundError
 from ort_ops.runtime import ExportedModel, check_logits
 from ort_ops.state import StatefulReader
-from ort_ops.whole_file import write_whole
+from trix.whole_file import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,7 +12,7 @@ from lightning_modules.commands.output_file import check_output_file, output_fol
 from lightning_modules.errors import UserError
 from lightning_modules.run_folder import best_checkpoint
 from lightning_modules.trust import trusted_modules, working_folder_searched
-from ort_ops.whole_file import write_whole
+from trix.whole_file import write_whole
 
 DEFAULT_TOKENS = 4096
 

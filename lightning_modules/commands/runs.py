@@ -13,7 +13,7 @@ from lightning_modules.commands.output_text import print_rich
 from lightning_modules.error_text import did_you_mean
 from lightning_modules.errors import UserError
 from lightning_modules.run_folder import version
-from ort_ops.regular_files import check_regular
+from trix.regular_files import check_regular
 
 if TYPE_CHECKING:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -13,7 +13,7 @@ from lightning_modules.errors import UserError
 from lightning_modules.run_folder import best_checkpoint
 from lightning_modules.signature_values import is_signs, read_signature
 from lightning_modules.trust import trusted_modules, working_folder_searched
-from ort_ops.whole_file import whole_file
+from trix.whole_file import whole_file
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from lightning_modules.errors import DataError
-from ort_ops.regular_files import read_regular
-from ort_ops.whole_file import whole_file
+from trix.regular_files import read_regular
+from trix.whole_file import whole_file
 
 CorpusName = Literal["pydoc", "tinyshakespeare", "wikitext-2"]
 CORPUS_NAMES: tuple[str, ...] = get_args(CorpusName)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_modules.tasks.task import CheckpointError
-from ort_ops.regular_files import open_regular
+from trix.regular_files import open_regular
 
 MAX_PICKLE_BYTES, MAX_PICKLE_STEPS = 2**26, 1_000_000  # of everything but the tensors' content
 MAX_DIRECTORY_BYTES = 2**24  # some 100,000 tensors

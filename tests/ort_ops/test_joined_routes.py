@@ -23,8 +23,8 @@ from ort_ops.runtime import ExportedModel
 from ort_ops.schema import DOMAIN, OPSET_VERSION
 from ort_ops.signature_layers import read_model
 from ort_ops.surgery import Edit, operate_on_file
-from ort_ops.whole_file import write_whole
 from trix.nn import FFNConfig, LanguageModel, routed_layers
+from trix.whole_file import write_whole
 
 pytestmark = pytest.mark.usefixtures("native_library")
 CONTEXT_ROUTED = FFNConfig(num_tiles=5, top_k=2, route_on="context", signatures="learned")

@@ -2,8 +2,6 @@
 
 import difflib
 import json
-import os
-import secrets
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ from trix.functional.next_tokens import IGNORED_LABEL, next_tokens
 from trix.resnet_bk.config import ResNetBKConfig
 from trix.resnet_bk.core import BirmanSchwingerCore
 from trix.routing.base_router import AGE
+from trix.whole_file import whole_file, write_whole
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -272,10 +271,10 @@ class LanguageModel(nn.Module):
             if value.is_floating_point() and not bool(value.isfinite().all()):
                 raise ValueError(f"weight {name} ({int((~value.isfinite()).sum())} values that are not) must be finite")
         folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
         about = {"model_type": MODEL_TYPE, "architectures": ["ResNetBKForCausalLM"], **asdict(self.config)}
-        _replace(folder / WEIGHTS_FILE, lambda path: save_file(_unshared(weights), path, metadata={"format": "pt"}))
-        _replace(folder / CONFIG_FILE, lambda path: path.write_text(json.dumps(about, indent=2) + "\n"))
+        with whole_file(folder / WEIGHTS_FILE) as partial:
+            save_file(_unshared(weights), partial, metadata={"format": "pt"})
+        write_whole((json.dumps(about, indent=2) + "\n").encode(), folder / CONFIG_FILE)
 
     @classmethod
     def from_pretrained(cls, model_name_or_path: str | Path) -> Self:
@@ -392,18 +391,6 @@ def _unshared(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         seen.add(value.data_ptr())
         unshared[name] = value.clone() if is_shared else value
     return unshared
-
-
-def _replace(path: Path, write: Any) -> None:
-    """Let write make the file under a temporary name; it takes the place of path once it is on the disk."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.partial")
-    try:
-        write(partial)
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _config_of(content: Any) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ort_ops.regular_files import check_regular, open_regular, read_regular
+from trix.regular_files import check_regular, open_regular, read_regular
 
 
 def test_the_bytes_of_a_file_are_read_through_links(tmp_path: Path) -> None:

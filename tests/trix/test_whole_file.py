@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from ort_ops import whole_file as module
-from ort_ops.whole_file import remove_abandoned, remove_unless_used, whole_file, whole_files, write_whole
+from trix import whole_file as module
+from trix.whole_file import remove_abandoned, remove_unless_used, whole_file, whole_files, write_whole
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
 # Half-way through a file it says so, waits for a line, and ends it; or dies, where the line is missing.
 WRITER = """
 import os, signal, sys
 from pathlib import Path
-from ort_ops.whole_file import whole_file
+from trix.whole_file import whole_file
 with whole_file(Path("a.bin")) as partial:
     partial.write_bytes(b"half")
     print("half", flush=True)
@@ -261,7 +261,7 @@ def test_two_writers_of_a_pair_do_not_mix_theirs(tmp_path: Path) -> None:
 
 def test_both_files_of_a_killed_writer_go(tmp_path: Path) -> None:
     code = (
-        "import os, sys; from pathlib import Path; from ort_ops.whole_file import whole_files\n"
+        "import os, sys; from pathlib import Path; from trix.whole_file import whole_files\n"
         "with whole_files(Path(sys.argv[1], 'a.data'), Path(sys.argv[1], 'a')): os._exit(1)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=ENVIRONMENT, check=False)
