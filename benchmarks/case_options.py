@@ -25,13 +25,26 @@ def whole(least: int, most: int | None = None) -> Callable[[str], int]:
 
 def positive(text: str) -> float:
     """The type of an option that is a number above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
+    value = _number(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} must be a number > 0 and finite")
     return value
+
+
+def share(text: str) -> float:
+    """The type of an option that is a number in [0, 1)."""
+    value = _number(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be a number >= 0 and < 1")
+    return value
+
+
+def _number(text: str) -> float:
+    """nan where the text is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 seed_number = whole(0, 2**32 - 1)

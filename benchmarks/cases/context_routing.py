@@ -29,7 +29,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,7 @@ import numpy as np
 import signature_ways
 import torch
 import torch.nn.functional as F
-from case_options import check_distinct, positive, seed_number, whole
+from case_options import check_distinct, positive, seed_number, share, whole
 from cases.char_lm_quality import sizes, take_step, validate
 from kept_runs import RESULTS, kept_or_run, put_aside
 from rich.progress import track
@@ -112,13 +112,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=seed_number, nargs="+", default=[0, 1, 2], metavar="SEED", help="default: %(default)s")
     parser.add_argument("--mixers", nargs="+", choices=MIXERS, default=["attention", "resolvent"], help="default: %(default)s")
     parser.add_argument("--lr", type=positive, default=2e-3, help="peak learning rate (default: %(default)s)")
+    parser.add_argument("--dropout", type=share, default=0.0, help="after mixer and feed-forward layer (default: %(default)s)")
     parser.add_argument("--path", help="another text")
     parser.add_argument("--only", nargs="+", choices=LAYERS, metavar="LAYER", help=f"some of: {'; '.join(LAYERS)}")
     parser.add_argument("--resume", action="store_true", help="keep the runs that an earlier call finished")
 
 
 def run(
-    steps: list[int], seeds: list[int], mixers: list[str], lr: float, path: str | None, only: list[str] | None, resume: bool
+    steps: list[int],
+    seeds: list[int],
+    mixers: list[str],
+    lr: float,
+    dropout: float,
+    path: str | None,
+    only: list[str] | None,
+    resume: bool,
 ) -> list[dict[str, Any]]:
     names = only or list(LAYERS)
     check_distinct(steps=steps, seeds=seeds, mixers=mixers, only=names)
@@ -128,13 +136,15 @@ def run(
     with one_thread():
         # Seeds outside, layers inside: a change of the machine's speed meets all layers alike.
         results = {
-            (mixer, num_steps, seed, name): finished_or_run(name, mixer, num_steps, seed, lr, path)
+            (mixer, num_steps, seed, name): finished_or_run(config_of(name, mixer, dropout), name, num_steps, seed, lr, path)
             for mixer in mixers
             for num_steps in steps
             for seed in seeds
             for name in names
         }
-        step_ms = {mixer: time_of_steps(names, mixer, lr, path) for mixer in mixers}
+        step_ms = {
+            mixer: time_of_steps({name: config_of(name, mixer, dropout) for name in names}, lr, path) for mixer in mixers
+        }
     return [
         summary(name, mixer, num_steps, {seed: results[mixer, num_steps, seed, name] for seed in seeds}, step_ms[mixer][name])
         for mixer in mixers
@@ -143,31 +153,33 @@ def run(
     ]
 
 
-def config_of(name: str, mixer: str) -> LanguageModelConfig:
-    return LanguageModelConfig(D_MODEL, mixer=mixer, mixer_args=MIXERS[mixer], ffn=LAYERS[name])
+def config_of(name: str, mixer: str, dropout: float = 0.0) -> LanguageModelConfig:
+    return LanguageModelConfig(D_MODEL, mixer=mixer, mixer_args=MIXERS[mixer], dropout=dropout, ffn=LAYERS[name])
 
 
-def finished_or_run(name: str, mixer: str, steps: int, seed: int, lr: float, path: str | None) -> dict[str, Any]:
-    key = {"layer": name, "config": asdict(config_of(name, mixer)), "seed": seed, "steps": steps, "lr": lr}
+def finished_or_run(
+    config: LanguageModelConfig, name: str, steps: int, seed: int, lr: float, path: str | None
+) -> dict[str, Any]:
+    key = {"layer": name, "config": asdict(config), "seed": seed, "steps": steps, "lr": lr}
     key["text_sha256"] = TextDataModule(CORPUS, path).text_sha256
-    what = f"{name}, {mixer}, {steps} steps, seed {seed}"
-    return kept_or_run(FINISHED, key, lambda: measure(name, mixer, steps, seed, lr, path, what))
+    return kept_or_run(FINISHED, key, lambda: measure(config, name, steps, seed, lr, path))
 
 
-def measure(name: str, mixer: str, steps: int, seed: int, lr: float, path: str | None, what: str) -> dict[str, Any]:
+def measure(config: LanguageModelConfig, name: str, steps: int, seed: int, lr: float, path: str | None) -> dict[str, Any]:
     data = TextDataModule(CORPUS, path, seed=seed, batches_per_epoch=steps)
     torch.manual_seed(seed)
-    model = LanguageModel(data.vocab_size, config_of(name, mixer))
+    model = LanguageModel(data.vocab_size, config)
     windows = [*zip(*data.val_dataloader(), strict=True)]
     token_WT, target_WT = (torch.cat(part) for part in windows)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     start = time.thread_time()
-    prepare(name, model, data, mixer, lr)
+    prepare(name, model, data, lr)
     growth = signature_ways.Growth(model, optimizer, steps) if name == GROWN else None
     extra_seconds, step_seconds = time.thread_time() - start, []
     curve, churn = [], []
     tiles = tiles_of(model, token_WT[:16])
+    what = f"{name}, {config.mixer}, {steps} steps, seed {seed}"
     for step, (token_BT, target_BT) in enumerate(track(data.train_dataloader(), what, total=steps), start=1):
         if name == LEARNED_THEN_FROZEN and step == round(FREEZE_AT * steps):
             freeze_all(model)
@@ -192,14 +204,14 @@ def measure(name: str, mixer: str, steps: int, seed: int, lr: float, path: str |
     return figures | sizes(model, mean_k) | routing_figures(model, token_WT) | {"churn": churn}
 
 
-def time_of_steps(names: list[str], mixer: str, lr: float, path: str | None) -> dict[str, list[float]]:
+def time_of_steps(configs: dict[str, LanguageModelConfig], lr: float, path: str | None) -> dict[str, list[float]]:
     """CPU milliseconds of a step of training, of each contestant in each round; they take turns."""
     data = TextDataModule(CORPUS, path, batches_per_epoch=STEPS_A_TURN)
     batches = [*data.train_dataloader()]
 
-    def turn_of(name: str) -> Callable[[], None]:
+    def turn_of(config: LanguageModelConfig) -> Callable[[], None]:
         torch.manual_seed(0)
-        model = LanguageModel(data.vocab_size, config_of(name, mixer))
+        model = LanguageModel(data.vocab_size, config)
         optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.1)
 
         def turn() -> None:
@@ -208,17 +220,17 @@ def time_of_steps(names: list[str], mixer: str, lr: float, path: str | None) -> 
 
         return turn
 
-    turns = {name: turn_of(name) for name in names}
+    turns = {name: turn_of(config) for name, config in configs.items()}
     interleaved(turns, 2)
     seconds = interleaved(turns, ROUNDS)
     return {name: [1000 * turn / STEPS_A_TURN for turn in of_name] for name, of_name in seconds.items()}
 
 
-def prepare(name: str, model: LanguageModel, data: TextDataModule, mixer: str, lr: float) -> None:
+def prepare(name: str, model: LanguageModel, data: TextDataModule, lr: float) -> None:
     """What a contestant does to its signatures before training."""
     if name == SHORT:
         batches = [*islice(data.train_dataloader(), max(round(SHORT_RUN * data.batches_per_epoch), 1))]
-        config = config_of(LEARNED, mixer)
+        config = replace(model.config, ffn=LAYERS[LEARNED])
         found = signature_ways.learned_signatures(
             config, data.vocab_size, batches, data.seed, lr, f"short run, seed {data.seed}"
         )

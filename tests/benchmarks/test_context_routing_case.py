@@ -74,7 +74,7 @@ def test_a_run_is_measured_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     names = [case.DENSE, case.LEARNED_THEN_FROZEN, case.DRAWN]
     without_bias = replace(case.LAYERS[case.DRAWN], balance_rate=0.0)  # which would move for 20 steps
     monkeypatch.setitem(case.LAYERS, case.DRAWN, without_bias)
-    arguments: tuple[Any, ...] = ([4], [0, 1], ["attention"], 1e-2, str(text), names)
+    arguments: tuple[Any, ...] = ([4], [0, 1], ["attention"], 1e-2, 0.1, str(text), names)
     rows = case.run(*arguments, False)
     by_name = {row["layer"]: row["runs"] for row in rows}
     for runs in by_name.values():

@@ -29,6 +29,7 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("command", "said"),
     [
         ("bk_quality --lrs 2e-3 0", "argument --lrs: 0 must be a number > 0 and finite; see "),
+        ("context_routing --dropout 1", "argument --dropout: 1 must be a number >= 0 and < 1"),
         ("bk_quality --lrs nan", "argument --lrs: nan must be a number > 0 and finite"),
         ("bk_quality --steps 300 0", "argument --steps: 0 must be a whole number >= 1"),
         ("bk_quality --steps 1.5", "argument --steps: 1.5 must be a whole number >= 1"),

@@ -153,7 +153,7 @@ def test_the_signatures_of_a_short_run_are_given_to_a_fresh_model_and_stay(text:
         return LanguageModel(data.vocab_size, case.config_of(case.SHORT, "attention"))
 
     drawn, model = fresh(), fresh()
-    case.prepare(case.SHORT, model, data, "attention", 0.1)
+    case.prepare(case.SHORT, model, data, 0.1)
     for name, parameter in model.named_parameters():
         assert "raw_signatures" in name or torch.equal(parameter, drawn.get_parameter(name))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
@@ -211,9 +211,11 @@ def test_growth_gives_the_new_tile_ngrams_of_the_one_with_the_highest_loss() -> 
     assert after.rates()[source_idx] < before.rates()[source_idx]
 
 
-def test_each_way_is_measured(text: str) -> None:
+def test_each_way_is_measured(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ways = [case.DRAWN, case.HYSTERESIS, case.SHORT, case.CLUSTERS, case.GROWN, case.ADAPTIVE, case.DIVERSE]
-    rows = case.run([2], [0], ["attention"], 1e-2, text, ways, False)
+    monkeypatch.setattr(case, "STEPS_A_TURN", 1)
+    monkeypatch.setattr(case, "ROUNDS", 1)
+    rows = case.run([2], [0], ["attention"], 1e-2, 0.0, text, ways, False)
     run_of = {row["layer"]: row["runs"][0] for row in rows}
     assert set(run_of) == set(ways)
     assert run_of[case.ADAPTIVE]["active_parameters"] > run_of[case.DRAWN]["active_parameters"]
@@ -226,6 +228,6 @@ def test_the_seconds_of_what_comes_before_training_count_in_steps(text: str, mon
         monkeypatch.setattr(case.time, "thread_time", lambda: clock() + 100.0)
 
     monkeypatch.setattr(case, "prepare", prepare)
-    run = case.finished_or_run(case.SHORT, "attention", 1, 0, 1e-2, text)
+    run = case.finished_or_run(case.config_of(case.SHORT, "attention"), case.SHORT, 1, 0, 1e-2, text)
     assert run["cpu_seconds"] < 50.0
     assert run["extra_steps"] == pytest.approx(100.0 / run["cpu_seconds"], rel=0.05)
