@@ -168,10 +168,14 @@ class SAE(nn.Module, ABC):
             self.W_dec.grad.addcmul_(self.W_dec, along_K1, value=-1)
 
     @torch.no_grad()
-    def after_optimizer_step(self, step: SAEStep, num_tokens: int) -> None:
-        """Give the rows of W_dec norm 1 again, and note which latents have fired."""
+    def after_optimizer_step(self) -> None:
+        """Give the rows of W_dec norm 1 again."""
         if self.has_unit_decoder:
             self.W_dec.div_(self.W_dec.norm(dim=-1, keepdim=True).clamp_min_(torch.finfo(self.W_dec.dtype).tiny))
+
+    @torch.no_grad()
+    def note(self, step: SAEStep, num_tokens: int) -> None:
+        """Note what has fired in a batch of training: the dead latents, and what else is counted, follow from it."""
         self.tokens_since_fired_K.add_(num_tokens).mul_(step.fired_K == 0)
 
     @torch.no_grad()

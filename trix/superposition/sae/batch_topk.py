@@ -76,8 +76,8 @@ class BatchTopKSAE(SAE):
         return step_of_code(self, self.training_code(x_ND), x_ND, target_NO, self.aux_k)
 
     @torch.no_grad()
-    def after_optimizer_step(self, step: SAEStep, num_tokens: int) -> None:
-        super().after_optimizer_step(step, num_tokens)
+    def note(self, step: SAEStep, num_tokens: int) -> None:
+        super().note(step, num_tokens)
         if bool(step.lowest.isfinite()):
             self.threshold_sum.mul_(DECAY).add_(step.lowest, alpha=1 - DECAY)
             self.num_batches.add_(1)

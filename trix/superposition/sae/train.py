@@ -75,7 +75,8 @@ def take_step(sae: SAE, optimizer: torch.optim.Optimizer, x_ND: Tensor, target_N
     step.loss.backward()  # type: ignore[no-untyped-call]
     sae.before_optimizer_step()
     optimizer.step()
-    sae.after_optimizer_step(step, len(x_ND))
+    sae.after_optimizer_step()
+    sae.note(step, len(x_ND))
     return step
 
 

@@ -126,7 +126,7 @@ def test_the_threshold_is_right_from_the_first_batch_on() -> None:
     sae = make("batch_topk")
     x = planted(64, 0)[0]
     step = sae.training_step(x, x)
-    sae.after_optimizer_step(step, 64)
+    sae.note(step, 64)
     assert isinstance(sae, BatchTopKSAE)
     assert float(sae.threshold) == pytest.approx(float(step.lowest), rel=1e-5)
 

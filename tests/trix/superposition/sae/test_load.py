@@ -35,7 +35,8 @@ def make(name: str) -> SAE:
         step = sae.training_step(x, target)
         step.loss.backward()
         optimizer.step()
-        sae.after_optimizer_step(step, 20)
+        sae.after_optimizer_step()
+        sae.note(step, 20)
     return sae
 
 
