@@ -36,8 +36,8 @@ class DumpConfig(Settings):
         layer: the block whose input is dumped, counted from 0. max_len: tokens of a text that are read; the rest is cut off.
         batch_size: texts of a batch. dtype: of the stored activations.
         shard_tokens: tokens of a shard; the last one may have fewer.
-        drop_sinks: leave out attention sinks: the first position, if the model comes from Hugging Face, and tokens whose norm is
-            more than 10 times the median of their batch.
+        drop_sinks: leave out attention sinks: the first position, if the model comes from Hugging Face, and tokens whose norm
+            is more than 10 times the median of their batch.
         strict: raise an error at the first activation that is NaN or infinite, instead of leaving its token out.
     """
 

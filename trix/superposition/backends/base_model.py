@@ -14,7 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from trix.superposition.config import DTypeName
+
 RESIDUAL = "resid_pre"
+DTYPES: dict[DTypeName, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class Site(NamedTuple):
@@ -133,9 +136,7 @@ class CausalLMBackend(ABC):
         return self.activations(input_ids, attention_mask, [site])[site]
 
     @torch.no_grad()
-    def activations(
-        self, input_ids: Tensor, attention_mask: Tensor | None, sites: Sequence[Site]
-    ) -> dict[Site, Tensor]:
+    def activations(self, input_ids: Tensor, attention_mask: Tensor | None, sites: Sequence[Site]) -> dict[Site, Tensor]:
         """What one run of the model computes at the sites; it ends at the last of them.
 
         Args:
@@ -183,7 +184,7 @@ class CausalLMBackend(ABC):
         for name, value in sorted(self.model.state_dict().items()):
             if isinstance(value, Tensor):
                 total.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-                total.update(memoryview(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+                total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return total.hexdigest()
 
 

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from trix.superposition.backends.base_model import RESIDUAL, CausalLMBackend, Site
+from trix.superposition.backends.base_model import DTYPES, RESIDUAL, CausalLMBackend, Site
 from trix.superposition.config import DTypeName
 
-DTYPES: dict[DTypeName, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Keys of a configuration that say nothing about the function of the model.
 _INCIDENTAL = ("_name_or_path", "transformers_version", "architectures")
 
@@ -27,12 +26,12 @@ class HFCausalLM(CausalLMBackend):
     Blocks and feed-forward layers are found by structure: the blocks are the one outermost list of num_hidden_layers modules;
     the feed-forward layer is what a block holds besides attention and norms.
 
-    Sites: ``resid_pre``, the stream that enters a block; ``mlp_in`` and ``mlp_out``, what the feed-forward layer of a block gets
-    and gives, after the norm before it and before any norm behind it.
+    Sites: ``resid_pre``, the stream that enters a block; ``mlp_in`` and ``mlp_out``, what the feed-forward layer of a block
+    gets and gives, after the norm before it and before any norm behind it.
 
     Args:
-        model: put into evaluation mode. tokenizer: its padding is set to the right, with the end of text where it has no padding
-            token. config: the model's own by default.
+        model: put into evaluation mode. tokenizer: its padding is set to the right, with the end of text where it has no
+            padding token. config: the model's own by default.
 
     Raises:
         ValueError: no such list of blocks, or a tokenizer that has neither token.
@@ -42,10 +41,13 @@ class HFCausalLM(CausalLMBackend):
 
     def __init__(self, model: nn.Module, tokenizer: Any, config: Any = None) -> None:
         super().__init__(model)
-        self.tokenizer, self.config = tokenizer, model.config if config is None else config
+        self.tokenizer: Any = tokenizer
+        self.config: Any = model.config if config is None else config
         if tokenizer.pad_token is None:
             if tokenizer.eos_token is None:
-                raise ValueError(f"pad_token ({tokenizer.pad_token}) and eos_token (None) of the tokenizer must not both be None")
+                raise ValueError(
+                    f"pad_token ({tokenizer.pad_token}) and eos_token (None) of the tokenizer must not both be None"
+                )
             tokenizer.pad_token = tokenizer.eos_token
         tokenizer.padding_side = "right"
         self._blocks = _blocks(model, self.config)
@@ -142,9 +144,7 @@ def _blocks(model: nn.Module, config: Any) -> list[nn.Module]:
 
 def _feed_forward(block: nn.Module, site: Site) -> nn.Module:
     with_matrices = {
-        name: child
-        for name, child in block.named_children()
-        if any(parameter.ndim >= 2 for parameter in child.parameters())
+        name: child for name, child in block.named_children() if any(parameter.ndim >= 2 for parameter in child.parameters())
     }
     others = {name: child for name, child in with_matrices.items() if "attn" not in name and "attention" not in name}
     if len(others) != 1 or len(with_matrices) == 1:
