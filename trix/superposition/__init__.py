@@ -29,8 +29,12 @@ _SUBPACKAGES = ("analysis", "backends", "data", "dump", "merge", "sae", "steerin
 
 
 def __getattr__(name: str) -> Any:
-    if name in _SUBPACKAGES:
-        return import_module(f"{__name__}.{name}")
-    if name not in _MODULES:
+    if name not in (*_SUBPACKAGES, *_MODULES):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    try:
+        module = import_module(f"{__name__}.{_MODULES.get(name, name)}")
+    except ModuleNotFoundError as error:
+        if error.name not in ("pandas", "pydantic"):
+            raise
+        raise ImportError(f"trix.superposition needs {error.name}: pip install 'trix[superposition]'") from error
+    return getattr(module, name) if name in _MODULES else module
