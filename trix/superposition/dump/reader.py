@@ -1,0 +1,164 @@
+"""Dumps that are read again: in order, or shuffled in bounded memory.
+
+N tokens, D width.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from trix.superposition.backends.io_store import column_rows, num_rows, read_column
+from trix.superposition.dump.manifest import check_shards, read_manifest, shard_path
+
+CHUNK_ROWS = 256
+WINDOW_CHUNKS = 256  # 65536 tokens are shuffled at once, 75 MB of bf16 at a width of 576
+
+
+def build_offsets(act_files: Sequence[Path | str]) -> NDArray[np.int64]:
+    """Number of each file's first row among the rows of all, and last the number of all rows: int64 [files + 1].
+
+    Raises:
+        ValueError: as :func:`~trix.superposition.backends.io_store.read_column`.
+    """
+    return np.cumsum([0, *(num_rows(path) for path in act_files)], dtype=np.int64)
+
+
+def stream_shards(act_files: Sequence[Path | str], batch: int = 16384) -> Iterator[Tensor]:
+    """The activations of all files in order, float32 [<= batch, D]; only the last batch may be shorter.
+
+    Raises:
+        ValueError: batch < 1, and as :func:`~trix.superposition.backends.io_store.read_column`.
+    """
+    if batch < 1:
+        raise ValueError(f"batch ({batch}) must be >= 1")
+    return _in_order(act_files, batch)
+
+
+def _in_order(act_files: Sequence[Path | str], batch: int) -> Iterator[Tensor]:
+    parts: list[Tensor] = []
+    missing = batch
+    for path in act_files:
+        rows, start = num_rows(path), 0
+        while start < rows:
+            stop = min(start + missing, rows)
+            parts.append(column_rows(path, "acts", start, stop).float())
+            missing -= stop - start
+            start = stop
+            if missing == 0:
+                yield torch.cat(parts)
+                parts, missing = [], batch
+    if parts:
+        yield torch.cat(parts)
+
+
+class ActivationDump:
+    """A complete dump, whose shards are what its manifest says: files, sizes, columns, dtypes and shapes are compared first.
+
+    Attributes:
+        manifest: see :class:`~trix.superposition.dump.manifest.Manifest`. paths: the shards, in order.
+
+    Raises:
+        ValueError: a dump that was interrupted, or shards or a manifest that do not fit. OSError: a file is missing.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        self.manifest = read_manifest(self.folder)
+        if self.manifest.cursor is not None:
+            written = self.manifest.tokens
+            raise ValueError(f"{folder}: the dump ({written} tokens so far) must be complete: dump to this folder again")
+        check_shards(self.folder, self.manifest)
+        self.paths = [shard_path(self.folder, index) for index in range(len(self.manifest.shards))]
+
+    def __len__(self) -> int:
+        return self.manifest.tokens
+
+    def column(self, name: str) -> Tensor:
+        """A column of all tokens at once: labels, tokids, titleidx, position, tile (int64 [N]) or score (float32 [N]).
+
+        Raises:
+            ValueError: acts, which need not fit into memory, or a column that the dump lacks.
+        """
+        available = [column for column in self.manifest.columns if column != "acts"]
+        if name not in available:
+            raise ValueError(f"column ({name!r}) must be one of {', '.join(available)}")
+        return torch.cat([read_column(path, name) for path in self.paths])
+
+    def num_batches(self, batch_size: int) -> int:
+        """Batches of an epoch of :meth:`shuffled`."""
+        return -(-len(self) // batch_size)
+
+    def shuffled(
+        self, batch_size: int, seed: int = 0, epoch: int = 0, start: int = 0, columns: Sequence[str] = ("acts",)
+    ) -> Iterator[dict[str, Tensor]]:
+        """The rows of all shards, each once, in an order drawn from (seed, epoch); only the last batch may be shorter.
+
+        Chunks of 256 neighbouring rows are put in random order, and the rows of 256 chunks at a time are shuffled. Dumps whose
+        shards have the same tokens, as those of :func:`~trix.superposition.dump.dump_sites`, give the same order.
+
+        Args:
+            start: number of the first batch to give; those before it are not read, except in the window where it begins.
+            columns: acts is given as float32, others as they are.
+
+        Raises:
+            ValueError: batch_size < 1, seed, epoch or start < 0, start above the number of batches, an unknown column.
+        """
+        if batch_size < 1 or min(seed, epoch) < 0:
+            raise ValueError(f"batch_size ({batch_size}) must be >= 1, seed ({seed}) and epoch ({epoch}) >= 0")
+        if not 0 <= start <= self.num_batches(batch_size):
+            raise ValueError(f"start ({start}) must be >= 0 and <= number of batches ({self.num_batches(batch_size)})")
+        unknown = [name for name in columns if name not in self.manifest.columns]
+        if unknown:
+            raise ValueError(f"column ({unknown[0]!r}) must be one of {', '.join(self.manifest.columns)}")
+        return self._batches(batch_size, (seed, epoch), start, columns)
+
+    def _batches(
+        self, batch_size: int, key: tuple[int, int], start: int, columns: Sequence[str]
+    ) -> Iterator[dict[str, Tensor]]:
+        chunks = self._chunks()
+        order = np.random.default_rng(key).permutation(len(chunks))
+        windows = [order[first : first + WINDOW_CHUNKS] for first in range(0, len(order), WINDOW_CHUNKS)]
+        place, pending = 0, dict[str, Tensor]()
+        skip = start * batch_size
+        for number, window in enumerate(windows):
+            rows = int((chunks[window, 2] - chunks[window, 1]).sum())
+            place += rows
+            if place <= skip:
+                continue
+            found = self._window(chunks[window], np.random.default_rng((*key, number)), columns)
+            first = max(rows - (place - skip), 0) if not pending else 0
+            merged = {name: torch.cat([pending[name], value]) if pending else value[first:] for name, value in found.items()}
+            size = len(next(iter(merged.values())))
+            is_last = number == len(windows) - 1
+            stop = size if is_last else size - size % batch_size
+            for begin in range(0, stop, batch_size):
+                yield {name: _as_given(name, value[begin : min(begin + batch_size, stop)]) for name, value in merged.items()}
+            pending = {name: value[stop:].clone() for name, value in merged.items()} if stop < size else {}
+
+    def _chunks(self) -> NDArray[np.int64]:
+        """int64 [chunks, 3]: shard, first row, row after the last."""
+        return np.array(
+            [
+                (index, first, min(first + CHUNK_ROWS, shard.tokens))
+                for index, shard in enumerate(self.manifest.shards)
+                for first in range(0, shard.tokens, CHUNK_ROWS)
+            ],
+            dtype=np.int64,
+        )
+
+    def _window(self, chunks: NDArray[np.int64], generator: np.random.Generator, columns: Sequence[str]) -> dict[str, Tensor]:
+        rows = int((chunks[:, 2] - chunks[:, 1]).sum())
+        order = torch.from_numpy(generator.permutation(rows))
+        found = {}
+        for name in columns:
+            parts = [column_rows(self.paths[shard], name, first, stop) for shard, first, stop in chunks.tolist()]
+            found[name] = torch.cat(parts)[order]
+        return found
+
+
+def _as_given(name: str, value: Tensor) -> Tensor:
+    return value.float() if name == "acts" else value.clone()
