@@ -6,9 +6,11 @@ from lightning_modules.tasks.classifier import ClassifierTask
 from lightning_modules.tasks.language_model import LanguageModelTask
 from lightning_modules.tasks.resnet_bk import ResNetBKTask
 from lightning_modules.tasks.routed_task import RoutedTask, StepOutput
+from lightning_modules.tasks.sparse_autoencoder import AutoencoderConfig, SparseAutoencoderTask
 from lightning_modules.tasks.task import CheckpointError, LRSchedulerCallable, OptimizerCallable, TrixTask
 
 __all__ = [
+    "AutoencoderConfig",
     "CheckpointError",
     "ClassifierTask",
     "Example",
@@ -20,6 +22,7 @@ __all__ = [
     "Request",
     "ResNetBKTask",
     "RoutedTask",
+    "SparseAutoencoderTask",
     "StepOutput",
     "TrixTask",
     "check_finite",

@@ -50,9 +50,9 @@ class SparseAutoencoderTask(TrixTask):
     """Train sparse autoencoders, each by its own loss, on one stream of activations.
 
     Logged for each, after ``train/`` and ``val/``, and after the name of the autoencoder where it is not the main one:
-    ``reconstruction`` (mean square of x - x_hat over that of x), ``active`` (L0, active latents per token); of validation also ``explained_variance`` (1 - sum |x - x_hat|^2 / sum |x - mean|^2 over all tokens, in
-    float64), ``dead`` (share of latents that no token activates) and ``dense`` (share that more than a tenth activates). In
-    training also ``loss``, ``sparsity``, ``aux`` and ``dead``, by the window of the architecture.
+    ``reconstruction`` (mean square of x - x_hat over that of x) and ``active`` (L0, active latents per token). In training also
+    ``loss``, ``sparsity``, ``aux``, and ``dead`` by the window of the autoencoder; in validation ``explained_variance``,
+    ``dead`` and ``dense``: see :class:`~lightning_modules.tasks.reconstruction_metric.ReconstructionMetric`.
 
     The scale of the activations and their median, from which b_dec starts, come from the first batch.
 
@@ -78,7 +78,7 @@ class SparseAutoencoderTask(TrixTask):
         num_outputs: int | None = None,
         autoencoder: AutoencoderConfig = AutoencoderConfig(),
         others: Mapping[str, AutoencoderConfig] | None = None,
-        optimizer: OptimizerCallable = lambda parameters: Adam(parameters, lr=3e-4),
+        optimizer: OptimizerCallable = lambda parameters: Adam(parameters, lr=1e-3),
         lr_scheduler: LRSchedulerCallable | None = default_lr_scheduler,
     ) -> None:
         if not isinstance(num_features, int):

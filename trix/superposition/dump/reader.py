@@ -5,6 +5,7 @@ N tokens, D width.
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from trix.superposition.backends.io_store import column_rows, num_rows, read_column
 from trix.superposition.dump.manifest import check_shards, read_manifest, shard_path
+
+Part = Literal["all", "training", "validation"]
 
 CHUNK_ROWS = 256
 WINDOW_CHUNKS = 256  # 65536 tokens are shuffled at once, 75 MB of bf16 at a width of 576
@@ -88,12 +91,20 @@ class ActivationDump:
             raise ValueError(f"column ({name!r}) must be one of {', '.join(available)}")
         return torch.cat([read_column(path, name) for path in self.paths])
 
-    def num_batches(self, batch_size: int) -> int:
-        """Batches of an epoch of :meth:`shuffled`."""
-        return -(-len(self) // batch_size)
+    def num_rows(self, part: Part = "all", held_out: float = 0.0, seed: int = 0) -> int:
+        """Rows of a part, as :meth:`shuffled` splits them."""
+        chunks = self._chunks(part, held_out, seed)
+        return int((chunks[:, 2] - chunks[:, 1]).sum())
 
     def shuffled(
-        self, batch_size: int, seed: int = 0, epoch: int = 0, start: int = 0, columns: Sequence[str] = ("acts",)
+        self,
+        batch_size: int,
+        seed: int = 0,
+        epoch: int = 0,
+        start: int = 0,
+        columns: Sequence[str] = ("acts",),
+        part: Part = "all",
+        held_out: float = 0.0,
     ) -> Iterator[dict[str, Tensor]]:
         """The rows of all shards, each once, in an order drawn from (seed, epoch); only the last batch may be shorter.
 
@@ -102,24 +113,29 @@ class ActivationDump:
 
         Args:
             start: number of the first batch to give; those before it are not read, except in the window where it begins.
-            columns: acts is given as float32, others as they are.
+            columns: acts is given as float32, others as they are. part: all rows, or those of the chunks that are held out for
+                validation, the share ``held_out`` of all chunks, drawn with the seed; or those of the others.
 
         Raises:
-            ValueError: batch_size < 1, seed, epoch or start < 0, start above the number of batches, an unknown column.
+            ValueError: batch_size < 1, seed, epoch or start < 0, start above the number of batches, an unknown column, held_out
+                out of [0, 1).
         """
         if batch_size < 1 or min(seed, epoch) < 0:
             raise ValueError(f"batch_size ({batch_size}) must be >= 1, seed ({seed}) and epoch ({epoch}) >= 0")
-        if not 0 <= start <= self.num_batches(batch_size):
-            raise ValueError(f"start ({start}) must be >= 0 and <= number of batches ({self.num_batches(batch_size)})")
+        if not 0 <= held_out < 1:
+            raise ValueError(f"held_out ({held_out}) must be >= 0 and < 1")
+        chunks = self._chunks(part, held_out, seed)
+        num_batches = -(-int((chunks[:, 2] - chunks[:, 1]).sum()) // batch_size)
+        if not 0 <= start <= num_batches:
+            raise ValueError(f"start ({start}) must be >= 0 and <= number of batches ({num_batches})")
         unknown = [name for name in columns if name not in self.manifest.columns]
         if unknown:
             raise ValueError(f"column ({unknown[0]!r}) must be one of {', '.join(self.manifest.columns)}")
-        return self._batches(batch_size, (seed, epoch), start, columns)
+        return self._batches(chunks, batch_size, (seed, epoch), start, columns)
 
     def _batches(
-        self, batch_size: int, key: tuple[int, int], start: int, columns: Sequence[str]
+        self, chunks: NDArray[np.int64], batch_size: int, key: tuple[int, int], start: int, columns: Sequence[str]
     ) -> Iterator[dict[str, Tensor]]:
-        chunks = self._chunks()
         order = np.random.default_rng(key).permutation(len(chunks))
         windows = [order[first : first + WINDOW_CHUNKS] for first in range(0, len(order), WINDOW_CHUNKS)]
         place, pending = 0, dict[str, Tensor]()
@@ -139,9 +155,9 @@ class ActivationDump:
                 yield {name: _as_given(name, value[begin : min(begin + batch_size, stop)]) for name, value in merged.items()}
             pending = {name: value[stop:].clone() for name, value in merged.items()} if stop < size else {}
 
-    def _chunks(self) -> NDArray[np.int64]:
-        """int64 [chunks, 3]: shard, first row, row after the last."""
-        return np.array(
+    def _chunks(self, part: Part, held_out: float, seed: int) -> NDArray[np.int64]:
+        """The chunks of a part, int64 [chunks, 3]: shard, first row, row after the last."""
+        chunks = np.array(
             [
                 (index, first, min(first + CHUNK_ROWS, shard.tokens))
                 for index, shard in enumerate(self.manifest.shards)
@@ -149,6 +165,11 @@ class ActivationDump:
             ],
             dtype=np.int64,
         )
+        if part == "all":
+            return chunks
+        is_held_out = np.zeros(len(chunks), dtype=bool)
+        is_held_out[np.random.default_rng(seed).permutation(len(chunks))[: round(held_out * len(chunks))]] = True
+        return chunks[is_held_out] if part == "validation" else chunks[~is_held_out]
 
     def _window(self, chunks: NDArray[np.int64], generator: np.random.Generator, columns: Sequence[str]) -> dict[str, Tensor]:
         rows = int((chunks[:, 2] - chunks[:, 1]).sum())

@@ -65,6 +65,7 @@ class SAE(nn.Module, ABC):
     architecture: ClassVar[str]
     has_unit_decoder: ClassVar[bool] = True  # the rows of W_dec keep norm 1 in training
     centres_input: ClassVar[bool] = True  # b_dec is subtracted from what is read
+    fixes_active: ClassVar[bool] = False  # the number of active latents is a setting, ``active``
 
     input_scale: Tensor
     output_scale: Tensor

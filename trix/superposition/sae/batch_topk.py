@@ -10,7 +10,7 @@ from trix.superposition.sae.base import SAE, SAEStep
 from trix.superposition.sae.sparse_code import SparseCode, entries_above, sparse_encode
 from trix.superposition.sae.topk import checked_active, default_aux_k, step_of_code
 
-DECAY = 0.99  # of the threshold's running mean
+DECAY = 0.95  # of the threshold's running mean
 SLACK = 0.8  # of the threshold, above which a training batch first looks for its entries
 
 
@@ -18,7 +18,7 @@ class BatchTopKSAE(SAE):
     """In training z holds the N * active largest pre-activations of a batch of N tokens, those above 0.
 
     Afterwards it holds all that are above ``threshold``, the mean of the smallest value that was kept in a batch; the mean is a
-    running one over about 100 batches, divided by the weight it has so far, so that it is right from the first batch on.
+    running one over about 20 batches, divided by the weight it has so far, so that it is right from the first batch on.
 
     Args:
         active: active latents per token, on average. aux_k: dead latents that help to explain what is left, by default
@@ -29,6 +29,7 @@ class BatchTopKSAE(SAE):
     """
 
     architecture = "batch_topk"
+    fixes_active = True
 
     threshold_sum: Tensor
     num_batches: Tensor

@@ -20,6 +20,7 @@ class TopKSAE(SAE):
     """
 
     architecture = "topk"
+    fixes_active = True
 
     def __init__(self, d_model: int, k: int, *, active: int = 32, aux_k: int | None = None, **settings: Any) -> None:
         super().__init__(d_model, k, **settings)

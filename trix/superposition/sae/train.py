@@ -1,6 +1,7 @@
 """Training on a stream of activations: the bare loop, and the step that every other loop shares with it."""
 
 from collections.abc import Callable, Iterable, Iterator
+from inspect import isclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,9 +21,12 @@ def make_sae(d_model: int, config: "SAEConfig") -> SAE:
     Raises:
         ValueError: an architecture that is not registered, and what it says of its settings.
     """
-    arguments: dict[str, Any] = {"l1": config.l1} if config.architecture == SparseAutoencoder.architecture else {}
-    if config.active is not None:
+    arguments: dict[str, Any] = {}
+    kind = ARCHITECTURES.get(config.architecture)
+    if isclass(kind) and issubclass(kind, SAE) and kind.fixes_active:
         arguments["active"] = config.active
+    if kind is SparseAutoencoder:
+        arguments["l1"] = config.l1
     return ARCHITECTURES.make(config.architecture, d_model, config.k, arguments=arguments)
 
 

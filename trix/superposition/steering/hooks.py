@@ -49,9 +49,9 @@ class LatentModifier:
         if max(self.indices) >= z.shape[-1]:
             raise ValueError(f"latent to modify ({max(self.indices)}) must be < number of latents ({z.shape[-1]})")
         z = z.clone()
-        if self.scale_by is None:
+        if self.set_to is not None:
             z[..., self.indices] = self.set_to
-        else:
+        if self.scale_by is not None:
             z[..., self.indices] *= self.scale_by
         return z
 

@@ -1,6 +1,5 @@
 """The bare loop: every row is used, in order, whatever the sizes of the parts; and what it refuses."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,13 +7,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trix.superposition.config import SAEConfig
 from trix.superposition.sae import SparseAutoencoder, TopKSAE, make_sae, train_sae
 from trix.superposition.sae.train import batches
 
 
-def config(**changes: Any) -> Any:
+def config(**changes: Any) -> SAEConfig:
     defaults = {"k": 16, "active": 2, "lr": 1e-2, "l1": 1e-3, "epochs": 2, "batch_size": 8, "architecture": "topk"}
-    return SimpleNamespace(**(defaults | changes))
+    return SAEConfig(**(defaults | changes))
 
 
 @given(sizes=st.lists(st.integers(0, 13), max_size=6), batch_size=st.integers(1, 9))
@@ -54,7 +54,7 @@ def test_the_configuration_says_what_is_made() -> None:
     made = make_sae(6, config())
     assert isinstance(made, TopKSAE)
     assert (made.d_model, made.k, made.active) == (6, 16, 2)
-    standard = make_sae(6, config(architecture="standard", active=None, l1=0.25))
+    standard = make_sae(6, config(architecture="standard", l1=0.25))
     assert isinstance(standard, SparseAutoencoder)
     assert standard.l1 == 0.25
     with pytest.raises(ValueError, match=r"SAE architecture \('top'\) must be 'standard', 'topk'"):
