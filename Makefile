@@ -16,7 +16,8 @@ OPERATOR_TESTS := $(addprefix tests/ort_ops/test_,native_ops.py ternary_ffn.py r
 OLDEST := build/ort_oldest
 WITH_TRANSFORMERS := build/with_transformers
 TRANSFORMERS_TESTS := tests/benchmarks/test_bk_contestants.py tests/benchmarks/test_bk_speed_case.py \
-  tests/lightning_modules/test_comparison.py tests/lightning_modules/test_state_size.py tests/trix/resnet_bk/test_language_model.py
+  tests/lightning_modules/test_comparison.py tests/lightning_modules/test_state_size.py tests/trix/resnet_bk/test_language_model.py \
+  tests/trix/superposition/backends/test_hf_causal_lm.py
 IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
@@ -76,7 +77,7 @@ test-transformers: $(STAMP) ## Run the tests that need transformers or mambapy, 
 	$(BIN)/python -m pip install -q --disable-pip-version-check --target $(WITH_TRANSFORMERS) \
 	  -c $(WITH_TRANSFORMERS)/constraints.txt 'transformers>=5,<6'
 	PYTHONPATH=$(CURDIR)/$(WITH_TRANSFORMERS) $(BIN)/python -m pytest -q -p no:cacheprovider $(TRANSFORMERS_TESTS) \
-	  -k 'transformers or Auto or mamba or Mamba2 or GatedDeltaNet or xLSTM or library'
+	  -k 'transformers or Auto or mamba or Mamba2 or GatedDeltaNet or xLSTM or library or hf_causal_lm'
 
 fuzz: $(STAMP) ## Feed the sanitized library mutated models and random shapes for ten minutes, or FUZZ_SECONDS=60
 	TRIX_FUZZ_SECONDS=$(or $(FUZZ_SECONDS),600) TRIX_FUZZ_SEED=$${TRIX_FUZZ_SEED:-$$(date +%s)} \
