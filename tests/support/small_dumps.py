@@ -8,6 +8,8 @@ import torch
 
 from trix.nn import FFNConfig, LanguageModel, LanguageModelConfig
 from trix.superposition.backends import TriXBackend
+from trix.superposition.config import DumpConfig
+from trix.superposition.dump import dump_sites
 
 VOCABULARY = "abcdefghijklmnopqrstuvwxyz "
 
@@ -30,3 +32,9 @@ def ragged_frame(num_texts: int = 120, longest: int = 40, seed: int = 0, letters
 def contents(folder: Path) -> dict[str, bytes]:
     """All files of a folder and those in it."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def small_dump(folder: Path, sites: tuple[str, ...] = ("resid_pre.1",), num_texts: int = 120) -> list[Path]:
+    """A dump of each site of a small model, of about 2400 tokens, in shards of 1000."""
+    config = DumpConfig(max_len=40, batch_size=16, shard_tokens=1000, dtype="fp32")
+    return list(dump_sites(ragged_frame(num_texts), "title", "topic", trix_backend(), config, sites, folder).values())
