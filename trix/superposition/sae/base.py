@@ -4,7 +4,7 @@ Shapes: N tokens, D width of what is read, O width of what is written (D, but in
 """
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -138,6 +138,24 @@ class SAE(nn.Module, ABC):
         return torch.addmm(self.b_enc, x_ND - self.centre, self.W_enc)
 
     @torch.no_grad()
+    def set_weights(self, weight_DK: Tensor, bias_K: Tensor, weight_KO: Tensor, bias_O: Tensor) -> None:
+        """Take W_enc, b_enc, W_dec and b_dec as they are, with scales of 1.
+
+        Raises:
+            ValueError: another shape, or a value that is not finite.
+        """
+        given = {"W_enc": weight_DK, "b_enc": bias_K, "W_dec": weight_KO, "b_dec": bias_O}
+        for name, value in given.items():
+            own = cast(Tensor, getattr(self, name))
+            if value.shape != own.shape or not value.is_floating_point() or not bool(value.isfinite().all()):
+                shape, wanted = list(value.shape), list(own.shape)
+                raise ValueError(f"{name} ({value.dtype} {shape}) must be of shape {wanted}, all of it finite numbers")
+        for name, value in given.items():
+            cast(Tensor, getattr(self, name)).copy_(value)
+        self.input_scale.fill_(1.0)
+        self.output_scale.fill_(1.0)
+
+    @torch.no_grad()
     def start_from(self, x_ND: Tensor, target_NO: Tensor | None = None) -> None:
         """Take the scales from activations, so that the mean square of a scaled value is 1, and b_dec from their median.
 
@@ -203,6 +221,12 @@ class SAE(nn.Module, ABC):
         code = sparse_encode(x_ND, self.W_enc[:, dead_J], self.b_enc[dead_J], self.centre, select)
         error_hat_NO = sparse_decode(code, self.W_dec[dead_J])
         return AUX_WEIGHT * (error_NO.detach() - error_hat_NO).square().mean()
+
+
+def check_threshold(threshold_K: Tensor) -> None:
+    """Raise ValueError unless all thresholds are finite and >= 0."""
+    if not bool(((threshold_K >= 0) & threshold_K.isfinite()).all()):
+        raise ValueError(f"threshold ({threshold_K.min():g} to {threshold_K.max():g}) must be finite and >= 0 for each latent")
 
 
 def _scale(x_ND: Tensor) -> Tensor:

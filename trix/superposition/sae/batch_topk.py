@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trix.superposition.sae.base import SAE, SAEStep
+from trix.superposition.sae.base import SAE, SAEStep, check_threshold
 from trix.superposition.sae.sparse_code import SparseCode, entries_above, sparse_encode
 from trix.superposition.sae.topk import checked_active, default_aux_k, step_of_code
 
@@ -47,15 +47,15 @@ class BatchTopKSAE(SAE):
         return self.threshold_sum / (1 - DECAY ** self.num_batches.clamp_min(1))
 
     def set_threshold(self, threshold_K: Tensor) -> None:
-        """Take one threshold, >= 0, as if it were that of all batches so far.
+        """Take one threshold, float [K], as if it were that of all batches so far.
 
         Raises:
-            ValueError: the latents' thresholds differ.
+            ValueError: a threshold < 0, or thresholds that differ.
         """
+        check_threshold(threshold_K)
         if bool((threshold_K != threshold_K[0]).any()):
-            raise ValueError(
-                f"thresholds of {self.architecture} ({threshold_K.min():g} to {threshold_K.max():g}) must all be equal"
-            )
+            ends = f"{threshold_K.min():g} to {threshold_K.max():g}"
+            raise ValueError(f"thresholds of {self.architecture} ({ends}) must all be equal")
         self.num_batches.fill_(1)
         self.threshold_sum.copy_(threshold_K[0] * (1 - DECAY))
 

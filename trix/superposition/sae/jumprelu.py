@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trix.superposition.sae.base import SAE, SAEStep
+from trix.superposition.sae.base import SAE, SAEStep, check_threshold
 from trix.superposition.sae.sparse_code import SparseCode, entries_above, sparse_encode
 from trix.superposition.sae.standard import step_of_latents
 
@@ -51,6 +51,16 @@ class JumpReLUSAE(SAE):
     def threshold(self) -> Tensor:
         """float [K], > 0."""
         return self.log_threshold_K.exp()
+
+    @torch.no_grad()
+    def set_threshold(self, threshold_K: Tensor) -> None:
+        """Take these thresholds, float [K].
+
+        Raises:
+            ValueError: one is < 0.
+        """
+        check_threshold(threshold_K)
+        self.log_threshold_K.copy_(threshold_K.log())
 
     def settings(self) -> dict[str, Any]:
         return {

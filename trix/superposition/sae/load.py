@@ -5,9 +5,9 @@ as. What we know besides (architecture, settings) is in the metadata, which SAEL
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -86,8 +86,8 @@ def load_sae(
             d_model and k, weights that are not finite.
     """
     folder = Path(path)
-    config = _read_config(folder)
-    width, num_latents = _size(config, "d_in", folder), _size(config, "d_sae", folder)
+    config = read_config(folder)
+    width, num_latents = whole_number(config, "d_in", folder), whole_number(config, "d_sae", folder)
     for name, wanted, found in (("d_model", d_model, width), ("k", k, num_latents)):
         if wanted is not None and wanted != found:
             raise ValueError(f"{name} of {folder} ({found}) must be the one that is asked for ({wanted})")
@@ -133,9 +133,16 @@ def _saelens_architecture(sae: SAE) -> str:
     return sae.architecture
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """The cfg.json of an autoencoder's folder.
+
+    Raises:
+        ValueError: no folder, no such file, or no JSON object in it.
+    """
     if not folder.is_dir():
-        raise ValueError(f"{folder} must be a folder with {CONFIG_FILE} and {WEIGHTS_FILE}; pickles (.pt, .bin) are not read")
+        raise ValueError(
+            f"{folder} must be a folder with {CONFIG_FILE} and weights in safetensors; pickles (.pt, .bin) are not read"
+        )
     try:
         config = json.loads(read_regular(folder / CONFIG_FILE, MAX_CONFIG_BYTES))
     except OSError as error:
@@ -147,35 +154,37 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _size(config: Mapping[str, Any], name: str, folder: Path) -> int:
+def whole_number(config: Mapping[str, Any], name: str, folder: Path) -> int:
+    """A number >= 1 of a configuration.
+
+    Raises:
+        ValueError: it is something else.
+    """
     value = config.get(name)
     if type(value) is not int or value < 1:
         raise ValueError(f"{name} of {folder / CONFIG_FILE} ({value!r:.40}) must be a whole number >= 1")
     return value
 
 
-def _read_weights(folder: Path, config: Mapping[str, Any], width: int, num_latents: int) -> dict[str, Tensor]:
-    """The weights in float32; their shapes are compared with the configuration before any of them is read."""
-    path = folder / WEIGHTS_FILE
-    width_out = _size(config, "d_out", folder) if "d_out" in config else width
-    wanted = {
-        "W_enc": [width, num_latents],
-        "b_enc": [num_latents],
-        "W_dec": [num_latents, width_out],
-        "b_dec": [width_out],
-        "threshold": [num_latents],
-    }
+def read_tensors(path: Path, shapes: Mapping[str, list[int]], optional: Collection[str] = ()) -> dict[str, Tensor]:
+    """Tensors of a safetensors file, in float32; their shapes are compared before any of them is read.
+
+    Raises:
+        ValueError: no such file, a tensor is missing, of another shape, or not finite.
+    """
     try:
         check_regular(path)
         with safe_open(path, framework="pt") as opened:
             names = set(opened.keys())
-            for name in wanted.keys() - {"threshold"} | (names & {"threshold"}):
+            for name, wanted in shapes.items():
                 if name not in names:
+                    if name in optional:
+                        continue
                     raise ValueError(f"{path} must hold {name}")
                 shape = list(opened.get_slice(name).get_shape())
-                if shape != wanted[name]:
-                    raise ValueError(f"shape of {name} in {path} ({shape}) must be {wanted[name]}, as {CONFIG_FILE} says")
-            tensors = {name: opened.get_tensor(name) for name in names & wanted.keys()}
+                if shape != wanted:
+                    raise ValueError(f"shape of {name} in {path} ({shape}) must be {wanted}, as {CONFIG_FILE} says")
+            tensors = {name: opened.get_tensor(name) for name in shapes if name in names}
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
     except SafetensorError as error:
@@ -184,6 +193,18 @@ def _read_weights(folder: Path, config: Mapping[str, Any], width: int, num_laten
         if not value.is_floating_point() or not bool(value.isfinite().all()):
             raise ValueError(f"{name} in {path} ({value.dtype}) must hold finite floating-point numbers")
     return {name: value.float() for name, value in tensors.items()}
+
+
+def _read_weights(folder: Path, config: Mapping[str, Any], width: int, num_latents: int) -> dict[str, Tensor]:
+    width_out = whole_number(config, "d_out", folder) if "d_out" in config else width
+    shapes = {
+        "W_enc": [width, num_latents],
+        "b_enc": [num_latents],
+        "W_dec": [num_latents, width_out],
+        "b_dec": [width_out],
+        "threshold": [num_latents],
+    }
+    return read_tensors(folder / WEIGHTS_FILE, shapes, optional=("threshold",))
 
 
 def _made(folder: Path, config: Mapping[str, Any], width: int, num_latents: int, width_out: int) -> SAE:
@@ -198,7 +219,7 @@ def _made(folder: Path, config: Mapping[str, Any], width: int, num_latents: int,
     architecture = config.get("architecture")
     if architecture not in _FROM_SAELENS:
         raise ValueError(f"architecture of {folder} ({architecture!r:.40}) must be one of {', '.join(_FROM_SAELENS)}")
-    arguments = {"active": _size(config, "k", folder)} if architecture == "topk" else {}
+    arguments = {"active": whole_number(config, "k", folder)} if architecture == "topk" else {}
     return ARCHITECTURES.make(_FROM_SAELENS[architecture], width, num_latents, arguments=arguments)
 
 
@@ -212,13 +233,8 @@ def _fill(sae: SAE, tensors: Mapping[str, Tensor], config: Mapping[str, Any], fo
         weight_DK, bias_K, weight_KO = weight_DK * norm_K, bias_K * norm_K, weight_KO / norm_K.unsqueeze(-1)
     if sae.centres_input and not config.get("apply_b_dec_to_input", True):
         bias_K = bias_K + tensors["b_dec"] @ weight_DK
-    for name, value in {"W_enc": weight_DK, "b_enc": bias_K, "W_dec": weight_KO, "b_dec": tensors["b_dec"]}.items():
-        cast(Tensor, getattr(sae, name)).copy_(value)
+    sae.set_weights(weight_DK, bias_K, weight_KO, tensors["b_dec"])
     if isinstance(sae, JumpReLUSAE | BatchTopKSAE):
-        threshold_K = tensors.get("threshold")
-        if threshold_K is None or bool((threshold_K < 0).any()):
-            raise ValueError(f"{folder / WEIGHTS_FILE} must hold a threshold >= 0 for each latent")
-        if isinstance(sae, JumpReLUSAE):
-            sae.log_threshold_K.copy_(threshold_K.log())
-        else:
-            sae.set_threshold(threshold_K)
+        if "threshold" not in tensors:
+            raise ValueError(f"{folder / WEIGHTS_FILE} must hold a threshold for each latent")
+        sae.set_threshold(tensors["threshold"])

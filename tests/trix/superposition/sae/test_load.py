@@ -141,7 +141,7 @@ def test_latents_of_a_shard_do_not_depend_on_the_batch(folder: Path) -> None:
         ({"metadata": None, "k": 99}, r"active \(99\) must be >= 1 and <= k \(10\)"),
         ({"metadata": {"trix": {"architecture": "os.system", "settings": {}}}}, r"SAE architecture \('os.system'\)"),
         ({"metadata": {"trix": {"architecture": "topk", "settings": {"actve": 3}}}}, r"did you mean active\?"),
-        ({"metadata": {"trix": {"architecture": "jumprelu", "settings": {}}}}, r"must hold a threshold >= 0"),
+        ({"metadata": {"trix": {"architecture": "jumprelu", "settings": {}}}}, r"must hold a threshold for each latent"),
     ],
 )
 def test_a_configuration_that_does_not_fit_is_refused(folder: Path, changes: dict[str, Any], message: str) -> None:
