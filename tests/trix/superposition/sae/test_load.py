@@ -8,41 +8,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_autoencoders import NUM_LATENTS, SETTINGS, WIDTH, small_autoencoder
 
-from trix.superposition.sae import ARCHITECTURES, SAE, latents_from_shard, load_sae, save_sae
+from trix.superposition.sae import latents_from_shard, load_sae, save_sae
 from trix.superposition.sae.load import CONFIG_FILE, WEIGHTS_FILE
-
-WIDTH, NUM_LATENTS = 6, 10
-SETTINGS: dict[str, dict[str, Any]] = {
-    "standard": {"l1": 0.5},
-    "topk": {"active": 3},
-    "batch_topk": {"active": 3},
-    "jumprelu": {"l0": 0.5},
-    "matryoshka": {"active": 3, "prefixes": [4, 10]},
-    "transcoder": {"active": 3, "d_out": 4},
-}
-
-
-def make(name: str) -> SAE:
-    """An autoencoder with weights, scales and threshold of its own."""
-    torch.manual_seed(0)
-    sae = ARCHITECTURES.make(name, WIDTH, NUM_LATENTS, arguments=SETTINGS[name])
-    optimizer = torch.optim.SGD(sae.parameters(), lr=0.1)
-    for _ in range(3):
-        x = 3 * torch.randn(20, WIDTH) + 1
-        target = torch.randn(20, sae.d_out) if name == "transcoder" else x
-        sae.start_from(x, target)
-        step = sae.training_step(x, target)
-        step.loss.backward()
-        optimizer.step()
-        sae.after_optimizer_step()
-        sae.note(step, 20)
-    return sae
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    save_sae(make("topk"), tmp_path / "sae")
+    save_sae(small_autoencoder("topk"), tmp_path / "sae")
     return tmp_path / "sae"
 
 
@@ -53,7 +27,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_same_autoencoder_comes_back(name: str, tmp_path: Path) -> None:
-    sae = make(name)
+    sae = small_autoencoder(name)
     save_sae(sae, tmp_path / "sae_weights.pt", {"site": "resid_pre"})
     again = load_sae(tmp_path / "sae_weights.pt", WIDTH, NUM_LATENTS)
     assert type(again) is type(sae)
@@ -67,7 +41,7 @@ def test_the_same_autoencoder_comes_back(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_saving_leaves_the_autoencoder_as_it_was(name: str, tmp_path: Path) -> None:
-    sae = make(name)
+    sae = small_autoencoder(name)
     before = {key: value.clone() for key, value in sae.state_dict().items()}
     save_sae(sae, tmp_path / "sae")
     assert all(torch.equal(value, before[key]) for key, value in sae.state_dict().items())
@@ -75,7 +49,7 @@ def test_saving_leaves_the_autoencoder_as_it_was(name: str, tmp_path: Path) -> N
 
 def test_what_was_trained_with_a_threshold_is_a_jumprelu_to_saelens(tmp_path: Path) -> None:
     for name, theirs in {"batch_topk": "jumprelu", "matryoshka": "jumprelu", "transcoder": "jumprelu_transcoder"}.items():
-        sae = make(name)
+        sae = small_autoencoder(name)
         save_sae(sae, tmp_path / name)
         config = json.loads((tmp_path / name / CONFIG_FILE).read_text())
         assert config["architecture"] == theirs
@@ -90,7 +64,7 @@ def test_what_was_trained_with_a_threshold_is_a_jumprelu_to_saelens(tmp_path: Pa
 
 @pytest.mark.parametrize("name", ["standard", "topk", "jumprelu"])
 def test_files_without_our_entry_are_read_by_their_architecture(name: str, tmp_path: Path) -> None:
-    sae = make(name)
+    sae = small_autoencoder(name)
     save_sae(sae, tmp_path / "sae")
     edit_config(tmp_path / "sae", metadata={"sae_lens_version": "6.0.0"})
     again = load_sae(tmp_path / "sae")
@@ -153,11 +127,11 @@ def test_a_configuration_that_does_not_fit_is_refused(folder: Path, changes: dic
 def test_other_files_are_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"k of .* \(10\) must be the one that is asked for \(11\)"):
         load_sae(folder, k=11)
-    torch.save(make("topk").state_dict(), tmp_path / "old.pt")
+    torch.save(small_autoencoder("topk").state_dict(), tmp_path / "old.pt")
     with pytest.raises(ValueError, match=r"pickles \(\.pt, \.bin\) are not read"):
         load_sae(tmp_path / "old.pt")
     with pytest.raises(ValueError, match=r"old\.pt must be a folder"):
-        save_sae(make("topk"), tmp_path / "old.pt")
+        save_sae(small_autoencoder("topk"), tmp_path / "old.pt")
     content = (folder / WEIGHTS_FILE).read_bytes()
     (folder / WEIGHTS_FILE).write_bytes(content[:-8])
     with pytest.raises(ValueError, match="must be a safetensors file"):
@@ -174,7 +148,7 @@ def test_other_files_are_refused(folder: Path, tmp_path: Path) -> None:
 
 
 def test_weights_that_are_not_finite_are_neither_written_nor_read(folder: Path, tmp_path: Path) -> None:
-    sae = make("topk")
+    sae = small_autoencoder("topk")
     with torch.no_grad():
         sae.b_dec[0] = torch.nan
     with pytest.raises(ValueError, match=r"weight b_dec \(1 values that are not\) must be finite"):
