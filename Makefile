@@ -14,7 +14,7 @@ OPERATOR_TESTS := $(addprefix tests/ort_ops/test_,native_ops.py ternary_ffn.py r
   outlier_activations.py sparse_lookup_op.py activations.py functions.py panels.py library.py self_test.py) \
   tests/parity/test_isa_parity.py
 OLDEST := build/ort_oldest
-WITH_SAELENS := build/with-saelens
+WITH_SAELENS := build/with_saelens
 WITH_TRANSFORMERS := build/with_transformers
 TRANSFORMERS_TESTS := tests/benchmarks/test_bk_contestants.py tests/benchmarks/test_bk_speed_case.py \
   tests/lightning_modules/test_comparison.py tests/lightning_modules/test_state_size.py tests/trix/resnet_bk/test_language_model.py \

@@ -137,12 +137,16 @@ class SparseAutoencoderTask(TrixTask):
 
     def training_step(self, batch: ActivationBatch) -> Tensor:
         self._steps = {name: sae.training_step(*batch) for name, sae in self.autoencoders.items()}
+        if (self.global_step + 1) % max(self.trainer.log_every_n_steps, 1) == 0:  # to log costs as much as a small step
+            self._log_training(len(batch[0]))
+        return torch.stack([step.loss for step in self._steps.values()]).sum()
+
+    def _log_training(self, num_tokens: int) -> None:
         for name, step in self._steps.items():
             num_dead = self.autoencoders[name].is_dead.float().mean()
             values = {"loss": step.loss, "reconstruction": step.reconstruction, "sparsity": step.sparsity, "aux": step.aux}
-            values |= {"active": step.fired_K.sum() / len(batch[0]), "dead": num_dead}
+            values |= {"active": step.fired_K.sum() / num_tokens, "dead": num_dead}
             self.log_dict({_logged("train", name, key): value.detach() for key, value in values.items()})
-        return torch.stack([step.loss for step in self._steps.values()]).sum()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:  # noqa: ARG002
         for sae in self.autoencoders.values():
