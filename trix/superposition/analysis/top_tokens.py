@@ -14,14 +14,15 @@ from torch import Tensor
 
 from trix.superposition.analysis.encoding import SparseCoder, encoded_batches
 
-CHUNK_ENTRIES = 1 << 24  # latents of tokens that are sorted at once
+MAX_CANDIDATES = 1 << 22  # activations that are gathered before they are sorted: 80 MB
 
 
 class TopTokens(Sequence[frozenset[int]]):
     """The top tokens of K latents: a sequence of K sets of token indices, with their order and activations at hand.
 
-    ``idx_KA`` (int64) and ``value_KA`` (float32) are sorted: the largest activation first, equal ones by index. A token's index
-    is its place in all shards together. Latents with fewer than A active tokens have -1 and 0 in the places left.
+    ``idx_KA`` (int64) and ``value_KA`` (float32), both on the CPU, are sorted: the largest activation first, equal ones by
+    index. A token's index is its place in all shards together. Latents with fewer than A active tokens have -1 and 0 in the
+    places left.
     """
 
     def __init__(self, idx_KA: Tensor, value_KA: Tensor) -> None:
@@ -63,7 +64,7 @@ def topk_sets_per_latent(
     Raises:
         ValueError: k < 1, or shards that do not fit the autoencoder.
     """
-    return _top_tokens(sae, act_files, device, k, batch, torch.arange(sae.k))
+    return _top_tokens(sae, act_files, device, k, batch, slice(None))
 
 
 def top1_tokens_for_latents(
@@ -91,7 +92,7 @@ def top1_tokens_for_latents(
     from trix.superposition.backends.io_store import read_column
     from trix.superposition.dump import build_offsets
 
-    latents = torch.as_tensor(medoids, dtype=torch.int64).flatten()
+    latents = torch.as_tensor(medoids, dtype=torch.int64).flatten().to(device)
     if len(latents) and (latents.min() < 0 or latents.max() >= sae.k):
         raise ValueError(f"latents ({latents.min()} to {latents.max()}) must be >= 0 and < {sae.k}")
     top = _top_tokens(sae, act_files, device, 1, batch, latents)
@@ -110,43 +111,58 @@ def _top_tokens(
     device: torch.device | str,
     k: int,
     batch: int,
-    latents: Tensor,
+    latents: Tensor | slice,
 ) -> TopTokens:
     from trix.superposition.dump import stream_shards  # its settings need pydantic, which the rest of the analysis does not
 
     if k < 1:
         raise ValueError(f"k ({k}) must be >= 1")
-    idx_KA = torch.full((len(latents), k), -1)
-    value_KA = torch.zeros(len(latents), k)
+    num_latents = sae.k if isinstance(latents, slice) else len(latents)
+    best = _Candidates(num_latents, k, device)
     num_seen = 0
     for _, z_BK in encoded_batches(sae, stream_shards(act_files, batch=batch), device):
-        chosen_BK = z_BK[:, latents.to(z_BK.device)].cpu()
-        for rows_BK in torch.split(chosen_BK, max(1, CHUNK_ENTRIES // max(1, len(latents)))):
-            _take(rows_BK, num_seen, idx_KA, value_KA)
+        for rows_BK in torch.split(z_BK[:, latents], max(1, MAX_CANDIDATES // max(1, num_latents))):
+            best.add(rows_BK, num_seen)
             num_seen += len(rows_BK)
-    return TopTokens(idx_KA, value_KA)
+    return best.top_tokens()
 
 
-def _take(z_BK: Tensor, first_token: int, idx_KA: Tensor, value_KA: Tensor) -> None:
-    """Let the tokens of z_BK take the places that they have earned in idx_KA and value_KA."""
-    num_latents, num_kept = idx_KA.shape
-    # Strictly above the last place: a token that comes later loses a tie.
-    new_S, latent_S = torch.nonzero(z_BK > value_KA[:, -1], as_tuple=True)
-    if not len(new_S):
-        return
-    old_latent_S, old_place_S = torch.nonzero(idx_KA >= 0, as_tuple=True)
-    # Old tokens before new ones, and both by index among equals, so that stable sorts keep ties in the order of the tokens.
-    latent_S, token_S, value_S = (
-        torch.cat([old_latent_S, latent_S]),
-        torch.cat([idx_KA[old_latent_S, old_place_S], new_S + first_token]),
-        torch.cat([value_KA[old_latent_S, old_place_S], z_BK[new_S, latent_S]]),
-    )
-    order_S = value_S.argsort(descending=True, stable=True)
-    order_S = order_S[latent_S[order_S].argsort(stable=True)]
-    latent_S = latent_S[order_S]
-    count_K = torch.bincount(latent_S, minlength=num_latents)
-    place_S = torch.arange(len(latent_S)) - (count_K.cumsum(0) - count_K)[latent_S]
-    is_kept_S = place_S < num_kept
-    latent_S, place_S, order_S = latent_S[is_kept_S], place_S[is_kept_S], order_S[is_kept_S]
-    idx_KA[latent_S, place_S] = token_S[order_S]
-    value_KA[latent_S, place_S] = value_S[order_S]
+class _Candidates:
+    """Tokens that may be among the top ones: (latent, token, activation) of each, sorted only when there are many."""
+
+    def __init__(self, num_latents: int, num_kept: int, device: torch.device | str) -> None:
+        self.num_latents, self.num_kept = num_latents, num_kept
+        integers, floats = torch.zeros(0, dtype=torch.int64, device=device), torch.zeros(0, device=device)
+        self.parts = [(integers, integers, floats)]
+        self.least_K = torch.zeros(num_latents, device=device)  # what a further token has to exceed
+
+    def add(self, z_BK: Tensor, first_token: int) -> None:
+        token_S, latent_S = torch.nonzero(z_BK > self.least_K, as_tuple=True)
+        self.parts.append((latent_S, token_S + first_token, z_BK[token_S, latent_S]))
+        if sum(len(latent_S) for latent_S, _, _ in self.parts) > MAX_CANDIDATES + self.num_latents * self.num_kept:
+            self._keep_best()
+
+    def top_tokens(self) -> TopTokens:
+        place_S = self._keep_best()
+        latent_S, token_S, value_S = self.parts[0]
+        idx_KA = torch.full((self.num_latents, self.num_kept), -1)
+        value_KA = torch.zeros(self.num_latents, self.num_kept)
+        idx_KA[latent_S.cpu(), place_S.cpu()] = token_S.cpu()
+        value_KA[latent_S.cpu(), place_S.cpu()] = value_S.cpu()
+        return TopTokens(idx_KA, value_KA)
+
+    def _keep_best(self) -> Tensor:
+        """Leave the top tokens of each latent, in order; returns the place of each."""
+        latent_S, token_S, value_S = (torch.cat(column) for column in zip(*self.parts, strict=True))
+        # By latent, then by value: floats > 0 are in the order of their bits. Tokens were added in order, and a stable sort
+        # keeps those of equal values in it.
+        order_S = (latent_S * 2**32 - value_S.view(torch.int32)).argsort(stable=True)
+        latent_S = latent_S[order_S]
+        count_K = torch.bincount(latent_S, minlength=self.num_latents)
+        place_S = torch.arange(len(latent_S), device=latent_S.device) - (count_K.cumsum(0) - count_K)[latent_S]
+        is_kept_S = place_S < self.num_kept
+        latent_S, place_S, order_S = latent_S[is_kept_S], place_S[is_kept_S], order_S[is_kept_S]
+        self.parts = [(latent_S, token_S[order_S], value_S[order_S])]
+        is_last_S = place_S == self.num_kept - 1
+        self.least_K[latent_S[is_last_S]] = self.parts[0][2][is_last_S]
+        return place_S

@@ -33,14 +33,16 @@ def pairs(top: TopTokens) -> list[list[tuple[int, float]]]:
     sizes=st.lists(st.integers(1, 9), min_size=1, max_size=4),
     k=st.integers(1, 8),
     batch=st.integers(1, 20),
-    chunk=st.sampled_from([1, 10, 1 << 24]),
+    candidates=st.sampled_from([1, 10, 1 << 22]),
 )
-def test_the_same_tokens_whatever_the_shards_and_batches(seed: int, sizes: list[int], k: int, batch: int, chunk: int) -> None:
+def test_the_same_tokens_whatever_the_shards_and_batches(
+    seed: int, sizes: list[int], k: int, batch: int, candidates: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     acts_NK = torch.randint(-2, 3, (sum(sizes), 5), generator=generator).float()  # few values, so many ties
     acts_NK[:, 2] = -1  # never fires
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(top_tokens, "CHUNK_ENTRIES", chunk)
+        patch.setattr(top_tokens, "MAX_CANDIDATES", candidates)
         paths = write_shards(Path(folder), acts_NK, sizes)
         top = topk_sets_per_latent(identity_sae(5), paths, "cpu", k=k, batch=batch)
     assert pairs(top) == expected(acts_NK.relu(), k)
