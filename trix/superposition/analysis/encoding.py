@@ -41,7 +41,7 @@ def encoded_batches(sae: SparseCoder, batches: Iterable[Tensor], device: torch.d
             sae.train(False)  # at every batch: whoever takes them may train in between
             x_ND = batch.to(device, torch.float32)
             with torch.no_grad():
-                z_NK = sae.encode(x_ND)
+                z_NK = sae.encode(x_ND).float()
             if len(z_NK) and not torch.isfinite(z_NK.amax()):  # NaN wins over any number, and latents are >= 0
                 raise ValueError("latents must be finite: the activations or the weights hold NaN or infinity")
             yield x_ND, z_NK

@@ -17,8 +17,6 @@ from trix.superposition.merge.medoid import labels_from_merge_matrix
 ActivationBatches = Callable[[], Iterable[Tensor]]
 PairBatches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 MergeMap = npt.ArrayLike | Tensor
-
-
 _Item = TypeVar("_Item")
 
 
