@@ -10,12 +10,19 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from trix.superposition.sae.base import SAE
-
 LatentMap = Callable[[Tensor], Tensor]  # z [..., K] -> the z that is wanted, [..., K]
 Positions = Literal["last", "all"]
 _STREAM = ("hidden_states", "x_BTD")  # what blocks call their first argument
 _MASK = ("attention_mask", "mask_BT")  # what models call their mask of real tokens
+
+
+class SteerableSAE(Protocol):
+    """What steering needs of an autoencoder: an :class:`~trix.superposition.sae.SAE`, or a merged one."""
+
+    k: int
+    W_dec: Any
+
+    def encode(self, x_ND: Tensor, /) -> Tensor: ...
 
 
 class SteerableBackend(Protocol):
@@ -99,7 +106,9 @@ class SteeringHandle:
             handle.remove()
 
 
-def register_prehook_last_row(backend: SteerableBackend, layer_idx: int, sae: SAE, latent_map: LatentMap) -> SteeringHandle:
+def register_prehook_last_row(
+    backend: SteerableBackend, layer_idx: int, sae: SteerableSAE, latent_map: LatentMap
+) -> SteeringHandle:
     """Steer the last real token of each text before block ``layer_idx``, and in generation every new token.
 
     The caller removes the handle; :func:`steering` does so by itself. Errors as there.
@@ -109,7 +118,7 @@ def register_prehook_last_row(backend: SteerableBackend, layer_idx: int, sae: SA
 
 @contextmanager
 def steering(
-    backend: SteerableBackend, layer_idx: int, sae: SAE, latent_map: LatentMap, positions: Positions = "last"
+    backend: SteerableBackend, layer_idx: int, sae: SteerableSAE, latent_map: LatentMap, positions: Positions = "last"
 ) -> Iterator[None]:
     """Steer within the block: x becomes x + (z' - z) W_dec, with z = sae.encode(x) and z' = latent_map(z).
 
@@ -132,21 +141,21 @@ def steering(
 
 
 @torch.no_grad()
-def steered(x_ND: Tensor, sae: SAE, latent_map: LatentMap) -> Tensor:
+def steered(x_ND: Tensor, sae: SteerableSAE, latent_map: LatentMap) -> Tensor:
     """x + (z' - z) W_dec, float [N, D] in the type of x; x itself where nothing changes."""
     z_NK = sae.encode(x_ND)
     change_NK = latent_map(z_NK.clone()) - z_NK
     changed_N = (change_NK != 0).any(dim=-1)
     if not bool(changed_N.any()):
         return x_ND
-    weight_KD = sae.W_dec.float() / sae.output_scale
+    weight_KD = sae.W_dec.float() / getattr(sae, "output_scale", 1.0)  # a merged one has no scales
     out_ND = x_ND.clone()
     out_ND[changed_N] = (x_ND[changed_N].float() + change_NK[changed_N] @ weight_KD).to(x_ND.dtype)
     return out_ND
 
 
 def _register(
-    backend: SteerableBackend, layer_idx: int, sae: SAE, latent_map: LatentMap, positions: Positions
+    backend: SteerableBackend, layer_idx: int, sae: SteerableSAE, latent_map: LatentMap, positions: Positions
 ) -> SteeringHandle:
     if positions not in ("last", "all"):
         raise ValueError(f"positions ({positions!r}) must be 'last' or 'all'")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from trix.nn import FFNConfig, LanguageModel, LanguageModelConfig
+from trix.superposition.merge import merge_sae
 from trix.superposition.sae import SAE, TopKSAE
 from trix.superposition.steering import (
     merge_wrapper,
@@ -142,6 +143,15 @@ def test_no_hook_is_left_after_an_error(backend: Backend, sae: SAE) -> None:
     handle.remove()
     handle.remove()
     assert backend.num_hooks == 0
+
+
+def test_merged_latents_steer_all_of_a_cluster(sae: SAE) -> None:
+    label_K = torch.arange(24) % 5
+    merged = merge_sae(sae, label_K, lambda: [torch.randn(200, WIDTH, generator=torch.Generator().manual_seed(3))])
+    x = torch.randn(4, WIDTH)
+    moved = steered(x, merged, set_or_scale_latent(2, scale_by=2.0))
+    assert torch.allclose(moved, x + merged.encode(x)[:, 2:3] * merged.W_dec[2], atol=1e-5)
+    assert steered(x, merged, lambda z: z) is x
 
 
 def test_merged_latents_are_sums() -> None:
