@@ -137,7 +137,8 @@ class SparseAutoencoderTask(TrixTask):
 
     def training_step(self, batch: ActivationBatch) -> Tensor:
         self._steps = {name: sae.training_step(*batch) for name, sae in self.autoencoders.items()}
-        if (self.global_step + 1) % max(getattr(self.trainer, "log_every_n_steps", 1), 1) == 0:  # to log costs as much as a small step
+        every = max(getattr(self.trainer, "log_every_n_steps", 1), 1)
+        if (self.global_step + 1) % every == 0:  # to log costs as much as a small step
             self._log_training(len(batch[0]))
         return torch.stack([step.loss for step in self._steps.values()]).sum()
 
