@@ -3,8 +3,9 @@
 Shapes: N tokens, D width of the activations, O width of the targets, K latents.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
@@ -13,7 +14,11 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from typing_extensions import override
 
-from lightning_modules.errors import DataError
+from lightning_modules.data.data_module import RunData
+from lightning_modules.errors import DataError, UserError
+from lightning_modules.run_folder import best_checkpoint
+from lightning_modules.tasks.answers import Exporter
+from lightning_modules.tasks.checkpoint import load_checkpoint
 from lightning_modules.tasks.reconstruction_metric import ReconstructionMetric
 from lightning_modules.tasks.task import CheckpointError, LRSchedulerCallable, OptimizerCallable, TrixTask, default_lr_scheduler
 from trix.superposition.sae import ARCHITECTURES, SAE, SAEStep
@@ -130,6 +135,12 @@ class SparseAutoencoderTask(TrixTask):
                     f"the checkpoint's weights of {name} ({shape}) must be [num_features, k] ([{width}, {k}])"
                 )
 
+    @override
+    def exportable(self, data: RunData, num_tokens: int) -> Exporter:
+        raise UserError(
+            "a sparse autoencoder has no ONNX file: load_autoencoder and save_sae write it as a folder, as the README shows"
+        )
+
     def on_train_batch_start(self, batch: ActivationBatch, batch_idx: int) -> None:
         if self.global_step == 0 and batch_idx == 0:
             for sae in self.autoencoders.values():
@@ -205,6 +216,25 @@ class SparseAutoencoderTask(TrixTask):
                 prog_bar=name == MAIN,
                 rank_zero_only=False,
             )
+
+
+def load_autoencoder(path: Path | str, name: str = MAIN, trusted: Collection[str] = ()) -> SAE:
+    """An autoencoder of a checkpoint or run folder, in evaluation mode on the CPU, with the scales in its weights.
+
+    Args:
+        path: a checkpoint, or a run folder, which means its newest best.ckpt. name: which of several. trusted: as for
+            :func:`~lightning_modules.tasks.load_checkpoint`.
+
+    Raises:
+        UserError: no such checkpoint, or none of this task; an autoencoder that it does not hold.
+    """
+    ckpt = best_checkpoint(Path(path))
+    task, _ = load_checkpoint(ckpt, trusted)
+    if not isinstance(task, SparseAutoencoderTask):
+        raise UserError(f"{ckpt}: task ({task.task_name!r}) must be sparse_autoencoder")
+    if name not in task.autoencoders:
+        raise UserError(f"{ckpt}: autoencoder ({name!r}) must be one of {', '.join(task.autoencoders)}")
+    return task.autoencoders[name].fold_()
 
 
 def _config(values: AutoencoderConfig | Mapping[str, Any]) -> AutoencoderConfig:

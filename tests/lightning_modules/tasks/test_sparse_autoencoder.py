@@ -11,9 +11,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from small_dumps import small_dump
 from torch import Tensor
 
+from lightning_modules.data import RunData
 from lightning_modules.data.activations import ActivationDataModule
-from lightning_modules.errors import DataError
-from lightning_modules.tasks import AutoencoderConfig, SparseAutoencoderTask, load_checkpoint
+from lightning_modules.errors import DataError, UserError
+from lightning_modules.tasks import AutoencoderConfig, SparseAutoencoderTask, load_autoencoder, load_checkpoint
 from trix.superposition.sae import ARCHITECTURES, Transcoder
 from trix.superposition.sae.train import take_step
 
@@ -132,6 +133,21 @@ def test_a_checkpoint_gives_the_same_autoencoders_back(folders: list[Path], tmp_
     assert isinstance(again, SparseAutoencoderTask)
     assert_equal(states(again), states(trained))
     assert again.hparams == trained.hparams
+
+
+def test_an_autoencoder_of_a_run_is_read_with_its_scales_folded_in(folders: list[Path], tmp_path: Path) -> None:
+    trained = task(others={"control": AutoencoderConfig("standard", 8)})
+    fit(trained, data(folders), tmp_path, 3)
+    x = next(iter(data(folders).val_dataloader()))[0]
+    for name in ("sae", "control"):
+        sae = load_autoencoder(tmp_path / "step=3.ckpt", name)
+        assert sae.input_scale == 1 != trained.autoencoders[name].input_scale
+        with torch.no_grad():
+            assert torch.allclose(sae(x)[0], trained.autoencoders[name](x)[0], atol=1e-5)
+    with pytest.raises(UserError, match=r"autoencoder \('other'\) must be one of sae, control"):
+        load_autoencoder(tmp_path / "step=3.ckpt", "other")
+    with pytest.raises(UserError, match="has no ONNX file"):
+        trained.exportable(RunData(lambda: data(folders)), 10)
 
 
 @pytest.mark.parametrize(
