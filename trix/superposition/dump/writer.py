@@ -146,7 +146,7 @@ class ShardWriter:
             warnings.warn(
                 f"{dropped.not_finite} tokens with NaN or infinite activations were left out, the first at "
                 f"{_where(self._not_finite[0])}; the manifest names up to {MAX_NAMED_ROWS}",
-                stacklevel=2,
+                stacklevel=4,
             )
 
     def _write_shards(self, cursor: Cursor | None) -> None:

@@ -7,9 +7,11 @@ import pytest
 
 pytest.importorskip("pydantic")
 pytest.importorskip("pandas")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
+import pandas as pd
 import torch
+import transformers
 from torch import Tensor
 
 from trix.superposition import DumpConfig
@@ -152,9 +154,8 @@ def test_generation_goes_on_from_the_prompt() -> None:
 
 
 def test_the_first_position_is_left_out_of_a_dump_unless_sinks_are_wanted(tmp_path: Path) -> None:
-    pandas = pytest.importorskip("pandas")
     backend = HFCausalLM(model("GPT2Config"), tokenizer())
-    frame = pandas.DataFrame({"title": ["w0 w1 w2", "w5", "w7 w8", ""], "topic": [0, 1, 0, 1]})
+    frame = pd.DataFrame({"title": ["w0 w1 w2", "w5", "w7 w8", ""], "topic": [0, 1, 0, 1]})
     for drop_sinks in (True, False):
         folder = tmp_path / str(drop_sinks)
         cfg = DumpConfig(layer=1, dtype="fp32", drop_sinks=drop_sinks)

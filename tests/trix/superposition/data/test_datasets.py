@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 pytest.importorskip("pydantic")
-pd = pytest.importorskip("pandas")
+pytest.importorskip("pandas")
 
+import pandas as pd
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_dumps import trix_backend
