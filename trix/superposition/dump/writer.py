@@ -144,8 +144,8 @@ class ShardWriter:
         self._write_shards(None)
         if dropped.not_finite:
             warnings.warn(
-                f"{dropped.not_finite} tokens with NaN or infinite activations were left out, the first at "
-                f"{_where(self._not_finite[0])}; the manifest names up to {MAX_NAMED_ROWS}",
+                f"tokens left out as NaN or infinite: {dropped.not_finite}, the first at {_where(self._not_finite[0])}; "
+                f"the manifest names up to {MAX_NAMED_ROWS}",
                 stacklevel=4,
             )
 

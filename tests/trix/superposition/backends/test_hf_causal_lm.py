@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trix.superposition import DumpConfig
 from trix.superposition.backends import HFCausalLM, Site
-from trix.superposition.dump import ActivationDump, dump_layer_activations
+from trix.superposition.dump import ActivationDump, dump_layer_activations, stream_shards
 
 VOCAB_SIZE, WIDTH, LAYERS = 50, 32, 3
 LLAMA_LIKE = {
@@ -151,6 +151,20 @@ def test_generation_goes_on_from_the_prompt() -> None:
     text_BT = backend.generate(**tokens, max_new_tokens=4, min_new_tokens=4, do_sample=False)
     assert text_BT.shape == (1, 7)
     assert torch.equal(text_BT[:, :3], tokens["input_ids"])
+
+
+@pytest.mark.parametrize("config", ["LlamaConfig", "GPT2Config"])
+def test_texts_read_together_have_the_activations_of_each_read_alone(config: str, tmp_path: Path) -> None:
+    backend = HFCausalLM(model(config), tokenizer())
+    texts = [" ".join(f"w{place}" for place in range(length)) for length in (3, 1, 12, 7, 7, 2)]
+    frame = pd.DataFrame({"title": texts, "topic": range(6)})
+    cfg = DumpConfig(layer=2, dtype="fp32", batch_size=4, drop_sinks=False)
+    dump_layer_activations(frame, "title", "topic", backend, cfg, tmp_path)
+    dump = ActivationDump(tmp_path)
+    acts_ND = torch.cat(list(stream_shards(dump.paths)))
+    for document, text in enumerate(texts):
+        alone = backend.forward_hidden(**backend.tokenize([text], 32), layer=2)[0]
+        torch.testing.assert_close(acts_ND[dump.column("titleidx") == document], alone)
 
 
 def test_the_first_position_is_left_out_of_a_dump_unless_sinks_are_wanted(tmp_path: Path) -> None:

@@ -93,6 +93,12 @@ def test_text_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
         load_titles_csv(write(tmp_path, "title,topic\nü,a\n", encoding="latin-1"))
 
 
+def test_a_folder_is_no_text(tmp_path: Path) -> None:
+    for read in (load_titles_csv, load_text):
+        with pytest.raises(IsADirectoryError):
+            read(tmp_path)
+
+
 @settings(max_examples=20, deadline=None)
 @given(number=st.integers(2, 60), train=st.floats(0.1, 0.9), seed=st.integers(0, 99))
 def test_a_split_is_a_partition_by_the_seed(number: int, train: float, seed: int) -> None:

@@ -110,7 +110,9 @@ def test_the_first_position_is_a_sink_where_the_backend_says_so(tmp_path: Path) 
 
 
 def test_values_that_are_not_finite_are_named_by_shard_and_row(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match=r"3 tokens with NaN or infinite .* at shard \d, row \d \(document \d, position \d\)"):
+    with pytest.warns(
+        UserWarning, match=r"left out as NaN or infinite: 3, the first at shard \d, row \d \(document \d, position \d\)"
+    ):
         dump = planted(["ana", "bbbi", "ccccn"], tmp_path, batch_size=1, shard_tokens=4)
     assert dump.manifest.dropped.not_finite == 3
     assert acts_of(dump).isfinite().all()
@@ -132,7 +134,7 @@ def test_a_value_beyond_the_stored_type_is_not_finite(tmp_path: Path) -> None:
     for dtype, number in (("fp16", 1), ("bf16", 0)):
         cfg = DumpConfig(layer=0, dtype=dtype, drop_sinks=False)  # type: ignore[arg-type]
         if number:
-            with pytest.warns(UserWarning, match="1 tokens with NaN or infinite"):
+            with pytest.warns(UserWarning, match="left out as NaN or infinite: 1, "):
                 dump_layer_activations(frame, "title", "topic", backend, cfg, tmp_path / dtype)
         else:
             dump_layer_activations(frame, "title", "topic", backend, cfg, tmp_path / dtype)
@@ -169,7 +171,7 @@ def test_a_token_left_out_at_one_site_is_left_out_at_all(tmp_path: Path) -> None
         backend.model.embedding.weight[0] = float("nan")  # type: ignore[union-attr, index]
     frame = pd.DataFrame({"title": ["abc", "bcs"], "topic": [0, 1]})
     cfg = DumpConfig(dtype="fp32")
-    with pytest.warns(UserWarning, match="1 tokens"):
+    with pytest.warns(UserWarning, match="left out as NaN or infinite: 1, "):
         folders = dump_sites(frame, "title", "topic", backend, cfg, ["resid_pre.0", "negative.0"], tmp_path)
     handle.remove()
     first, second = map(ActivationDump, folders.values())
@@ -204,6 +206,20 @@ def test_wrong_sites_are_refused(sites: list[str], problem: str, tmp_path: Path)
 def test_frames_without_texts_and_int_labels_are_refused(frame: dict[str, list[object]], problem: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=problem):
         dump_layer_activations(pd.DataFrame(frame), "title", "topic", PlantedBackend(), DumpConfig(layer=0), tmp_path)
+
+
+def test_progress_is_shown_on_a_terminal_with_the_time_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dump_layer_activations(ragged_frame(), "title", "topic", trix_backend(), EXACT, tmp_path / "quiet")
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    dump_layer_activations(ragged_frame(), "title", "topic", trix_backend(), EXACT, tmp_path / "shown")
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "activations" in err
+    assert "100%" in err
+    assert "0:00:00" in err
 
 
 def test_the_same_dump_has_the_same_bytes(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ pytest.importorskip("pydantic")
 pytest.importorskip("pandas")
 
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_dumps import ragged_frame, trix_backend
 
@@ -206,3 +206,24 @@ def test_a_manifest_that_is_no_record_is_refused(content: bytes, folder: Path) -
     (folder / "manifest.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"manifest.json: content"):
         ActivationDump(folder)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    name=st.sampled_from(["manifest.json", "shard_00000.safetensors"]),
+    place=st.integers(0, 900),
+    removed=st.integers(0, 8),
+    added=st.one_of(st.binary(max_size=9), st.sampled_from([b"-1", b"1e999", b"null", b"[]", b"{}", b'"../x"', b"9" * 5000])),
+)
+def test_changed_files_are_refused_or_read_whole(name: str, place: int, removed: int, added: bytes, folder: Path) -> None:
+    content, problem = (folder / name).read_bytes(), None
+    (folder / name).write_bytes(content[:place] + added + content[place + removed :])
+    try:
+        dump = ActivationDump(folder)
+        rows = sum(len(batch) for batch in stream_shards(dump.paths))
+        assert rows == len(dump) == len(dump.column("labels"))
+    except (ValueError, OSError) as error:
+        problem = str(error)
+    finally:
+        (folder / name).write_bytes(content)
+    assert problem is None or str(folder) in problem
