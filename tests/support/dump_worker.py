@@ -1,7 +1,7 @@
 """Dumps in a process of its own: python dump_worker.py FOLDER
 
-First it prints by how many bytes the peak memory grows from a dump of 2 shards to one of 40, and then, for each moment, the
-exit code of a forked process that begins the same dump in FOLDER/MOMENT and dies by SIGKILL there.
+First it prints by how many bytes the peak memory grows from a dump of 2 shards to one of 40. Then it dumps to FOLDER/whole, and
+prints, for each moment, the exit code of a forked process that begins the same dump in FOLDER/MOMENT and dies by SIGKILL there.
 """
 
 import os
@@ -16,6 +16,7 @@ import pandas as pd
 from safetensors.torch import save
 from small_dumps import ragged_frame, trix_backend
 
+import trix.whole_file
 from trix.nn import FFNConfig, LanguageModel, LanguageModelConfig
 from trix.superposition import DumpConfig
 from trix.superposition.backends import TriXBackend, io_store
@@ -76,6 +77,7 @@ def dump(folder: Path) -> None:
 
 
 def kill(folder: Path) -> None:
+    dump(folder / "whole")  # also imports what the forked processes need
     for moment in MOMENTS:
         child = os.fork()
         if child == 0:
@@ -100,5 +102,6 @@ def memory(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    trix.whole_file._sync = lambda _: None  # it takes most of the time, and only a power failure would show it
     memory(Path(sys.argv[1]) / "memory")
     kill(Path(sys.argv[1]))
