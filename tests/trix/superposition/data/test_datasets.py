@@ -133,8 +133,9 @@ def test_a_path_is_read_by_its_kind(tmp_path: Path) -> None:
     table = write(tmp_path, "title\ttopic\na\tX\nb\tY\n", "titles.tsv")
     assert rows(load_dataset_auto(table)) == {("a", 0), ("b", 1)}
     assert load_dataset_auto(str(write(tmp_path, "a\n\nb", "notes.md")))["title"].tolist() == ["a", "b"]
-    with pytest.raises(ValueError, match=r"data \(missing.csv\) must be a file, or OWNER/NAME"):
-        load_dataset_auto("missing.csv")
+    for missing in ("missing.csv", "folder/missing.csv"):
+        with pytest.raises(ValueError, match=rf"data \({missing}\) must be a file, or OWNER/NAME"):
+            load_dataset_auto(missing)
     with pytest.raises(ValueError, match=r"data \(.*/a/b\) must be a file, or OWNER/NAME"):
         load_dataset_auto(tmp_path / "a" / "b")
 
