@@ -37,7 +37,7 @@ class TriXBackend(CausalLMBackend):
     """
 
     sites: ClassVar[tuple[str, ...]] = (RESIDUAL, "resid_mid", "router_in", "ffn_out")
-    has_sinks: ClassVar[bool] = False  # no position is special to a character model, and none was seen to gather attention
+    has_sinks: ClassVar[bool] = False  # first positions are dropped from models of Hugging Face alone
     model: LanguageModel
 
     def __init__(self, model: LanguageModel, vocabulary: str) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 DELIMITERS = (";", ",", "\t")
 MAX_FILE_BYTES = 2**32
 SHUFFLE_SEED = 42
-_KAGGLE_ID = re.compile(r"[\w-]+/[\w.-]+", re.ASCII)
+_KAGGLE_ID = re.compile(r"[\w-]+/[\w-]+", re.ASCII)
 _INT = re.compile(r"-?\d{1,18}", re.ASCII)  # fits int64
 _PARAGRAPHS = re.compile(r"\n[ \t]*\n\s*")
 

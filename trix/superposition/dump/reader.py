@@ -137,23 +137,27 @@ class ActivationDump:
         self, chunks: NDArray[np.int64], batch_size: int, key: tuple[int, int], start: int, columns: Sequence[str]
     ) -> Iterator[dict[str, Tensor]]:
         order = np.random.default_rng(key).permutation(len(chunks))
-        windows = [order[first : first + WINDOW_CHUNKS] for first in range(0, len(order), WINDOW_CHUNKS)]
-        place, pending = 0, dict[str, Tensor]()
-        skip = start * batch_size
+        windows = [chunks[order[first : first + WINDOW_CHUNKS]] for first in range(0, len(order), WINDOW_CHUNKS)]
+        skip, place = start * batch_size, 0
+        parts: list[dict[str, Tensor]] = []
+        missing = batch_size
         for number, window in enumerate(windows):
-            rows = int((chunks[window, 2] - chunks[window, 1]).sum())
-            place += rows
-            if place <= skip:
+            rows = _num_rows(window)
+            at, place = max(skip - place, 0), place + rows
+            if at >= rows:
                 continue
-            found = self._window(chunks[window], np.random.default_rng((*key, number)), columns)
-            first = max(rows - (place - skip), 0) if not pending else 0
-            merged = {name: torch.cat([pending[name], value]) if pending else value[first:] for name, value in found.items()}
-            size = len(next(iter(merged.values())))
-            is_last = number == len(windows) - 1
-            stop = size if is_last else size - size % batch_size
-            for begin in range(0, stop, batch_size):
-                yield {name: _as_given(name, value[begin : min(begin + batch_size, stop)]) for name, value in merged.items()}
-            pending = {name: value[stop:].clone() for name, value in merged.items()} if stop < size else {}
+            found = self._window(window, np.random.default_rng((*key, number)), columns)
+            while at < rows:
+                stop = min(at + missing, rows)
+                parts.append({name: _as_given(name, value[at:stop]) for name, value in found.items()})
+                missing -= stop - at
+                at = stop
+                if missing == 0:
+                    yield _joined(parts)
+                    parts, missing = [], batch_size
+            del found  # or two windows would be held at once
+        if parts:
+            yield _joined(parts)
 
     def _chunks(self, part: Part, held_out: float, seed: int) -> NDArray[np.int64]:
         """The chunks of a part, int64 [chunks, 3]: shard, first row, row after the last."""
@@ -172,14 +176,27 @@ class ActivationDump:
         return chunks[is_held_out] if part == "validation" else chunks[~is_held_out]
 
     def _window(self, chunks: NDArray[np.int64], generator: np.random.Generator, columns: Sequence[str]) -> dict[str, Tensor]:
-        rows = int((chunks[:, 2] - chunks[:, 1]).sum())
-        order = torch.from_numpy(generator.permutation(rows))
-        found = {}
+        place = torch.from_numpy(generator.permutation(_num_rows(chunks)))
+        found: dict[str, Tensor] = {}
         for name in columns:
-            parts = [column_rows(self.paths[shard], name, first, stop) for shard, first, stop in chunks.tolist()]
-            found[name] = torch.cat(parts)[order]
+            first = 0
+            for shard, start, stop in chunks.tolist():
+                part = column_rows(self.paths[shard], name, start, stop)
+                if name not in found:
+                    found[name] = part.new_empty((len(place), *part.shape[1:]))
+                found[name][place[first : first + len(part)]] = part
+                first += len(part)
         return found
 
 
+def _num_rows(chunks: NDArray[np.int64]) -> int:
+    return int((chunks[:, 2] - chunks[:, 1]).sum())
+
+
 def _as_given(name: str, value: Tensor) -> Tensor:
-    return value.float() if name == "acts" else value.clone()
+    """A copy: a view would keep the whole window."""
+    return value.to(torch.float32, copy=True) if name == "acts" else value.clone()
+
+
+def _joined(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -144,9 +144,9 @@ class ShardWriter:
         self._write_shards(None)
         if dropped.not_finite:
             warnings.warn(
-                f"{dropped.not_finite} tokens with NaN or infinite activations were left out, the first at "
-                f"{_where(self._not_finite[0])}; the manifest names up to {MAX_NAMED_ROWS}",
-                stacklevel=2,
+                f"tokens left out as NaN or infinite: {dropped.not_finite}, the first at {_where(self._not_finite[0])}; "
+                f"the manifest names up to {MAX_NAMED_ROWS}",
+                stacklevel=4,
             )
 
     def _write_shards(self, cursor: Cursor | None) -> None:

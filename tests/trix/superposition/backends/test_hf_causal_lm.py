@@ -7,14 +7,16 @@ import pytest
 
 pytest.importorskip("pydantic")
 pytest.importorskip("pandas")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
+import pandas as pd
 import torch
+import transformers
 from torch import Tensor
 
 from trix.superposition import DumpConfig
 from trix.superposition.backends import HFCausalLM, Site
-from trix.superposition.dump import ActivationDump, dump_layer_activations
+from trix.superposition.dump import ActivationDump, dump_layer_activations, stream_shards
 
 VOCAB_SIZE, WIDTH, LAYERS = 50, 32, 3
 LLAMA_LIKE = {
@@ -151,10 +153,23 @@ def test_generation_goes_on_from_the_prompt() -> None:
     assert torch.equal(text_BT[:, :3], tokens["input_ids"])
 
 
+@pytest.mark.parametrize("config", ["LlamaConfig", "GPT2Config"])
+def test_texts_read_together_have_the_activations_of_each_read_alone(config: str, tmp_path: Path) -> None:
+    backend = HFCausalLM(model(config), tokenizer())
+    texts = [" ".join(f"w{place}" for place in range(length)) for length in (3, 1, 12, 7, 7, 2)]
+    frame = pd.DataFrame({"title": texts, "topic": range(6)})
+    cfg = DumpConfig(layer=2, dtype="fp32", batch_size=4, drop_sinks=False)
+    dump_layer_activations(frame, "title", "topic", backend, cfg, tmp_path)
+    dump = ActivationDump(tmp_path)
+    acts_ND = torch.cat(list(stream_shards(dump.paths)))
+    for document, text in enumerate(texts):
+        alone = backend.forward_hidden(**backend.tokenize([text], 32), layer=2)[0]
+        torch.testing.assert_close(acts_ND[dump.column("titleidx") == document], alone)
+
+
 def test_the_first_position_is_left_out_of_a_dump_unless_sinks_are_wanted(tmp_path: Path) -> None:
-    pandas = pytest.importorskip("pandas")
     backend = HFCausalLM(model("GPT2Config"), tokenizer())
-    frame = pandas.DataFrame({"title": ["w0 w1 w2", "w5", "w7 w8", ""], "topic": [0, 1, 0, 1]})
+    frame = pd.DataFrame({"title": ["w0 w1 w2", "w5", "w7 w8", ""], "topic": [0, 1, 0, 1]})
     for drop_sinks in (True, False):
         folder = tmp_path / str(drop_sinks)
         cfg = DumpConfig(layer=1, dtype="fp32", drop_sinks=drop_sinks)

@@ -1,5 +1,6 @@
 """Columns on disk: safetensors shards and .npy files give the same, and damaged files are named."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,14 @@ def test_a_file_that_is_no_shard_is_named(content: bytes, problem: str, shard: P
     shard.write_bytes(content)
     with pytest.raises(ValueError, match=r"shard_00000.safetensors.*" + problem):
         read_column(shard, "acts")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
+@pytest.mark.parametrize("name", ["shard_00000_acts.npy", "shard_00000.safetensors"])
+def test_a_pipe_is_not_waited_for(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(OSError, match="must be a regular file, not a pipe"):
+        read_column(tmp_path / name, "acts")
 
 
 def test_a_header_that_lies_about_its_columns_is_refused(shard: Path) -> None:

@@ -127,7 +127,7 @@ def test_a_site_is_written_as_name_and_layer() -> None:
     assert Site.parse("resid_pre.13") == Site(13, "resid_pre")
     assert str(Site(13, "resid_pre")) == "resid_pre.13"
     for text in ("resid_pre", "resid_pre.", "../x.3", "resid_pre.-1", "13"):
-        with pytest.raises(ValueError, match="must be NAME.LAYER"):
+        with pytest.raises(ValueError, match=r"must be NAME\.LAYER"):
             Site.parse(text)
 
 

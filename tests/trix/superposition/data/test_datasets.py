@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 pytest.importorskip("pydantic")
-pd = pytest.importorskip("pandas")
+pytest.importorskip("pandas")
 
+import pandas as pd
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_dumps import trix_backend
@@ -92,6 +93,12 @@ def test_text_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
         load_titles_csv(write(tmp_path, "title,topic\nü,a\n", encoding="latin-1"))
 
 
+def test_a_folder_is_no_text(tmp_path: Path) -> None:
+    for read in (load_titles_csv, load_text):
+        with pytest.raises(IsADirectoryError):
+            read(tmp_path)
+
+
 @settings(max_examples=20, deadline=None)
 @given(number=st.integers(2, 60), train=st.floats(0.1, 0.9), seed=st.integers(0, 99))
 def test_a_split_is_a_partition_by_the_seed(number: int, train: float, seed: int) -> None:
@@ -126,8 +133,9 @@ def test_a_path_is_read_by_its_kind(tmp_path: Path) -> None:
     table = write(tmp_path, "title\ttopic\na\tX\nb\tY\n", "titles.tsv")
     assert rows(load_dataset_auto(table)) == {("a", 0), ("b", 1)}
     assert load_dataset_auto(str(write(tmp_path, "a\n\nb", "notes.md")))["title"].tolist() == ["a", "b"]
-    with pytest.raises(ValueError, match=r"data \(missing.csv\) must be a file, or OWNER/NAME"):
-        load_dataset_auto("missing.csv")
+    for missing in ("missing.csv", "folder/missing.csv"):
+        with pytest.raises(ValueError, match=rf"data \({missing}\) must be a file, or OWNER/NAME"):
+            load_dataset_auto(missing)
     with pytest.raises(ValueError, match=r"data \(.*/a/b\) must be a file, or OWNER/NAME"):
         load_dataset_auto(tmp_path / "a" / "b")
 
