@@ -96,6 +96,7 @@ class SparseAutoencoderTask(TrixTask):
         super().__init__(nn.ModuleDict(saes), optimizer, lr_scheduler)
         self.evaluations = nn.ModuleDict({name: ReconstructionMetric(num_outputs, sae.k) for name, sae in saes.items()})
         self._steps: dict[str, SAEStep] = {}
+        self._num_tokens = 0
         self.save_hyperparameters(
             {
                 "num_features": num_features,
@@ -148,16 +149,17 @@ class SparseAutoencoderTask(TrixTask):
 
     def training_step(self, batch: ActivationBatch) -> Tensor:
         self._steps = {name: sae.training_step(*batch) for name, sae in self.autoencoders.items()}
+        self._num_tokens = len(batch[0])
         every = max(getattr(self.trainer, "log_every_n_steps", 1), 1)
         if (self.global_step + 1) % every == 0:  # to log costs as much as a small step
-            self._log_training(len(batch[0]))
+            self._log_training()
         return torch.stack([step.loss for step in self._steps.values()]).sum()
 
-    def _log_training(self, num_tokens: int) -> None:
+    def _log_training(self) -> None:
         for name, step in self._steps.items():
             num_dead = self.autoencoders[name].is_dead.float().mean()
             values = {"loss": step.loss, "reconstruction": step.reconstruction, "sparsity": step.sparsity, "aux": step.aux}
-            values |= {"active": step.fired_K.sum() / num_tokens, "dead": num_dead}
+            values |= {"active": step.fired_K.sum() / self._num_tokens, "dead": num_dead}
             self.log_dict({_logged("train", name, key): value.detach() for key, value in values.items()})
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:  # noqa: ARG002
@@ -170,9 +172,10 @@ class SparseAutoencoderTask(TrixTask):
         for sae in self.autoencoders.values():
             sae.after_optimizer_step()
 
-    def on_train_batch_end(self, outputs: Any, batch: ActivationBatch, batch_idx: int) -> None:  # noqa: ARG002
+    def on_after_backward(self) -> None:
+        # Not at the end of the batch: callbacks come first there, and a checkpoint would lack what the batch has shown.
         for name, step in self._steps.items():
-            self.autoencoders[name].note(step, len(batch[0]))
+            self.autoencoders[name].note(step, self._num_tokens)
         self._steps = {}
 
     def validation_step(self, batch: ActivationBatch) -> None:

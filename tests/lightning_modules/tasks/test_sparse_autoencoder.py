@@ -78,10 +78,12 @@ def test_it_learns_what_a_bare_loop_learns_to_the_bit(name: str, folders: list[P
     assert_equal(states(trained), states(bare))
 
 
-def test_a_resumed_run_ends_as_an_uninterrupted_one(folders: list[Path], tmp_path: Path) -> None:
-    whole, resumed = task(), task()
+@pytest.mark.parametrize("name", ["topk", "batch_topk"])
+def test_a_resumed_run_ends_as_an_uninterrupted_one(name: str, folders: list[Path], tmp_path: Path) -> None:
+    config = AutoencoderConfig(name, 48, {"active": 4, "dead_window": 500})
+    whole, resumed, part = (task(autoencoder=config) for _ in range(3))
     fit(whole, data(folders), tmp_path / "whole", 13)
-    fit(task(), data(folders), tmp_path / "part", 6)
+    fit(part, data(folders), tmp_path / "part", 6)
     fit(resumed, data(folders), tmp_path / "rest", 13, tmp_path / "part" / "step=6.ckpt")
     assert_equal(states(whole), states(resumed))
 
