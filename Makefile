@@ -14,13 +14,15 @@ OPERATOR_TESTS := $(addprefix tests/ort_ops/test_,native_ops.py ternary_ffn.py r
   outlier_activations.py sparse_lookup_op.py activations.py functions.py panels.py library.py self_test.py) \
   tests/parity/test_isa_parity.py
 OLDEST := build/ort_oldest
+WITH_SAELENS := build/with_saelens
 WITH_TRANSFORMERS := build/with_transformers
 TRANSFORMERS_TESTS := tests/benchmarks/test_bk_contestants.py tests/benchmarks/test_bk_speed_case.py \
-  tests/lightning_modules/test_comparison.py tests/lightning_modules/test_state_size.py tests/trix/resnet_bk/test_language_model.py
+  tests/lightning_modules/test_comparison.py tests/lightning_modules/test_state_size.py tests/trix/resnet_bk/test_language_model.py \
+  tests/trix/superposition/backends/test_hf_causal_lm.py
 IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-cpus test-arm test-ort-oldest test-transformers fuzz fuzz-files lint format bench screenshot wheel clean
+.PHONY: help setup demo test test-slow test-cpus test-arm test-ort-oldest test-transformers test-saelens fuzz fuzz-files lint format bench screenshot wheel clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -76,7 +78,15 @@ test-transformers: $(STAMP) ## Run the tests that need transformers or mambapy, 
 	$(BIN)/python -m pip install -q --disable-pip-version-check --target $(WITH_TRANSFORMERS) \
 	  -c $(WITH_TRANSFORMERS)/constraints.txt 'transformers>=5,<6'
 	PYTHONPATH=$(CURDIR)/$(WITH_TRANSFORMERS) $(BIN)/python -m pytest -q -p no:cacheprovider $(TRANSFORMERS_TESTS) \
-	  -k 'transformers or Auto or mamba or Mamba2 or GatedDeltaNet or xLSTM or library'
+	  -k 'transformers or Auto or mamba or Mamba2 or GatedDeltaNet or xLSTM or library or hf_causal_lm'
+
+test-saelens: $(STAMP) ## Compare sparse autoencoders with the real SAELens, in an environment of its own
+	rm -rf $(WITH_SAELENS)
+	$(BIN)/python -m venv $(WITH_SAELENS)
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > $(WITH_SAELENS)/base.pth
+	mv $(WITH_SAELENS)/base.pth $$($(WITH_SAELENS)/bin/python -c "import site; print(site.getsitepackages()[0])")
+	$(WITH_SAELENS)/bin/python -m pip install -q --disable-pip-version-check 'sae-lens==6.54.12' 'transformer-lens<4' 'transformers>=5,<6'
+	PYTHONPATH=$(CURDIR) $(WITH_SAELENS)/bin/python -m pytest -q -p no:cacheprovider tests/trix/superposition/sae/test_saelens.py
 
 fuzz: $(STAMP) ## Feed the sanitized library mutated models and random shapes for ten minutes, or FUZZ_SECONDS=60
 	TRIX_FUZZ_SECONDS=$(or $(FUZZ_SECONDS),600) TRIX_FUZZ_SEED=$${TRIX_FUZZ_SEED:-$$(date +%s)} \

@@ -30,6 +30,7 @@ from lightning_modules.callbacks.run_record import ENVIRONMENT_NAME, METRICS_NAM
 from lightning_modules.callbacks.run_report import RunReport, StepProgressBar
 from lightning_modules.callbacks.stability import StabilityMonitor
 from lightning_modules.class_paths import import_parts
+from lightning_modules.data import activations as _activations  # noqa: F401
 from lightning_modules.data import digits as _digits  # noqa: F401 (a configuration can name imported classes in short)
 from lightning_modules.data import language_id as _language_id  # noqa: F401
 from lightning_modules.data import text as _text  # noqa: F401

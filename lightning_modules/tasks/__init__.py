@@ -6,9 +6,11 @@ from lightning_modules.tasks.classifier import ClassifierTask
 from lightning_modules.tasks.language_model import LanguageModelTask
 from lightning_modules.tasks.resnet_bk import ResNetBKTask
 from lightning_modules.tasks.routed_task import RoutedTask, StepOutput
+from lightning_modules.tasks.sparse_autoencoder import AutoencoderConfig, SparseAutoencoderTask, load_autoencoder
 from lightning_modules.tasks.task import CheckpointError, LRSchedulerCallable, OptimizerCallable, TrixTask
 
 __all__ = [
+    "AutoencoderConfig",
     "CheckpointError",
     "ClassifierTask",
     "Example",
@@ -20,10 +22,12 @@ __all__ = [
     "Request",
     "ResNetBKTask",
     "RoutedTask",
+    "SparseAutoencoderTask",
     "StepOutput",
     "TrixTask",
     "check_finite",
     "check_resumable",
+    "load_autoencoder",
     "load_checkpoint",
     "load_weights",
     "read_checkpoint",

@@ -35,6 +35,7 @@ def test_import_contracts_of_pyproject_hold() -> None:
         ("ort_ops.schema", {"torch", "trix", "onnx", "onnxscript", "onnxruntime", "numpy"}),
         ("ort_ops.operators", {"torch", "trix", "onnxscript", "onnxruntime", "lightning"}),
         ("ort_ops.self_test", {"torch", "trix", "onnxscript", "lightning"}),
+        ("trix.superposition", {"torch", "pandas", "pydantic", "transformers", "sklearn", "numpy"}),
         ("lightning_modules.cli", {"torch", "lightning", "onnx", "onnxruntime"}),
     ],
 )

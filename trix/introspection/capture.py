@@ -68,10 +68,13 @@ def _note(layer: RoutedLayer, notes: list[Note]) -> tuple[RemovableHandle, Remov
             x_TD, decision = notes[-1]
             notes[-1] = (x_TD, decision._replace(weight=decision.weight * mask.reshape(-1, 1)))
 
-    return _note_decision(layer, notes), layer.register_forward_hook(leave_out_padding, with_kwargs=True)
+    return note_decision(layer, notes), layer.register_forward_hook(leave_out_padding, with_kwargs=True)
 
 
-def _note_decision(layer: RoutedLayer, notes: list[Note]) -> RemovableHandle:
+def note_decision(layer: RoutedLayer, notes: list[Note]) -> RemovableHandle:
+    """Note what the layer's router gets and decides at each run, until the handle is removed: x_TD in the dtype of the scores,
+    and the decision. In a :class:`~trix.nn.TriXFFN` the hook comes before the tiles are computed.
+    """
     if isinstance(layer, SparseLookupFFN):  # it asks its router for the choice alone, without a forward to hook
 
         def note_lookup(

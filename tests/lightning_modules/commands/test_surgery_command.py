@@ -292,7 +292,7 @@ def test_mistakes_and_help_are_told_without_torch(tmp_path: Path) -> None:
         "assert main(['surgery', '--wrong']) == 2\n"
         "where = ['--layer', '0', '--tile', '0', '--tag', 't', '--output', 'new.onnx']\n"
         "assert main(['surgery', 'missing.onnx', 'freeze', *where]) == 2\n"
-        "heavy = [name for name in ('torch', 'lightning', 'trix') if name in sys.modules]\n"
+        "heavy = [name for name in ('torch', 'lightning', 'trix.nn') if name in sys.modules]\n"
         "assert not heavy, heavy"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
