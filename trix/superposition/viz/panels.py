@@ -116,8 +116,11 @@ def _rows(
     acts = (column_rows(act_path, "acts", start, stop) for act_path, _, start, stop in parts)
     for (_, tok_path, start, stop), (_, z_BK) in zip(parts, encoded_batches(sae, acts, device), strict=True):
         row_B = np.empty(stop - start, dtype=ROW)
-        row_B["token"] = column_rows(tok_path, "tokids", start, stop).numpy()
-        row_B["document"] = column_rows(tok_path, "titleidx", start, stop).numpy()
+        for field, name in (("token", "tokids"), ("document", "titleidx")):
+            column_B = column_rows(tok_path, name, start, stop).numpy()
+            if column_B.ndim != 1 or column_B.dtype.kind not in "iu":
+                raise ValueError(f"{tok_path}: {name} ({column_B.dtype} {column_B.shape}) must be int [N]")
+            row_B[field] = column_B
         row_B["value"] = z_BK[:, latent_j].cpu().numpy()
         yield row_B
 

@@ -206,6 +206,9 @@ def test_errors(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"token id \(1\) must be >= 0 and < size of the vocabulary \(1\)"):
         panel(tokenizer="x")
     (tmp_path / "more").mkdir()
+    halves = write_shards(tmp_path / "more", torch.ones(2, 2), [2], tokids_N=torch.tensor([0.5, 1.5]))
+    with pytest.raises(ValueError, match=r"tokids \(float32 \(2,\)\) must be int \[N\]"):
+        panel(tok_files=halves)
     longer = write(tmp_path / "more", [1.0, 2.0, 3.0], titles=[0, 0, 0])
     with pytest.raises(ValueError, match=r"tokids \(3 tokens\) must be of as many tokens as .* \(2\)"):
         panel(tok_files=longer)
