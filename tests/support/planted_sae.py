@@ -35,14 +35,22 @@ def identity_sae(num_latents: int) -> ReLUSAE:
     return ReLUSAE(torch.eye(num_latents), torch.eye(num_latents))
 
 
-def write_shards(folder: Path, acts_ND: Tensor, sizes: Sequence[int], tokids_N: Tensor | None = None) -> list[Path]:
-    """Shards of the given numbers of tokens."""
+def write_shards(
+    folder: Path,
+    acts_ND: Tensor,
+    sizes: Sequence[int],
+    tokids_N: Tensor | None = None,
+    titleidx_N: Tensor | None = None,
+) -> list[Path]:
+    """Shards of the given numbers of tokens. Without other columns each token has its own id, and all are of document 0."""
     tokids_N = torch.arange(len(acts_ND)) if tokids_N is None else tokids_N
+    titleidx_N = torch.zeros(len(acts_ND), dtype=torch.int64) if titleidx_N is None else titleidx_N
+    columns = {"acts": acts_ND, "tokids": tokids_N, "titleidx": titleidx_N}
     paths, start = [], 0
     for number, size in enumerate(sizes):
         path = folder / f"shard_{number:05d}.safetensors"
         rows = slice(start, start + size)
-        save_file({"acts": acts_ND[rows].contiguous(), "tokids": tokids_N[rows].contiguous()}, path)
+        save_file({name: column[rows].contiguous() for name, column in columns.items()}, path)
         paths.append(path)
         start += size
     return paths

@@ -36,6 +36,7 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem } dt
 .muted { color: #5f6b7a } .bar { background: #e2e8f0; height: 6px } .bar div { background: #4a5568; height: 6px }
 code, .context { font-family: ui-monospace, monospace; font-size: 13px }
 .context { white-space: pre; overflow: hidden; text-overflow: ellipsis }
+.passage { white-space: pre-wrap; overflow-wrap: anywhere }
 .pictures { display: flex; gap: .6rem; flex-wrap: wrap } figure { margin: 0; font-size: 13px }
 .picture { height: 60px; display: block } mark { background: #fbd38d }
 .badge { background: #2b6cb0; color: white; border-radius: 4px; padding: 0 .4rem; font-size: 12px }
