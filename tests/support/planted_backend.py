@@ -57,9 +57,10 @@ class PlantedBackend(CausalLMBackend):
         sign = -1 if site.name == "negative" else 1
         return (self.block(site.layer).register_forward_pre_hook(lambda _, inputs: note(sign * inputs[0])),)
 
-    def run(self, input_ids: Tensor, mask: Tensor | None) -> None:
+    def run(self, input_ids: Tensor, mask: Tensor | None) -> Tensor:
         self.num_runs += 1
-        self.model(input_ids)
+        logits_BTV: Tensor = self.model(input_ids) @ self.model.embedding.weight.nan_to_num().t()
+        return logits_BTV
 
     def generate(self, **kw: Any) -> Tensor:
         raise NotImplementedError

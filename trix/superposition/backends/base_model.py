@@ -88,8 +88,8 @@ class CausalLMBackend(ABC):
         """
 
     @abstractmethod
-    def run(self, input_ids: Tensor, mask: Tensor | None) -> None:
-        """Run the model once. mask: bool [B, T], or None without padding."""
+    def run(self, input_ids: Tensor, mask: Tensor | None) -> Tensor:
+        """Run the model once: its logits, [B, T, vocabulary]. mask: bool [B, T], or None without padding."""
 
     @abstractmethod
     def generate(self, **kw: Any) -> Tensor:

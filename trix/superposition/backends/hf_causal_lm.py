@@ -111,8 +111,9 @@ class HFCausalLM(CausalLMBackend):
         return (layer.register_forward_hook(note_output),)
 
     @override
-    def run(self, input_ids: Tensor, mask: Tensor | None) -> None:
-        self.model(input_ids=input_ids, attention_mask=None if mask is None else mask.to(torch.int64), use_cache=False)
+    def run(self, input_ids: Tensor, mask: Tensor | None) -> Tensor:
+        mask = None if mask is None else mask.to(torch.int64)
+        return self.model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
 
     @override
     @torch.no_grad()

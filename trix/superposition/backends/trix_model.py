@@ -95,8 +95,8 @@ class TriXBackend(CausalLMBackend):
         return _watch_router(block.ffn, site.name, shape, note)
 
     @override
-    def run(self, input_ids: Tensor, mask: Tensor | None) -> None:
-        self.model(input_ids, mask_BT=mask)
+    def run(self, input_ids: Tensor, mask: Tensor | None) -> Tensor:
+        return self.model(input_ids, mask_BT=mask)
 
     @override
     @torch.no_grad()

@@ -59,7 +59,7 @@ def read_rows(
     is_sink_N = torch.zeros_like(is_finite_N)
     is_first_N = torch.zeros_like(is_finite_N)
     if drop_sinks:
-        is_sink_N = torch.stack([_is_above_median(x_ND, is_finite_N) for x_ND in acts.values()]).any(dim=0)
+        is_sink_N = torch.stack([has_sink_norm(x_ND, is_finite_N) for x_ND in acts.values()]).any(dim=0)
         if backend.has_sinks:
             is_first_N = position_N == 0
     is_broken_N = ~is_finite_N & ~is_first_N
@@ -90,7 +90,8 @@ def read_rows(
     return BatchRows({name: column[is_kept_N] for name, column in common.items()}, by_site, dropped, broken)
 
 
-def _is_above_median(x_ND: Tensor, is_finite_N: Tensor) -> Tensor:
+def has_sink_norm(x_ND: Tensor, is_finite_N: Tensor) -> Tensor:
+    """bool [N] on the CPU: finite tokens whose norm is more than SINK_RATIO times the median of the finite ones."""
     norm_N = torch.linalg.vector_norm(x_ND.float(), dim=-1).cpu()
     if not bool(is_finite_N.any()):
         return torch.zeros_like(is_finite_N)
