@@ -19,7 +19,7 @@ from lightning_modules.trust import OWN, denial, is_class_path
 ClassT = TypeVar("ClassT")
 # Settings of a network whose value may be the import path of a class, and the setting that stands next to each in our
 # configurations. A task of the user's own may have a setting of the same name that means something else.
-PARTS = {"mixer": "num_layers", "routing": "num_tiles", "tiles": "num_tiles"}
+PARTS = {"mixer": "num_layers", "routing": "num_tiles", "tiles": "num_tiles", "architecture": "k"}
 
 
 def class_path(kind: type) -> str:

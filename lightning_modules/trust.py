@@ -22,7 +22,7 @@ VARIABLE = "TRIX_TRUST"
 OWN = ("lightning", "lightning_modules", "ort_ops", "torch", "trix")
 # Options and keys whose value may be a class path as it stands, without a class_path key.
 SLOTS = frozenset({"accelerator", "callbacks", "class_path", "data", "logger", "lr_scheduler", "model", "optimizer"})
-SLOTS |= {"mixer", "plugins", "profiler", "routing", "strategy", "tiles"}
+SLOTS |= {"architecture", "mixer", "plugins", "profiler", "routing", "strategy", "tiles"}
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _DENIED = re.compile(r"Importing '(?P<path>[\w.]+)' is not allowed")

@@ -38,7 +38,7 @@ PARTS = [
 
 
 def test_the_recipes_are_there() -> None:
-    kinds = ("tile type", "router", "mixer", "callback", "data module", "task")
+    kinds = ("tile type", "router", "mixer", "callback", "SAE architecture", "data module", "task")
     assert [f"A new {kind}" for kind in kinds] == [title for title in PARTS if title.startswith("A new ")]
 
 

@@ -18,6 +18,7 @@ from trix.regular_files import check_regular, read_regular
 from trix.superposition.sae.base import ARCHITECTURES, SAE
 from trix.superposition.sae.batch_topk import BatchTopKSAE
 from trix.superposition.sae.jumprelu import JumpReLUSAE
+from trix.superposition.sae.standard import SparseAutoencoder
 from trix.superposition.sae.topk import TopKSAE
 from trix.superposition.sae.transcoder import Transcoder
 from trix.whole_file import whole_file, write_whole
@@ -128,9 +129,11 @@ def _threshold(sae: SAE) -> Tensor | None:
 
 
 def _saelens_architecture(sae: SAE) -> str:
-    if isinstance(sae, BatchTopKSAE):
-        return "jumprelu_transcoder" if isinstance(sae, Transcoder) else "jumprelu"
-    return sae.architecture
+    """What does the same after training; an architecture of the user's own that is none of these keeps its name."""
+    if isinstance(sae, Transcoder):
+        return "jumprelu_transcoder"
+    kinds = {BatchTopKSAE: "jumprelu", JumpReLUSAE: "jumprelu", TopKSAE: "topk", SparseAutoencoder: "standard"}
+    return next((name for kind, name in kinds.items() if isinstance(sae, kind)), sae.architecture)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
