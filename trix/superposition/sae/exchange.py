@@ -38,7 +38,7 @@ def load_sparsify(path: str | Path) -> TopKSAE:
     width, active = whole_number(config, "d_in", folder), whole_number(config, "k", folder)
     k = config.get("num_latents") or width * whole_number(config, "expansion_factor", folder)
     if type(k) is not int or k < 1:
-        raise ValueError(f"num_latents of {folder} ({k!r:.40}) must be a whole number >= 0")
+        raise ValueError(f"num_latents of {folder} ({k!r:.40}) must be a whole number >= 1")
     shapes = {"encoder.weight": [k, width], "encoder.bias": [k], "W_dec": [k, width], "b_dec": [width]}
     tensors = read_tensors(folder / SPARSIFY_WEIGHTS, shapes)
     sae = TopKSAE(width, k, active=active)

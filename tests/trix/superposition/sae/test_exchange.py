@@ -55,7 +55,7 @@ def test_sparsify(sparsify_folder: Path) -> None:
         ({"activation": "groupmax"}, r"activation of .* \('groupmax'\) must be 'topk'"),
         ({"num_latents": 11}, r"shape of encoder.weight in .* \(\[10, 6\]\) must be \[11, 6\]"),
         ({"num_latents": 0, "expansion_factor": 10**9}, r"must be \[6000000000, 6\]"),
-        ({"num_latents": "10"}, r"num_latents of .* \('10'\) must be a whole number"),
+        ({"num_latents": "10"}, r"num_latents of .* \('10'\) must be a whole number >= 1"),
         ({"k": 0}, r"k of .* \(0\) must be a whole number >= 1"),
         ({"k": 11}, r"active \(11\) must be >= 1 and <= k \(10\)"),
     ],
