@@ -111,7 +111,9 @@ def column_rows(path: Path | str, name: str, start: int, stop: int | None) -> Te
 def num_rows(path: Path | str, name: str = "acts") -> int:
     """Tokens of a shard; its values are not read. Errors as :func:`read_column`."""
     path = Path(path)
-    return len(load_npy(_npy_of(path, name))) if path.suffix == ".npy" else _column_info(path, name, shard_columns(path)).shape[0]
+    return (
+        len(load_npy(_npy_of(path, name))) if path.suffix == ".npy" else _column_info(path, name, shard_columns(path)).shape[0]
+    )
 
 
 def shard_columns(path: Path) -> dict[str, ColumnInfo]:
