@@ -121,7 +121,10 @@ def test_latents_of_a_shard_do_not_depend_on_the_batch(folder: Path) -> None:
             r"d_out of .* \(1000000000000000\) must be the width of W_dec \(6\)",
         ),
         ({"metadata": {"trix": {"architecture": "topk", "settings": {"active": 2.5}}}}, r"active \(2\.5\) must be an int"),
-        ({"metadata": {"trix": {"architecture": "topk", "settings": {"active": 3, "aux_k": "1"}}}}, r"aux_k \('1'\) must be an"),
+        (
+            {"metadata": {"trix": {"architecture": "topk", "settings": {"active": 3, "aux_k": "1"}}}},
+            r"aux_k \('1'\) must be an",
+        ),
         ({"metadata": {"trix": {"architecture": "topk", "settings": {"active": 3, "dead_window": 0.5}}}}, r"must be an int"),
         ({"metadata": {"trix": {"architecture": "jumprelu", "settings": {}}}}, r"must hold a threshold for each latent"),
     ],
