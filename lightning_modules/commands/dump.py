@@ -35,6 +35,8 @@ def run_dump(arguments: list[str]) -> int:
         try:
             _dump(options, trusted)
         except ImportError as error:
+            if error.name is None:  # it says itself what to install
+                raise UserError(str(error)) from error
             extra = "transformers" if error.name == "transformers" else "superposition"
             raise UserError(f"{error.name} must be installed for this: pip install 'trix[{extra}]'") from error
         except OSError as error:

@@ -40,7 +40,7 @@ class ActivationDataModule(TrixDataModule):
         seed: seed of the split and of the order, >= 0.
 
     Attributes:
-        num_features, num_outputs: D and O. dump_sha256: digest of the manifest.
+        num_features, num_outputs: D and O. has_target: whether there is a ``target``. dump_sha256: digest of the manifest.
 
     Raises:
         DataError: no complete dump, one that does not fit its manifest, targets of other tokens, a value out of range, fewer
@@ -71,7 +71,7 @@ class ActivationDataModule(TrixDataModule):
             }
         )
         self.batch_size, self.seed, self.validation_fraction = batch_size, seed, validation_fraction
-        self._dump = _opened(path)
+        self._dump, self.has_target = _opened(path), target is not None
         self._target = None if target is None else _opened(target)
         if self._target is not None and not _have_equal_tokens(self._dump, self._target):
             raise DataError(f"tokens of target ({target}) must be those of path ({path}): dump both sites at once")

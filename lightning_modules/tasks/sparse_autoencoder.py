@@ -122,6 +122,10 @@ class SparseAutoencoderTask(TrixTask):
             found = getattr(datamodule, name, self.hparams[name])
             if found is not None and found != self.hparams[name]:
                 raise DataError(f"{name} of the data ({found}) must equal the task's ({self.hparams[name]})")
+        if getattr(datamodule, "has_target", False):
+            for name, sae in self.autoencoders.items():
+                if sae.centres_input:
+                    raise DataError(f"architecture of {name} ({sae.architecture}) must be transcoder: the data have a target")
 
     @classmethod
     @override
@@ -246,6 +250,9 @@ def _config(values: AutoencoderConfig | Mapping[str, Any]) -> AutoencoderConfig:
 
 
 def _make(config: AutoencoderConfig, num_features: int, num_outputs: int) -> SAE:
+    if "d_out" in config.settings:
+        given = config.settings["d_out"]
+        raise ValueError(f"d_out in the settings ({given!r:.40}) must be left out: it is num_outputs ({num_outputs})")
     sizes = {} if num_outputs == num_features else {"d_out": num_outputs}
     sae = ARCHITECTURES.make(config.architecture, num_features, config.k, arguments={**config.settings, **sizes})
     if num_outputs != num_features and sae.centres_input:

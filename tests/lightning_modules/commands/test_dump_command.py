@@ -100,3 +100,14 @@ def test_what_is_missing_is_named_with_the_extra(
     monkeypatch.setattr(module, "_dump", fail)
     assert dump(ckpt, tmp_path) == 2
     assert "pandas must be installed for this: pip install 'trix[superposition]'" in capsys.readouterr().err
+
+
+def test_what_a_part_says_of_a_missing_library_is_passed_on(
+    ckpt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise ImportError("models of Hugging Face need transformers: pip install 'trix[transformers]'")
+
+    monkeypatch.setattr(module, "_dump", fail)
+    assert dump(ckpt, tmp_path) == 2
+    assert "error: models of Hugging Face need transformers: pip install 'trix[transformers]'" in capsys.readouterr().err

@@ -160,13 +160,23 @@ def test_an_autoencoder_of_a_run_is_read_with_its_scales_folded_in(folders: list
         (lambda: task(autoencoder=AutoencoderConfig("topk", 8, {"actve": 3})), r"did you mean active\?"),
         (lambda: task(others={"sae": CONFIG}), r"names of others \(sae\) must be Python names"),
         (lambda: task(others={"a b": CONFIG}), r"names of others \(a b\)"),
-        (lambda: task(num_outputs=5), r"d_out|num_outputs \(5\) must equal num_features \(32\), except for a transcoder"),
+        (
+            lambda: task(autoencoder=AutoencoderConfig("topk", 48, {"d_out": 5})),
+            r"d_out in the settings \(5\) must be left out: it is num_outputs \(32\)",
+        ),
+        (lambda: task(num_outputs=5), r"num_outputs \(5\) must equal num_features \(32\), except for a transcoder"),
         (lambda: SparseAutoencoderTask(None), r"num_features \(None\) must be an int"),  # type: ignore[arg-type]
     ],
 )
 def test_bad_settings_are_named(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_only_a_transcoder_learns_to_write_a_target_of_the_same_width(folders: list[Path]) -> None:
+    with pytest.raises(DataError, match=r"architecture of sae \(topk\) must be transcoder: the data have a target"):
+        task().check_data(data(folders, target=str(folders[1])))
+    task(autoencoder=AutoencoderConfig("transcoder", 48)).check_data(data(folders, target=str(folders[1])))
 
 
 def test_data_of_another_width_are_refused(folders: list[Path]) -> None:

@@ -99,7 +99,7 @@ def column_rows(path: Path | str, name: str, start: int, stop: int | None) -> Te
     if path.suffix == ".npy":
         array = np.array(load_npy(_npy_of(path, name))[start:stop])
         return torch.from_numpy(array.astype(np.int64, copy=False) if array.dtype.kind in "iu" else array)
-    _column_info(path, name)
+    _column_info(path, name, _header(path))
     try:
         with safe_open(path, framework="pt") as file:
             rows: Tensor = file.get_slice(name)[start:stop]
@@ -111,15 +111,27 @@ def column_rows(path: Path | str, name: str, start: int, stop: int | None) -> Te
 def num_rows(path: Path | str, name: str = "acts") -> int:
     """Tokens of a shard; its values are not read. Errors as :func:`read_column`."""
     path = Path(path)
-    return len(load_npy(_npy_of(path, name))) if path.suffix == ".npy" else _column_info(path, name).shape[0]
+    return (
+        len(load_npy(_npy_of(path, name))) if path.suffix == ".npy" else _column_info(path, name, shard_columns(path)).shape[0]
+    )
 
 
 def shard_columns(path: Path) -> dict[str, ColumnInfo]:
-    """What a safetensors shard says that it holds.
+    """What a safetensors shard holds; its values are not read.
 
     Raises:
         ValueError: a file of another form, or one that is shorter or longer than its header says. OSError: no regular file.
     """
+    columns = _header(path)
+    try:
+        with safe_open(path, framework="pt"):  # compares the shapes with the bytes that are there
+            return columns
+    except SafetensorError as error:
+        raise ValueError(f"{path} must be a safetensors file: {error}") from error
+
+
+def _header(path: Path) -> dict[str, ColumnInfo]:
+    """What a shard says that it holds; its length is compared, its shapes are not."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
@@ -140,8 +152,7 @@ def shard_columns(path: Path) -> dict[str, ColumnInfo]:
     return found
 
 
-def _column_info(path: Path, name: str) -> ColumnInfo:
-    columns = shard_columns(path)
+def _column_info(path: Path, name: str, columns: Mapping[str, ColumnInfo]) -> ColumnInfo:
     if name not in columns or not columns[name].shape:
         raise ValueError(f"{path}: columns ({', '.join(columns)}) must include {name}")
     return columns[name]

@@ -89,7 +89,8 @@ def _dump(
     texts = TokenizedTexts.from_frame(df, text_col, label_col, backend, cfg.max_len)
     batches = texts.batches(cfg.batch_size)
     empty = int((texts.length == 0).sum())
-    writer = ShardWriter(folders, _identities(texts, backend, cfg, list(folders)), len(texts.label), empty, cfg.strict)
+    identities = _identities(texts, backend, cfg, list(folders))
+    writer = ShardWriter(folders, identities, len(texts.label), empty, len(texts.id_N), cfg.strict)
     if writer.is_complete:
         return
     label = torch.from_numpy(texts.label)

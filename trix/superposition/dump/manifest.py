@@ -143,6 +143,8 @@ def read_manifest(folder: Path) -> Manifest:
     total = sum(shard.tokens for shard in manifest.shards)
     if total != manifest.tokens:
         raise ValueError(f"{path}: tokens ({manifest.tokens}) must be those of the shards ({total})")
+    if manifest.cursor is None and total == 0:
+        raise ValueError(f"{path}: shards of a complete dump ({len(manifest.shards)}) must be >= 1")
     full, limit = manifest.identity.settings.shard_tokens, len(manifest.shards) - (manifest.cursor is None)
     for index, shard in enumerate(manifest.shards):
         if shard.tokens > full or (index < limit and shard.tokens != full):

@@ -92,7 +92,11 @@ class ActivationDump:
         return torch.cat([read_column(path, name) for path in self.paths])
 
     def num_rows(self, part: Part = "all", held_out: float = 0.0, seed: int = 0) -> int:
-        """Rows of a part, as :meth:`shuffled` splits them."""
+        """Rows of a part, as :meth:`shuffled` splits them.
+
+        Raises:
+            ValueError: held_out out of [0, 1).
+        """
         chunks = self._chunks(part, held_out, seed)
         return int((chunks[:, 2] - chunks[:, 1]).sum())
 
@@ -122,8 +126,6 @@ class ActivationDump:
         """
         if batch_size < 1 or min(seed, epoch) < 0:
             raise ValueError(f"batch_size ({batch_size}) must be >= 1, seed ({seed}) and epoch ({epoch}) >= 0")
-        if not 0 <= held_out < 1:
-            raise ValueError(f"held_out ({held_out}) must be >= 0 and < 1")
         chunks = self._chunks(part, held_out, seed)
         num_batches = -(-int((chunks[:, 2] - chunks[:, 1]).sum()) // batch_size)
         if not 0 <= start <= num_batches:
@@ -161,6 +163,8 @@ class ActivationDump:
 
     def _chunks(self, part: Part, held_out: float, seed: int) -> NDArray[np.int64]:
         """The chunks of a part, int64 [chunks, 3]: shard, first row, row after the last."""
+        if not 0 <= held_out < 1:
+            raise ValueError(f"held_out ({held_out}) must be >= 0 and < 1")
         chunks = np.array(
             [
                 (index, first, min(first + CHUNK_ROWS, shard.tokens))

@@ -32,22 +32,25 @@ MAX_SHARDS = 10**5  # names of five digits
 
 @dataclass
 class _Folder:
-    """One site's folder: the shard that is being filled, and the records of those that are written."""
+    """One site's folder: the shard that is being filled, and the records of those that are written.
+
+    capacity: most rows that a shard will have.
+    """
 
     path: Path
     identity: Identity
+    capacity: int
     d_model: int = 0
     columns: list[str] = field(default_factory=list)
     buffers: dict[str, Tensor] = field(default_factory=dict)
     shards: list[ShardRecord] = field(default_factory=list)
 
     def put(self, rows: Mapping[str, Tensor], place: int) -> None:
-        size = self.identity.settings.shard_tokens
         self.d_model = rows["acts"].shape[1]
         self.columns = ["acts", *TOKEN_COLUMNS, *(name for name in rows if name not in ("acts", *TOKEN_COLUMNS))]
         for name, column in rows.items():
             if name not in self.buffers:
-                self.buffers[name] = torch.empty((size, *column.shape[1:]), dtype=column.dtype)
+                self.buffers[name] = torch.empty((self.capacity, *column.shape[1:]), dtype=column.dtype)
             self.buffers[name][place : place + len(column)] = column
 
     def write(self, fill: int) -> None:
@@ -63,8 +66,8 @@ class ShardWriter:
     manifest that names it are each written whole, so a dump can be killed anywhere; what it then writes again is the same.
 
     Args:
-        folders: of each site. identities: of each site. documents, empty_documents: for the manifests. strict: a value that is
-            NaN or infinite is an error.
+        folders: of each site. identities: of each site. documents, empty_documents: for the manifests. tokens: of all
+            texts, of which some may be left out. strict: a value that is NaN or infinite is an error.
 
     Raises:
         ValueError: a folder holds another dump, shards that its manifest does not name, or damaged ones.
@@ -76,11 +79,13 @@ class ShardWriter:
         identities: Mapping[Site, Identity],
         documents: int,
         empty_documents: int,
+        tokens: int,
         strict: bool,
     ) -> None:
         self._documents, self._empty_documents, self._strict = documents, empty_documents, strict
-        self._folders = {site: _Folder(path, identities[site]) for site, path in folders.items()}
         self._shard_tokens = next(iter(identities.values())).settings.shard_tokens
+        capacity = min(self._shard_tokens, tokens)
+        self._folders = {site: _Folder(path, identities[site], capacity) for site, path in folders.items()}
         self.batch = self._skip = self._fill = 0
         self._dropped, self._not_finite = Dropped(), list[NotFinite]()
         self.is_complete = False

@@ -68,7 +68,8 @@ def labels_from_merge_matrix(M: npt.ArrayLike | Tensor) -> IntArray:
     Raises:
         ValueError: a row that is not one 1 among zeros, or a column without a latent.
     """
-    matrix = torch.as_tensor(M).detach().cpu().numpy()
+    given = torch.as_tensor(M).detach().cpu()
+    matrix = (given.float() if given.is_floating_point() else given).numpy()  # numpy knows no bfloat16
     if matrix.ndim == 1:
         return checked_labels(matrix)
     if matrix.ndim != 2 or min(matrix.shape) == 0:

@@ -32,7 +32,7 @@ class MergedSAE(nn.Module):
         W_dec: decoder [M, D]. b_dec: its intercept [D].
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit, or a decoder that is not of floating-point numbers.
     """
 
     base: SparseCoder
@@ -44,6 +44,9 @@ class MergedSAE(nn.Module):
         num_merged = int(label_K.max()) + 1
         if len(label_K) != base.k:
             raise ValueError(f"merge_map ({len(label_K)} latents) must map the k ({base.k}) latents of the base")
+        for name, value in {"W_dec": W_dec, "b_dec": b_dec}.items():
+            if not value.is_floating_point():
+                raise ValueError(f"{name} ({value.dtype}) must be of floating-point numbers")
         if W_dec.ndim != 2 or len(W_dec) != num_merged:
             raise ValueError(f"W_dec {tuple(W_dec.shape)} must be [M ({num_merged}), D]")
         if b_dec.shape != W_dec.shape[1:]:
@@ -93,11 +96,22 @@ class MergedSAE(nn.Module):
             if not bool(torch.isfinite(value).all()):
                 raise ValueError(f"{name} ({int((~torch.isfinite(value)).sum())} values that are not) must be finite")
         merged = cls(copy.deepcopy(base), tensors["merge_map"], tensors["W_dec"], tensors["b_dec"])
-        try:
-            merged.load_state_dict(dict(tensors))
-        except RuntimeError as error:
-            raise ValueError(f"tensors must be those of a merged autoencoder with this base: {error}") from error
+        own = merged.state_dict()
+        for name in sorted(own.keys() | tensors.keys()):
+            found, wanted = _kind(tensors.get(name)), _kind(own.get(name))
+            if found != wanted:
+                raise ValueError(
+                    f"tensors must be those of a merged autoencoder with this base: {name} ({found}) must be {wanted}"
+                )
+        merged.load_state_dict(dict(tensors))
         return merged
+
+
+def _kind(tensor: Tensor | None) -> str:
+    if tensor is None:
+        return "missing"
+    number = "float" if tensor.is_floating_point() else "complex" if tensor.is_complex() else "int"
+    return f"{number} {list(tensor.shape)}"
 
 
 def merge_sae(

@@ -59,7 +59,7 @@ class SAE(nn.Module, ABC):
         x_ND: float [..., D] -> (x_hat [..., O], z [..., K]).
 
     Raises:
-        ValueError: d_model, k, d_out or dead_window < 1, or x of another width.
+        ValueError: d_model, k, d_out or dead_window that is no int or < 1, or x of another width.
     """
 
     architecture: ClassVar[str]
@@ -75,6 +75,7 @@ class SAE(nn.Module, ABC):
         super().__init__()
         d_out = d_model if d_out is None else d_out
         for name, value in {"d_model": d_model, "k": k, "d_out": d_out, "dead_window": dead_window}.items():
+            check_int(name, value)
             if value < 1:
                 raise ValueError(f"{name} ({value}) must be >= 1")
         self.d_model, self.k, self.d_out, self.dead_window = d_model, k, d_out, dead_window
@@ -221,6 +222,12 @@ class SAE(nn.Module, ABC):
         code = sparse_encode(x_ND, self.W_enc[:, dead_J], self.b_enc[dead_J], self.centre, select)
         error_hat_NO = sparse_decode(code, self.W_dec[dead_J])
         return AUX_WEIGHT * (error_NO.detach() - error_hat_NO).square().mean()
+
+
+def check_int(name: str, value: object) -> None:
+    """Raise ValueError unless the value is an int: settings come from files, and an error later says less."""
+    if not isinstance(value, int):
+        raise ValueError(f"{name} ({value!r:.40}) must be an int")
 
 
 def check_threshold(threshold_K: Tensor) -> None:

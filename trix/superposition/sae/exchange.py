@@ -38,7 +38,7 @@ def load_sparsify(path: str | Path) -> TopKSAE:
     width, active = whole_number(config, "d_in", folder), whole_number(config, "k", folder)
     k = config.get("num_latents") or width * whole_number(config, "expansion_factor", folder)
     if type(k) is not int or k < 1:
-        raise ValueError(f"num_latents of {folder} ({k!r:.40}) must be a whole number >= 0")
+        raise ValueError(f"num_latents of {folder} ({k!r:.40}) must be a whole number >= 1")
     shapes = {"encoder.weight": [k, width], "encoder.bias": [k], "W_dec": [k, width], "b_dec": [width]}
     tensors = read_tensors(folder / SPARSIFY_WEIGHTS, shapes)
     sae = TopKSAE(width, k, active=active)
@@ -72,7 +72,10 @@ def from_dictionary_learning(tensors: Mapping[str, Any], config: Mapping[str, An
     if name == "AutoEncoder":
         sae: SAE = SparseAutoencoder(width, k)
     else:
-        active = int(_tensor(tensors, "k", 0))
+        num_active = _tensor(tensors, "k", 0)
+        if num_active.is_floating_point() or num_active.is_complex():
+            raise ValueError(f"weight k ({num_active.dtype}) must be an integer")
+        active = int(num_active)
         sae = (TopKSAE if name == "AutoEncoderTopK" else BatchTopKSAE)(width, k, active=active)
     sae.set_weights(weight_DK, bias_K, weight_KD, bias_D)
     if isinstance(sae, BatchTopKSAE):
@@ -85,6 +88,9 @@ def _jump_relu(found: list[Tensor], threshold_K: Tensor) -> SAE:
     weight_DK, bias_K, weight_KD, bias_D = found
     if bias_D.shape != weight_DK.shape[:1]:
         raise ValueError(f"shape of b_dec ({list(bias_D.shape)}) must be that of the rows of W_enc ({weight_DK.shape[0]})")
+    for name, value_K in {"b_enc": bias_K, "threshold": threshold_K}.items():
+        if value_K.shape != weight_DK.shape[1:]:
+            raise ValueError(f"shape of {name} ({list(value_K.shape)}) must be {list(weight_DK.shape[1:])}")
     sae = JumpReLUSAE(*weight_DK.shape)
     sae.set_weights(weight_DK, bias_K + bias_D @ weight_DK, weight_KD, bias_D)
     sae.set_threshold(threshold_K)

@@ -27,7 +27,7 @@ CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
 MAX_CONFIG_BYTES = 2**20
 SAELENS_VERSION = "6.54.12"  # whose files these are like; without a version from 6 on SAELens takes them for an older format
 OURS = "trix"  # our entry in the metadata
-_FROM_SAELENS = {"standard": "standard", "topk": "topk", "jumprelu": "jumprelu"}
+FROM_SAELENS = ("standard", "topk", "jumprelu")  # their names are ours
 
 
 def save_sae(sae: SAE, path: str | Path, metadata: Mapping[str, Any] | None = None) -> None:
@@ -39,7 +39,7 @@ def save_sae(sae: SAE, path: str | Path, metadata: Mapping[str, Any] | None = No
         metadata: plain values to keep with it, such as the model and the site that it is about.
 
     Raises:
-        ValueError: a weight is not finite, or ``path`` is a file.
+        ValueError: a weight is not finite, metadata that JSON cannot hold or a key of ours in it, or ``path`` is a file.
         OSError: it cannot be written.
     """
     folder = Path(path)
@@ -51,6 +51,10 @@ def save_sae(sae: SAE, path: str | Path, metadata: Mapping[str, Any] | None = No
     for name, value in tensors.items():
         if not bool(value.isfinite().all()):
             raise ValueError(f"weight {name} ({int((~value.isfinite()).sum())} values that are not) must be finite")
+    ours = {"architecture": sae.architecture, "settings": sae.settings()}
+    taken = sorted(ours.keys() & (metadata or {}).keys())
+    if taken:
+        raise ValueError(f"metadata key ({taken[0]!r}) must be another one than architecture and settings")
     config = {
         "architecture": _saelens_architecture(sae),
         "d_in": sae.d_model,
@@ -62,16 +66,20 @@ def save_sae(sae: SAE, path: str | Path, metadata: Mapping[str, Any] | None = No
         "reshape_activations": "none",
         "metadata": {
             "sae_lens_version": SAELENS_VERSION,
-            OURS: {"architecture": sae.architecture, "settings": sae.settings(), **(metadata or {})},
+            OURS: {**ours, **(metadata or {})},
         },
     }
     if isinstance(sae, Transcoder):
         config["d_out"] = sae.d_out
     if isinstance(sae, TopKSAE):
         config |= {"k": sae.active, "rescale_acts_by_decoder_norm": False}
+    try:
+        text = json.dumps(config, indent=2, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"metadata must be plain values: {error}") from error
     with whole_file(folder / WEIGHTS_FILE) as partial:
         save_file(tensors, partial, metadata={"format": "pt"})
-    write_whole((json.dumps(config, indent=2) + "\n").encode(), folder / CONFIG_FILE)
+    write_whole(text.encode(), folder / CONFIG_FILE)
 
 
 def load_sae(
@@ -215,15 +223,15 @@ def _made(folder: Path, config: Mapping[str, Any], width: int, num_latents: int,
     metadata = config.get("metadata")
     ours = metadata.get(OURS) if isinstance(metadata, dict) else None
     if isinstance(ours, dict) and isinstance(ours.get("architecture"), str) and isinstance(ours.get("settings"), dict):
-        sae = ARCHITECTURES.make(ours["architecture"], width, num_latents, arguments=ours["settings"])
-        if sae.d_out != width_out:
-            raise ValueError(f"d_out of {folder} ({sae.d_out}) must be the width of W_dec ({width_out})")
-        return sae
+        d_out = ours["settings"].get("d_out", width)
+        if d_out != width_out:  # compared first: no file makes weights that are larger than its own
+            raise ValueError(f"d_out of {folder} ({d_out!r:.40}) must be the width of W_dec ({width_out})")
+        return ARCHITECTURES.make(ours["architecture"], width, num_latents, arguments=ours["settings"])
     architecture = config.get("architecture")
-    if architecture not in _FROM_SAELENS:
-        raise ValueError(f"architecture of {folder} ({architecture!r:.40}) must be one of {', '.join(_FROM_SAELENS)}")
+    if architecture not in FROM_SAELENS:
+        raise ValueError(f"architecture of {folder} ({architecture!r:.40}) must be one of {', '.join(FROM_SAELENS)}")
     arguments = {"active": whole_number(config, "k", folder)} if architecture == "topk" else {}
-    return ARCHITECTURES.make(_FROM_SAELENS[architecture], width, num_latents, arguments=arguments)
+    return ARCHITECTURES.make(architecture, width, num_latents, arguments=arguments)
 
 
 @torch.no_grad()

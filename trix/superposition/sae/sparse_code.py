@@ -97,7 +97,7 @@ class _SparseEncode(torch.autograd.Function):
         ctx: Any, x_ND: Tensor, weight_DK: Tensor, bias_K: Tensor, centre_D: Tensor, select: Select
     ) -> tuple[Tensor, Tensor, Tensor]:
         values, latents, tokens = [], [], []
-        for start in range(0, len(x_ND), ROWS):
+        for start in range(0, max(len(x_ND), 1), ROWS):  # once without tokens, too
             pre_nK = torch.addmm(bias_K, x_ND[start : start + ROWS] - centre_D, weight_DK)
             token_m, latent_m = select(pre_nK)
             values.append(pre_nK[token_m, latent_m].relu_())

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trix.superposition.sae.base import SAE, SAEStep
+from trix.superposition.sae.base import SAE, SAEStep, check_int
 from trix.superposition.sae.sparse_code import SparseCode, sparse_decode, sparse_encode, top_entries
 
 
@@ -60,11 +60,12 @@ def lowest(code: SparseCode) -> Tensor:
 
 
 def checked_active(active: int, k: int) -> int:
-    """active, where it is in [1, k].
+    """active, where it is an int in [1, k].
 
     Raises:
         ValueError: it is not.
     """
+    check_int("active", active)
     if not 1 <= active <= k:
         raise ValueError(f"active ({active}) must be >= 1 and <= k ({k})")
     return active
@@ -74,9 +75,10 @@ def default_aux_k(aux_k: int | None, d_model: int, k: int) -> int:
     """aux_k, by default d_model / 2 but at most k.
 
     Raises:
-        ValueError: it is not in [0, k].
+        ValueError: it is no int in [0, k].
     """
     aux_k = min(d_model // 2, k) if aux_k is None else aux_k
+    check_int("aux_k", aux_k)
     if not 0 <= aux_k <= k:
         raise ValueError(f"aux_k ({aux_k}) must be >= 0 and <= k ({k})")
     return aux_k

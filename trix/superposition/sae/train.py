@@ -44,9 +44,12 @@ def train_sae(
 
     Raises:
         ValueError: another k, no activations, activations of another width or that are not finite.
+        TypeError: shard_iter is not callable.
     """
     if cfg.k != sae.k:
         raise ValueError(f"k of the configuration ({cfg.k}) must be that of the autoencoder ({sae.k})")
+    if not callable(shard_iter):
+        raise TypeError(f"shard_iter ({type(shard_iter).__name__}) must be a callable without arguments that gives batches")
     if isinstance(sae, SparseAutoencoder):
         sae.l1 = cfg.l1
     sae.to(device).train()

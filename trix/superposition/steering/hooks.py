@@ -3,8 +3,10 @@
 Shapes: B texts, T tokens, D width, K latents, K' merged latents.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any, Literal, Protocol
 
 import torch
@@ -41,16 +43,21 @@ class LatentModifier:
         indices: the latents. set_to, scale_by: exactly one of them: the new value, or a factor.
 
     Raises:
-        ValueError: no latent, a negative or repeated one, both of set_to and scale_by or neither; when it is called, a latent
-            >= K.
+        ValueError: no latent, one that is no int, negative or repeated; both of set_to and scale_by or neither, or one that is
+            not finite; when it is called, a latent >= K.
     """
 
     def __init__(self, indices: Sequence[int], set_to: float | None = None, scale_by: float | None = None) -> None:
+        if not all(isinstance(index, Integral) for index in indices):
+            raise ValueError(f"latents to modify ({list(indices)}) must be ints")
         if not indices or min(indices) < 0 or len(set(indices)) < len(indices):
             raise ValueError(f"latents to modify ({list(indices)}) must be different numbers >= 0, and at least one")
         if (set_to is None) == (scale_by is None):
             raise ValueError(f"exactly one of set_to ({set_to}) and scale_by ({scale_by}) must be given")
-        self.indices, self.set_to, self.scale_by = list(indices), set_to, scale_by
+        for name, value in {"set_to": set_to, "scale_by": scale_by}.items():
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"{name} ({value}) must be finite")
+        self.indices, self.set_to, self.scale_by = [int(index) for index in indices], set_to, scale_by
 
     def __call__(self, z: Tensor) -> Tensor:
         if max(self.indices) >= z.shape[-1]:

@@ -89,6 +89,12 @@ def test_shards_have_a_fixed_number_of_tokens_and_half_the_bytes(tmp_path: Path)
     assert shard_paths(tmp_path / "bf16", "acts") == small.paths
 
 
+def test_a_shard_that_holds_all_tokens_takes_the_memory_of_those_that_there_are(tmp_path: Path) -> None:
+    cfg = EXACT.model_copy(update={"shard_tokens": 10**13})
+    dump_layer_activations(ragged_frame(), "title", "topic", trix_backend(), cfg, tmp_path)
+    assert len(ActivationDump(tmp_path).paths) == 1
+
+
 def test_sinks_are_left_out_and_counted_by_reason(tmp_path: Path) -> None:
     texts = ["sabc", "abst", "", "abcdef", "sss"]
     dump = planted(texts, tmp_path / "filtered")

@@ -135,6 +135,27 @@ def test_wrong_arguments_of_a_stream_are_refused_at_once(arguments: dict[str, An
         ActivationDump(original).shuffled(**arguments)
 
 
+def test_the_share_held_out_is_checked_when_rows_are_counted(original: Path) -> None:
+    with pytest.raises(ValueError, match=r"held_out \(1\.5\) must be >= 0 and < 1"):
+        ActivationDump(original).num_rows("training", 1.5)
+
+
+def test_a_small_file_cannot_claim_many_rows(folder: Path) -> None:
+    rows, path = 10**12, folder / "shard_00000.safetensors"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    columns = {name: ("I64", [rows]) for name in manifest["columns"]} | {"acts": ("BF16", [rows, 32]), "score": ("F32", [rows])}
+    header = {name: {"dtype": dtype, "shape": shape, "data_offsets": [0, 8]} for name, (dtype, shape) in columns.items()}
+    content = json.dumps(header).encode()
+    path.write_bytes(len(content).to_bytes(8, "little") + content + bytes(8))
+    manifest |= {"shards": [{"tokens": rows, "bytes": path.stat().st_size}], "tokens": rows}
+    manifest["identity"]["settings"]["shard_tokens"] = rows
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="must be a safetensors file"):
+        ActivationDump(folder)
+    with pytest.raises(ValueError, match="must be a safetensors file"):
+        build_offsets([path])
+
+
 def test_acts_are_no_column_to_hold_at_once(original: Path) -> None:
     with pytest.raises(ValueError, match=r"column \('acts'\) must be one of labels, tokids"):
         ActivationDump(original).column("acts")
@@ -175,9 +196,14 @@ def _set(*place: str | int, value: Any) -> Callable[[Any], None]:
     return change
 
 
+def _empty(manifest: Any) -> None:
+    manifest.update(shards=[], tokens=0)
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
+        (_empty, r"shards of a complete dump \(0\) must be >= 1"),
         (_set("tokens", value=1), r"tokens \(1\) must be those of the shards \(\d+\)"),
         (_set("shards", 0, "tokens", value=299), r"tokens (of shard 0 \(299\)|\(\d+\)) must be"),
         (_set("identity", "settings", "shard_tokens", value=200), r"tokens of shard 0 \(300\) must be shard_tokens \(200\)"),

@@ -82,6 +82,18 @@ def test_a_saved_one_gives_the_same(tmp_path: Path) -> None:
         (lambda tensors: tensors["merge_map"].add_(1), "labels (1 to 3, 3 different) must be 0 to M - 1 without gaps"),
         (lambda tensors: tensors.update(merge_map=torch.tensor([0, 1, 2])), "merge_map (3 latents) must map the k (5) latents"),
         (lambda tensors: tensors.update(merge_map=torch.rand(5)), "labels (float32 (5,)) must be a vector of integers"),
+        (
+            lambda tensors: tensors.update(merge_map=tensors["merge_map"].bfloat16()),
+            "labels (float32 (5,)) must be a vector of integers",
+        ),
+        (
+            lambda tensors: tensors.update(merge_map=torch.eye(3)[tensors["merge_map"]]),
+            "must be those of a merged autoencoder with this base: merge_map (float [5, 3]) must be int [5]",
+        ),
+        (
+            lambda tensors: tensors.update(W_dec=torch.zeros(3, 4, dtype=torch.int64)),
+            "W_dec (torch.int64) must be of floating-point numbers",
+        ),
         (lambda tensors: tensors.update(W_dec=torch.zeros(4, 4)), "W_dec (4, 4) must be [M (3), D]"),
         (lambda tensors: tensors.update(b_dec=torch.zeros(5)), "b_dec (5,) must be [D (4)]"),
         (
@@ -94,8 +106,9 @@ def test_files_that_do_not_fit_are_refused(change: Callable[[dict[str, Tensor]],
     tensors = merged_sae().to_tensors()
     change(tensors)
     save_file(tensors, tmp_path / "changed.safetensors")
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(ValueError, match=re.escape(message)) as raised:
         load_merged_sae(tmp_path / "changed.safetensors", base())
+    assert "\n" not in str(raised.value)
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:

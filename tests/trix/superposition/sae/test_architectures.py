@@ -206,3 +206,11 @@ def test_the_geometric_median_does_not_follow_an_outlier() -> None:
 def test_bad_settings_are_named(make_one: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_one()
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_no_tokens_have_no_latents(name: str) -> None:
+    sae = make(name)
+    x_hat, z = sae(torch.zeros(0, WIDTH))
+    assert z.shape == (0, 64)
+    assert x_hat.shape == (0, sae.d_out)

@@ -55,7 +55,7 @@ def test_sparsify(sparsify_folder: Path) -> None:
         ({"activation": "groupmax"}, r"activation of .* \('groupmax'\) must be 'topk'"),
         ({"num_latents": 11}, r"shape of encoder.weight in .* \(\[10, 6\]\) must be \[11, 6\]"),
         ({"num_latents": 0, "expansion_factor": 10**9}, r"must be \[6000000000, 6\]"),
-        ({"num_latents": "10"}, r"num_latents of .* \('10'\) must be a whole number"),
+        ({"num_latents": "10"}, r"num_latents of .* \('10'\) must be a whole number >= 1"),
         ({"k": 0}, r"k of .* \(0\) must be a whole number >= 1"),
         ({"k": 11}, r"active \(11\) must be >= 1 and <= k \(10\)"),
     ],
@@ -120,3 +120,20 @@ def test_what_does_not_fit_is_named(changes: dict[str, Any], config: dict[str, A
     state = of_dictionary_learning("AutoEncoderTopK")[0] | changes
     with pytest.raises(ValueError, match=message):
         from_dictionary_learning(state, {"trainer": {"dict_class": "AutoEncoderTopK"}} if config is None else config)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("AutoEncoderTopK", {"k": torch.tensor(2.5)}, r"weight k \(torch.float32\) must be an integer"),
+        ("AutoEncoderTopK", {"k": torch.tensor(torch.inf)}, r"weight k \(torch.float32\) must be an integer"),
+        ("JumpReluAutoEncoder", {"b_enc": torch.zeros(7)}, r"shape of b_enc \(\[7\]\) must be \[10\]"),
+        ("JumpReluAutoEncoder", {"threshold": torch.zeros(9)}, r"shape of threshold \(\[9\]\) must be \[10\]"),
+    ],
+)
+def test_sizes_that_contradict_each_other_are_named(name: str, changes: dict[str, Any], message: str) -> None:
+    weights = {"W_enc": torch.randn(6, 10), "b_enc": torch.zeros(10), "W_dec": torch.randn(10, 6)}
+    linear = {"encoder.weight": torch.randn(10, 6), "encoder.bias": torch.zeros(10), "decoder.weight": torch.randn(6, 10)}
+    tensors = {**weights, **linear, "b_dec": torch.zeros(6), "threshold": torch.zeros(10), **changes}
+    with pytest.raises(ValueError, match=message):
+        from_dictionary_learning(tensors, {"trainer": {"dict_class": name}})

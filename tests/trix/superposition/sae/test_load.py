@@ -115,6 +115,17 @@ def test_latents_of_a_shard_do_not_depend_on_the_batch(folder: Path) -> None:
         ({"metadata": None, "k": 99}, r"active \(99\) must be >= 1 and <= k \(10\)"),
         ({"metadata": {"trix": {"architecture": "os.system", "settings": {}}}}, r"SAE architecture \('os.system'\)"),
         ({"metadata": {"trix": {"architecture": "topk", "settings": {"actve": 3}}}}, r"did you mean active\?"),
+        ({"metadata": None, "architecture": ["topk"]}, r"architecture of .* \(\['topk'\]\) must be one of standard, topk"),
+        (
+            {"metadata": {"trix": {"architecture": "topk", "settings": {"active": 3, "d_out": 10**15}}}},
+            r"d_out of .* \(1000000000000000\) must be the width of W_dec \(6\)",
+        ),
+        ({"metadata": {"trix": {"architecture": "topk", "settings": {"active": 2.5}}}}, r"active \(2\.5\) must be an int"),
+        (
+            {"metadata": {"trix": {"architecture": "topk", "settings": {"active": 3, "aux_k": "1"}}}},
+            r"aux_k \('1'\) must be an",
+        ),
+        ({"metadata": {"trix": {"architecture": "topk", "settings": {"active": 3, "dead_window": 0.5}}}}, r"must be an int"),
         ({"metadata": {"trix": {"architecture": "jumprelu", "settings": {}}}}, r"must hold a threshold for each latent"),
     ],
 )
@@ -145,6 +156,23 @@ def test_other_files_are_refused(folder: Path, tmp_path: Path) -> None:
     shutil.rmtree(folder)
     with pytest.raises(ValueError, match="must be a folder with"):
         load_sae(folder)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"model": object()}, r"metadata must be plain values: Object of type object is not JSON serializable"),
+        ({"loss": float("nan")}, r"metadata must be plain values: Out of range float"),
+        ({"architecture": "gpt2"}, r"metadata key \('architecture'\) must be another one than architecture and settings"),
+        ({"settings": {}}, r"metadata key \('settings'\) must be another one"),
+    ],
+)
+def test_metadata_that_cannot_be_kept_is_refused_before_anything_is_written(
+    metadata: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        save_sae(small_autoencoder("topk"), tmp_path / "new", metadata)
+    assert not (tmp_path / "new").exists()
 
 
 def test_weights_that_are_not_finite_are_neither_written_nor_read(folder: Path, tmp_path: Path) -> None:

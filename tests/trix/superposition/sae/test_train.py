@@ -65,6 +65,8 @@ def test_what_cannot_be_trained_on_is_named() -> None:
     sae, x = TopKSAE(6, 16, active=2), torch.randn(20, 6)
     with pytest.raises(ValueError, match=r"k of the configuration \(17\) must be that of the autoencoder \(16\)"):
         train_sae(sae, lambda: [x], config(k=17))
+    with pytest.raises(TypeError, match=r"shard_iter \(list_iterator\) must be a callable without arguments"):
+        train_sae(sae, iter([x]), config())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"number of activations in epoch 1 \(0\) must be >= 1"):
         train_sae(sae, lambda: [], config())
     x[9, 0] = torch.nan

@@ -170,6 +170,9 @@ def test_merged_latents_are_sums() -> None:
         (lambda: set_or_scale_latent(-1, 1.0), r"latents to modify \(\[-1\]\) must be different numbers >= 0"),
         (lambda: multi_latent_modifier([], 1.0), r"latents to modify \(\[\]\)"),
         (lambda: multi_latent_modifier([2, 2], 1.0), r"latents to modify \(\[2, 2\]\)"),
+        (lambda: set_or_scale_latent(1.5, 1.0), r"latents to modify \(\[1\.5\]\) must be ints"),  # type: ignore[arg-type]
+        (lambda: set_or_scale_latent(3, float("nan")), r"set_to \(nan\) must be finite"),
+        (lambda: set_or_scale_latent(3, scale_by=float("inf")), r"scale_by \(inf\) must be finite"),
     ],
 )
 def test_maps_that_say_nothing_are_refused(make: Any, message: str) -> None:
