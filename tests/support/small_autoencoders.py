@@ -22,10 +22,11 @@ def small_autoencoder(name: str) -> SAE:
     torch.manual_seed(0)
     sae = ARCHITECTURES.make(name, WIDTH, NUM_LATENTS, arguments=SETTINGS[name])
     optimizer = torch.optim.SGD(sae.parameters(), lr=0.1)
-    for _ in range(3):
+    for step_number in range(3):
         x = 3 * torch.randn(20, WIDTH) + 1
         target = torch.randn(20, sae.d_out) if name == "transcoder" else x
-        sae.start_from(x, target)
+        if step_number == 0:
+            sae.start_from(x, target)
         step = sae.training_step(x, target)
         step.loss.backward()
         optimizer.step()

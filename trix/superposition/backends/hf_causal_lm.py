@@ -73,10 +73,12 @@ class HFCausalLM(CausalLMBackend):
         placed: dict[str, Any] = {"device_map": device_map}
         if device_map == "auto" and find_spec("accelerate") is None:
             placed = {}
-        model = AutoModelForCausalLM.from_pretrained(model_id, dtype=DTYPES[dtype], use_safetensors=True, **placed)
+        model = AutoModelForCausalLM.from_pretrained(
+            model_id, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False, **placed
+        )
         if not placed and torch.cuda.is_available():
             model = model.to("cuda")
-        return cls(model, AutoTokenizer.from_pretrained(model_id))
+        return cls(model, AutoTokenizer.from_pretrained(model_id, trust_remote_code=False))
 
     @property
     @override

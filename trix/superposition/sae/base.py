@@ -85,6 +85,7 @@ class SAE(nn.Module, ABC):
         self.W_enc = nn.Parameter(first_DK.clone(memory_format=torch.contiguous_format))
         self.b_enc = nn.Parameter(torch.zeros(k))
         self.b_dec = nn.Parameter(torch.zeros(d_out))
+        self.is_started = False  # whether its weights come from training or from a file
         self.register_buffer("input_scale", torch.ones(()))
         self.register_buffer("output_scale", torch.ones(()))
         self.register_buffer("tokens_since_fired_K", torch.zeros(k, dtype=torch.int64))
@@ -153,6 +154,7 @@ class SAE(nn.Module, ABC):
                 raise ValueError(f"{name} ({value.dtype} {shape}) must be of shape {wanted}, all of it finite numbers")
         for name, value in given.items():
             cast(Tensor, getattr(self, name)).copy_(value)
+        self.is_started = True
         self.input_scale.fill_(1.0)
         self.output_scale.fill_(1.0)
 
@@ -165,12 +167,16 @@ class SAE(nn.Module, ABC):
         The geometric median: the point with the least summed distance to the targets, found by Weiszfeld's iteration.
 
         Raises:
-            ValueError: no token, or one that is not finite.
+            ValueError: no token, or one that is not finite; an autoencoder that was trained or read from a file, whose weights
+                fit the scales that it had.
         """
+        if self.is_started:
+            raise ValueError("training must start from a new autoencoder: this one was trained before, or read from a file")
         target_NO = x_ND if target_NO is None else target_NO
         for rows in (x_ND, target_NO):
             if len(rows) == 0 or not bool(rows.isfinite().all()):
                 raise ValueError(f"activations to start from ({len(rows)} tokens) must be finite, and at least one")
+        self.is_started = True
         self.input_scale.copy_(_scale(x_ND))
         self.output_scale.copy_(_scale(target_NO))
         self.b_dec.copy_(geometric_median(target_NO.to(self.b_dec.dtype) * self.output_scale))

@@ -1,5 +1,6 @@
 """The bare loop: every row is used, in order, whatever the sizes of the parts; and what it refuses."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trix.superposition.config import SAEConfig
-from trix.superposition.sae import SparseAutoencoder, TopKSAE, make_sae, train_sae
+from trix.superposition.sae import SparseAutoencoder, TopKSAE, load_sae, make_sae, save_sae, train_sae
 from trix.superposition.sae.train import batches
 
 
@@ -59,6 +60,17 @@ def test_the_configuration_says_what_is_made() -> None:
     assert standard.l1 == 0.25
     with pytest.raises(ValueError, match=r"SAE architecture \('top'\) must be 'standard', 'topk'"):
         make_sae(6, config(architecture="top"))
+
+
+def test_an_autoencoder_is_trained_once(tmp_path: Path) -> None:
+    sae, x = TopKSAE(6, 16, active=2), torch.randn(20, 6)
+    train_sae(sae, lambda: [x], config())
+    save_sae(sae, tmp_path / "sae")
+    for trained in (sae, load_sae(tmp_path / "sae")):
+        before = trained.W_dec.clone()
+        with pytest.raises(ValueError, match="training must start from a new autoencoder"):
+            train_sae(trained, lambda: [x], config())
+        assert torch.equal(trained.W_dec, before)
 
 
 def test_what_cannot_be_trained_on_is_named() -> None:
