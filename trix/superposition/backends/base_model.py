@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from trix.superposition.config import DTypeName
 
 RESIDUAL = "resid_pre"
+_STREAM = ("hidden_states", "x_BTD")  # what blocks call their first argument
 DTYPES: dict[DTypeName, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -186,6 +187,18 @@ class CausalLMBackend(ABC):
                 total.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
                 total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return total.hexdigest()
+
+
+def replace_stream(block: nn.Module, change: Callable[[Tensor], Tensor]) -> RemovableHandle:
+    """Give a block ``change(x_BTD)`` in place of the stream x_BTD that enters it, until the handle is removed."""
+
+    def hook(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        name = next((name for name in _STREAM if name in named), None)
+        if name is None:
+            return (change(inputs[0]), *inputs[1:]), named
+        return inputs, {**named, name: change(named[name])}
+
+    return block.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def _mask(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:

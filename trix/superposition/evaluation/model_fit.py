@@ -4,16 +4,15 @@ B texts, T tokens of a text, D width, V vocabulary, N tokens.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
-from trix.superposition.backends.base_model import CausalLMBackend
+from trix.superposition.backends.base_model import CausalLMBackend, replace_stream
 from trix.superposition.dump.batch_rows import has_sink_norm
-
-_STREAM = ("hidden_states", "x_BTD")  # what blocks call their first argument
 
 
 class Reconstructing(Protocol):
@@ -116,18 +115,16 @@ def _log_probabilities(backend: CausalLMBackend, batch: Mapping[str, Tensor], ma
     return F.log_softmax(backend.run(batch["input_ids"].to(backend.device), mask).float(), dim=-1)
 
 
-def _replace(backend: CausalLMBackend, layer: int, mask_BT: Tensor, way: Callable[[Tensor], Tensor]) -> Any:
+def _replace(backend: CausalLMBackend, layer: int, mask_BT: Tensor, way: Callable[[Tensor], Tensor]) -> RemovableHandle:
     """A hook that replaces the tokens of the stream which are no padding and no sinks."""
 
-    def hook(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        name = next((name for name in _STREAM if name in named), None)
-        x_BTD: Tensor = inputs[0] if name is None else named[name]
+    def replaced(x_BTD: Tensor) -> Tensor:
         is_replaced_BT = _replaced(backend, x_BTD, mask_BT)
         new_BTD = x_BTD.clone()
         new_BTD[is_replaced_BT] = way(x_BTD[is_replaced_BT]).to(x_BTD.dtype)
-        return ((new_BTD, *inputs[1:]), named) if name is None else (inputs, {**named, name: new_BTD})
+        return new_BTD
 
-    return backend.block(layer).register_forward_pre_hook(hook, with_kwargs=True)
+    return replace_stream(backend.block(layer), replaced)
 
 
 def _replaced(backend: CausalLMBackend, x_BTD: Tensor, mask_BT: Tensor) -> Tensor:

@@ -12,9 +12,10 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from trix.superposition.backends.base_model import replace_stream
+
 LatentMap = Callable[[Tensor], Tensor]  # z [..., K] -> the z that is wanted, [..., K]
 Positions = Literal["last", "all"]
-_STREAM = ("hidden_states", "x_BTD")  # what blocks call their first argument
 _MASK = ("attention_mask", "mask_BT")  # what models call their mask of real tokens
 
 
@@ -175,24 +176,18 @@ def _register(
     def note_mask(_: nn.Module, __: tuple[Any, ...], named: dict[str, Any]) -> None:
         mask[0] = next((named[name] for name in _MASK if named.get(name) is not None), None)
 
-    def steer(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        name = next((name for name in _STREAM if name in named), None)
-        x_BTD: Tensor = inputs[0] if name is None else named[name]
+    def steer(x_BTD: Tensor) -> Tensor:
         is_steered_BT = _chosen(x_BTD, mask[0], positions)
-        new_BTD = x_BTD
         part_ND = x_BTD[is_steered_BT]
         new_ND = steered(part_ND, sae, latent_map)
-        if new_ND is not part_ND:
-            new_BTD = x_BTD.clone()
-            new_BTD[is_steered_BT] = new_ND
-        return ((new_BTD, *inputs[1:]), named) if name is None else (inputs, {**named, name: new_BTD})
+        if new_ND is part_ND:
+            return x_BTD
+        new_BTD = x_BTD.clone()
+        new_BTD[is_steered_BT] = new_ND
+        return new_BTD
 
-    return SteeringHandle(
-        [
-            backend.model.register_forward_pre_hook(note_mask, with_kwargs=True),
-            block.register_forward_pre_hook(steer, with_kwargs=True),
-        ]
-    )
+    noting = backend.model.register_forward_pre_hook(note_mask, with_kwargs=True)
+    return SteeringHandle([noting, replace_stream(block, steer)])
 
 
 def _chosen(x_BTD: Tensor, mask: Tensor | None, positions: Positions) -> Tensor:
