@@ -3,7 +3,7 @@
 from argparse import Namespace
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from lightning_modules.checkpoint_data import load_task, run_data
 from lightning_modules.commands.arguments import FILE, CommandParser
@@ -14,6 +14,7 @@ from lightning_modules.trust import trusted_modules, working_folder_searched
 if TYPE_CHECKING:
     import pandas as pd
 
+    from lightning_modules.data import RunData
     from trix.superposition.backends import CausalLMBackend
 
 DEFAULT_TOKENS = 200_000
@@ -78,17 +79,19 @@ def _model_and_texts(options: Namespace, trusted: Collection[str]) -> tuple["Cau
         if options.text is None:
             raise UserError(f"{path} needs texts to read: --text FILE")
         return HFCausalLM.from_pretrained(str(path)), _frame(options.text), options.max_len or 128
-    from lightning_modules.tasks.backend import backend_from_checkpoint
+    from lightning_modules.tasks.backend import backend_of
 
     ckpt = best_checkpoint(path)
-    backend = backend_from_checkpoint(ckpt, trusted)
+    task, checkpoint = load_task(str(ckpt), "dump", trusted)
+    backend = backend_of(task, ckpt)
     limit = backend.model.config.context_length
     max_len = options.max_len or limit
     if max_len > limit:
         raise UserError(f"--max-len ({max_len}) must be <= context_length ({limit}) of the model")
     if options.text is not None:
         return backend, _frame(options.text), max_len
-    return backend, _training_text(str(ckpt), trusted, options.num_tokens or DEFAULT_TOKENS, max_len), max_len
+    data = run_data(task, checkpoint, ckpt, trusted)
+    return backend, _training_text(data, backend.vocabulary, options.num_tokens or DEFAULT_TOKENS, max_len), max_len
 
 
 def _frame(path: str) -> "pd.DataFrame":
@@ -98,16 +101,12 @@ def _frame(path: str) -> "pd.DataFrame":
     return load_titles_csv(path, TEXT, LABEL) if path.lower().endswith(".csv") else load_text(path, TEXT, LABEL)
 
 
-def _training_text(ckpt: str, trusted: Collection[str], num_tokens: int, max_len: int) -> "pd.DataFrame":
+def _training_text(data: "RunData", vocabulary: str, num_tokens: int, max_len: int) -> "pd.DataFrame":
     """Windows of the text that the model was trained on, as training reads it."""
     import pandas as pd
 
-    from lightning_modules.tasks import LanguageModelTask
-
-    task, checkpoint = load_task(ckpt, "dump", trusted)
-    vocabulary = cast(LanguageModelTask, task).vocabulary
     texts: list[str] = []
-    for token_BT in run_data(task, checkpoint, ckpt, trusted).training_inputs(num_tokens):
+    for token_BT in data.training_inputs(num_tokens):
         texts += ["".join(vocabulary[index] for index in token_T) for token_T in token_BT[:, :max_len].tolist()]
     needed = -(-num_tokens // max_len)
     return pd.DataFrame({TEXT: texts[:needed], LABEL: 0})
