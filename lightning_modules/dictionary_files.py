@@ -1,17 +1,15 @@
 """Autoencoders in the files of dictionary_learning: ae.pt is a pickle, which is read as plain data or not at all."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from lightning_modules.errors import UserError
 from lightning_modules.tasks.checkpoint_file import load_plain
-from trix.regular_files import read_regular
 from trix.superposition.sae import SAE
 from trix.superposition.sae.exchange import from_dictionary_learning
+from trix.superposition.sae.load import read_json
 
 WEIGHTS_FILE, CONFIG_FILE = "ae.pt", "config.json"
-MAX_CONFIG_BYTES = 2**20
 
 
 def load_dictionary_learning(folder: Path | str) -> SAE:
@@ -23,11 +21,9 @@ def load_dictionary_learning(folder: Path | str) -> SAE:
     """
     folder = Path(folder)
     try:
-        config = json.loads(read_regular(folder / CONFIG_FILE, MAX_CONFIG_BYTES))
-    except OSError as error:
-        raise UserError(f"{folder / CONFIG_FILE} cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{folder / CONFIG_FILE} must be JSON: {error}") from error
+        config = read_json(folder / CONFIG_FILE)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     tensors = load_plain(folder / WEIGHTS_FILE)
     if not isinstance(config, Mapping) or not isinstance(tensors, Mapping):
         kinds = f"{type(config).__name__} and {type(tensors).__name__}"

@@ -205,11 +205,20 @@ class SAE(nn.Module, ABC):
         self.tokens_since_fired_K.add_(num_tokens).mul_(step.fired_K == 0)
 
     @torch.no_grad()
+    def folded_weights(self) -> dict[str, Tensor]:
+        """W_enc, b_enc, W_dec and b_dec with the scales in them."""
+        return {
+            "W_enc": self.W_enc * self.input_scale,
+            "b_enc": self.b_enc.detach(),
+            "W_dec": self.W_dec / self.output_scale,
+            "b_dec": self.b_dec / self.output_scale,
+        }
+
+    @torch.no_grad()
     def fold_(self) -> Self:
         """Take the scales into the weights: x_hat and z stay as they are, and both scales are 1."""
-        self.W_enc.mul_(self.input_scale)
-        self.W_dec.div_(self.output_scale)
-        self.b_dec.div_(self.output_scale)
+        for name, value in self.folded_weights().items():
+            cast(Tensor, getattr(self, name)).copy_(value)
         self.input_scale.fill_(1.0)
         self.output_scale.fill_(1.0)
         return self

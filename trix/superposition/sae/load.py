@@ -45,7 +45,8 @@ def save_sae(sae: SAE, path: str | Path, metadata: Mapping[str, Any] | None = No
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} must be a folder: an autoencoder is written as {CONFIG_FILE} and {WEIGHTS_FILE}")
-    tensors, threshold_K = _folded(sae), _threshold(sae)
+    threshold_K = _threshold(sae)
+    tensors = {name: value.float().cpu().clone().contiguous() for name, value in sae.folded_weights().items()}
     if threshold_K is not None:
         tensors["threshold"] = threshold_K
     for name, value in tensors.items():
@@ -116,18 +117,6 @@ def latents_from_shard(sae: SAE, X: Tensor, device: str | torch.device = "cpu", 
         return torch.cat([sae.encode(part.to(device)).cpu() for part in torch.split(X, batch)])
 
 
-def _folded(sae: SAE) -> dict[str, Tensor]:
-    """The weights, with the scales in them."""
-    with torch.no_grad():
-        tensors = {
-            "W_enc": sae.W_enc * sae.input_scale,
-            "b_enc": sae.b_enc,
-            "W_dec": sae.W_dec / sae.output_scale,
-            "b_dec": sae.b_dec / sae.output_scale,
-        }
-    return {name: value.detach().float().cpu().clone().contiguous() for name, value in tensors.items()}
-
-
 def _threshold(sae: SAE) -> Tensor | None:
     if isinstance(sae, JumpReLUSAE):
         return sae.threshold.detach().float().cpu().clone()
@@ -154,15 +143,24 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"{folder} must be a folder with {CONFIG_FILE} and weights in safetensors; pickles (.pt, .bin) are not read"
         )
-    try:
-        config = json.loads(read_regular(folder / CONFIG_FILE, MAX_CONFIG_BYTES))
-    except OSError as error:
-        raise ValueError(f"{folder / CONFIG_FILE} cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{folder / CONFIG_FILE} must be JSON: {error}") from error
+    config = read_json(folder / CONFIG_FILE)
     if not isinstance(config, dict):
         raise ValueError(f"{folder / CONFIG_FILE} ({type(config).__name__}) must be a JSON object")
     return config
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file of at most MAX_CONFIG_BYTES.
+
+    Raises:
+        ValueError: no such file, or another content.
+    """
+    try:
+        return json.loads(read_regular(path, MAX_CONFIG_BYTES))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} must be JSON: {error}") from error
 
 
 def whole_number(config: Mapping[str, Any], name: str, folder: Path) -> int:
