@@ -39,7 +39,8 @@ def test_the_same_tokens_whatever_the_shards_and_batches(
     seed: int, sizes: list[int], k: int, batch: int, candidates: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
-    acts_NK = torch.randint(-2, 3, (sum(sizes), 5), generator=generator).float()  # so few different values that many are equal
+    # So few different values that many are equal.
+    acts_NK = torch.randint(-2, 3, (sum(sizes), 5), generator=generator).float()
     acts_NK[:, 2] = -1  # never fires
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(top_tokens, "MAX_CANDIDATES", candidates)

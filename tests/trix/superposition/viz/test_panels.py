@@ -128,9 +128,8 @@ def test_the_strongest_documents_whatever_the_shards_and_batches(
     if is_split:
         order += order[::-1]  # each document lies at two places
     title_N = torch.tensor([title for title in order for _ in range(lengths[title])])
-    value_N = (
-        torch.randint(-3, 4, title_N.shape, generator=generator).clamp(min=0).float()
-    )  # so few different values that many are equal
+    # So few different values that many are equal.
+    value_N = torch.randint(-3, 4, title_N.shape, generator=generator).clamp(min=0).float()
     cuts = torch.randint(0, len(title_N) + 1, (num_shards - 1,), generator=generator).sort().values.tolist()
     sizes = np.diff([0, *cuts, len(title_N)]).tolist()
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
