@@ -2,24 +2,17 @@
 
 from argparse import Namespace
 from collections.abc import Collection
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_modules.checkpoint_data import load_task, run_data
 from lightning_modules.commands.arguments import FILE, CommandParser
+from lightning_modules.commands.explained_model import LABEL, TEXT, ExplainedModel, read_model, read_texts, told_to_the_user
 from lightning_modules.errors import UserError
-from lightning_modules.run_folder import best_checkpoint
 from lightning_modules.trust import trusted_modules, working_folder_searched
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from lightning_modules.data import RunData
-    from trix.superposition.backends import CausalLMBackend
-
 DEFAULT_TOKENS = 200_000
-TEXT, LABEL = "text", "label"
-HF_CONFIG = "config.json"
 
 
 def run_dump(arguments: list[str]) -> int:
@@ -32,20 +25,8 @@ def run_dump(arguments: list[str]) -> int:
     if options.num_tokens is not None and options.text is not None:
         raise UserError("--num-tokens belongs to the run's own text: of a --text all is read")
     trusted = trusted_modules(options.trust)
-    with working_folder_searched(trusted):
-        try:
-            _dump(options, trusted)
-        except ImportError as error:
-            if error.name is None:  # it says itself what to install
-                raise UserError(str(error)) from error
-            extra = "transformers" if error.name == "transformers" else "superposition"
-            raise UserError(f"{error.name} must be installed for this: pip install 'trix[{extra}]'") from error
-        except OSError as error:
-            raise UserError(f"{error.filename or options.output}: {error.strerror or error}") from error
-        except UserError:
-            raise
-        except ValueError as error:
-            raise UserError(str(error)) from error
+    with working_folder_searched(trusted), told_to_the_user(options.output):
+        _dump(options, trusted)
     return 0
 
 
@@ -53,7 +34,9 @@ def _dump(options: Namespace, trusted: Collection[str]) -> None:
     from trix.superposition.config import DumpConfig
     from trix.superposition.dump import ActivationDump, dump_sites
 
-    backend, frame, max_len = _model_and_texts(options, trusted)
+    model = read_model(options.model, "dump", trusted)
+    max_len = model.max_len(options.max_len)
+    frame = _texts(options, model, max_len)
     config = DumpConfig(
         layer=0,
         max_len=max_len,
@@ -63,53 +46,19 @@ def _dump(options: Namespace, trusted: Collection[str]) -> None:
         drop_sinks=not options.keep_sinks,
         strict=options.strict,
     )
-    for folder in dump_sites(frame, TEXT, LABEL, backend, config, options.site, options.output).values():
+    for folder in dump_sites(frame, TEXT, LABEL, model.backend, config, options.site, options.output).values():
         manifest = ActivationDump(folder).manifest
         dropped = ", ".join(f"{count} {reason}" for reason, count in manifest.dropped.model_dump().items() if count)
         left_out = f"; left out: {dropped}" if dropped else ""
         print(f"wrote   {folder}  ({manifest.tokens} tokens of {manifest.documents} texts, width {manifest.d_model}{left_out})")
 
 
-def _model_and_texts(options: Namespace, trusted: Collection[str]) -> tuple["CausalLMBackend", "pd.DataFrame", int]:
-    """The model, its texts, and how many tokens of each are read."""
-    path = Path(options.model)
-    if (path / HF_CONFIG).is_file():
-        from trix.superposition.backends import HFCausalLM
-
-        if options.text is None:
-            raise UserError(f"{path} needs texts to read: --text FILE")
-        return HFCausalLM.from_pretrained(str(path)), _frame(options.text), options.max_len or 128
-    from lightning_modules.tasks.backend import backend_of
-
-    ckpt = best_checkpoint(path)
-    task, checkpoint = load_task(str(ckpt), "dump", trusted)
-    backend = backend_of(task, ckpt)
-    limit = backend.model.config.context_length
-    max_len = options.max_len or limit
-    if max_len > limit:
-        raise UserError(f"--max-len ({max_len}) must be <= context_length ({limit}) of the model")
+def _texts(options: Namespace, model: ExplainedModel, max_len: int) -> "pd.DataFrame":
     if options.text is not None:
-        return backend, _frame(options.text), max_len
-    data = run_data(task, checkpoint, ckpt, trusted)
-    return backend, _training_text(data, backend.vocabulary, options.num_tokens or DEFAULT_TOKENS, max_len), max_len
-
-
-def _frame(path: str) -> "pd.DataFrame":
-    """The paragraphs of a text file, or the texts of a CSV file with the columns text and label."""
-    from trix.superposition.data import load_text, load_titles_csv
-
-    return load_titles_csv(path, TEXT, LABEL) if path.lower().endswith(".csv") else load_text(path, TEXT, LABEL)
-
-
-def _training_text(data: "RunData", vocabulary: str, num_tokens: int, max_len: int) -> "pd.DataFrame":
-    """Windows of the text that the model was trained on, as training reads it."""
+        return read_texts(options.text)
     import pandas as pd
 
-    texts: list[str] = []
-    for token_BT in data.training_inputs(num_tokens):
-        texts += ["".join(vocabulary[index] for index in token_T) for token_T in token_BT[:, :max_len].tolist()]
-    needed = -(-num_tokens // max_len)
-    return pd.DataFrame({TEXT: texts[:needed], LABEL: 0})
+    return pd.DataFrame({TEXT: model.training_texts(options.num_tokens or DEFAULT_TOKENS, max_len), LABEL: 0})
 
 
 def make_parser() -> CommandParser:

@@ -36,7 +36,8 @@ class AutoencoderConfig:
     Args:
         architecture: ``standard``, ``topk``, ``batch_topk``, ``jumprelu``, ``matryoshka``, ``transcoder``, or the import path
             of a :class:`trix.superposition.sae.SAE`. k: number of latents. settings: what it is made with besides, such as
-            ``active``, the number of active latents per token.
+            ``active``, the number of active latents per token. restraint: makes it a control, in which ``frozen_decoder``,
+            ``soft_frozen_decoder`` or ``frozen_encoder`` weights stay random: see :meth:`trix.superposition.sae.SAE.restrain`.
 
     Raises:
         ValueError: k is not in [1, 2^20].
@@ -45,6 +46,7 @@ class AutoencoderConfig:
     architecture: str = "batch_topk"
     k: int = 2048
     settings: dict[str, Any] = field(default_factory=dict)
+    restraint: str | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.k <= MAX_LATENTS:
@@ -257,7 +259,7 @@ def _make(config: AutoencoderConfig, num_features: int, num_outputs: int) -> SAE
     sae = ARCHITECTURES.make(config.architecture, num_features, config.k, arguments={**config.settings, **sizes})
     if num_outputs != num_features and sae.centres_input:
         raise ValueError(f"num_outputs ({num_outputs}) must equal num_features ({num_features}), except for a transcoder")
-    return sae
+    return sae if config.restraint is None else sae.restrain(config.restraint)
 
 
 def _logged(stage: str, name: str, key: str) -> str:

@@ -78,9 +78,13 @@ def test_it_learns_what_a_bare_loop_learns_to_the_bit(name: str, folders: list[P
     assert_equal(states(trained), states(bare))
 
 
-@pytest.mark.parametrize("name", ["topk", "batch_topk"])
-def test_a_resumed_run_ends_as_an_uninterrupted_one(name: str, folders: list[Path], tmp_path: Path) -> None:
-    config = AutoencoderConfig(name, 48, {"active": 4, "dead_window": 500})
+@pytest.mark.parametrize(
+    ("name", "restraint"), [("topk", None), ("batch_topk", None), ("topk", "soft_frozen_decoder"), ("topk", "frozen_encoder")]
+)
+def test_a_resumed_run_ends_as_an_uninterrupted_one(
+    name: str, restraint: str | None, folders: list[Path], tmp_path: Path
+) -> None:
+    config = AutoencoderConfig(name, 48, {"active": 4, "dead_window": 500}, restraint)
     whole, resumed, part = (task(autoencoder=config) for _ in range(3))
     fit(whole, data(folders), tmp_path / "whole", 13)
     fit(part, data(folders), tmp_path / "part", 6)

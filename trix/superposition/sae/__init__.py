@@ -3,7 +3,7 @@
 An architecture of your own derives from :class:`SAE` and is named by its import path, ``own_sae.MySAE``.
 """
 
-from trix.superposition.sae.base import ARCHITECTURES, SAE, SAEStep, geometric_median
+from trix.superposition.sae.base import ARCHITECTURES, RESTRAINTS, SAE, SAEStep, geometric_median
 from trix.superposition.sae.batch_topk import BatchTopKSAE
 from trix.superposition.sae.jumprelu import JumpReLUSAE
 from trix.superposition.sae.load import latents_from_shard, load_sae, save_sae
@@ -19,6 +19,7 @@ for _kind in (SparseAutoencoder, TopKSAE, BatchTopKSAE, JumpReLUSAE, MatryoshkaS
 
 __all__ = [
     "ARCHITECTURES",
+    "RESTRAINTS",
     "SAE",
     "BatchTopKSAE",
     "JumpReLUSAE",

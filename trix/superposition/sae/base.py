@@ -14,6 +14,9 @@ from trix.superposition.sae.sparse_code import SparseCode, sparse_decode, sparse
 
 MAX_MEDIAN_STEPS = 100
 AUX_WEIGHT = 1 / 32  # of the loss in which dead latents take part, as in arXiv:2406.04093
+FROZEN_DECODER, SOFT_FROZEN_DECODER, FROZEN_ENCODER = "frozen_decoder", "soft_frozen_decoder", "frozen_encoder"
+RESTRAINTS = (FROZEN_DECODER, SOFT_FROZEN_DECODER, FROZEN_ENCODER)
+MIN_COSINE = 0.8  # of a soft-frozen decoder row with what it was at the start
 
 
 class SAEStep(NamedTuple):
@@ -53,7 +56,8 @@ class SAE(nn.Module, ABC):
 
     Attributes:
         W_enc [D, K], b_enc [K], W_dec [K, O], b_dec [O]; at the start the rows of W_dec are random with norm 1, and W_enc is
-        its transpose where D = O. tokens_since_fired_K: int64 buffer.
+        its transpose where D = O. tokens_since_fired_K: int64 buffer. start_KO: with a soft-frozen decoder the rows of W_dec
+        that it started from, else None.
 
     Shape:
         x_ND: float [..., D] -> (x_hat [..., O], z [..., K]).
@@ -70,6 +74,7 @@ class SAE(nn.Module, ABC):
     input_scale: Tensor
     output_scale: Tensor
     tokens_since_fired_K: Tensor
+    start_KO: Tensor | None
 
     def __init__(self, d_model: int, k: int, *, d_out: int | None = None, dead_window: int = 200_000) -> None:
         super().__init__()
@@ -89,6 +94,7 @@ class SAE(nn.Module, ABC):
         self.register_buffer("input_scale", torch.ones(()))
         self.register_buffer("output_scale", torch.ones(()))
         self.register_buffer("tokens_since_fired_K", torch.zeros(k, dtype=torch.int64))
+        self.register_buffer("start_KO", None)
 
     @property
     def enc(self) -> _LinearView:
@@ -111,6 +117,30 @@ class SAE(nn.Module, ABC):
     @abstractmethod
     def training_step(self, x_ND: Tensor, target_NO: Tensor) -> SAEStep:
         """The loss of one batch, float [N, D] and [N, O]; target is x itself, except in a transcoder. It changes nothing."""
+
+    @torch.no_grad()
+    def restrain(self, restraint: str) -> Self:
+        """Make a control: hold weights at the random values that they have now, and let the others learn.
+
+        frozen_decoder: W_dec stays. soft_frozen_decoder: each row of W_dec keeps a cosine of at least 0.8 with what it is now.
+        frozen_encoder: W_enc stays. What such an autoencoder does as well as a trained one, the training has not learned.
+
+        Source: arXiv:2602.14111.
+
+        Raises:
+            ValueError: another restraint, or weights that are not random any more.
+        """
+        if restraint not in RESTRAINTS:
+            raise ValueError(f"restraint ({restraint!r:.40}) must be one of {', '.join(RESTRAINTS)}")
+        if self.is_started:
+            raise ValueError(
+                f"restraint ({restraint}) needs a new autoencoder: this one was trained or read from a file"
+            )
+        if restraint == SOFT_FROZEN_DECODER:
+            self.start_KO = self.W_dec.detach().clone()
+        else:
+            (self.W_dec if restraint == FROZEN_DECODER else self.W_enc).requires_grad_(False)
+        return self
 
     def encode(self, x_ND: Tensor) -> Tensor:
         """z, float [..., K], exactly 0 where a latent is not active."""
@@ -195,7 +225,9 @@ class SAE(nn.Module, ABC):
 
     @torch.no_grad()
     def after_optimizer_step(self) -> None:
-        """Give the rows of W_dec norm 1 again."""
+        """Give the rows of W_dec norm 1 again, and turn soft-frozen ones back to where they may be."""
+        if self.start_KO is not None:
+            self.W_dec.copy_(_turned_back(self.W_dec, self.start_KO))
         if self.has_unit_decoder:
             self.W_dec.div_(self.W_dec.norm(dim=-1, keepdim=True).clamp_min_(torch.finfo(self.W_dec.dtype).tiny))
 
@@ -255,6 +287,15 @@ def _scale(x_ND: Tensor) -> Tensor:
     """1 / the root of the mean square, 1 for activations that are all 0."""
     mean = x_ND.double().square().mean()
     return torch.where(mean > 0, mean.rsqrt(), 1.0).float()
+
+
+def _turned_back(row_KO: Tensor, start_KO: Tensor) -> Tensor:
+    """Rows of the same norms, of which those with a cosine below MIN_COSINE are turned towards the start until they have it."""
+    norm_K1 = row_KO.norm(dim=-1, keepdim=True)
+    along_K1 = (row_KO * start_KO).sum(dim=-1, keepdim=True)  # the rows of the start have norm 1
+    across_KO = nn.functional.normalize(row_KO - along_K1 * start_KO, dim=-1)
+    turned_KO = norm_K1 * (MIN_COSINE * start_KO + (1 - MIN_COSINE**2) ** 0.5 * across_KO)
+    return torch.where(along_K1 < MIN_COSINE * norm_K1, turned_KO, row_KO)
 
 
 def geometric_median(x_ND: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trix.superposition.config import SAEConfig
-from trix.superposition.sae import SparseAutoencoder, TopKSAE, load_sae, make_sae, save_sae, train_sae
+from trix.superposition.sae import RESTRAINTS, SparseAutoencoder, TopKSAE, load_sae, make_sae, save_sae, train_sae
 from trix.superposition.sae.train import batches
 
 
@@ -84,3 +84,31 @@ def test_what_cannot_be_trained_on_is_named() -> None:
     x[9, 0] = torch.nan
     with pytest.raises(ValueError, match=r"activations \(batch after 8 tokens of epoch 1\) must be finite"):
         train_sae(sae, lambda: [x], config())
+
+
+@pytest.mark.parametrize("restraint", RESTRAINTS)
+def test_a_control_keeps_what_it_must_and_learns_the_rest(restraint: str) -> None:
+    torch.manual_seed(0)
+    x = 4 * torch.randn(300, 3) @ torch.randn(3, 6) + 2
+    sae = TopKSAE(6, 16, active=2).restrain(restraint)
+    encoder, decoder = sae.W_enc.detach().clone(), sae.W_dec.detach().clone()
+    epochs = train_sae(sae, lambda: x.split(50), config(epochs=20, lr=0.1))
+    assert epochs[-1]["reconstruction"] < epochs[0]["reconstruction"]
+    now = {"encoder": sae.W_enc.detach(), "decoder": sae.W_dec.detach()}
+    same = {
+        part: torch.nn.functional.cosine_similarity(now[part].flatten(), start.flatten(), dim=0) > 1 - 1e-6
+        for part, start in {"encoder": encoder, "decoder": decoder}.items()
+    }
+    assert same == {"encoder": restraint == "frozen_encoder", "decoder": restraint == "frozen_decoder"}
+    cosine = torch.nn.functional.cosine_similarity(now["decoder"], decoder, dim=-1)
+    if restraint == "soft_frozen_decoder":
+        assert cosine.min() == pytest.approx(0.8, abs=1e-5)  # some would have gone further
+
+
+def test_restraints_need_a_new_autoencoder_and_a_name_that_is_known() -> None:
+    sae = TopKSAE(6, 16, active=2)
+    with pytest.raises(ValueError, match=r"restraint \('frozen'\) must be one of frozen_decoder, soft_frozen_decoder"):
+        sae.restrain("frozen")
+    sae.start_from(torch.randn(5, 6))
+    with pytest.raises(ValueError, match=r"restraint \(frozen_decoder\) needs a new autoencoder"):
+        sae.restrain("frozen_decoder")
