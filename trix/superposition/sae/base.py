@@ -133,9 +133,7 @@ class SAE(nn.Module, ABC):
         if restraint not in RESTRAINTS:
             raise ValueError(f"restraint ({restraint!r:.40}) must be one of {', '.join(RESTRAINTS)}")
         if self.is_started:
-            raise ValueError(
-                f"restraint ({restraint}) needs a new autoencoder: this one was trained or read from a file"
-            )
+            raise ValueError(f"restraint ({restraint}) needs a new autoencoder: this one was trained or read from a file")
         if restraint == SOFT_FROZEN_DECODER:
             self.start_KO = self.W_dec.detach().clone()
         else:
