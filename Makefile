@@ -103,6 +103,7 @@ lint: $(STAMP) ## Check style, types and the direction of imports
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/mypy examples
 	$(BIN)/lint-imports
 	$(CPP) | xargs $(BIN)/clang-format --dry-run -Werror
 
