@@ -4,8 +4,8 @@ A fixed frame is `route_on: context`: a code of the last two tokens that nothing
 random projection of their features (trix.nn.FeatureCode), where they are ids a sum of frozen rows (ContextCode).
 
 digits: the network and the data of configs/digits.yaml, 550 steps, after which the training loss is 0.002; a token is a row of
-eight pixels, 8 tiles. Held out: the validation images. language_id: those of configs/language_id.yaml, 32 tiles, in a run that
-is far too short to converge; a token is a character. Held out: the test texts; needs Django's translations, and is left out
+eight pixels, 8 tiles. Held out: the validation images. language_id: those of configs/language_id.yaml, 32 tiles, for half of
+its steps; a token is a character. Held out: the test texts; needs Django's translations, and is left out
 where they are not installed. A seed is that of the network, the split and the order of the batches. AdamW with cosine decay,
 batches of 64.
 
@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--digits-seeds", default=[0, 1, 2, 3, 4], **seeds)
     parser.add_argument("--language-seeds", default=[0, 1, 2], **seeds)
     parser.add_argument("--digits-steps", type=whole(1), default=550, help="training steps (default: %(default)s)")
-    parser.add_argument("--language-steps", type=whole(1), default=200, help="training steps (default: %(default)s)")
+    parser.add_argument("--language-steps", type=whole(1), default=600, help="training steps (default: %(default)s)")
     parser.add_argument("--only", nargs="+", choices=LAYERS, metavar="LAYER", help=f"some of: {'; '.join(LAYERS)}")
     parser.add_argument("--resume", action="store_true", help="keep the runs that an earlier call finished")
 

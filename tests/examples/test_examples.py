@@ -1,5 +1,6 @@
 """The examples run one after the other, on a small model, and say what they found."""
 
+import html
 import runpy
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from trix.superposition import sae
 from trix.superposition.merge import load_merged_sae
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+SECTIONS = ("Trained", "Explained", "Latent", "Steered", "Edited", "Exported")
 SCRIPTS = sorted(EXAMPLES.glob("0*.py"))
 
 
@@ -23,7 +25,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained model that knows the characters of the texts."""
     torch.manual_seed(0)
     data = TextDataModule(context_length=64)
-    network = LanguageModelConfig(d_model=16, num_layers=3, n_heads=2, context_length=64, ffn=FFNConfig(num_tiles=4))
+    tiles = FFNConfig(num_tiles=4, route_on="context")
+    network = LanguageModelConfig(d_model=16, num_layers=3, n_heads=2, context_length=128, ffn=tiles)
     return save_checkpoint(LanguageModelTask(data.vocabulary, network), data, tmp_path_factory.mktemp("model") / "model.ckpt")
 
 
@@ -55,6 +58,17 @@ def test_they_run_in_order(checkpoint: Path, tmp_path: Path, capsys: pytest.Capt
     assert load_merged_sae(tmp_path / "out" / "merged.safetensors", base).k == base.k // 2
     written = {path.name for path in (tmp_path / "out").iterdir()}
     assert written >= {"documents.png", "latents.png", "tokens.png", "latent.html", "latent_summary.csv"}
+
+
+def test_the_walk_through_ends_with_a_model_that_was_edited_by_what_a_latent_said(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(EXAMPLES / "walk_through.py", "--model", str(checkpoint), "--folder", str(tmp_path))
+    page = html.unescape((tmp_path / "walk_through.html").read_text())
+    assert [part.split("<")[0].split()[0] for part in page.split("<h2>")[1:]] == list(SECTIONS)
+    assert "routed the same 100.00%" in page
+    assert "http" not in page.replace("http://www.w3.org", "")
+    assert capsys.readouterr().out.splitlines()[-1].startswith(str(tmp_path / "walk_through.html"))
 
 
 def test_without_a_model_they_say_how_to_get_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
