@@ -1,14 +1,16 @@
 """`trix sae planted`: the table, the files, the exit code, and what it refuses."""
 
 import json
+import re
 import statistics
 from pathlib import Path
 
 import pytest
 
 from lightning_modules.cli import main
-from lightning_modules.commands.sae_planted import EXIT_NO_BETTER, JUDGED, TITLES, compare
-from trix.superposition.evaluation.planted_study import PlantedScores
+from lightning_modules.commands.sae_planted import EXIT_NO_BETTER, JUDGED, TITLES, compare, make_parser
+from trix.superposition.evaluation.planted import PlantedConfig
+from trix.superposition.evaluation.planted_study import PlantedScores, PlantedStudy
 
 SMALL = """\
 data: {num_features: 96, mean_active: 3.0, parents: 3, correlation: 0.0}
@@ -155,6 +157,15 @@ def test_bad_input_is_one_line_and_nothing_is_written(
     assert captured.err.count("\n") == 1
     assert message in captured.err
     assert sorted(folder.iterdir()) == before
+
+
+def test_the_help_names_the_defaults_of_the_settings() -> None:
+    text = " ".join(make_parser().format_help().split())
+    defaults = {**PlantedStudy().model_dump(), **PlantedConfig().model_dump()}
+    for name in ("architecture", "k", "width", "num_features", "tokens", "seeds"):
+        shown = re.search(rf"--{name.replace('_', '-')} [A-Z]+ [^)]*\(default: (\w+)\)", text)
+        assert shown is not None
+        assert shown[1] == str(defaults[name])
 
 
 def test_the_output_is_checked_before_anything_is_trained(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

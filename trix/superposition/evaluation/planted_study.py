@@ -43,11 +43,14 @@ DEAD_SHARE = 0.1  # of the training tokens; a latent that has not fired for so l
 class PlantedStudy(Settings):
     """What is trained, on what, and next to which controls.
 
-    The defaults are a hard case of small size. 512 features in 128 dimensions overlap, eight to ten fire at once, and the
-    rarest fires in one token of 260, so that the training sees it 600 times. The autoencoder has as many latents as there are
-    features and may use as many as fire on average. 128 dimensions are the fewest in which a random row is far from all
-    features (the largest cosine is near 0.3): a soft-frozen row, which keeps a cosine of 0.8 with its start, then cannot come
-    within 0.9 of a feature. With fewer, such controls recover some by chance.
+    The defaults are a hard case of small size. 512 features overlap in 128 dimensions, eight fire at once on average, and the
+    rarest fires in one token of 260: training sees it 600 times. The autoencoder has as many latents as there are features,
+    and may use as many at once as fire on average.
+
+    By direction the controls have little chance. A soft-frozen row keeps a cosine of 0.8 with its start, so it can reach a
+    cosine of 0.9 with a feature only if it starts at 0.46 or more: five standard deviations of a random cosine in 128
+    dimensions, as it would be in the wider streams of real models. By activation they are not held back like this: a latent
+    may fire exactly when the feature does, whatever its row is. That is why both are measured and both decide.
 
     Args:
         data: the planted features. architecture: a name in the registry of :mod:`trix.superposition.sae`. k: latents.
@@ -98,7 +101,13 @@ class PlantedStudy(Settings):
             raise ValueError(f"number of controls (0) must be >= 1, of {', '.join(RESTRAINTS)}")
         if self.tokens < self.batch_size:
             raise ValueError(f"tokens ({self.tokens}) must be >= batch_size ({self.batch_size})")
-        sizes = {"tokens": self.data.width, "eval_tokens": max(self.data.width, self.data.num_features, self.k)}
+        num_features = self.data.num_features
+        sizes = {
+            "tokens": self.data.width,
+            "eval_tokens": max(self.data.width, num_features, self.k),
+            "batch_size": num_features,
+            "k": num_features,
+        }
         for name, size in sizes.items():
             if getattr(self, name) * size > MAX_NUMBERS:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be <= {MAX_NUMBERS // size}: they are held in memory")

@@ -99,6 +99,7 @@ def test_the_number_of_active_latents_follows_the_features() -> None:
         ({"controls": ["frozen_decoder"] * 2}, "named once"),
         ({"tokens": 100}, r"tokens \(100\) must be >= batch_size \(512\)"),
         ({"tokens": 2**22}, r"tokens \(4194304\) must be <= 2097152"),
+        ({"k": 2**20, "eval_tokens": 1}, r"k \(1048576\) must be <= 524288"),
         ({"eval_tokens": 2**20}, r"eval_tokens \(1048576\) must be <= 524288"),
     ],
 )
