@@ -28,7 +28,7 @@ MAX_JSON_BYTES = 2**28
 MAX_PLACES = 2**27  # of all examples together: 1.5 GB
 NORMALISED_MAX = 10
 _COLUMNS = {"latent": "I64", "window": "I64", "quantile": "I64", "tokens": "I64", "activations": "F32"}
-_CACHE_COLUMNS = {"tokens": "I64", "locations": "I64", "activations": "F32"}
+_CACHE_COLUMNS = {"tokens": "I64", "locations": "I32", "activations": "F32"}
 
 
 class LatentExample(NamedTuple):
@@ -70,7 +70,7 @@ class LatentRecords:
     def cache(self) -> Iterator[dict[str, Tensor]]:
         """The parts of the cache in order.
 
-        tokens: int64 [w, C], the windows of the part. locations: int64 [M, 3], the window in the part, place and latent of each
+        tokens: int64 [w, C], the windows of the part. locations: int32 [M, 3], the window in the part, place and latent of each
         activation above 0. activations: float32 [M].
 
         Raises:
@@ -258,6 +258,8 @@ def _check_columns(path: Path, types: dict[str, str], context: int | None = None
         held = ", ".join(f"{name} {column.dtype}" for name, column in found.items())
         raise ValueError(f"{path}: columns ({held}) must be {', '.join(f'{name} {dtype}' for name, dtype in types.items())}")
     shapes = {name: found[name].shape for name in types}
+    if not all(shapes.values()):
+        raise ValueError(f"{path}: columns must have a dimension each, shapes ({shapes})")
     if context is not None:
         rows = shapes["latent"][:1]
         wanted = {name: (*rows, context) if name in ("tokens", "activations") else rows for name in types}
@@ -316,7 +318,7 @@ def _cache_part(found: _Batch, latent_L: Tensor, pad_token: int) -> dict[str, Te
     window_N[row_R], place_N[row_R] = window_R, place_R
     row_M, column_M = (found.z_NL > 0).nonzero(as_tuple=True)
     locations_M3 = torch.stack([window_N[row_M], place_N[row_M], latent_L[column_M]], dim=1)
-    return {"tokens": found.tokens_WC(pad_token), "locations": locations_M3, "activations": found.z_NL[row_M, column_M]}
+    return {"tokens": found.tokens_WC(pad_token), "locations": locations_M3.int(), "activations": found.z_NL[row_M, column_M]}
 
 
 class _Draw:

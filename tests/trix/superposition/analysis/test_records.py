@@ -174,6 +174,9 @@ def test_damaged_records_are_refused(dump: ActivationDump, sae: TopKSAE, tmp_pat
     save_file(columns | {"tokens": columns["tokens"][:, :3].contiguous()}, examples)
     with pytest.raises(ValueError, match="shapes"):
         read_records(tmp_path)
+    save_file(columns | {"latent": torch.tensor(0)}, examples)
+    with pytest.raises(ValueError, match="must have a dimension each"):
+        read_records(tmp_path)
     save_file(columns | {"latent": columns["latent"] + 5}, examples)
     with pytest.raises(ValueError, match=r"latent \(5\) of an example must be one of records.json"):
         read_records(tmp_path)
