@@ -20,7 +20,9 @@ class Action(NamedTuple):
         return import_module(f"lightning_modules.commands.sae_{self.name}")
 
 
-ACTIONS: tuple[Action, ...] = ()
+ACTIONS: tuple[Action, ...] = (
+    Action("planted", "train an architecture and its controls on features that are known, and count what they recover"),
+)
 
 
 def run_sae(arguments: list[str]) -> int:
