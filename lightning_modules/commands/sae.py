@@ -20,7 +20,7 @@ class Action(NamedTuple):
         return import_module(f"lightning_modules.commands.sae_{self.name}")
 
 
-ACTIONS: tuple[Action, ...] = ()
+ACTIONS: tuple[Action, ...] = (Action("tiles", "say which latents go with which tiles of the model, and which of them decide"),)
 
 
 def run_sae(arguments: list[str]) -> int:

@@ -23,7 +23,7 @@ from trix.superposition.tiles.traffic import DecodingCoder, decoder_rows
 
 RAW_DEVIATION = 0.5  # that of fresh signatures
 KL_TOLERANCE = 0.02  # relative
-MAX_DOUBLINGS, MAX_BISECTIONS = 12, 24
+MAX_DOUBLINGS, MAX_SCALES = 12, 24
 FIRST_SCALE = 0.25
 
 Batches = Callable[[], Iterable[Mapping[str, Tensor]]]
@@ -91,8 +91,9 @@ def insertion_against_steering(
 ) -> InsertionComparison:
     """Insert the signature of a latent into a tile; in place of it, add s W_dec[latent] to what the layer reads at every token.
 
-    The scale s >= 0 is found by bisection, so that both change the model's answers by the same mean KL, up to 2 %; it is 0
-    where the insertion changes nothing. The model itself is left as it was.
+    The scale s >= 0 is found by bisection, so that both change the model's answers by the same mean KL. The KL jumps where
+    tokens change their tile, so the two may differ; both are reported. The scale is 0 where the insertion changes nothing. The
+    model itself is left as it was.
 
     Args:
         site: router_in of a layer of tiles (:class:`~trix.nn.TriXFFN`) that is routed on hidden states. sae: with ``W_enc``.
@@ -136,23 +137,25 @@ def insertion_against_steering(
 
 
 def _scale_of(target: float, kl_of: Callable[[float], float]) -> float:
-    """The scale with this KL, by doubling and bisection."""
+    """The scale with the KL nearest to the target, by doubling and bisection."""
     if target == 0:
         return 0.0
+    kl_at: dict[float, float] = {}
     low, high = 0.0, FIRST_SCALE
     for _ in range(MAX_DOUBLINGS):
-        if kl_of(high) >= target:
+        kl_at[high] = kl_of(high)
+        if kl_at[high] >= target:
             break
         low, high = high, 2 * high
     else:
-        raise ValueError(f"KL of the steered model at scale {high / 2:g} must reach that of the insertion ({target:g})")
-    for _ in range(MAX_BISECTIONS):
+        raise ValueError(f"KL at the largest scale, {low:g} ({kl_at[low]:g}), must be >= that of the insertion ({target:g})")
+    while len(kl_at) < MAX_SCALES:
         middle = (low + high) / 2
-        kl = kl_of(middle)
-        if abs(kl - target) <= KL_TOLERANCE * target:
-            return middle
-        low, high = (middle, high) if kl < target else (low, middle)
-    return (low + high) / 2
+        kl_at[middle] = kl_of(middle)
+        if abs(kl_at[middle] - target) <= KL_TOLERANCE * target:
+            break
+        low, high = (middle, high) if kl_at[middle] < target else (low, middle)
+    return min(kl_at, key=lambda scale: abs(kl_at[scale] - target))
 
 
 @contextmanager
