@@ -23,11 +23,11 @@ def planted_layer() -> TriXFFN:
 
 
 def hadamard() -> Tensor:
-    """Rows of +1 and -1 at right angles, [64, 64]."""
+    """Rows of +1 and -1 at right angles, [63, 64], each with 32 of both."""
     H = torch.ones(1, 1)
     while len(H) < WIDTH:
         H = torch.cat([torch.cat([H, H], dim=1), torch.cat([H, -H], dim=1)])
-    return H
+    return H[1:]
 
 
 class JumpSAE(ReLUSAE):
