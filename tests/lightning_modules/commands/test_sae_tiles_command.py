@@ -161,3 +161,20 @@ def test_another_model_and_a_file_in_the_way_are_refused(
     (tmp_path / "file").write_text("")
     assert tiles(*hidden, tmp_path / "file") == 2
     assert f"output {tmp_path / 'file'} must be a folder" in capsys.readouterr().err
+
+
+def test_cards_of_the_inspected_layer_show_the_latents_that_go_with_each_tile(
+    hidden: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sae, model = hidden
+    assert main(["inspect", str(model), "--sae", str(sae), "--output", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text()
+    before, _, after = page.partition('id="layer-1"')
+    assert before.count("latents of router_in.1 that go with it") == 0
+    assert after.count("latents of router_in.1 that go with it") == 4
+    assert "active on" in after
+    _, other = made(tmp_path / "other", "router_in.1", route_on="hidden", num_tiles=8)
+    capsys.readouterr()
+    assert main(["inspect", str(other), "--sae", str(sae), "--output", str(tmp_path / "no.html")]) == 2
+    assert "must be that of the model whose activations" in capsys.readouterr().err
+    assert not (tmp_path / "no.html").exists()

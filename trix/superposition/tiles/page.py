@@ -2,7 +2,7 @@
 
 import html
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -67,11 +67,7 @@ def tile_page(report: TileReport, tokenizer: Tokenizer, facts: Mapping[str, str]
     notes = "".join(f"<p>{html.escape(note)}</p>" for note in report.notes)
     figures = table(("", "found", "control"), [tuple(html.escape(cell) for cell in row) for row in summary_rows(report)])
 
-    def written(tokens: Sequence[TokenShare]) -> str:
-        texts = token_texts(tokenizer, [token.token for token in tokens])
-        return " ".join(f"{code(text)}&nbsp;{token.share:.0%}" for text, token in zip(texts, tokens, strict=True))
-
-    cards = "".join(_card(report, reading, written) for reading in report.readings)
+    cards = "".join(_card(report, reading, tokenizer) for reading in report.readings)
     return page(
         f"Tiles of layer {report.layer} by the latents of {report.site}",
         definitions(facts.items())
@@ -119,18 +115,33 @@ def tile_record(report: TileReport, provenance: Mapping[str, Any]) -> dict[str, 
     return cleaned
 
 
-def _card(report: TileReport, reading: TileReading, written: Callable[[Sequence[TokenShare]], str]) -> str:
+def latent_table(latents: Sequence[TileLatent], tokenizer: Tokenizer) -> str:
+    """The latents that are enriched on a tile, as HTML."""
     rows = [
-        (str(one.latent), f"{one.pmi:.1f}", f"{one.hits} of {one.documents}", str(one.control_hits), written(one.tokens))
-        for one in reading.latents
+        (
+            str(one.latent),
+            f"{one.pmi:.1f}",
+            f"{one.hits} of {one.documents}",
+            str(one.control_hits),
+            _written(one.tokens, tokenizer),
+        )
+        for one in latents
     ]
-    latents = table(("latent", "pmi", "hits", "control", "active on"), rows) if rows else "<p>No latent goes with it.</p>"
+    return table(("latent", "pmi", "hits", "control", "active on"), rows) if rows else "<p>No latent goes with it.</p>"
+
+
+def _written(tokens: Sequence[TokenShare], tokenizer: Tokenizer) -> str:
+    texts = token_texts(tokenizer, [token.token for token in tokens])
+    return " ".join(f"{code(text)}&nbsp;{token.share:.0%}" for text, token in zip(texts, tokens, strict=True))
+
+
+def _card(report: TileReport, reading: TileReading, tokenizer: Tokenizer) -> str:
     purity = f", purity {reading.tokens[0].share:.0%}" if reading.tokens else ""
     parts = [
         f"<h4>Tile {reading.tile}</h4>",
         _signature(reading, report.signature_width),
-        f"<p>share {reading.share:.1%}{purity}</p><p>{written(reading.tokens)}</p>",
-        latents,
+        f"<p>share {reading.share:.1%}{purity}</p><p>{_written(reading.tokens, tokenizer)}</p>",
+        latent_table(reading.latents, tokenizer),
         _causal_line(report, reading.tile),
         _alignment_line(report, reading.tile),
     ]

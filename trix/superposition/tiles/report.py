@@ -225,10 +225,15 @@ def _batches(held_out: Traffic) -> list[dict[str, Tensor]]:
 def _reading(traffic: Traffic, found: Contingency, tile: int, signature_ED: Tensor | None) -> TileReading:
     is_own_N = traffic.tile_N == tile
     tokens = _shares(traffic.token_N[is_own_N], np.ones(int(is_own_N.sum())), TOKENS_OF_TILE)
-    latents = [_tile_latent(traffic, found, tile, latent) for latent in found.top_latents(tile, LATENTS_OF_TILE)]
+    latents = tile_latents(traffic, found, tile)
     signs = [] if signature_ED is None else signature_ED[tile].sign().int().tolist()
     plus, minus = ([place for place, sign in enumerate(signs) if sign == wanted] for wanted in (1, -1))
     return TileReading(tile, float(is_own_N.mean()), tokens, latents, plus, minus)
+
+
+def tile_latents(traffic: Traffic, found: Contingency, tile: int, num_latents: int = LATENTS_OF_TILE) -> list[TileLatent]:
+    """The latents that are enriched on a tile, the strongest first; see :meth:`~.contingency.Contingency.top_latents`."""
+    return [_tile_latent(traffic, found, tile, latent) for latent in found.top_latents(tile, num_latents)]
 
 
 def _tile_latent(traffic: Traffic, found: Contingency, tile: int, latent: int) -> TileLatent:
