@@ -163,6 +163,21 @@ def test_another_model_and_a_file_in_the_way_are_refused(
     assert f"output {tmp_path / 'file'} must be a folder" in capsys.readouterr().err
 
 
+def test_a_transcoder_is_refused(hidden: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = hidden[1]
+    assert (
+        main(["dump", str(model), "--site", "router_in.1", "ffn_out.1", "--num-tokens", "600", "--output", str(tmp_path)]) == 0
+    )
+    data = ActivationDataModule(
+        path=str(tmp_path / "router_in.1"), target=str(tmp_path / "ffn_out.1"), batch_size=64, validation_fraction=0.4
+    )
+    autoencoder = AutoencoderConfig(architecture="transcoder", k=24, settings={"active": 4})
+    sae = save_checkpoint(SparseAutoencoderTask(16, autoencoder=autoencoder), data, tmp_path / "sae.ckpt")
+    capsys.readouterr()
+    assert tiles(sae, model, tmp_path / "out") == 2
+    assert "must reconstruct what it reads: a transcoder's latents are no part of that" in capsys.readouterr().err
+
+
 def test_cards_of_the_inspected_layer_show_the_latents_that_go_with_each_tile(
     hidden: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
