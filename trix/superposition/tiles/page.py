@@ -8,15 +8,18 @@ from typing import Any
 import numpy as np
 
 from trix.introspection.page import code, definitions, heading, page, strip, table
+from trix.introspection.symbols import visible
 from trix.superposition.tiles.alignment import Alignment
 from trix.superposition.tiles.causal import CausalCheck
 from trix.superposition.tiles.insertion import Edit, InsertionComparison
-from trix.superposition.tiles.report import TileLatent, TileReading, TileReport, TokenShare
+from trix.superposition.tiles.report import Passage, TileLatent, TileReading, TileReport, TokenShare
 from trix.superposition.viz.token_texts import Tokenizer, token_texts
 
 HOW_TO_READ = (
     ("share", "how many of all tokens the tile gets"),
     ("purity", "the share of its tokens that are its commonest one"),
+    ("table of tokens", "the share of the tile's tokens, and the share of all such tokens that the tile claims"),
+    ("passages", "where the first of its latents is most active on a token of the tile, which is marked"),
     ("latents", "those that are active where the tile is chosen more often than by chance: false discovery rate 5 %"),
     ("hits", "documents in which the token that activates the latent most has the tile"),
     ("control", "documents in which a token drawn at random has the tile"),
@@ -140,12 +143,28 @@ def _card(report: TileReport, reading: TileReading, tokenizer: Tokenizer) -> str
     parts = [
         f"<h4>Tile {reading.tile}</h4>",
         _signature(reading, report.signature_width),
-        f"<p>share {reading.share:.1%}{purity}</p><p>{_written(reading.tokens, tokenizer)}</p>",
+        f"<p>share {reading.share:.1%}{purity}</p>",
+        _claims(reading, tokenizer),
+        "".join(_passage(passage, tokenizer) for passage in reading.passages),
         latent_table(reading.latents, tokenizer),
         _causal_line(report, reading.tile),
         _alignment_line(report, reading.tile),
     ]
     return f'<div class="tile">{"".join(parts)}</div>'
+
+
+def _claims(reading: TileReading, tokenizer: Tokenizer) -> str:
+    texts = token_texts(tokenizer, [one.token for one in reading.tokens])
+    rows = [(code(text), f"{one.share:.0%}", f"{one.claimed:.0%}") for text, one in zip(texts, reading.tokens, strict=True)]
+    return table(("token", "of this tile", "of all such"), rows)
+
+
+def _passage(passage: Passage, tokenizer: Tokenizer) -> str:
+    before, token, after = (
+        html.escape("".join(" " if text == " " else visible(text) for text in token_texts(tokenizer, ids)))
+        for ids in (passage.before, [passage.token], passage.after)
+    )
+    return f'<div class="context">{before}<mark>{token}</mark>{after}</div>'
 
 
 def _signature(reading: TileReading, width: int) -> str:
@@ -185,6 +204,7 @@ def _reading_record(report: TileReport, reading: TileReading) -> dict[str, Any]:
         "tile": reading.tile,
         "share": reading.share,
         "tokens": [token._asdict() for token in reading.tokens],
+        "passages": [passage._asdict() for passage in reading.passages],
         "latents": [_latent_record(latent) for latent in reading.latents],
         "plus": reading.plus,
         "minus": reading.minus,

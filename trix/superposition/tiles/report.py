@@ -21,7 +21,7 @@ from trix.superposition.tiles.contingency import Contingency, Information, conti
 from trix.superposition.tiles.information import tile_entropy
 from trix.superposition.tiles.insertion import InsertionComparison, insertion_against_steering
 from trix.superposition.tiles.probe import ROUTER_IN, ProbeScores, tile_probe
-from trix.superposition.tiles.traffic import DecodingCoder, Traffic, decoder_rows, read_traffic, with_tiles_of
+from trix.superposition.tiles.traffic import BoolArray, DecodingCoder, Traffic, decoder_rows, read_traffic, with_tiles_of
 
 if TYPE_CHECKING:
     from trix.superposition.dump import ActivationDump
@@ -30,6 +30,8 @@ LATENTS_OF_TILE = 8
 PROBE_LATENTS_OF_TILE = 4
 TOKENS_OF_TILE = 8
 TOKENS_OF_LATENT = 5
+PASSAGES_OF_TILE = 4
+TOKENS_BEFORE, TOKENS_AFTER = 24, 12
 INSERTION_TEXTS = 16
 BLOCK_DRAWS, BLOCK_TOKENS = 3, 32  # a block runs on whole documents
 
@@ -39,6 +41,22 @@ class TokenShare(NamedTuple):
 
     token: int
     share: float
+
+
+class ClaimedToken(NamedTuple):
+    """A token id. share: of the tile's tokens. claimed: the share of all of its occurrences that go to the tile."""
+
+    token: int
+    share: float
+    claimed: float
+
+
+class Passage(NamedTuple):
+    """A token of a document with those around it, as ids."""
+
+    before: list[int]
+    token: int
+    after: list[int]
 
 
 class TileLatent(NamedTuple):
@@ -55,12 +73,16 @@ class TileLatent(NamedTuple):
 
 
 class TileReading(NamedTuple):
-    """A tile. share: of all tokens. tokens: the most frequent ones, their shares of its tokens, of which the first is the
-    purity. plus, minus: dimensions of its signature; empty where there is none."""
+    """A tile.
+
+    share: of all tokens. tokens: the most frequent ones; the share of the first is the purity. passages: where its top latent is
+    most active on a token of the tile, each of another document. plus, minus: dimensions of its signature; empty without one.
+    """
 
     tile: int
     share: float
-    tokens: list[TokenShare]
+    tokens: list[ClaimedToken]
+    passages: list[Passage]
     latents: list[TileLatent]
     plus: list[int]
     minus: list[int]
@@ -224,11 +246,27 @@ def _batches(held_out: Traffic) -> list[dict[str, Tensor]]:
 
 def _reading(traffic: Traffic, found: Contingency, tile: int, signature_ED: Tensor | None) -> TileReading:
     is_own_N = traffic.tile_N == tile
-    tokens = _shares(traffic.token_N[is_own_N], np.ones(int(is_own_N.sum())), TOKENS_OF_TILE)
+    shares = _shares(traffic.token_N[is_own_N], np.ones(int(is_own_N.sum())), TOKENS_OF_TILE)
+    tokens = [ClaimedToken(*one, float(is_own_N[traffic.token_N == one.token].mean())) for one in shares]
     latents = tile_latents(traffic, found, tile)
     signs = [] if signature_ED is None else signature_ED[tile].sign().int().tolist()
     plus, minus = ([place for place, sign in enumerate(signs) if sign == wanted] for wanted in (1, -1))
-    return TileReading(tile, float(is_own_N.mean()), tokens, latents, plus, minus)
+    passages = _passages(traffic, is_own_N, latents[0].latent) if latents else []
+    return TileReading(tile, float(is_own_N.mean()), tokens, passages, latents, plus, minus)
+
+
+def _passages(traffic: Traffic, is_own_N: BoolArray, latent: int) -> list[Passage]:
+    z_N = traffic.latent_NK[:, latent].toarray().ravel() * is_own_N
+    order = np.argsort(-z_N, kind="stable")[: int((z_N > 0).sum())]
+    _, first = np.unique(traffic.document_N[order], return_index=True)
+    passages = []
+    for row in order[np.sort(first)[:PASSAGES_OF_TILE]]:
+        around = slice(max(row - TOKENS_BEFORE, 0), row + TOKENS_AFTER + 1)
+        token, document = traffic.token_N[around], traffic.document_N[around]
+        place = row - around.start
+        before, after = token[:place][document[:place] == document[place]], token[place + 1 :]
+        passages.append(Passage(before.tolist(), int(token[place]), after[document[place + 1 :] == document[place]].tolist()))
+    return passages
 
 
 def tile_latents(traffic: Traffic, found: Contingency, tile: int, num_latents: int = LATENTS_OF_TILE) -> list[TileLatent]:

@@ -71,11 +71,36 @@ def test_readings_are_counts_of_the_dump(dump: ActivationDump, report: TileRepor
         assert [token.share for token in reading.tokens] == pytest.approx(
             sorted(counts / len(own))[::-1][: len(reading.tokens)]
         )
-        assert all(counts[token.token] / len(own) == pytest.approx(token.share) for token in reading.tokens)
+        for token in reading.tokens:
+            assert counts[token.token] / len(own) == pytest.approx(token.share)
+            assert counts[token.token] / (token_N == token.token).sum() == pytest.approx(token.claimed)
         signature = trix_backend().block(1).ffn.get_tile_signatures()[reading.tile]
         assert reading.plus == (signature > 0).nonzero().flatten().tolist()
         assert reading.minus == (signature < 0).nonzero().flatten().tolist()
     assert any(reading.latents for reading in report.readings)
+
+
+def test_passages_are_of_the_tile_and_of_different_documents(dump: ActivationDump, report: TileReport) -> None:
+    tile_N, token_N, title_N = (dump.column(name).numpy() for name in ("tile", "tokids", "titleidx"))
+    documents = {title: token_N[title_N == title].tolist() for title in np.unique(title_N)}
+    num_passages = 0
+    for reading in report.readings:
+        found = []
+        for passage in reading.passages:
+            piece, place = [*passage.before, passage.token, *passage.after], len(passage.before)
+            of_piece = [
+                (title, start + place)
+                for title, tokens in documents.items()
+                for start in range(len(tokens) - len(piece) + 1)
+                if tokens[start : start + len(piece)] == piece
+                and (start == 0 or place == 24)
+                and (start + len(piece) == len(tokens) or len(passage.after) == 12)
+            ]
+            assert any(tile_N[title_N == title][at] == reading.tile for title, at in of_piece)
+            found += of_piece[:1]
+        assert len({title for title, _ in found}) == len(reading.passages)
+        num_passages += len(found)
+    assert num_passages >= 4
 
 
 def test_the_page_shows_each_tile_and_escapes_how_tokens_are_written(report: TileReport) -> None:
