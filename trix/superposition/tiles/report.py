@@ -75,8 +75,9 @@ class TileLatent(NamedTuple):
 class TileReading(NamedTuple):
     """A tile.
 
-    share: of all tokens. tokens: the most frequent ones; the share of the first is the purity. passages: where its top latent is
-    most active on a token of the tile, each of another document. plus, minus: dimensions of its signature; empty without one.
+    share: of all tokens. tokens: the most frequent ones; the share of the first is the purity. passages: where its top latent
+    is most active on a token of the tile, each of another document. plus, minus: dimensions of its signature; empty without
+    one.
     """
 
     tile: int
