@@ -162,7 +162,8 @@ def tile_report(
     training, held_out = traffic.split(seed=seed)
     found = contingency(training, seed)
     top_latent_E = [(found.top_latents(tile, 1) or [-1])[0] for tile in range(traffic.num_tiles)]
-    notes = list(_notes(site, layer, decided, routed))
+    given_token_bits = tile_entropy(traffic.tile_N, traffic.token_N)
+    notes = list(_notes(site, layer, decided, routed, given_token_bits))
     signature_ED = routed.get_tile_signatures() if routed.router.explain(routed.emergent_signatures()) is not None else None
     is_at_router = site == Site(layer, ROUTER_IN)
     latents = sorted({latent for tile in range(traffic.num_tiles) for latent in found.top_latents(tile, PROBE_LATENTS_OF_TILE)})
@@ -179,7 +180,7 @@ def tile_report(
         num_tokens=traffic.num_tokens,
         num_documents=len(traffic.starts_P),
         tile_bits=tile_entropy(traffic.tile_N),
-        given_token_bits=tile_entropy(traffic.tile_N, traffic.token_N),
+        given_token_bits=given_token_bits,
         found=found,
         shifted=contingency(training.shifted(seed), seed),
         bits=information(training, seed),
@@ -202,9 +203,11 @@ def tile_report(
     )
 
 
-def _notes(site: Site, layer: int, decided: Decides, routed: RoutedLayer) -> Iterator[str]:
+def _notes(site: Site, layer: int, decided: Decides, routed: RoutedLayer, given_token_bits: float) -> Iterator[str]:
     if decided == "token":
         yield "routed by the token alone: what latents say of tiles is what they say of tokens; no latent moves a token"
+    elif given_token_bits == 0:
+        yield "routed by the token alone, as far as these texts show: each token id goes to one tile"
     if decided == "context":
         yield "routed on a code of the last tokens that no gradient moves: the choice does not depend on hidden states"
     if layer != site.layer:

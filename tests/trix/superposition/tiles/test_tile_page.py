@@ -137,6 +137,17 @@ def test_fewer_tokens_are_whole_documents(dump: ActivationDump) -> None:
         tile_report(trix_backend(), sae(), dump, num_tokens=0)
 
 
+def test_hidden_states_that_depend_on_the_token_alone_are_said_to(report: TileReport, tmp_path: Path) -> None:
+    assert not report.is_by_token_alone
+    assert not any("token alone" in note for note in report.notes)
+    config = DumpConfig(layer=0, max_len=1)  # nothing stands before the only token of a text
+    (folder,) = dump_sites(ragged_frame(), "title", "topic", trix_backend(), config, ["router_in.1"], tmp_path).values()
+    found = tile_report(trix_backend(), sae(), ActivationDump(folder))
+    assert found.decided == "hidden"
+    assert found.is_by_token_alone
+    assert sum(note.startswith("routed by the token alone") for note in found.notes) == 1
+
+
 def test_a_dump_without_tiles_is_refused(tmp_path: Path) -> None:
     backend = trix_backend(kind="dense", num_tiles=16, route_on="embedding")
     (folder,) = dump_sites(
