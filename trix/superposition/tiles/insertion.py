@@ -62,7 +62,7 @@ class InsertionComparison(NamedTuple):
 
 
 class _Run(NamedTuple):
-    """Log-probabilities [N, V] and targets [N] of tokens with one after them, tiles [N], and on the original x [N, D]."""
+    """Log-probabilities of the next token, what it is, and the tile, of all tokens with one after them."""
 
     log_p_NV: Tensor
     target_N: Tensor

@@ -96,8 +96,9 @@ def merge_into(ffn: TriXFFN, x_TD: Tensor, cluster_E: IntArray, kept_M: IntArray
         cluster_E: cluster of each tile, 0 to M - 1, -1 for free slots. kept_M: the tile that is kept of each cluster.
 
     Raises:
-        ValueError: a kept tile outside of its cluster, l2 <= 0, more than one tile per token, routing without signatures,
-            packed weights, or a frozen signature among those that are to be dropped: nothing has changed then.
+        ValueError: a kept tile outside of its cluster, a free slot in a cluster, l2 <= 0, more than one tile per token, routing
+            without signatures, packed weights, or a frozen signature among those that are to be dropped: nothing has changed
+            then.
     """
     if not l2 > 0:
         raise ValueError(f"l2 ({l2}) must be > 0")
@@ -110,6 +111,9 @@ def merge_into(ffn: TriXFFN, x_TD: Tensor, cluster_E: IntArray, kept_M: IntArray
         for tile in np.flatnonzero(cluster_E == cluster)
         if tile != kept
     ]
+    free = [tile for tile in np.flatnonzero(cluster_E >= 0).tolist() if ffn.free_slots()[tile]]
+    if free:
+        raise ValueError(f"cluster of tile {free[0]} ({cluster_E[free[0]]}) must be -1: its slot is free")
     frozen = [tile for _, tile in pairs if ffn.is_frozen(tile)]
     if frozen:
         raise ValueError(f"the signature of tile {frozen[0]} must not be frozen to be dropped: unfreeze it first")

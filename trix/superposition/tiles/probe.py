@@ -3,6 +3,7 @@
 Legend: N tokens, D width, K latents, F features, E tiles.
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -89,11 +90,14 @@ def _drawn(part: Traffic, draw: np.random.Generator) -> npt.NDArray[np.int64]:
 
 
 def _accuracy(features: list[Any], tiles: list[npt.NDArray[np.int64]]) -> float:
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     dense = [value.toarray() if sparse.issparse(value) else value for value in features]
     model = make_pipeline(StandardScaler(), LogisticRegression(C=1.0, tol=1e-3, max_iter=MAX_ITERATIONS))
-    model.fit(dense[0], tiles[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the limit on iterations holds for all probes alike
+        model.fit(dense[0], tiles[0])
     return float(model.score(dense[1], tiles[1]))

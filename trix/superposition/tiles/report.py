@@ -13,6 +13,7 @@ from torch import Tensor
 
 from trix.nn import TriXBlock, TriXFFN
 from trix.nn.routed_layer import RoutedLayer
+from trix.routing.router import SignatureRouter
 from trix.superposition.backends.base_model import RESIDUAL, Site
 from trix.superposition.backends.trix_model import TriXBackend
 from trix.superposition.tiles.alignment import Alignment, signature_alignment
@@ -163,15 +164,14 @@ def tile_report(
     found = contingency(training, seed)
     top_latent_E = [(found.top_latents(tile, 1) or [-1])[0] for tile in range(traffic.num_tiles)]
     given_token_bits = tile_entropy(traffic.tile_N, traffic.token_N)
-    notes = list(_notes(site, layer, decided, routed, given_token_bits))
-    signature_ED = routed.get_tile_signatures() if routed.router.explain(routed.emergent_signatures()) is not None else None
+    signature_ED = routed.get_tile_signatures() if isinstance(routed.router, SignatureRouter) else None
     is_at_router = site == Site(layer, ROUTER_IN)
     latents = sorted({latent for tile in range(traffic.num_tiles) for latent in found.top_latents(tile, PROBE_LATENTS_OF_TILE)})
     insertion, inserted = None, None
-    if is_at_router and decided == "hidden" and isinstance(routed, TriXFFN) and latents:
+    is_aligned = is_at_router and decided == "hidden" and signature_ED is not None
+    if is_aligned and isinstance(routed, TriXFFN) and latents:
         inserted = _inserted(found, training)
         insertion = insertion_against_steering(backend, site, sae, *inserted, lambda: _batches(held_out))
-    is_aligned = is_at_router and decided == "hidden" and signature_ED is not None
     row_KD = decoder_rows(sae)
     return TileReport(
         site=site,
@@ -199,22 +199,43 @@ def tile_report(
         ),
         insertion=insertion,
         inserted=inserted,
-        notes=notes,
+        notes=[
+            *_notes_on_routing(decided, given_token_bits),
+            *_notes_on_site(site, layer),
+            *(_notes_on_layer(site, routed, held_out) if decided == "hidden" and layer == site.layer else ()),
+        ],
     )
 
 
-def _notes(site: Site, layer: int, decided: Decides, routed: RoutedLayer, given_token_bits: float) -> Iterator[str]:
+def _notes_on_routing(decided: Decides, given_token_bits: float) -> Iterator[str]:
     if decided == "token":
         yield "routed by the token alone: what latents say of tiles is what they say of tokens; no latent moves a token"
     elif given_token_bits == 0:
         yield "routed by the token alone, as far as these texts show: each token id goes to one tile"
     if decided == "context":
         yield "routed on a code of the last tokens that no gradient moves: the choice does not depend on hidden states"
+
+
+def _notes_on_site(site: Site, layer: int) -> Iterator[str]:
     if layer != site.layer:
         yield f"latents are of {site}, tiles of layer {layer}: probe, causal check, alignment and insertion need one layer"
     elif site.name != ROUTER_IN:
         yield f"latents are of {site}: probe, alignment and insertion are defined at {ROUTER_IN}.{layer} only"
-    elif decided == "hidden" and not isinstance(routed, TriXFFN):
+
+
+def _notes_on_layer(site: Site, routed: RoutedLayer, held_out: Traffic) -> Iterator[str]:
+    if site.name not in (ROUTER_IN, RESIDUAL):
+        yield f"the causal check is defined at {ROUTER_IN} and {RESIDUAL}, not at {site.name}"
+    if site.name == RESIDUAL and not held_out.has_whole_documents():
+        yield "the causal check runs the block on whole documents: tokens were left out of the dump"
+    if site.name != ROUTER_IN:
+        return
+    kind, reads = type(routed.router).__name__, ", ".join(sorted(routed.router.reads))
+    if reads:
+        yield f"the causal check needs a router that reads activations alone: {kind} reads {reads}"
+    if not isinstance(routed.router, SignatureRouter):
+        yield f"alignment and insertion need signatures: {kind} has none"
+    elif not isinstance(routed, TriXFFN):
         yield f"insertion is defined for TriXFFN, not for {type(routed).__name__}"
 
 
@@ -227,8 +248,9 @@ def _causal(
     layer: int,
     seed: int,
 ) -> CausalCheck | None:
-    if site == Site(layer, ROUTER_IN):
-        return causal_check(held_out, sae, top_latent_E, at_router(held_out, cast(RoutedLayer, block.ffn)), seed=seed)
+    routed = cast(RoutedLayer, block.ffn)
+    if site == Site(layer, ROUTER_IN) and not routed.router.reads:
+        return causal_check(held_out, sae, top_latent_E, at_router(held_out, routed), seed=seed)
     if site == Site(layer, RESIDUAL) and held_out.has_whole_documents():
         choose = at_block(held_out, block)
         return causal_check(held_out, sae, top_latent_E, choose, num_draws=BLOCK_DRAWS, max_tokens=BLOCK_TOKENS, seed=seed)

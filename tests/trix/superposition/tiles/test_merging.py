@@ -153,6 +153,10 @@ def test_what_cannot_be_merged_is_refused_and_nothing_changes() -> None:
         merge_redundant_tiles(layer, x, 2, l2=0)
     with pytest.raises(ValueError, match="tile 3, kept of cluster 0, must be a tile of it"):
         merge_into(layer, x, np.array([0, 0, 1, 1]), np.array([3, 2]))
+    other = copy.deepcopy(layer)
+    other.remove_tile(2)
+    with pytest.raises(ValueError, match=r"cluster of tile 2 \(1\) must be -1: its slot is free"):
+        merge_into(other, x, np.array([0, 0, 1, 1]), np.array([0, 3]))
     layer.freeze_signature(1)
     state = copy.deepcopy(layer.state_dict())
     with pytest.raises(ValueError, match=r"signature of tile 1 must not be frozen to be dropped"):

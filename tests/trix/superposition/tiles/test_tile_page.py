@@ -148,6 +148,27 @@ def test_hidden_states_that_depend_on_the_token_alone_are_said_to(report: TileRe
     assert sum(note.startswith("routed by the token alone") for note in found.notes) == 1
 
 
+@pytest.mark.parametrize(
+    ("ffn", "site", "note"),
+    [
+        ({"routing": "learned"}, "router_in.1", "alignment and insertion need signatures: LearnedRouter has none"),
+        ({"kind": "sparse_lookup"}, "router_in.1", "insertion is defined for TriXFFN, not for SparseLookupFFN"),
+        ({}, "ffn_out.1", "the causal check is defined at router_in and resid_pre, not at ffn_out"),
+        ({"routing": "hash"}, "router_in.1", "routed by the token alone"),
+    ],
+)
+def test_what_is_not_defined_is_none_and_a_note_says_why(ffn: dict[str, object], site: str, note: str, tmp_path: Path) -> None:
+    backend = trix_backend(**ffn)
+    config = DumpConfig(layer=0, max_len=40)
+    (folder,) = dump_sites(ragged_frame(60), "title", "topic", backend, config, [site], tmp_path).values()
+    found = tile_report(backend, sae(), ActivationDump(folder))
+    assert sum(one.startswith(note) for one in found.notes) == 1
+    assert found.insertion is None
+    assert (found.alignment is None) == ("kind" not in ffn)
+    assert (found.causal is None) == (site != "router_in.1" or ffn == {"routing": "hash"})
+    assert '<div class="tile">' in tile_page(found, VOCABULARY, {})
+
+
 def test_a_dump_without_tiles_is_refused(tmp_path: Path) -> None:
     backend = trix_backend(kind="dense", num_tiles=16, route_on="embedding")
     (folder,) = dump_sites(
