@@ -1,6 +1,7 @@
 """The HTML page about a checkpoint: what each tile responds to, measured on the validation data of the training."""
 
 import functools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,8 +10,18 @@ if TYPE_CHECKING:
     from lightning_modules.tasks import TrixTask
 
 
-def make_page(task: "TrixTask", data: "RunData", checkpoint: dict[str, Any], ckpt: str, num_tokens: int) -> str:
+def make_page(
+    task: "TrixTask",
+    data: "RunData",
+    checkpoint: dict[str, Any],
+    ckpt: str,
+    num_tokens: int,
+    remarks: Mapping[int, Sequence[str]] | None = None,
+) -> str:
     """The page about a task, measured on at most num_tokens tokens of its own validation data (at least one example).
+
+    Args:
+        remarks: HTML for the cards of tiles, see :func:`trix.introspection.html_report`.
 
     Raises:
         UserError: the data cannot be rebuilt; ValueError: the network has no routed layers.
@@ -40,4 +51,5 @@ def make_page(task: "TrixTask", data: "RunData", checkpoint: dict[str, Any], ckp
         facts=facts,
         track=functools.partial(track, console=console, transient=True, disable=not console.is_terminal),
         counted=page.counted,
+        remarks=remarks,
     )

@@ -51,10 +51,17 @@ def _page_maker(model: Path, options: Namespace, trusted: Collection[str]) -> Ca
 
         if options.num_tokens is not None:
             raise UserError("--num-tokens belongs to a checkpoint: an exported model has no data but its own example")
+        if options.sae is not None:
+            raise UserError("--sae belongs to a checkpoint: an exported model has no activations to read")
         return functools.partial(make_onnx_page, model)
     task, checkpoint = load_task(str(model), "inspect", trusted)
     data = run_data(task, checkpoint, model, trusted)
-    return functools.partial(make_page, task, data, checkpoint, str(model), options.num_tokens or DEFAULT_TOKENS)
+    remarks = None
+    if options.sae is not None:
+        from lightning_modules.commands.inspect_latents import latent_remarks
+
+        remarks = latent_remarks(task, model, options.sae, trusted)
+    return functools.partial(make_page, task, data, checkpoint, str(model), options.num_tokens or DEFAULT_TOKENS, remarks)
 
 
 def make_parser() -> CommandParser:
@@ -65,6 +72,7 @@ def make_parser() -> CommandParser:
         epilog="examples:\n"
         "  trix inspect runs/char_lm\n"
         "  trix inspect runs/char_lm/version_0/checkpoints/last.ckpt --output report.html\n"
+        "  trix inspect runs/char_lm --sae runs/sae\n"
         "  trix inspect runs/char_lm/model.onnx",
     )
     parser.add_argument("model", metavar="MODEL", help=f"{CHECKPOINT_HELP}, or a file written by `trix export`").complete = FILE
@@ -77,5 +85,11 @@ def make_parser() -> CommandParser:
         help="largest number of tokens of the validation data to measure a checkpoint on, in whole sequences "
         f"(default: {DEFAULT_TOKENS})",
     )
+    parser.add_argument(
+        "--sae",
+        metavar="RUN",
+        help="a sparse autoencoder on activations of this checkpoint: the cards of that layer's tiles show the latents that go "
+        "with them, as `trix sae tiles` finds them",
+    ).complete = FILE
     parser.add_trust()
     return parser

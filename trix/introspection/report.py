@@ -75,6 +75,7 @@ def html_report(
     facts: Mapping[str, str] | None = None,
     track: Track = untracked,
     counted: CountedText | None = None,
+    remarks: Mapping[int, Sequence[str]] | None = None,
 ) -> str:
     """The page, as text.
 
@@ -84,18 +85,24 @@ def html_report(
         facts: what else stands at the top, by name. track: shows the progress.
         counted: the text whose n-grams name the tiles and predict what they claim, for a model that routes on context; without
             it, the inputs themselves.
+        remarks: HTML that is added to the cards of a layer, one text for each of its tiles, by the number of the layer among
+            the routed ones.
 
     Raises:
-        ValueError: the model has no routed layers, or what is given does not fit the inputs.
+        ValueError: the model has no routed layers, what is given does not fit the inputs, or remarks do not fit the layers.
     """
     sample = Sample(inputs, tokens, labels, class_names)
     introspector = TriXIntrospector(model)
+    _check_remarks(remarks or {}, introspector.layers)
     capture = introspector.capture(track(torch.split(inputs, BATCH_SEQUENCES), "running the model"))
     layers = range(len(introspector.layers))
     reads_ngrams = routes_on_context(model) and inputs.dim() == 2 and not inputs.is_floating_point()
     own = _count_inputs(model, sample, is_counted(capture.decision[0])) if reads_ngrams else None
     texts = None if own is None else (counted or own, own)
-    sections = [_layer_section(introspector, layer, capture, sample, texts) for layer in track(layers, "drawing the layers")]
+    sections = [
+        _layer_section(introspector, layer, capture, sample, texts, (remarks or {}).get(layer))
+        for layer in track(layers, "drawing the layers")
+    ]
     num_tokens = int(is_counted(capture.decision[0]).sum())
     at_most = "at most " if num_tokens < len(sample.label_N) else ""  # padding fills the others up
     measured = f"{num_tokens:,} tokens, in sequences of {at_most}{sample.length}"
@@ -106,6 +113,16 @@ def html_report(
         f"{_how_to_read(reads_ngrams)}{''.join(sections)}"
     )
     return page(title, body)
+
+
+def _check_remarks(remarks: Mapping[int, Sequence[str]], layers: Sequence[RoutedLayer]) -> None:
+    for index, remark_E in remarks.items():
+        if not 0 <= index < len(layers):
+            raise ValueError(f"layer of the remarks ({index}) must be >= 0 and < number of routed layers ({len(layers)})")
+        if len(remark_E) != layers[index].num_tiles:
+            raise ValueError(
+                f"remarks of layer {index} ({len(remark_E)}) must be as many as its tiles ({layers[index].num_tiles})"
+            )
 
 
 def _summary(introspector: TriXIntrospector, capture: Capture) -> str:
@@ -163,6 +180,7 @@ def _layer_section(
     capture: Capture,
     sample: Sample,
     texts: tuple[CountedText, CountedText] | None,
+    remark_E: Sequence[str] | None,
 ) -> str:
     """texts: where n-grams decide, the one whose n-grams name the tiles, and the sample."""
     layer, decision = introspector.layers[index], capture.decision[index]
@@ -174,6 +192,7 @@ def _layer_section(
         introspector.routing_distribution(capture, index),
         count_claims(decision, layer.num_tiles, sample),
         None if texts is None else _read_ngrams(introspector.model, index, *texts),
+        remark_E,
     )
     cards = "".join(tile_card(reading, tile, sample) for tile in range(layer.num_tiles))
     return (

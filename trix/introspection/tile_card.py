@@ -1,5 +1,6 @@
 """One tile of a report: its signature, its neighbours, how much comes to it, what that is, and where it stood."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,7 +58,10 @@ class NgramReading:
 
 @dataclass(frozen=True)
 class LayerReading:
-    """What the cards of one layer are written from. similarity_EE, usage_E: of signatures, of assignments."""
+    """What the cards of one layer are written from.
+
+    similarity_EE, usage_E: of signatures, of assignments. remark_E: HTML that is added to the card of each tile, or None.
+    """
 
     layer: RoutedLayer
     decision: RoutingDecision
@@ -66,6 +70,7 @@ class LayerReading:
     usage_E: Tensor
     claims: ClaimMatrix
     ngrams: NgramReading | None = None
+    remark_E: Sequence[str] | None = None
 
 
 def count_claims(decision: RoutingDecision, num_tiles: int, sample: Sample) -> ClaimMatrix:
@@ -91,7 +96,8 @@ def tile_card(reading: LayerReading, tile: int, sample: Sample) -> str:
     return (
         f'<div class="tile"><h4>Tile {tile}{badges}</h4>{_ngrams(reading, tile)}{strip(signature_D.cpu().numpy())}'
         f'<div class="muted">{_counts(signature_D)}</div>{_nearest(reading.similarity_EE[tile], tile)}'
-        f"<p>usage: {usage:.1%}{_predicted(reading, tile)}</p>{bar}{_traffic(reading, tile, sample)}</div>"
+        f"<p>usage: {usage:.1%}{_predicted(reading, tile)}</p>{bar}{_traffic(reading, tile, sample)}"
+        f"{'' if reading.remark_E is None else reading.remark_E[tile]}</div>"
     )
 
 

@@ -25,7 +25,7 @@ _MODULES = {
     **dict.fromkeys(("AnalysisConfig", "DumpConfig", "MergeConfig", "Paths", "SAEConfig"), "config"),
     **dict.fromkeys(("ActivationShard", "Latents", "MergeMatrix", "Reducer2D"), "types"),
 }
-_SUBPACKAGES = ("analysis", "backends", "data", "dump", "evaluation", "merge", "sae", "steering", "viz")
+_SUBPACKAGES = ("analysis", "backends", "data", "dump", "evaluation", "merge", "sae", "steering", "tiles", "viz")
 
 
 def __getattr__(name: str) -> Any:

@@ -290,3 +290,17 @@ def test_padding_is_no_part_of_an_ngram() -> None:
 def test_without_context_nothing_is_said_of_ngrams() -> None:
     assert "n-grams" not in html_report(network(), TOKENS, STRINGS)
     assert "n-grams" in html_report(context_network(routing="learned"), TOKENS, STRINGS)
+
+
+def test_remarks_stand_on_the_cards_of_their_tiles() -> None:
+    model = network(num_tiles=2)
+    page = html_report(model, TOKENS, STRINGS, remarks={1: ["<p>first</p>", "<p>second</p>"]})
+    of_layer = page.split('id="layer-1"')
+    assert "<p>first</p>" not in of_layer[0]
+    shown = cards(of_layer[1])
+    assert ["<p>first</p>" in card for card in shown] == [True, False]
+    assert ["<p>second</p>" in card for card in shown] == [False, True]
+    with pytest.raises(ValueError, match=r"layer of the remarks \(7\) must be >= 0 and < number of routed layers \(2\)"):
+        html_report(model, TOKENS, STRINGS, remarks={7: []})
+    with pytest.raises(ValueError, match=r"remarks of layer 0 \(1\) must be as many as its tiles \(2\)"):
+        html_report(model, TOKENS, STRINGS, remarks={0: ["x"]})
