@@ -20,7 +20,7 @@ class Action(NamedTuple):
         return import_module(f"lightning_modules.commands.sae_{self.name}")
 
 
-ACTIONS: tuple[Action, ...] = ()
+ACTIONS: tuple[Action, ...] = (Action("dashboard", "write one HTML page about what each latent stands for"),)
 
 
 def run_sae(arguments: list[str]) -> int:
