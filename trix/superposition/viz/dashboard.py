@@ -181,6 +181,7 @@ class _Cards:
 
     def _head(self, index: int, record: LatentRecord) -> str:
         title = f'<section id="l{record.latent}"><h3>Latent {record.latent}</h3>'
+        blocks = []
         if record.num_active == 0:
             fires = f"Dead: it fires at none of {self.survey.num_tokens:,} tokens."
         else:
@@ -188,9 +189,7 @@ class _Cards:
                 f"Fires on {_percent(record.num_active / self.survey.num_tokens)} of the tokens ({record.num_active:,}); "
                 f"{_percent(record.mass_share)} of the mass; largest activation {record.largest:.4g}."
             )
-        blocks = [f"<div><h4>Activations</h4>{_histogram(record.count_H, 'tokens', 0, record.largest)}</div>"]
-        if record.num_active == 0:
-            blocks = []
+            blocks.append(f"<div><h4>Activations</h4>{_histogram(record.count_H, 'tokens', 0, record.largest)}</div>")
         if self.logits is not None:
             blocks.append(self._logits(index, self.logits))
         blocks.append(f"<div><h4>Nearest decoder rows, by cosine</h4>{self._neighbours(index)}</div>")

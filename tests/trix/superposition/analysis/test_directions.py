@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from trix.superposition.analysis import directions
 from trix.superposition.analysis.directions import direction_logits, nearest_rows
-from trix.superposition.backends import CausalLMBackend
 
 pytest.importorskip("pydantic", reason="backends need pydantic")
 

@@ -143,7 +143,9 @@ def test_the_mass_is_that_of_what_the_decoder_writes() -> None:
 def test_tiles_among_which_a_latent_fires(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     tile_N = torch.randint(0, 9, (400,), generator=generator)
-    acts_NK = torch.stack([(tile_N == 3).float() + (tile_N == 5), torch.rand(400, generator=generator), -torch.ones(400)], dim=1)
+    acts_NK = torch.stack(
+        [(tile_N == 3).float() + (tile_N == 5), torch.rand(400, generator=generator), -torch.ones(400)], dim=1
+    )
     paths = write_shards(tmp_path, acts_NK, [150, 250], tile=tile_N)
     found = survey_latents(identity_sae(3), paths, [0, 1, 2], "cpu", has_tiles=True).latents
     assert {tile.tile for tile in found[0].tiles} == {3, 5}
