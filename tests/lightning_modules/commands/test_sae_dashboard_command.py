@@ -36,20 +36,25 @@ def language_model(folder: Path, name: str, seed: int) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """model.ckpt, another model other.ckpt, dumps of two sites, and an autoencoder sae.ckpt and router.ckpt on each."""
+    """model.ckpt, another model other.ckpt, dumps of three sites, autoencoders of two of them, sae.ckpt and router.ckpt, and a
+    transcoder from the second to the third, layer.ckpt.
+    """
     folder = tmp_path_factory.mktemp("sae")
     model = language_model(folder, "model.ckpt", 0)
     language_model(folder, "other.ckpt", 1)
-    sites = ["resid_pre.1", "router_in.1"]
+    sites = ["resid_pre.1", "router_in.1", "ffn_out.1"]
     arguments = ["--num-tokens", "1200", "--shard-tokens", "500", "--dtype", "fp32"]
     assert main(["dump", str(model), "--site", *sites, "--output", str(folder), *arguments]) == 0
-    for site, name in zip(sites, ("sae", "router"), strict=True):
+    for site, name in zip(sites[:2], ("sae", "router"), strict=True):
         data = ActivationDataModule(str(folder / site), batch_size=200, validation_fraction=0.2)
         torch.manual_seed(0)
         main_one, control = AutoencoderConfig("topk", K, {"active": 3}), AutoencoderConfig("standard", 8)
         save_checkpoint(
             SparseAutoencoderTask(16, autoencoder=main_one, others={"small": control}), data, folder / f"{name}.ckpt"
         )
+    data = ActivationDataModule(*(str(folder / site) for site in sites[1:]), batch_size=200, validation_fraction=0.2)
+    layer = SparseAutoencoderTask(16, autoencoder=AutoencoderConfig("transcoder", 8, {"active": 3}))
+    save_checkpoint(layer, data, folder / "layer.ckpt")
     return folder
 
 
@@ -150,6 +155,9 @@ def test_another_autoencoder_of_the_run_and_another_site(folder: Path, tmp_path:
     assert run(folder, "--output", str(output), name="router") == 0
     assert "<dd>router_in.1</dd>" in output.read_text()
     assert "There are no logits" in output.read_text()
+    assert run(folder, "--output", str(output), name="layer") == 0
+    assert "<dt>site</dt><dd>router_in.1</dd><dt>writes</dt><dd>ffn_out.1</dd>" in output.read_text()
+    assert "<h4>Largest logits</h4>" in output.read_text()
 
 
 def test_the_default_page_lies_next_to_the_checkpoint(folder: Path) -> None:

@@ -93,6 +93,6 @@ def nearest_rows(row_KO: Tensor, latents: Sequence[int], num_kept: int = 5) -> t
     parts = []
     for latent_B in torch.split(latent_M, BATCH_DIRECTIONS):
         cosine_BK = unit_KO[latent_B] @ unit_KO.t()
-        cosine_BK[torch.arange(len(latent_B)), latent_B] = -torch.inf
+        cosine_BK.scatter_(1, latent_B[:, None], -torch.inf)
         parts.append(cosine_BK.topk(num_kept, dim=-1))
     return torch.cat([part.indices for part in parts]).cpu(), torch.cat([part.values for part in parts]).cpu()

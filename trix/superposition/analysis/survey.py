@@ -127,14 +127,14 @@ def survey_latents(
         advance: called with the number of tokens that were read, 2 N in all.
 
     Raises:
-        ValueError: a latent that is not in [0, k) or is there twice, num_examples < 1, no tokens, latents that are not finite,
-            a tile < 0 or >= MAX_TILES, or files that do not fit.
+        ValueError: no latents, one that is not in [0, k) or is there twice, num_examples < 1, no tokens, latents that are not
+            finite, a tile < 0 or >= MAX_TILES, or files that do not fit.
     """
     wrong = [latent for latent in latents if not 0 <= latent < sae.k]
     if wrong:
         raise ValueError(f"latent ({wrong[0]}) must be >= 0 and < k ({sae.k})")
-    if len(set(latents)) < len(latents):
-        raise ValueError(f"latents ({len(latents)}, {len(set(latents))} of them different) must be given once each")
+    if not latents or len(set(latents)) < len(latents):
+        raise ValueError(f"latents ({len(latents)}, {len(set(latents))} of them different) must be >= 1, each given once")
     if num_examples < 1:
         raise ValueError(f"num_examples ({num_examples}) must be >= 1")
     columns = ("tokids", "titleidx", *(("tile",) if has_tiles else ()))

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from trix.introspection.page import code, definitions, heading, page
@@ -55,10 +54,9 @@ def dashboard(
         raise ValueError(f"number of latents on a page ({len(records)}) must be <= {MAX_LATENTS}")
     latents = [record.latent for record in records]
     logits = None
-    if vocabulary.unembed is not None and records:
+    if vocabulary.unembed is not None:
         logits = direction_logits(row_KO[latents], vocabulary.unembed, vocabulary.size)
-    neighbours = nearest_rows(row_KO, latents) if records else (torch.zeros(0, 0), torch.zeros(0, 0))
-    cards = _Cards(survey, vocabulary.tokenizer, logits, neighbours)
+    cards = _Cards(survey, vocabulary.tokenizer, logits, nearest_rows(row_KO, latents))
     head = f"<style>{STYLE}{PASSAGE_STYLE}</style>{_policy()}"
     parts = [
         f"<main>{definitions(facts)}",
@@ -257,7 +255,7 @@ def _largest_size(sizes: Sequence[int], room: int) -> int:
         if size > share:
             return share
         room -= size
-    return max(sizes, default=0)
+    return max(sizes)
 
 
 def _histogram(counts: Sequence[int], unit: str, low: float, high: float) -> str:

@@ -27,7 +27,8 @@ def passage(
 
         min_alpha + (1 - min_alpha) z / largest,
 
-    and a pointer held over it shows z. White space and control characters are visible, but for spaces without a colour.
+    and a pointer held over it shows z. White space and control characters are visible; spaces in a token without a colour stay
+    spaces.
 
     Args:
         texts, values: token by token. goes_on: whether there is text left out before and after. place: of a token that is
@@ -42,9 +43,9 @@ def passage(
 
 
 def _token(text: str, value: float, largest: float, min_alpha: float, is_own: bool) -> str:
-    shown = html.escape(visible(text), quote=False)
     if value == 0:
-        return " " if text == " " else shown
+        return html.escape(" ".join(map(visible, text.split(" "))), quote=False)
     alpha = min_alpha + (1 - min_alpha) * value / largest
     kind = ' class="own"' if is_own else ""
+    shown = html.escape(visible(text), quote=False)
     return f'<mark{kind} style="--a:{alpha:.3g}" title="{value:.4g}">{shown}</mark>'

@@ -173,7 +173,8 @@ def test_errors(tmp_path: Path) -> None:
     for latents, message in (
         ([0, 2], r"latent \(2\) must be >= 0 and < k \(2\)"),
         ([-1], r"latent \(-1\) must be >= 0"),
-        ([1, 1], r"latents \(2, 1 of them different\) must be given once each"),
+        ([1, 1], r"latents \(2, 1 of them different\) must be >= 1, each given once"),
+        ([], r"latents \(0, 0 of them different\) must be >= 1"),
     ):
         with pytest.raises(ValueError, match=message):
             survey_latents(identity_sae(2), paths, latents, "cpu")
