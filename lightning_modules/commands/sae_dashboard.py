@@ -162,9 +162,9 @@ def _numbers(text: str) -> list[int]:
 def make_parser() -> CommandParser:
     parser = CommandParser(
         prog="trix sae dashboard",
-        description="Write one HTML page about what each latent of an autoencoder stands for: texts in which it fires, by the\n"
-        "strength of its activation, how often it does, the tokens that it speaks for, its nearest neighbours, and\n"
-        "the tiles among which it fires. The page needs no network.",
+        description="Write one HTML page about what each latent of an autoencoder stands for: texts in which it fires\n"
+        "strongly and weakly, how often it fires, the tokens whose logits it raises and lowers, its nearest neighbours,\n"
+        "and the tiles among which it fires. The page needs no network.",
         epilog="examples:\n"
         "  trix sae dashboard runs/sae --model runs/char_lm\n"
         "  trix sae dashboard runs/sae --model runs/char_lm --latents 1,5,9 --examples 10 --output latents.html",
@@ -179,18 +179,18 @@ def make_parser() -> CommandParser:
         "--num-latents",
         type=int,
         metavar="N",
-        help=f"show at most so many latents, drawn at random from those of a larger autoencoder (default: {DEFAULT_LATENTS})",
+        help=f"largest number of latents to show; of more, as many are drawn at random (default: {DEFAULT_LATENTS})",
     )
     parser.add_argument(
         "--examples",
         type=int,
         default=DEFAULT_EXAMPLES,
         metavar="N",
-        help="texts of each of the five strengths, at most (default: %(default)s)",
+        help="largest number of examples in each of the five groups (default: %(default)s)",
     )
     parser.add_argument("--autoencoder", metavar="NAME", help="which of several in the run (default: the main one)")
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of all that is drawn at random (default: %(default)s)"
+        "--seed", type=int, default=0, metavar="N", help="seed of all that is drawn at random (default: %(default)s)"
     )
     parser.add_trust()
     return parser

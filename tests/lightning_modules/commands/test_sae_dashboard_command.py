@@ -16,6 +16,7 @@ from small_runs import save_checkpoint, small_network
 
 from lightning_modules.cli import main
 from lightning_modules.commands import sae_dashboard
+from lightning_modules.commands.sae import ACTIONS
 from lightning_modules.data.activations import ActivationDataModule
 from lightning_modules.data.text import TextDataModule
 from lightning_modules.tasks import AutoencoderConfig, LanguageModelTask, SparseAutoencoderTask, load_autoencoder
@@ -163,6 +164,15 @@ def test_another_autoencoder_of_the_run_and_another_site(folder: Path, tmp_path:
 def test_the_default_page_lies_next_to_the_checkpoint(folder: Path) -> None:
     assert run(folder, "--latents", "0") == 0
     (folder / "sae_latents.html").unlink()
+
+
+def test_the_group_names_its_actions(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sae"]) == 0
+    assert re.search(r"^ +dashboard\s+write one HTML page", capsys.readouterr().out, re.MULTILINE)
+    assert main(["sae", "dashbord"]) == 2
+    assert "action (dashbord) of `trix sae` must be one of" in capsys.readouterr().err
+    for action in ACTIONS:
+        assert action.module.make_parser().prog == f"trix sae {action.name}"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What decoder rows stand for without any text: the tokens that they speak for, and the rows that are like them.
+"""What decoder rows say without any text: the tokens whose logits they raise and lower, and the rows that are like them.
 
 Legend: K latents, M of them, O width of the decoder, V vocabulary, A tokens or neighbours kept, H bins of a histogram.
 """

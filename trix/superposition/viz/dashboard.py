@@ -18,7 +18,7 @@ from trix.superposition.analysis.stats import DENSITY_BORDERS, log_densities
 from trix.superposition.analysis.survey import SAMPLE_SIZE, LatentRecord, Survey
 from trix.superposition.viz.dashboard_style import SCRIPT, STYLE
 from trix.superposition.viz.passages import LEFT_OUT, PASSAGE_STYLE, passage
-from trix.superposition.viz.token_texts import Tokenizer, token_texts
+from trix.superposition.viz.token_texts import Tokenizer, token_texts, whole_characters
 
 MAX_BYTES = 9_000_000  # of all cards together
 MAX_LATENTS = 4096
@@ -57,7 +57,7 @@ def dashboard(
     if vocabulary.unembed is not None:
         logits = direction_logits(row_KO[latents], vocabulary.unembed, vocabulary.size)
     cards = _Cards(survey, vocabulary.tokenizer, logits, nearest_rows(row_KO, latents))
-    head = f"<style>{STYLE}{PASSAGE_STYLE}</style>{_policy()}"
+    head = f"<style>{PASSAGE_STYLE}{STYLE}</style>{_policy()}"  # the colour in the dark comes after that in the light
     parts = [
         f"<main>{definitions(facts)}",
         _density_section(survey.density_K),
@@ -132,7 +132,7 @@ class _Cards:
         if logits is not None:
             ids |= {*logits.top_MA.flatten().tolist(), *logits.bottom_MA.flatten().tolist()}
         known = sorted(ids)
-        self.text_of = dict(zip(known, map(_cut, token_texts(tokenizer, known)), strict=True))
+        self.text_of = dict(zip(known, token_texts(tokenizer, known), strict=True))
 
     def search(self) -> str:
         return (
@@ -141,7 +141,7 @@ class _Cards:
         )
 
     def list(self) -> str:
-        names = ("latent", "fires on", "mass", "largest", "fires most on", "speaks for")
+        names = ("latent", "fires on", "mass", "largest", "fires most on", "raises most")
         head = "".join(f'<th scope="col">{name}</th>' for name in names)
         rows = "".join(self._row(index, record) for index, record in enumerate(self.survey.latents))
         return (
@@ -150,19 +150,16 @@ class _Cards:
         )
 
     def _row(self, index: int, record: LatentRecord) -> str:
-        strongest, speaks_for = "", ""
-        if record.groups:
-            one = record.groups[0].examples[0]
-            strongest = self._code(one.token_N[one.place])
+        raised = ""
         if self.logits is not None:
-            speaks_for = " ".join(self._code(token) for token in self.logits.top_MA[index, :3].tolist())
+            raised = " ".join(self._code(token) for token in self.logits.top_MA[index, :3].tolist())
         cells = (
             f'<a href="#l{record.latent}">{record.latent}</a>',
             _percent(record.num_active / self.survey.num_tokens),
             _percent(record.mass_share),
             f"{record.largest:.3g}",
-            strongest,
-            speaks_for,
+            "".join(map(self._code, _strongest(record))),
+            raised,
         )
         return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
 
@@ -223,21 +220,21 @@ class _Cards:
         for group in record.groups:
             span = f"{group.low:.3g} to {group.high:.3g}"
             title = f'<h4>{html.escape(group.name)} <span class="muted">activations {span}</span></h4>'
-            examples = [
-                passage(
-                    [self.text_of[token] for token in one.token_N],
-                    one.value_N,
-                    record.largest,
-                    goes_on=one.goes_on,
-                    place=one.place,
-                )
-                for one in group.examples
-            ]
+            examples = []
+            for one in group.examples:
+                texts = whole_characters(self.tokenizer, one.token_N, [self.text_of[token] for token in one.token_N])
+                shown = list(map(_cut, texts))
+                examples.append(passage(shown, one.value_N, record.largest, goes_on=one.goes_on, place=one.place))
             found.append((title, examples))
         return found
 
     def _code(self, token: int) -> str:
-        return code(self.text_of[token])
+        return code(_cut(self.text_of[token]))
+
+
+def _strongest(record: LatentRecord) -> list[int]:
+    """The token with the largest activation, none of a dead latent."""
+    return [one.token_N[one.place] for group in record.groups[:1] for one in group.examples[:1]]
 
 
 def _card(head: str, groups: Sequence[tuple[str, Sequence[str]]], limit: int | None = None) -> str:

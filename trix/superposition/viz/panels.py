@@ -15,7 +15,7 @@ import torch
 from trix.introspection.page import definitions, page
 from trix.superposition.analysis.encoding import SparseCoder, encoded_rows
 from trix.superposition.viz.passages import LEFT_OUT, PASSAGE_STYLE, passage
-from trix.superposition.viz.token_texts import Tokenizer, token_texts
+from trix.superposition.viz.token_texts import Tokenizer, token_texts, whole_characters
 
 BATCH_TOKENS = 4096  # encoded at once
 EXPLANATION = (
@@ -179,7 +179,8 @@ def _panel(latent_j: int, found: _Found, tokenizer: Tokenizer, min_alpha: float)
 
 
 def _card(found: _Passage, tokenizer: Tokenizer, largest: float, min_alpha: float) -> str:
-    texts = token_texts(tokenizer, found.row_N["token"].tolist())
+    ids = found.row_N["token"].tolist()
+    texts = whole_characters(tokenizer, ids, token_texts(tokenizer, ids))
     text = passage(texts, found.row_N["value"].tolist(), largest, goes_on=found.goes_on, min_alpha=min_alpha)
     head = f'<p class="muted">document {found.document}, largest activation {found.peak:.4g}</p>'
     return f'<div class="tile">{head}{text}</div>'

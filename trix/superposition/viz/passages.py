@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from trix.introspection.symbols import visible
 
 LEFT_OUT = "…"
+NO_TEXT = "·"  # a token with a colour, but without a text of its own
 # The opacity --a of a token is its own; in the dark the colour is deeper, so that light text stays readable on it.
 PASSAGE_STYLE = """
 :root { --mark: 224 130 20 } mark { background: rgb(var(--mark) / var(--a)); color: inherit }
@@ -47,5 +48,5 @@ def _token(text: str, value: float, largest: float, min_alpha: float, is_own: bo
         return html.escape(" ".join(map(visible, text.split(" "))), quote=False)
     alpha = min_alpha + (1 - min_alpha) * value / largest
     kind = ' class="own"' if is_own else ""
-    shown = html.escape(visible(text), quote=False)
+    shown = html.escape(visible(text), quote=False) or NO_TEXT
     return f'<mark{kind} style="--a:{alpha:.3g}" title="{value:.4g}">{shown}</mark>'

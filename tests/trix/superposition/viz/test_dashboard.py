@@ -119,6 +119,7 @@ def test_the_page_is_closed_and_all_text_is_escaped(acts_ND: Tensor, tmp_path: P
     digest = base64.b64encode(hashlib.sha256(page.scripts[0].encode()).digest()).decode()
     assert page.policy == f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     assert re.search(r"https?:|url\(|@import|<link|<iframe", text) is None
+    assert re.findall(r"--mark: ([\d ]+\d)", text) == ["224 130 20", "156 74 0"]  # the last one holds, and only in the dark
     assert "<script>alert(1)</script>" in page.cards["l0"]
     for escaped in ("<title>A &amp; &lt;B&gt;</title>", "&lt;b&gt;name", "&lt;i&gt;&amp;value"):
         assert escaped in text
