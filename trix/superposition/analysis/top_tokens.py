@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trix.superposition.analysis.encoding import SparseCoder, encoded_batches
 
-MAX_CANDIDATES = 1 << 22  # activations that are gathered before they are sorted: 80 MB
+MAX_CANDIDATES = 1 << 20  # entries that are gathered before they are sorted: 24 MB
 
 
 class TopTokens(Sequence[frozenset[int]]):

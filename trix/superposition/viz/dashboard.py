@@ -15,7 +15,7 @@ from torch import Tensor
 from trix.introspection.page import code, definitions, heading, page
 from trix.superposition.analysis.directions import DirectionLogits, direction_logits, nearest_rows
 from trix.superposition.analysis.stats import DENSITY_BORDERS, log_densities
-from trix.superposition.analysis.survey import SAMPLE_SIZE, LatentRecord, Survey
+from trix.superposition.analysis.survey import SAMPLE_SIZE, Floats, LatentRecord, Survey
 from trix.superposition.viz.dashboard_style import SCRIPT, STYLE
 from trix.superposition.viz.passages import LEFT_OUT, PASSAGE_STYLE, passage
 from trix.superposition.viz.token_texts import Tokenizer, token_texts, whole_characters
@@ -79,20 +79,17 @@ def _policy() -> str:
     return f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
 
 
-def _density_section(density_K: "np.ndarray[tuple[int], np.dtype[np.float64]]") -> str:
+def _density_section(density_K: Floats) -> str:
     count_H, _ = np.histogram(log_densities(density_K), DENSITY_BORDERS)
-    num_dead = int(count_H[0])
-    used = np.flatnonzero(count_H[1:])
-    text = (
-        f"{num_dead:,} of {len(density_K):,} latents never fire. The others, by the share of the tokens on which they fire, on "
-        "a logarithmic scale:"
-    )
-    title = heading(2, "How often latents fire", text)
+    text = f"{count_H[0]:,} of {len(density_K):,} latents never fire."
+    used = np.flatnonzero(count_H[1:]) + 1
     if len(used) == 0:
-        return title
-    first, last = int(used[0]) + 1, int(used[-1]) + 1
+        return heading(2, "How often latents fire", text)
+    text += " The others, by the share of the tokens on which they fire, on a logarithmic scale:"
+    first, last = int(used[0]), int(used[-1])
     low, high = 10 ** DENSITY_BORDERS[first], 10 ** DENSITY_BORDERS[last + 1]
-    return title + _histogram(count_H[first : last + 1].tolist(), "latents", low, high)
+    drawing = _histogram(count_H[first : last + 1].tolist(), "latents", low, high)
+    return heading(2, "How often latents fire", text) + drawing
 
 
 def _explanation(survey: Survey, *, is_with_logits: bool) -> str:
@@ -103,8 +100,9 @@ def _explanation(survey: Survey, *, is_with_logits: bool) -> str:
         else "There are no logits, as the decoder does not write into the residual stream. "
     )
     tiles = (
-        "Tiles: the best tile of the tokens at which the latent fires; share of these tokens, and that share over the share "
-        "among all tokens. "
+        "Tiles: the best tile of the tokens at which the latent fires; share of these tokens, and lift, which is that share over "
+        "the share among all tokens: 1 by chance. Where the token alone decides the tile, this only says on which tokens the "
+        "latent fires. "
         if any(record.tiles for record in survey.latents)
         else ""
     )
