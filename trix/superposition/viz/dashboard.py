@@ -100,9 +100,9 @@ def _explanation(survey: Survey, *, is_with_logits: bool) -> str:
         else "There are no logits, as the decoder does not write into the residual stream. "
     )
     tiles = (
-        "Tiles: the best tile of the tokens at which the latent fires; share of these tokens, and lift, which is that share over "
-        "the share among all tokens: 1 by chance. Where the token alone decides the tile, this only says on which tokens the "
-        "latent fires. "
+        "Tiles: the best tile of the tokens at which the latent fires; share of these tokens, and lift, which is that share "
+        "over the share among all tokens: 1 by chance. Where the token alone decides the tile, this only says on which tokens "
+        "the latent fires. "
         if any(record.tiles for record in survey.latents)
         else ""
     )
