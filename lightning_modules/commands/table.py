@@ -72,7 +72,7 @@ examples
   trix inspect runs/char_lm
   trix why runs/char_lm --prompt "The "
   trix dump runs/char_lm --site resid_pre.2 --output runs/char_lm/acts
-  trix sae tiles runs/sae --model runs/char_lm
+  trix sae dashboard runs/sae --model runs/char_lm
   trix runs --sort val/loss
   trix surgery runs/char_lm insert --ngrams "th,Th" --layer 1 --tile 3 --output edited.ckpt
   trix export --ckpt runs/char_lm --output runs/char_lm/model.onnx

@@ -112,6 +112,11 @@ class ActivationDataModule(TrixDataModule):
         """The same tokens as validation."""
         return self.val_dataloader()
 
+    @property
+    def target_dump(self) -> "ActivationDump":
+        """The dump whose activations are to be written: that of ``target``, or of ``path``."""
+        return self.dump if self._target is None else self._target
+
     @override
     def facts(self) -> dict[str, str]:
         identity = self.dump.manifest.identity

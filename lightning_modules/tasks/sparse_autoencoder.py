@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import lightning as L
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from typing_extensions import override
@@ -21,6 +22,7 @@ from lightning_modules.tasks.answers import Exporter
 from lightning_modules.tasks.checkpoint import load_checkpoint
 from lightning_modules.tasks.reconstruction_metric import ReconstructionMetric
 from lightning_modules.tasks.task import CheckpointError, LRSchedulerCallable, OptimizerCallable, TrixTask, default_lr_scheduler
+from trix.superposition.analysis.stats import DENSITY_BORDERS, log_densities
 from trix.superposition.sae import ARCHITECTURES, SAE, SAEStep
 
 MAIN = "sae"
@@ -59,7 +61,8 @@ class SparseAutoencoderTask(TrixTask):
     Logged for each, after ``train/`` and ``val/``, and after the name of the autoencoder where it is not the main one:
     ``reconstruction`` (mean square of x - x_hat over that of x) and ``active`` (L0, active latents per token). In training also
     ``loss``, ``sparsity``, ``aux``, and ``dead`` by the window of the autoencoder; in validation ``explained_variance``,
-    ``dead`` and ``dense``: see :class:`~lightning_modules.tasks.reconstruction_metric.ReconstructionMetric`.
+    ``dead`` and ``dense``: see :class:`~lightning_modules.tasks.reconstruction_metric.ReconstructionMetric`. TensorBoard also
+    gets, at each validation, the histogram ``log10_density``: see :func:`~trix.superposition.analysis.log_densities`.
 
     The scale of the activations and their median, from which b_dec starts, come from the first batch.
 
@@ -203,6 +206,8 @@ class SparseAutoencoderTask(TrixTask):
 
     def on_validation_epoch_end(self) -> None:
         self._log_evaluation("val")
+        if not self.trainer.sanity_checking:
+            self._log_densities()
 
     def on_test_epoch_end(self) -> None:
         self._log_evaluation("test")
@@ -225,6 +230,18 @@ class SparseAutoencoderTask(TrixTask):
                 prog_bar=name == MAIN,
                 rank_zero_only=False,
             )
+
+    def _log_densities(self) -> None:
+        for logger in self.loggers:
+            if isinstance(logger, TensorBoardLogger) and self.trainer.is_global_zero:
+                for name, evaluation in self.evaluations.items():
+                    density_K = cast(ReconstructionMetric, evaluation).density_K
+                    logger.experiment.add_histogram(
+                        _logged("val", name, "log10_density"),
+                        log_densities(density_K),
+                        global_step=self.global_step,
+                        bins=DENSITY_BORDERS,
+                    )
 
 
 def load_autoencoder(path: Path | str, name: str = MAIN, trusted: Collection[str] = ()) -> SAE:

@@ -41,11 +41,12 @@ def write_shards(
     sizes: Sequence[int],
     tokids_N: Tensor | None = None,
     titleidx_N: Tensor | None = None,
+    **others_N: Tensor,
 ) -> list[Path]:
     """Shards of the given numbers of tokens. Without other columns each token has its own id, and all are of document 0."""
     tokids_N = torch.arange(len(acts_ND)) if tokids_N is None else tokids_N
     titleidx_N = torch.zeros(len(acts_ND), dtype=torch.int64) if titleidx_N is None else titleidx_N
-    columns = {"acts": acts_ND, "tokids": tokids_N, "titleidx": titleidx_N}
+    columns = {"acts": acts_ND, "tokids": tokids_N, "titleidx": titleidx_N, **others_N}
     paths, start = [], 0
     for number, size in enumerate(sizes):
         path = folder / f"shard_{number:05d}.safetensors"

@@ -22,7 +22,7 @@ def small_network(**changes: Any) -> LanguageModelConfig:
 
 def read_events(logger: TensorBoardLogger) -> EventAccumulator:
     logger.experiment.flush()
-    return EventAccumulator(logger.log_dir, size_guidance={"images": 0, "scalars": 0}).Reload()
+    return EventAccumulator(logger.log_dir, size_guidance={"images": 0, "scalars": 0, "histograms": 0}).Reload()
 
 
 def save_checkpoint(task: L.LightningModule, data: L.LightningDataModule | None, path: Path) -> Path:

@@ -43,8 +43,10 @@ code, .context { font-family: ui-monospace, monospace; font-size: 13px }
 """
 
 
-def page(title: str, body: str) -> str:
-    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
+def page(title: str, body: str, head: str = "") -> str:
+    """body, head: HTML; head comes after the style that all pages share."""
+    viewport = '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    head = f'<meta charset="utf-8">{viewport}<title>{html.escape(title)}</title><style>{STYLE}</style>{head}'
     return f'<!doctype html><html lang="en"><head>{head}</head><body><h1>{html.escape(title)}</h1>{body}</body></html>\n'
 
 

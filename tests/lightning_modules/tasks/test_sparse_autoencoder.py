@@ -8,7 +8,9 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
 from small_dumps import small_dump
+from small_runs import MakeTrainer, read_events
 from torch import Tensor
 
 from lightning_modules.data import RunData
@@ -121,6 +123,29 @@ def test_what_is_measured_is_measured_over_all_tokens(folders: list[Path], tmp_p
     assert found["val/dead"] == pytest.approx(float((share == 0).double().mean()))
     assert found["val/dense"] == pytest.approx(float((share > 0.1).double().mean()))
     assert 0 < found["val/explained_variance"] < 1
+
+
+def test_tensorboard_gets_how_often_each_latent_fires(
+    folders: list[Path], tensorboard: TensorBoardLogger, make_trainer: MakeTrainer
+) -> None:
+    trained, of = task(others={"small": AutoencoderConfig("topk", 16, {"active": 1})}), data(folders)
+    trainer = make_trainer(max_steps=4, val_check_interval=2, num_sanity_val_steps=1, logger=tensorboard)
+    trainer.fit(trained, of)
+    events = read_events(tensorboard)
+    assert set(events.Tags()["histograms"]) == {"val/log10_density", "val/small/log10_density"}
+    x = torch.cat([x for x, _ in of.val_dataloader()])
+    for name, tag in (("sae", "val/log10_density"), ("small", "val/small/log10_density")):
+        found = events.Histograms(tag)
+        assert [event.step for event in found] == [2, 4]
+        with torch.no_grad():
+            share = (trained.autoencoders[name].encode(x) > 0).double().mean(dim=0)
+        histogram = found[-1].histogram_value
+        assert histogram.num == len(share)
+        edges = zip([-torch.inf, *histogram.bucket_limit], histogram.bucket_limit, histogram.bucket, strict=False)
+        num_dead = sum(count for low, high, count in edges if high <= -6.75)
+        assert num_dead == int((share == 0).sum())
+        assert histogram.sum == pytest.approx(float(torch.where(share > 0, share.log10(), -7.0).sum()))
+    assert (share == 0).any()
 
 
 def test_a_transcoder_learns_from_pairs(folders: list[Path], tmp_path: Path) -> None:

@@ -1,10 +1,11 @@
 """What analysis and merging ask of a sparse autoencoder, and its latents batch by batch.
 
-Legend: N tokens, D width, K latents.
+Legend: N tokens, B tokens of a batch, D width, K latents.
 """
 
-from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -47,3 +48,53 @@ def encoded_batches(sae: SparseCoder, batches: Iterable[Tensor], device: torch.d
             yield x_ND, z_NK
     finally:
         sae.train(was_training)
+
+
+class EncodedRows(NamedTuple):
+    """Neighbouring tokens. start: number of the first one among the tokens of all files. columns: int64 [B], by name."""
+
+    start: int
+    z_BK: Tensor
+    columns: dict[str, Tensor]
+
+
+def encoded_rows(
+    sae: SparseCoder,
+    act_files: Sequence[Path | str],
+    tok_files: Sequence[Path | str],
+    columns: Sequence[str],
+    device: torch.device | str,
+    batch: int,
+) -> Iterator[EncodedRows]:
+    """The latents of all tokens in order, with columns of the dump; no batch reaches over the end of a file.
+
+    Args:
+        tok_files: for each of act_files the file with the columns of the same tokens; they may be the same files.
+        columns: names of integer columns. batch: tokens encoded at once.
+
+    Raises:
+        ValueError: files or columns that do not fit each other, a column that is not int [N], and as :func:`encoded_batches`.
+    """
+    from trix.superposition.backends.io_store import column_rows, num_rows  # its package needs pydantic, which maps do not
+
+    if len(act_files) != len(tok_files):
+        raise ValueError(f"tok_files ({len(tok_files)}) must be as many as act_files ({len(act_files)})")
+    parts = []
+    for act_path, tok_path in zip(act_files, tok_files, strict=True):
+        num_acts = num_rows(act_path)
+        for name in columns:
+            given = num_rows(tok_path, name)
+            if given != num_acts:
+                raise ValueError(f"{tok_path}: {name} ({given} tokens) must be of as many tokens as {act_path} ({num_acts})")
+        for start in range(0, num_acts, batch):
+            parts.append((act_path, tok_path, start, min(start + batch, num_acts)))
+    acts = (column_rows(act_path, "acts", start, stop) for act_path, _, start, stop in parts)
+    num_seen = 0
+    for (_, tok_path, start, stop), (_, z_BK) in zip(parts, encoded_batches(sae, acts, device), strict=True):
+        found = {name: column_rows(tok_path, name, start, stop) for name in columns}
+        for name, column_B in found.items():
+            if column_B.ndim != 1 or column_B.dtype.is_floating_point:
+                kind = str(column_B.dtype).removeprefix("torch.")
+                raise ValueError(f"{tok_path}: {name} ({kind} {tuple(column_B.shape)}) must be int [N]")
+        yield EncodedRows(num_seen, z_BK, {name: column_B.long() for name, column_B in found.items()})
+        num_seen += stop - start

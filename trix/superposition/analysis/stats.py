@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 CHUNK_TOKENS = 16384  # widened to float64 at once
+# Borders of the bins of a histogram of log10 densities; the first bin is that of latents that never fire.
+DENSITY_BORDERS = np.linspace(-7.0, 0.0, 29)
 
 
 def mean_pool_by_title(z: npt.ArrayLike | Tensor, title_idx: npt.ArrayLike | Tensor) -> npt.NDArray[np.float32]:
@@ -83,3 +85,17 @@ def compute_activation_stats(z_vals: npt.ArrayLike | Tensor, min_activation: flo
         return counts | dict.fromkeys(("mean", "std", "median", "min", "max"), 0.0)
     values = {name: float(getattr(np, name)(active)) for name in ("mean", "std", "median", "min", "max")}
     return counts | values
+
+
+def log_densities(density_K: npt.ArrayLike | Tensor) -> npt.NDArray[np.float64]:
+    """log10 of the share of tokens at which each latent is active, float64 [K], inside DENSITY_BORDERS.
+
+    A latent that never fires is put into the first bin, at -7; one that does is put into the second at least, so that the first
+    holds no others.
+
+    Args:
+        density_K: shares in [0, 1].
+    """
+    density_K = torch.as_tensor(density_K).detach().cpu().double().numpy()
+    log_K = np.log10(np.where(density_K > 0, density_K, 1.0)).clip(min=DENSITY_BORDERS[1])
+    return np.where(density_K > 0, log_K, DENSITY_BORDERS[0])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trix.superposition.analysis.encoding import SparseCoder, encoded_batches
 
-MAX_CANDIDATES = 1 << 22  # activations that are gathered before they are sorted: 80 MB
+MAX_CANDIDATES = 1 << 20  # entries that are gathered before they are sorted: 24 MB
 
 
 class TopTokens(Sequence[frozenset[int]]):
@@ -118,51 +118,65 @@ def _top_tokens(
     if k < 1:
         raise ValueError(f"k ({k}) must be >= 1")
     num_latents = sae.k if isinstance(latents, slice) else len(latents)
-    best = _Candidates(num_latents, k, device)
+    best = Candidates(num_latents, k, device)
     num_seen = 0
     for _, z_BK in encoded_batches(sae, stream_shards(act_files, batch=batch), device):
         for rows_BK in torch.split(z_BK[:, latents], max(1, MAX_CANDIDATES // max(1, num_latents))):
-            best.add(rows_BK, num_seen)
+            token_S, latent_S = torch.nonzero(rows_BK > best.least_K, as_tuple=True)
+            value_S = rows_BK[token_S, latent_S]
+            best.add(latent_S, token_S + num_seen, value_S, value_S)
             num_seen += len(rows_BK)
-    return best.top_tokens()
+    return TopTokens(*best.kept())
 
 
-class _Candidates:
-    """Tokens that may be among the top ones: (latent, token, activation) of each, sorted only when there are many."""
+class Candidates:
+    """The entries of each latent with the largest keys; of equal keys the first that was added. Sorted only when there are
+    many.
+
+    Args:
+        num_latents: K. num_kept: A, entries that are kept of each latent.
+
+    Attributes:
+        least_K: what the key of a further entry has to exceed.
+    """
 
     def __init__(self, num_latents: int, num_kept: int, device: torch.device | str) -> None:
         self.num_latents, self.num_kept = num_latents, num_kept
         integers, floats = torch.zeros(0, dtype=torch.int64, device=device), torch.zeros(0, device=device)
-        self.parts = [(integers, integers, floats)]
-        self.least_K = torch.zeros(num_latents, device=device)  # what a further token has to exceed
+        self.parts = [(integers, integers, floats, floats)]
+        self.least_K = torch.zeros(num_latents, device=device)
 
-    def add(self, z_BK: Tensor, first_token: int) -> None:
-        token_S, latent_S = torch.nonzero(z_BK > self.least_K, as_tuple=True)
-        self.parts.append((latent_S, token_S + first_token, z_BK[token_S, latent_S]))
-        if sum(len(latent_S) for latent_S, _, _ in self.parts) > MAX_CANDIDATES + self.num_latents * self.num_kept:
+    def add(self, latent_S: Tensor, token_S: Tensor, key_S: Tensor, value_S: Tensor) -> None:
+        """Add entries. latent_S, token_S: int64. key_S: float32 > 0. value_S: float32, what is noted of each."""
+        self.parts.append((latent_S, token_S, key_S, value_S))
+        if sum(len(part[0]) for part in self.parts) > MAX_CANDIDATES + self.num_latents * self.num_kept:
             self._keep_best()
 
-    def top_tokens(self) -> TopTokens:
+    def kept(self) -> tuple[Tensor, Tensor]:
+        """(idx_KA, value_KA) on the CPU: the tokens of each latent, the largest key first, and their values.
+
+        Latents with fewer than A entries have -1 and 0 in the places left.
+        """
         place_S = self._keep_best()
-        latent_S, token_S, value_S = self.parts[0]
+        latent_S, token_S, _, value_S = self.parts[0]
         idx_KA = torch.full((self.num_latents, self.num_kept), -1)
         value_KA = torch.zeros(self.num_latents, self.num_kept)
         idx_KA[latent_S.cpu(), place_S.cpu()] = token_S.cpu()
         value_KA[latent_S.cpu(), place_S.cpu()] = value_S.cpu()
-        return TopTokens(idx_KA, value_KA)
+        return idx_KA, value_KA
 
     def _keep_best(self) -> Tensor:
-        """Leave the top tokens of each latent, in order; returns the place of each."""
-        latent_S, token_S, value_S = (torch.cat(column) for column in zip(*self.parts, strict=True))
-        # By latent, then by value: floats > 0 are in the order of their bits. Tokens were added in order, and a stable sort
-        # keeps those of equal values in it.
-        order_S = (latent_S * 2**32 - value_S.view(torch.int32)).argsort(stable=True)
+        """Leave the best entries of each latent, in order; returns the place of each."""
+        latent_S, token_S, key_S, value_S = (torch.cat(column) for column in zip(*self.parts, strict=True))
+        # By latent, then by key: floats > 0 are in the order of their bits. A stable sort leaves equal keys in the order in
+        # which they were added.
+        order_S = (latent_S * 2**32 - key_S.view(torch.int32)).argsort(stable=True)
         latent_S = latent_S[order_S]
         count_K = torch.bincount(latent_S, minlength=self.num_latents)
         place_S = torch.arange(len(latent_S), device=latent_S.device) - (count_K.cumsum(0) - count_K)[latent_S]
         is_kept_S = place_S < self.num_kept
         latent_S, place_S, order_S = latent_S[is_kept_S], place_S[is_kept_S], order_S[is_kept_S]
-        self.parts = [(latent_S, token_S[order_S], value_S[order_S])]
+        self.parts = [(latent_S, token_S[order_S], key_S[order_S], value_S[order_S])]
         is_last_S = place_S == self.num_kept - 1
         self.least_K[latent_S[is_last_S]] = self.parts[0][2][is_last_S]
         return place_S

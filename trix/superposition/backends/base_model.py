@@ -58,10 +58,12 @@ class CausalLMBackend(ABC):
 
     Class attributes:
         sites: names of sites whose activations are vectors; ``resid_pre`` is the residual stream that enters a block.
+        stream_sites: those of them whose vectors are the residual stream or are added to it as they are.
         has_sinks: attention gathers at the first position of a text, whose activations dwarf all others.
     """
 
     sites: ClassVar[tuple[str, ...]] = (RESIDUAL,)
+    stream_sites: ClassVar[tuple[str, ...]] = (RESIDUAL,)
     has_sinks: ClassVar[bool] = True
 
     def __init__(self, model: nn.Module) -> None:
@@ -178,6 +180,23 @@ class CausalLMBackend(ABC):
         if missing:
             raise ValueError(f"sites ({', '.join(missing)}) must take part in a run of {type(self.model).__name__}")
         return {site: noted[site] for site in wanted}
+
+    @torch.no_grad()
+    def unembed(self, x_ND: Tensor) -> Tensor:
+        """Logits of streams that leave the last block, float32 [N, vocabulary]: the final norm and the head, and all else that
+        the model does after its blocks. x_ND: float [N, D].
+        """
+        replaced_N1D = x_ND.unsqueeze(1)
+
+        def replace(_: nn.Module, __: Any, output: Any) -> Any:
+            new = replaced_N1D.to(output[0] if isinstance(output, tuple) else output)
+            return (new, *output[1:]) if isinstance(output, tuple) else new
+
+        handle = self.blocks[-1].register_forward_hook(replace)
+        try:  # what the blocks make of the token 0 is thrown away
+            return self.run(torch.zeros(len(x_ND), 1, dtype=torch.int64, device=self.device), None)[:, 0].float()
+        finally:
+            handle.remove()
 
     def digest(self) -> str:
         """SHA-256, in hex, of the model's weights and buffers and of what :meth:`describe` says."""

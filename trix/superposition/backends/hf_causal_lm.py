@@ -38,6 +38,7 @@ class HFCausalLM(CausalLMBackend):
     """
 
     sites: ClassVar[tuple[str, ...]] = (RESIDUAL, "mlp_in", "mlp_out")
+    stream_sites: ClassVar[tuple[str, ...]] = (RESIDUAL, "mlp_out")
 
     def __init__(self, model: nn.Module, tokenizer: Any, config: Any = None) -> None:
         super().__init__(model)

@@ -37,6 +37,7 @@ class TriXBackend(CausalLMBackend):
     """
 
     sites: ClassVar[tuple[str, ...]] = (RESIDUAL, "resid_mid", "router_in", "ffn_out")
+    stream_sites: ClassVar[tuple[str, ...]] = (RESIDUAL, "resid_mid", "ffn_out")
     has_sinks: ClassVar[bool] = False  # first positions are dropped from models of Hugging Face alone
     model: LanguageModel
 
@@ -97,6 +98,13 @@ class TriXBackend(CausalLMBackend):
     @override
     def run(self, input_ids: Tensor, mask: Tensor | None) -> Tensor:
         return self.model(input_ids, mask_BT=mask)
+
+    @override
+    @torch.no_grad()
+    def unembed(self, x_ND: Tensor) -> Tensor:  # not by way of the last block: with halting the stream is a mean of blocks
+        weight = self.model.head.weight
+        logits_NV: Tensor = self.model.head(self.model.norm(x_ND.to(weight)))
+        return logits_NV.float()
 
     @override
     @torch.no_grad()

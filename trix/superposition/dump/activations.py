@@ -12,10 +12,10 @@ from trix.superposition.dump.batch_rows import read_rows
 from trix.superposition.dump.manifest import DumpSettings, Identity, trix_version
 from trix.superposition.dump.texts import TokenizedTexts
 from trix.superposition.dump.writer import ShardWriter
+from trix.superposition.progress import progress_bar
 
 if TYPE_CHECKING:
     import pandas as pd
-    from rich.progress import Progress
 
 
 def dump_layer_activations(
@@ -95,7 +95,7 @@ def _dump(
         return
     label = torch.from_numpy(texts.label)
     sizes = [len(batch) * int(texts.length[batch].max()) for batch in batches]
-    with _progress() as progress:
+    with progress_bar() as progress:
         task = progress.add_task("activations", total=sum(sizes), completed=sum(sizes[: writer.batch]))
         for document, size in zip(batches[writer.batch :], sizes[writer.batch :], strict=True):
             batch = texts.batch(document)
@@ -127,12 +127,3 @@ def _identities(
         )
         for site in sites
     }
-
-
-def _progress() -> "Progress":
-    """A bar on stderr with the time left, which is removed at the end; nothing where stderr is no terminal."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    return Progress(console=console, transient=True, disable=not console.is_terminal)

@@ -13,13 +13,11 @@ import numpy.typing as npt
 import torch
 
 from trix.introspection.page import definitions, page
-from trix.introspection.symbols import SIGNATURE_COLOURS, visible
-from trix.superposition.analysis.encoding import SparseCoder, encoded_batches
-from trix.superposition.viz.token_texts import Tokenizer, token_texts
+from trix.superposition.analysis.encoding import SparseCoder, encoded_rows
+from trix.superposition.viz.passages import LEFT_OUT, PASSAGE_STYLE, passage
+from trix.superposition.viz.token_texts import Tokenizer, token_texts, whole_characters
 
 BATCH_TOKENS = 4096  # encoded at once
-COLOUR = SIGNATURE_COLOURS[1]
-LEFT_OUT = "…"
 EXPLANATION = (
     "The documents in which the latent is most active, each with the tokens around its strongest one. The stronger the colour, "
     "the larger the activation; a pointer held over a token shows the number. " + LEFT_OUT + " stands for tokens left out."
@@ -100,28 +98,10 @@ def _rows(
     device: torch.device | str,
 ) -> Iterator[Rows]:
     """Token, document and activation of the latent, batch by batch."""
-    from trix.superposition.backends.io_store import column_rows, num_rows  # its package needs pydantic, which maps do not
-
-    if len(act_files) != len(tok_files):
-        raise ValueError(f"tok_files ({len(tok_files)}) must be as many as act_files ({len(act_files)})")
-    parts = []
-    for act_path, tok_path in zip(act_files, tok_files, strict=True):
-        num_acts = num_rows(act_path)
-        for name in ("tokids", "titleidx"):
-            given = num_rows(tok_path, name)
-            if given != num_acts:
-                raise ValueError(f"{tok_path}: {name} ({given} tokens) must be of as many tokens as {act_path} ({num_acts})")
-        for start in range(0, num_acts, BATCH_TOKENS):
-            parts.append((act_path, tok_path, start, min(start + BATCH_TOKENS, num_acts)))
-    acts = (column_rows(act_path, "acts", start, stop) for act_path, _, start, stop in parts)
-    for (_, tok_path, start, stop), (_, z_BK) in zip(parts, encoded_batches(sae, acts, device), strict=True):
-        row_B = np.empty(stop - start, dtype=ROW)
-        for field, name in (("token", "tokids"), ("document", "titleidx")):
-            column_B = column_rows(tok_path, name, start, stop).numpy()
-            if column_B.ndim != 1 or column_B.dtype.kind not in "iu":
-                raise ValueError(f"{tok_path}: {name} ({column_B.dtype} {column_B.shape}) must be int [N]")
-            row_B[field] = column_B
-        row_B["value"] = z_BK[:, latent_j].cpu().numpy()
+    for rows in encoded_rows(sae, act_files, tok_files, ("tokids", "titleidx"), device, BATCH_TOKENS):
+        row_B = np.empty(len(rows.z_BK), dtype=ROW)
+        row_B["token"], row_B["document"] = rows.columns["tokids"].numpy(), rows.columns["titleidx"].numpy()
+        row_B["value"] = rows.z_BK[:, latent_j].cpu().numpy()
         yield row_B
 
 
@@ -194,20 +174,13 @@ def _panel(latent_j: int, found: _Found, tokenizer: Tokenizer, min_alpha: float)
         ("largest activation", f"{largest:.4g}"),
     )
     cards = "".join(_card(passage, tokenizer, largest, min_alpha) for passage in found.passages)
-    return page(title, f'{definitions(facts)}<p class="muted">{html.escape(EXPLANATION)}</p><div class="tiles">{cards}</div>')
+    body = f'{definitions(facts)}<p class="muted">{html.escape(EXPLANATION)}</p><div class="tiles">{cards}</div>'
+    return page(title, body, f"<style>{PASSAGE_STYLE}</style>")
 
 
-def _card(passage: _Passage, tokenizer: Tokenizer, largest: float, min_alpha: float) -> str:
-    texts = token_texts(tokenizer, passage.row_N["token"].tolist())
-    values = passage.row_N["value"].tolist()
-    tokens = "".join(_token(text, value, largest, min_alpha) for text, value in zip(texts, values, strict=True))
-    before, after = (LEFT_OUT if goes_on else "" for goes_on in passage.goes_on)
-    head = f'<p class="muted">document {passage.document}, largest activation {passage.peak:.4g}</p>'
-    return f'<div class="tile">{head}<div class="passage" dir="auto">{before}{tokens}{after}</div></div>'
-
-
-def _token(text: str, value: float, largest: float, min_alpha: float) -> str:
-    if value == 0:
-        return " " if text == " " else html.escape(visible(text))
-    alpha = min_alpha + (1 - min_alpha) * value / largest
-    return f'<mark style="background:{COLOUR}{round(255 * alpha):02x}" title="{value:.4g}">{html.escape(visible(text))}</mark>'
+def _card(found: _Passage, tokenizer: Tokenizer, largest: float, min_alpha: float) -> str:
+    ids = found.row_N["token"].tolist()
+    texts = whole_characters(tokenizer, ids, token_texts(tokenizer, ids))
+    text = passage(texts, found.row_N["value"].tolist(), largest, goes_on=found.goes_on, min_alpha=min_alpha)
+    head = f'<p class="muted">document {found.document}, largest activation {found.peak:.4g}</p>'
+    return f'<div class="tile">{head}{text}</div>'

@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 WORD_START = "▁"  # how SentencePiece writes the space before a word
+PART = "\N{REPLACEMENT CHARACTER}"  # how a tokenizer writes a token that is not a whole character
+MAX_PARTS = 4  # bytes of a character in UTF-8
 
 
 @runtime_checkable
@@ -39,6 +41,23 @@ def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
     if len(texts) != len(ids):
         raise ValueError(f"texts of the tokenizer ({len(texts)}) must be as many as the ids that it got ({len(ids)})")
     return texts
+
+
+def whole_characters(tokenizer: Tokenizer, ids: Sequence[int], texts: Sequence[str]) -> list[str]:
+    """The texts of tokens that stand side by side, as :func:`token_texts` gives them, with whole characters: of those over
+    which a tokenizer of Hugging Face has spread a character, the first has the whole text, and the others have none.
+    """
+    whole = list(texts)
+    if isinstance(tokenizer, PieceTokenizer):
+        for start in range(len(ids)):
+            if PART not in whole[start]:
+                continue
+            for stop in range(start + 2, min(start + MAX_PARTS, len(ids)) + 1):
+                joined = str(tokenizer.decode(list(ids[start:stop])))
+                if PART not in joined:
+                    whole[start:stop] = [joined, *[""] * (stop - start - 1)]
+                    break
+    return whole
 
 
 def _decoded(tokenizer: PieceTokenizer, idx: int) -> str:

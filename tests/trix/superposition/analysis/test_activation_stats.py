@@ -81,3 +81,14 @@ def test_a_latent_that_never_fires(z_vals: list[float]) -> None:
 def test_activations_must_be_finite() -> None:
     with pytest.raises(ValueError, match=r"activations \(1 that are not\) must be finite"):
         compute_activation_stats([1.0, float("nan")])
+
+
+@given(densities=st.lists(st.one_of(st.just(0.0), st.floats(1e-12, 1.0)), min_size=1, max_size=20))
+def test_latents_that_never_fire_have_the_first_bin_of_densities_to_themselves(densities: list[float]) -> None:
+    log_K = stats.log_densities(np.array(densities))
+    count_H, _ = np.histogram(log_K, stats.DENSITY_BORDERS)
+    assert count_H.sum() == len(densities)
+    assert count_H[0] == densities.count(0.0)
+    for density, log in zip(densities, log_K.tolist(), strict=True):
+        if density > 10**-6.75:
+            assert log == pytest.approx(np.log10(density))

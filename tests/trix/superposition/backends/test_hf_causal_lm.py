@@ -88,6 +88,20 @@ def test_the_feed_forward_layer_maps_its_input_to_its_output(config: str) -> Non
     assert found[Site(1, "mlp_in")].shape == found[Site(1, "mlp_out")].shape == (2, 7, WIDTH)
 
 
+@pytest.mark.parametrize("config", CONFIGS)
+def test_the_end_of_the_stream_gives_the_logits_of_the_model(config: str) -> None:
+    backend, (id_BT, _), streams = HFCausalLM(model(config), tokenizer()), batch(), list[Tensor]()
+
+    def keep(_: object, __: object, output: Any) -> None:
+        streams.append(output[0] if isinstance(output, tuple) else output)
+
+    handle = backend.blocks[-1].register_forward_hook(keep)
+    with torch.no_grad():
+        logits_BTV = backend.run(id_BT, None)
+    handle.remove()
+    torch.testing.assert_close(backend.unembed(streams[0].flatten(0, 1)), logits_BTV.flatten(0, 1), rtol=1e-5, atol=1e-5)
+
+
 def test_nothing_beyond_the_site_is_computed() -> None:
     def raise_if_run(*_: object, **__: object) -> None:
         raise AssertionError("this must not be computed")

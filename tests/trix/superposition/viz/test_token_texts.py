@@ -1,6 +1,8 @@
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from trix.superposition.viz.token_texts import token_texts
+from trix.superposition.viz.token_texts import PART, token_texts, whole_characters
 
 
 class Pieces:
@@ -33,6 +35,32 @@ def test_ids_that_a_tokenizer_does_not_know() -> None:
         token_texts(Pieces(), [9])
     with pytest.raises(ValueError, match=r"texts of the tokenizer \(1\) must be as many as the ids that it got \(2\)"):
         token_texts(lambda ids: [str(ids)], [1, 2])
+
+
+class Bytes:
+    """A tokenizer of Hugging Face in which each byte is a token."""
+
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+        return [chr(idx) for idx in ids]
+
+    def decode(self, ids: list[int]) -> str:
+        return bytes(ids).decode(errors="replace")
+
+
+@given(text=st.text(st.characters(codec="utf-8", exclude_characters=PART), max_size=12), cut=st.integers(0, 3))
+def test_characters_that_are_spread_over_tokens_stand_whole_at_the_first(text: str, cut: int) -> None:
+    ids = list(text.encode())[cut:]
+    texts = whole_characters(Bytes(), ids, token_texts(Bytes(), ids))
+    assert len(texts) == len(ids)
+    expected = bytes(ids).decode(errors="ignore").replace(PART, "")
+    assert "".join(texts).replace(PART, "") == expected
+    if cut == 0:
+        firsts = [place for place, byte in enumerate(ids) if byte & 0xC0 != 0x80]
+        assert [place for place, shown in enumerate(texts) if shown] == firsts
+
+
+def test_other_tokenizers_know_whole_characters_alone() -> None:
+    assert whole_characters(PART + "a", [0, 1], [PART, "a"]) == [PART, "a"]
 
 
 def test_with_a_tokenizer_of_transformers() -> None:

@@ -52,9 +52,9 @@ class Panel(HTMLParser):
         elif kind == "passage":
             self.place = "text"
         elif tag == "mark":
-            colour = re.fullmatch(r"background:#e08214([0-9a-f]{2})", given["style"])
+            colour = re.fullmatch(r"--a:([0-9.e-]+)", given["style"])
             assert colour is not None
-            self.shown[-1].marks.append(("", int(colour[1], 16) / 255, float(given["title"])))
+            self.shown[-1].marks.append(("", float(colour[1]), float(given["title"])))
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
