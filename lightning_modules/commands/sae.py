@@ -20,7 +20,7 @@ class Action(NamedTuple):
         return import_module(f"lightning_modules.commands.sae_{self.name}")
 
 
-ACTIONS: tuple[Action, ...] = ()
+ACTIONS: tuple[Action, ...] = (Action("eval", "measure an autoencoder beside controls that were trained like it"),)
 
 
 def run_sae(arguments: list[str]) -> int:

@@ -50,6 +50,7 @@ COMMANDS = (
     _light(READING, "inspect", "write one HTML page: what each tile of a checkpoint, or of an exported model, responds to"),
     _light(READING, "why", "print why each token went to its tile: winner, runner-up and what decided"),
     _light(READING, "dump", "write the activations of a model to disk, for sparse autoencoders to learn from"),
+    _light(READING, "sae", "judge and read sparse autoencoders: trix sae ACTION"),
     _light(READING, "runs", "list the runs below a folder: when, how long, losses, checkpoints"),
     _light(
         EDITING,
@@ -71,6 +72,7 @@ examples
   trix inspect runs/char_lm
   trix why runs/char_lm --prompt "The "
   trix dump runs/char_lm --site resid_pre.2 --output runs/char_lm/acts
+  trix sae eval runs/sae --model runs/char_lm
   trix runs --sort val/loss
   trix surgery runs/char_lm insert --ngrams "th,Th" --layer 1 --tile 3 --output edited.ckpt
   trix export --ckpt runs/char_lm --output runs/char_lm/model.onnx
