@@ -47,12 +47,14 @@ Track = Callable[[Iterator[ActivationBatch], int, str], Iterator[ActivationBatch
 class Training:
     """How a run was trained.
 
-    config: its config.yaml. num_steps: those of the checkpoint. max_steps: what the learning rate's schedule spans.
+    config: its config.yaml. accelerator: as it says. num_steps: those of the checkpoint. max_steps: what the learning rate's
+    schedule spans.
     """
 
     run: SAERun
     config: Path
     seed: int
+    accelerator: str
     num_steps: int
     max_steps: int
     trusted: Sequence[str]
@@ -76,11 +78,13 @@ def training_of(run: SAERun, trusted: Sequence[str] = ()) -> Training:
     config = folder / CONFIG_NAME
     check_yaml(config)
     settings = read_yaml(config)
-    seed = settings.get("seed_everything") if isinstance(settings, dict) else None
+    if not isinstance(settings, dict) or not isinstance(settings.get("trainer"), dict):
+        raise UserError(f"{config} must hold the settings of a trainer")
+    seed, accelerator = settings.get("seed_everything"), str(settings["trainer"].get("accelerator", "auto"))
     num_steps, max_steps = checkpoint["global_step"], checkpoint[CHECKPOINT_KEY].get("max_steps", -1)
-    if num_steps < 1:
-        raise UserError(f"{run.ckpt}: steps of the checkpoint ({num_steps}) must be >= 1")
-    return Training(run, config, seed if type(seed) is int else 0, num_steps, max_steps, trusted)
+    if num_steps < 1 or type(max_steps) is not int:
+        raise UserError(f"{run.ckpt}: steps of the checkpoint ({num_steps}) must be >= 1, and max_steps ({max_steps!r}) an int")
+    return Training(run, config, seed if type(seed) is int else 0, accelerator, num_steps, max_steps, trusted)
 
 
 def trained_controls(
@@ -100,11 +104,11 @@ def trained_controls(
     """
     with quiet_lightning(), only_trusted_imports(training.trusted):
         settings = _parts(training, training.seed, None).checked_settings(training)
-        found: dict[str, SAE] = {}
+        own, found = training.run.task.autoencoders[MAIN], dict[str, SAE]()
         for name in names:
             place = folder / f"{name}-{_digest(training, settings, name)[:16]}"
             try:
-                found[name] = load_sae(place, training.run.task.hparams["num_features"])
+                found[name] = load_sae(place, own.d_model, own.k)
             except ValueError:  # none, or one that was left in parts
                 start = time.perf_counter()
                 sae = _trained(training, name, track)
@@ -158,16 +162,14 @@ class _Parts(TrixCLI):
             "steps": [training.num_steps, training.max_steps],
         }
 
-    @property
-    def device(self) -> torch.device:
-        on_gpu = self.config["fit"]["trainer"]["accelerator"] in ON_GPU and torch.cuda.is_available()
-        return torch.device("cuda" if on_gpu else "cpu")
-
 
 def _parts(training: Training, seed: int, restraint: str | None) -> _Parts:
     """restraint: None keeps that of the run."""
     changes: dict[str, Any] = {
         "seed_everything": seed,
+        "trainer.accelerator": "cpu",  # of a trainer that trains nothing
+        "trainer.devices": 1,
+        "trainer.strategy": "auto",
         "trainer.logger": "false",
         "trainer.callbacks": "null",
         "trainer.enable_checkpointing": "false",
@@ -182,7 +184,8 @@ def _parts(training: Training, seed: int, restraint: str | None) -> _Parts:
 def _trained(training: Training, name: str, track: Track) -> SAE:
     is_other_seed = name == OTHER_SEED
     parts = _parts(training, training.seed + is_other_seed, None if is_other_seed else name)
-    task = parts.task.to(parts.device)
+    device = "cuda" if training.accelerator in ON_GPU and torch.cuda.is_available() else "cpu"
+    task = parts.task.to(device)
     optimizer, scheduler = task.make_optimizer(training.max_steps)
     epochs = repeat(training.run.data.train_dataloader())
 
@@ -196,7 +199,7 @@ def _trained(training: Training, name: str, track: Track) -> SAE:
             training.num_steps,
             optimizer,
             scheduler,
-            parts.device,
+            device,
             tracked,
         )
     except ValueError as error:

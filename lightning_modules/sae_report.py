@@ -200,8 +200,8 @@ class Report:
         shown = {name: str(value) for name, value in self.facts.items() if not isinstance(value, dict | list)}
         shown |= {"autoencoder": ", ".join(f"{name} {value}" for name, value in self.facts["autoencoder"].items())}
         shown |= {"command": " ".join(self.facts.get("command", []))}
-        body = f"<p><strong>{_escaped(verdict)}</strong></p><p class=muted>{_escaped(self._rule)}</p>"
-        body += f'<div class="scroll">{definitions((_words(name), value) for name, value in shown.items())}</div>'
+        body = f'<p><strong>{_escaped(verdict)}</strong></p><p class="muted">{_escaped(self._rule)}</p>'
+        body += f'<div class="passage">{definitions((_words(name), value) for name, value in shown.items())}</div>'
         body += heading(2, "Reconstruction", f"On {self.data.num_tokens:,} held-out tokens, in float64.")
         body += _table(head, self._core_rows()) + _meanings(CORE)
         body += f"<p>gamma = |mean| / |std| of the activations: {self.measured[RUN].core['gamma']:.3f}</p>"
@@ -251,8 +251,6 @@ class Report:
     def _probing_figure(self) -> "Figure":
         from matplotlib.figure import Figure
 
-        from trix.introspection.plots import printable
-
         names = self.data.names
         figure = Figure(figsize=(6, 1.2 + 0.45 * len(names)), layout="constrained")
         axes = figure.add_subplot()
@@ -262,7 +260,7 @@ class Report:
             offset = 0.12 * (number - (len(self.measured) - 1) / 2)
             axes.plot(found.hits.accuracy()[:, -1], place_Q + offset, "o", markersize=5, label=_words(name))
         axes.axvline(0.5, color="#a0aec0", linewidth=1)
-        axes.set_yticks(place_Q, [printable(name) for name in names])
+        axes.set_yticks(place_Q, [name.replace("$", r"\$") for name in names])
         axes.invert_yaxis()
         axes.set(xlabel=f"balanced accuracy, {NUM_LATENTS[-1]} latents")
         figure.legend(loc="outside lower center", ncols=3, frameon=False)
@@ -273,7 +271,7 @@ class Report:
 
         figure = Figure(figsize=(6, 3.2), layout="constrained")
         axes = figure.add_subplot()
-        edges = np.linspace(-5, 0, 41)
+        edges = np.linspace(-np.ceil(np.log10(self.data.num_tokens)), 0, 41).tolist()
         for name, found in self.measured.items():
             fired_K = found.density_K[found.density_K > 0]
             axes.hist(np.log10(fired_K), bins=edges, histtype="step", label=_words(name))
@@ -287,7 +285,8 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def _meanings(measures: Mapping[str, tuple[str, str]]) -> str:
-    return f"<p class=muted>{_escaped('; '.join(f'{name}: {meaning}' for name, meaning in measures.values()))}.</p>"
+    text = "; ".join(f"{name}: {meaning}" for name, meaning in measures.values())
+    return f'<p class="muted">{_escaped(text)}.</p>'
 
 
 def _escaped(text: str) -> str:

@@ -75,7 +75,7 @@ def _report(
 
     data, identity = opened.data, opened.identity
     backend: Any = model.backend
-    split = Split(data.dump, data.target_dump, data.validation_fraction, data.seed)
+    split = Split(data.dump, data.target_dump if data.has_target else None, data.validation_fraction, data.seed)
     measured_on = evaluation_data(split, getattr(backend, "vocabulary", None) or backend.tokenizer)
     saes = {"run": opened.task.autoencoders[MAIN].fold_().eval()}
     measured = measure(measured_on, saes)  # first: what cannot be measured needs no controls

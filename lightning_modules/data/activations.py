@@ -40,8 +40,8 @@ class ActivationDataModule(TrixDataModule):
         seed: seed of the split and of the order, >= 0.
 
     Attributes:
-        dump, target_dump: those of path and target, the second None without a ``target``. has_target: whether there is one.
-            num_features, num_outputs: D and O. dump_sha256: digest of the manifest.
+        dump: that of path. num_features, num_outputs: D and O. has_target: whether there is a ``target``. dump_sha256: digest
+            of the manifest.
 
     Raises:
         DataError: no complete dump, one that does not fit its manifest, targets of other tokens, a value out of range, fewer
@@ -73,11 +73,11 @@ class ActivationDataModule(TrixDataModule):
         )
         self.batch_size, self.seed, self.validation_fraction = batch_size, seed, validation_fraction
         self.dump, self.has_target = _opened(path), target is not None
-        self.target_dump = None if target is None else _opened(target)
-        if self.target_dump is not None and not _have_equal_tokens(self.dump, self.target_dump):
+        self._target = None if target is None else _opened(target)
+        if self._target is not None and not _have_equal_tokens(self.dump, self._target):
             raise DataError(f"tokens of target ({target}) must be those of path ({path}): dump both sites at once")
         self.num_features = self.dump.manifest.d_model
-        self.num_outputs = self.num_features if self.target_dump is None else self.target_dump.manifest.d_model
+        self.num_outputs = self.num_features if self._target is None else self._target.manifest.d_model
         self.dump_sha256 = hashlib.sha256(self.dump.manifest.model_dump_json().encode()).hexdigest()
         self._sizes = {part: self.dump.num_rows(part, validation_fraction, seed) for part in _PARTS}
         if self._sizes["training"] < batch_size:
@@ -112,6 +112,11 @@ class ActivationDataModule(TrixDataModule):
         """The same tokens as validation."""
         return self.val_dataloader()
 
+    @property
+    def target_dump(self) -> "ActivationDump":
+        """The dump whose activations are to be written: that of ``target``, or of ``path``."""
+        return self.dump if self._target is None else self._target
+
     @override
     def facts(self) -> dict[str, str]:
         identity = self.dump.manifest.identity
@@ -121,7 +126,7 @@ class ActivationDataModule(TrixDataModule):
         """The batches of a part in the order of an epoch, from a batch on."""
         streams = [
             dump.shuffled(self.batch_size, self.seed, epoch, start, part=part, held_out=self.validation_fraction)
-            for dump in (self.dump, self.target_dump)
+            for dump in (self.dump, self._target)
             if dump is not None
         ]
         for columns in zip(*streams, strict=True):

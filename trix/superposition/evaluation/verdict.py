@@ -37,7 +37,8 @@ class Difference:
         return self.low > MARGIN
 
     def __str__(self) -> str:
-        return f"{self.ours:.3f} against {self.of_control:.3f} ({self.control}), ahead by {self.low:.3f} to {self.high:.3f}"
+        interval = f"{LEVEL:.0%} interval of the difference {self.low:+.3f} to {self.high:+.3f}"
+        return f"{self.ours:.3f} against {self.of_control:.3f} of {self.control} ({interval})"
 
 
 @dataclass(frozen=True)
