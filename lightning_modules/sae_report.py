@@ -202,6 +202,7 @@ class Report:
         shown |= {"command": " ".join(self.facts.get("command", []))}
         body = f'<p><strong>{_escaped(verdict)}</strong></p><p class="muted">{_escaped(self._rule)}</p>'
         body += f'<div class="passage">{definitions((_words(name), value) for name, value in shown.items())}</div>'
+        body += drawing(self._summary_figure(), "the main figures by autoencoder")
         body += heading(2, "Reconstruction", f"On {self.data.num_tokens:,} held-out tokens, in float64.")
         body += _table(head, self._core_rows()) + _meanings(CORE)
         body += f"<p>gamma = |mean| / |std| of the activations: {self.measured[RUN].core['gamma']:.3f}</p>"
@@ -247,6 +248,22 @@ class Report:
             for place, question in enumerate(self.data.names)
         ]
         return _table(head, rows)
+
+    def _summary_figure(self) -> "Figure":
+        from matplotlib.figure import Figure
+
+        shown = {"explained variance": [found.errors.explained_variance for found in self.measured.values()]}
+        if self.fits:
+            shown["CE recovered, mean"] = [self.fits[name].recovered_mean for name in self.measured]
+        shown["sparse probing"] = [float(found.hits.accuracy().mean()) for found in self.measured.values()]
+        figure = Figure(figsize=(6, 0.8 + 0.35 * len(self.measured)), layout="constrained")
+        for axes, (title, values) in zip(figure.subplots(1, len(shown), sharey=True), shown.items(), strict=True):
+            colours = ["#c05621", *("#4a5568" for _ in values[1:])]
+            axes.barh([_words(name) for name in self.measured], values, color=colours)
+            axes.set_title(title, fontsize=10)
+            axes.set_xlim(min(0, *values), 1)
+        axes.invert_yaxis()
+        return figure
 
     def _probing_figure(self) -> "Figure":
         from matplotlib.figure import Figure

@@ -14,10 +14,13 @@ from small_dumps import contents
 from small_runs import save_checkpoint, small_network
 
 from lightning_modules.cli import main
+from lightning_modules.commands.sae_run import open_run
 from lightning_modules.data.text import TextDataModule
+from lightning_modules.sae_controls import trained_controls, training_of
 from lightning_modules.tasks import LanguageModelTask, load_autoencoder
+from lightning_modules.tasks.sparse_autoencoder import ActivationBatch
 from trix.superposition.evaluation import verdict as verdict_module
-from trix.superposition.sae import RESTRAINTS, load_sae
+from trix.superposition.sae import RESTRAINTS
 
 SAE_YAML = """\
 model:
@@ -33,15 +36,16 @@ trainer:
   val_check_interval: 25
   num_sanity_val_steps: 0
   logger: {class_path: TensorBoardLogger, init_args: {save_dir: runs, name: sae}}
+  callbacks:
+  - class_path: ModelCheckpoint
+    init_args: {filename: "{step}", every_n_train_steps: 10, save_top_k: -1}
 """
 
 
 def play(num_lines: int = 500) -> str:
     """Speakers and what they say, in words drawn at random."""
     draw = np.random.default_rng(0)
-    words = [
-        "".join(draw.choice(list("abcdefiou"), size=size)) for size in draw.integers(2, 6, size=40)
-    ]  # fmt: skip
+    words = ["".join(draw.choice(list("abcdefiou"), size=size)) for size in draw.integers(2, 6, size=40)]
     lines = []
     for _ in range(num_lines // 2):
         lines += ["", f"{draw.choice(words).upper()[:3]}:", " ".join(draw.choice(words, size=5)).capitalize()]
@@ -110,12 +114,26 @@ def test_controls_are_trained_once_each_and_give_the_same_figures_again(runs: Pa
         assert again[name] == figures[name]
 
 
-def test_a_control_is_to_the_bit_what_fit_would_train(runs: Path) -> None:
-    evaluate()
-    fitted = load_autoencoder(runs / "runs/frozen")
-    control = load_sae(next((runs / "runs/sae/version_0/controls").glob("frozen_decoder-*")))
-    for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
-        assert torch.equal(getattr(fitted, name), getattr(control, name)), name
+@pytest.mark.parametrize("name", ["step=10.ckpt", "last.ckpt"])
+def test_a_control_is_to_the_bit_what_fit_would_train(name: str, runs: Path, tmp_path: Path) -> None:
+    """Also where the checkpoint is of the middle of a training, whose schedule goes on."""
+    ours = open_run(str(runs / "runs/sae/version_0/checkpoints" / name), "eval")
+    training = training_of(ours)
+    seen: list[tuple[int, str]] = []
+
+    def track(batches: Iterator[ActivationBatch], num_steps: int, control: str) -> Iterator[ActivationBatch]:
+        seen.append((num_steps, control))
+        return batches
+
+    said: list[str] = []
+    control = trained_controls(training, tmp_path, track, said.append, ["frozen_decoder"])["frozen_decoder"]
+    fitted = load_autoencoder(runs / "runs/frozen/version_0/checkpoints" / name)
+    for weight in ("W_enc", "b_enc", "W_dec", "b_dec"):
+        assert torch.equal(getattr(fitted, weight), getattr(control, weight)), weight
+    assert seen == [(10 if name == "step=10.ckpt" else 25, "frozen_decoder")]
+    again = trained_controls(training, tmp_path, track, said.append, ["frozen_decoder"])["frozen_decoder"]
+    assert torch.equal(again.W_enc, control.W_enc)
+    assert len(seen) == len(said) == 1
 
 
 def test_better_than_the_margin_gives_exit_code_0(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,7 +146,7 @@ def test_the_page_is_one_offline_file_with_all_figures(runs: Path) -> None:
     evaluate()
     page = (runs / "runs/sae/version_0/eval/eval.html").read_text()
     figures = json.loads((runs / "runs/sae/version_0/eval/eval.json").read_text())
-    assert page.count("<img ") == 2
+    assert page.count("<img ") == 3
     assert not re.search(r'(src|href)="(?!data:|#)', page)
     assert "<script" not in page
     for name, found in figures["autoencoders"].items():

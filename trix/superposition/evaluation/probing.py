@@ -143,9 +143,10 @@ def document_means(document_N: Ints) -> tuple[Ints, csr_matrix]:
 def dense_probes(probes: ProbeSet) -> DenseProbes:
     """A logistic regression on all activations, for each question: what they tell at most in a linear way."""
     mean_D, scale_D = _standard(probes.x_UD[~probes.is_test_U])
+    scaled_UD = (probes.x_UD - mean_D) / scale_D
     weights, biases, right = [], [], []
     for answer_U in probes.answers.values():
-        weight_D, bias = _fitted((probes.x_UD - mean_D) / scale_D, answer_U, probes.is_test_U)
+        weight_D, bias = _fitted(scaled_UD, answer_U, probes.is_test_U)
         weight_D = weight_D / scale_D
         weights.append(weight_D)
         biases.append(bias - float(weight_D @ mean_D))
