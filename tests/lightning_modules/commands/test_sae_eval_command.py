@@ -238,6 +238,14 @@ def test_runs_that_cannot_be_judged_are_named(runs: Path, tmp_path: Path, capsys
     assert "must be the checkpoint's" in refused("k: 48", "k: 49")
     assert "standard library" in refused("class_path: torch.optim.Adam", "class_path: subprocess.Popen")
     assert "add --trust own_adam" in refused("class_path: torch.optim.Adam", "class_path: own_adam.Adam")
+    manifest = runs / "acts/resid_pre.1/manifest.json"
+    text = manifest.read_text()
+    manifest.write_text(text.replace('"layer": 1', '"layer": 9', 1))
+    try:
+        assert evaluate() == 2
+        assert "layer (9) must be >= 0 and < number of layers (2)" in capsys.readouterr().err
+    finally:
+        manifest.write_text(text)
     (runs / "acts").rename(runs / "gone")
     try:
         assert evaluate() == 2
