@@ -21,6 +21,7 @@ class Action(NamedTuple):
 
 
 ACTIONS: tuple[Action, ...] = (
+    Action("eval", "measure an autoencoder beside controls that were trained like it"),
     Action("dashboard", "write one HTML page about what each latent stands for"),
     Action("tiles", "say which latents go with which tiles of the model, and which of them decide"),
     Action("planted", "train an architecture and its controls on features that are known, and count what they recover"),

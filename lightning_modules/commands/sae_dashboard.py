@@ -85,7 +85,7 @@ def _page(options: Namespace, run: SAERun, model: ExplainedModel, sae: "SAE", na
 
 
 def _facts(run: SAERun, model: ExplainedModel, sae: "SAE", survey: "Survey") -> list[tuple[str, str]]:
-    from lightning_modules.tasks.reconstruction_metric import DENSE_SHARE
+    from trix.superposition.evaluation.reconstruction import DENSE_SHARE
 
     identity, target = run.identity, run.data.target_dump.manifest.identity
     settings = ", ".join(f"{name} {value}" for name, value in sae.settings().items())
@@ -111,7 +111,7 @@ def _explained_variance(run: SAERun, sae: "SAE", device: Any) -> tuple[float, in
     """On the held-out tokens, and their number."""
     import torch
 
-    from lightning_modules.tasks.reconstruction_metric import ReconstructionMetric
+    from trix.superposition.evaluation.reconstruction import ReconstructionMetric
 
     metric = ReconstructionMetric(sae.d_out, sae.k).to(device)
     sae.eval()

@@ -72,6 +72,7 @@ examples
   trix inspect runs/char_lm
   trix why runs/char_lm --prompt "The "
   trix dump runs/char_lm --site resid_pre.2 --output runs/char_lm/acts
+  trix sae eval runs/sae --model runs/char_lm
   trix sae dashboard runs/sae --model runs/char_lm
   trix runs --sort val/loss
   trix surgery runs/char_lm insert --ngrams "th,Th" --layer 1 --tile 3 --output edited.ckpt

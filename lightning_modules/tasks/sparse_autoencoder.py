@@ -20,12 +20,13 @@ from lightning_modules.errors import DataError, UserError
 from lightning_modules.run_folder import best_checkpoint
 from lightning_modules.tasks.answers import Exporter
 from lightning_modules.tasks.checkpoint import load_checkpoint
-from lightning_modules.tasks.reconstruction_metric import ReconstructionMetric
 from lightning_modules.tasks.task import CheckpointError, LRSchedulerCallable, OptimizerCallable, TrixTask, default_lr_scheduler
 from trix.superposition.analysis.stats import DENSITY_BORDERS, log_densities
+from trix.superposition.evaluation.reconstruction import ReconstructionMetric
 from trix.superposition.sae import ARCHITECTURES, SAE, SAEStep
 
 MAIN = "sae"
+LOGGED = ("explained_variance", "reconstruction", "active", "dead", "dense")  # of what ReconstructionMetric measures
 MAX_LATENTS = 2**20
 
 ActivationBatch = tuple[Tensor, Tensor]
@@ -61,7 +62,7 @@ class SparseAutoencoderTask(TrixTask):
     Logged for each, after ``train/`` and ``val/``, and after the name of the autoencoder where it is not the main one:
     ``reconstruction`` (mean square of x - x_hat over that of x) and ``active`` (L0, active latents per token). In training also
     ``loss``, ``sparsity``, ``aux``, and ``dead`` by the window of the autoencoder; in validation ``explained_variance``,
-    ``dead`` and ``dense``: see :class:`~lightning_modules.tasks.reconstruction_metric.ReconstructionMetric`. TensorBoard also
+    ``dead`` and ``dense``: see :class:`~trix.superposition.evaluation.reconstruction.ReconstructionMetric`. TensorBoard also
     gets, at each validation, the histogram ``log10_density``: see :func:`~trix.superposition.analysis.log_densities`.
 
     The scale of the activations and their median, from which b_dec starts, come from the first batch.
@@ -226,7 +227,7 @@ class SparseAutoencoderTask(TrixTask):
         for name, evaluation in self.evaluations.items():
             values = cast(ReconstructionMetric, evaluation).compute()
             self.log_dict(
-                {_logged(stage, name, key): value for key, value in values.items()},
+                {_logged(stage, name, key): values[key] for key in LOGGED},
                 prog_bar=name == MAIN,
                 rank_zero_only=False,
             )

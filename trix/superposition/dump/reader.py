@@ -97,7 +97,7 @@ class ActivationDump:
         Raises:
             ValueError: held_out out of [0, 1).
         """
-        chunks = self._chunks(part, held_out, seed)
+        chunks = self.chunks(part, held_out, seed)
         return int((chunks[:, 2] - chunks[:, 1]).sum())
 
     def shuffled(
@@ -126,7 +126,7 @@ class ActivationDump:
         """
         if batch_size < 1 or min(seed, epoch) < 0:
             raise ValueError(f"batch_size ({batch_size}) must be >= 1, seed ({seed}) and epoch ({epoch}) >= 0")
-        chunks = self._chunks(part, held_out, seed)
+        chunks = self.chunks(part, held_out, seed)
         num_batches = -(-int((chunks[:, 2] - chunks[:, 1]).sum()) // batch_size)
         if not 0 <= start <= num_batches:
             raise ValueError(f"start ({start}) must be >= 0 and <= number of batches ({num_batches})")
@@ -161,8 +161,13 @@ class ActivationDump:
         if parts:
             yield _joined(parts)
 
-    def _chunks(self, part: Part, held_out: float, seed: int) -> NDArray[np.int64]:
-        """The chunks of a part, int64 [chunks, 3]: shard, first row, row after the last."""
+    def chunks(self, part: Part = "all", held_out: float = 0.0, seed: int = 0) -> NDArray[np.int64]:
+        """The chunks of a part in the order in which they were written, as :meth:`shuffled` splits them: int64 [chunks, 3],
+        each of the number of a shard, the first row and the row after the last.
+
+        Raises:
+            ValueError: held_out out of [0, 1).
+        """
         if not 0 <= held_out < 1:
             raise ValueError(f"held_out ({held_out}) must be >= 0 and < 1")
         chunks = np.array(

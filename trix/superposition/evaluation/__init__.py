@@ -1,5 +1,5 @@
-"""How good a sparse autoencoder is, measured on the model that it explains."""
+"""How good a sparse autoencoder is: what it reconstructs, what the model loses, what its latents tell, beside its controls."""
 
-from trix.superposition.evaluation.model_fit import ModelFit, model_fit
+from trix.superposition.evaluation.model_fit import ModelFit, model_fit, model_fits
 
-__all__ = ["ModelFit", "model_fit"]
+__all__ = ["ModelFit", "model_fit", "model_fits"]

@@ -4,15 +4,15 @@ B texts, T tokens of a text, D width, V vocabulary, N tokens.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from trix.superposition.backends.base_model import CausalLMBackend, replace_stream
-from trix.superposition.dump.batch_rows import has_sink_norm
+if TYPE_CHECKING:  # they need pydantic, which training does without
+    from trix.superposition.backends.base_model import CausalLMBackend
 
 
 class Reconstructing(Protocol):
@@ -42,9 +42,8 @@ class ModelFit(NamedTuple):
     num_tokens: int
 
 
-@torch.no_grad()
 def model_fit(
-    backend: CausalLMBackend, layer: int, sae: Reconstructing, batches: Callable[[], Iterable[Mapping[str, Tensor]]]
+    backend: "CausalLMBackend", layer: int, sae: Reconstructing, batches: Callable[[], Iterable[Mapping[str, Tensor]]]
 ) -> ModelFit:
     """Replace what enters block ``layer`` at every real token, and measure the model's loss and its answers.
 
@@ -58,12 +57,24 @@ def model_fit(
     Raises:
         ValueError: no such layer, an autoencoder of another width, no token with one after it, or a stream that is not finite.
     """
+    return model_fits(backend, layer, {"": sae}, batches)[""]
+
+
+@torch.no_grad()
+def model_fits(
+    backend: "CausalLMBackend",
+    layer: int,
+    saes: Mapping[str, Reconstructing],
+    batches: Callable[[], Iterable[Mapping[str, Tensor]]],
+) -> dict[str, ModelFit]:
+    """:func:`model_fit` of several autoencoders at once, by name; what they share is computed once."""
     backend.block(layer)
     total_D, num_rows = torch.zeros((), dtype=torch.float64), 0
     for batch in batches():
         stream_BTD = backend.forward_hidden(batch["input_ids"], batch["attention_mask"], layer)
-        if stream_BTD.shape[-1] != sae.d_model:
-            raise ValueError(f"d_model of the autoencoder ({sae.d_model}) must be the stream's ({stream_BTD.shape[-1]})")
+        for sae in saes.values():
+            if stream_BTD.shape[-1] != sae.d_model:
+                raise ValueError(f"d_model of the autoencoder ({sae.d_model}) must be the stream's ({stream_BTD.shape[-1]})")
         rows_ND = stream_BTD[_replaced(backend, stream_BTD, batch["attention_mask"].bool())].double().cpu()
         if not bool(rows_ND.isfinite().all()):
             raise ValueError(f"stream before block {layer} must be finite")
@@ -71,12 +82,10 @@ def model_fit(
     if num_rows == 0:
         raise ValueError(f"number of tokens to replace ({num_rows}) must be >= 1")
     mean_D = (total_D / num_rows).float().to(backend.device)
-    ways: dict[str, Callable[[Tensor], Tensor]] = {
-        "sae": lambda x_ND: sae(x_ND.float())[0],
-        "zero": torch.zeros_like,
-        "mean": lambda x_ND: mean_D.expand_as(x_ND),
-    }
-    sums, kl, num_tokens = dict.fromkeys(("model", *ways), 0.0), 0.0, 0
+    ways: list[Callable[[Tensor], Tensor]] = [_reconstruction(sae) for sae in saes.values()]
+    ways += [torch.zeros_like, lambda x_ND: mean_D.expand_as(x_ND)]
+    loss, num_tokens = 0.0, 0
+    replaced_losses, divergences = [0.0] * len(ways), [0.0] * len(ways)
     for batch in batches():
         mask_BT = batch["attention_mask"].bool().to(backend.device)
         target_BT = batch["input_ids"].to(backend.device)[:, 1:]
@@ -84,39 +93,48 @@ def model_fit(
         num_tokens += int(is_predicted_BT.sum())
         of_model_NV = _log_probabilities(backend, batch, mask_BT)[:, :-1][is_predicted_BT]
         target_N = target_BT[is_predicted_BT]
-        sums["model"] += float(F.nll_loss(of_model_NV, target_N, reduction="sum"))
-        for name, way in ways.items():
+        loss += float(F.nll_loss(of_model_NV, target_N, reduction="sum"))
+        for place, way in enumerate(ways):
             hook = _replace(backend, layer, mask_BT, way)
             try:
                 replaced_NV = _log_probabilities(backend, batch, mask_BT)[:, :-1][is_predicted_BT]
             finally:
                 hook.remove()
-            sums[name] += float(F.nll_loss(replaced_NV, target_N, reduction="sum"))
-            if name == "sae":
-                kl += float(F.kl_div(replaced_NV, of_model_NV, reduction="sum", log_target=True))
+            replaced_losses[place] += float(F.nll_loss(replaced_NV, target_N, reduction="sum"))
+            divergences[place] += float(F.kl_div(replaced_NV, of_model_NV, reduction="sum", log_target=True))
     if num_tokens == 0:
         raise ValueError(f"number of tokens with one after them ({num_tokens}) must be >= 1")
-    loss, of_sae, of_zero, of_mean = (value / num_tokens for value in sums.values())
-    return ModelFit(
-        loss=loss,
-        loss_sae=of_sae,
-        loss_zero=of_zero,
-        loss_mean=of_mean,
-        recovered_zero=_share(of_zero - of_sae, of_zero - loss),
-        recovered_mean=_share(of_mean - of_sae, of_mean - loss),
-        kl=kl / num_tokens,
-        num_tokens=num_tokens,
-    )
+    loss /= num_tokens
+    *of_saes, of_zero, of_mean = (value / num_tokens for value in replaced_losses)
+    return {
+        name: ModelFit(
+            loss=loss,
+            loss_sae=of_sae,
+            loss_zero=of_zero,
+            loss_mean=of_mean,
+            recovered_zero=_share(of_zero - of_sae, of_zero - loss),
+            recovered_mean=_share(of_mean - of_sae, of_mean - loss),
+            kl=divergence / num_tokens,
+            num_tokens=num_tokens,
+        )
+        for name, of_sae, divergence in zip(saes, of_saes, divergences, strict=False)  # those of zero and mean come last
+    }
 
 
-def _log_probabilities(backend: CausalLMBackend, batch: Mapping[str, Tensor], mask_BT: Tensor) -> Tensor:
+def _reconstruction(sae: Reconstructing) -> Callable[[Tensor], Tensor]:
+    return lambda x_ND: sae(x_ND.float())[0]
+
+
+def _log_probabilities(backend: "CausalLMBackend", batch: Mapping[str, Tensor], mask_BT: Tensor) -> Tensor:
     """Of the next token, float32 [B, T, V]."""
     mask = None if bool(mask_BT.all()) else mask_BT
     return F.log_softmax(backend.run(batch["input_ids"].to(backend.device), mask).float(), dim=-1)
 
 
-def _replace(backend: CausalLMBackend, layer: int, mask_BT: Tensor, way: Callable[[Tensor], Tensor]) -> RemovableHandle:
+def _replace(backend: "CausalLMBackend", layer: int, mask_BT: Tensor, way: Callable[[Tensor], Tensor]) -> RemovableHandle:
     """A hook that replaces the tokens of the stream which are no padding and no sinks."""
+
+    from trix.superposition.backends.base_model import replace_stream
 
     def replaced(x_BTD: Tensor) -> Tensor:
         is_replaced_BT = _replaced(backend, x_BTD, mask_BT)
@@ -127,8 +145,10 @@ def _replace(backend: CausalLMBackend, layer: int, mask_BT: Tensor, way: Callabl
     return replace_stream(backend.block(layer), replaced)
 
 
-def _replaced(backend: CausalLMBackend, x_BTD: Tensor, mask_BT: Tensor) -> Tensor:
+def _replaced(backend: "CausalLMBackend", x_BTD: Tensor, mask_BT: Tensor) -> Tensor:
     """bool [B, T]: real tokens that are no sinks."""
+    from trix.superposition.dump.batch_rows import has_sink_norm
+
     is_replaced_BT = mask_BT.to(x_BTD.device).clone()
     x_ND = x_BTD[is_replaced_BT]
     is_sink_N = has_sink_norm(x_ND, x_ND.isfinite().all(dim=-1).cpu())

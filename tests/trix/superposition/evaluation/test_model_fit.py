@@ -7,7 +7,7 @@ from planted_backend import LETTERS, WIDTH, PlantedWithSinks
 from small_dumps import trix_backend
 from torch import Tensor, nn
 
-from trix.superposition.evaluation import model_fit
+from trix.superposition.evaluation import model_fit, model_fits
 
 TEXTS = ["abcabcab", "hgfedcba abc", "b", "caabbc"]
 
@@ -45,6 +45,15 @@ def test_the_batches_do_not_matter() -> None:
     together = model_fit(backend, 2, Scaled(0.5), lambda: [backend.tokenize(TEXTS, 16)])
     apart = model_fit(backend, 2, Scaled(0.5), lambda: [backend.tokenize([text], 16) for text in TEXTS])
     assert together == pytest.approx(apart, abs=1e-5)
+
+
+def test_several_are_measured_as_each_would_be_alone() -> None:
+    backend = trix_backend()
+    batches = [backend.tokenize(TEXTS, 16)]
+    together = model_fits(backend, 1, {"half": Scaled(0.5), "most": Scaled(0.9)}, lambda: batches)
+    for name, scale in (("half", 0.5), ("most", 0.9)):
+        assert together[name] == pytest.approx(model_fit(backend, 1, Scaled(scale), lambda: batches), abs=1e-6)
+    assert together["half"].kl > together["most"].kl > 0
 
 
 def test_sinks_pass_as_they_are() -> None:

@@ -1,0 +1,168 @@
+"""``trix sae eval``: how good a trained autoencoder is, each figure beside those of controls that were trained like it."""
+
+from argparse import Namespace
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_modules.commands.arguments import FILE, CommandParser
+from lightning_modules.commands.explained_model import TEXT, ExplainedModel, read_texts, told_to_the_user
+from lightning_modules.commands.output_file import output_folder
+from lightning_modules.commands.sae_run import SAERun, add_model, add_run, open_model, open_run
+from lightning_modules.errors import UserError
+from lightning_modules.trust import trusted_modules, working_folder_searched
+from trix.whole_file import write_whole
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lightning_modules.sae_controls import Training
+    from lightning_modules.sae_report import Report
+
+DEFAULT_TOKENS = 16_384
+BATCH_TEXTS = 64
+JSON_NAME, PAGE_NAME = "eval.json", "eval.html"
+EXIT_NO_BETTER = 3
+
+
+def run(options: Namespace) -> int:
+    """Measure, write JSON and a page, print; 3 where the autoencoder is no better than its best control.
+
+    Raises:
+        UserError: what does not fit, before anything is trained or written.
+    """
+    if options.num_tokens < 2:
+        raise UserError(f"--num-tokens ({options.num_tokens}) must be >= 2")
+    trusted = trusted_modules(options.trust)
+    with working_folder_searched(trusted), told_to_the_user(options.run):
+        return _evaluate(options, trusted)
+
+
+def _evaluate(options: Namespace, trusted: Collection[str]) -> int:
+    from lightning_modules.sae_controls import run_version, training_of
+
+    opened = open_run(options.run, "eval", trusted)
+    model = open_model(options.model, opened, "eval", trusted)
+    training = None if options.no_controls else training_of(opened, sorted(trusted))
+    folder = run_version(opened.ckpt)
+    output = folder / "eval" if options.output is None else Path(options.output)
+    if output.exists() and not output.is_dir():
+        raise UserError(f"output {output} must be a folder")
+    report = _report(opened, model, _text_batches(options, opened, model), training, folder)
+    report.facts["command"] = _command(options)
+    files = {JSON_NAME: report.as_json(), PAGE_NAME: report.as_page()}
+    with output_folder(output):
+        for name, content in files.items():
+            write_whole(content.encode(), output / name)
+    report.print()
+    print(f"wrote   {output / JSON_NAME} and {output / PAGE_NAME}")
+    verdict = report.verdict
+    if verdict is None:
+        print("no verdict: there are no controls to compare with")
+        return 0
+    print(verdict)
+    return 0 if verdict.is_better else EXIT_NO_BETTER
+
+
+def _report(
+    opened: SAERun, model: ExplainedModel, texts: "list[dict[str, Tensor]]", training: "Training | None", folder: Path
+) -> "Report":
+    from lightning_modules.sae_controls import FOLDER, trained_controls
+    from lightning_modules.sae_report import Report
+    from lightning_modules.tasks.sparse_autoencoder import MAIN
+    from trix.superposition.evaluation import model_fits
+    from trix.superposition.evaluation.measure import Split, evaluation_data, measure
+
+    data, identity = opened.data, opened.identity
+    backend: Any = model.backend
+    split = Split(data.dump, data.target_dump if data.has_target else None, data.validation_fraction, data.seed)
+    measured_on = evaluation_data(split, getattr(backend, "vocabulary", None) or backend.tokenizer)
+    saes = {"run": opened.task.autoencoders[MAIN].fold_().eval()}
+    measured = measure(measured_on, saes)  # first: what cannot be measured needs no controls
+    if training is not None:
+        controls = trained_controls(training, folder / FOLDER, _tracked, print)
+        saes |= controls
+        measured |= measure(measured_on, controls)
+    fits = model_fits(backend, identity.layer, saes, lambda: texts) if texts else {}
+    return Report(opened, model.path, measured_on, saes, measured, fits)
+
+
+def _text_batches(options: Namespace, opened: SAERun, model: ExplainedModel) -> "list[dict[str, Tensor]]":
+    """Held-out texts as tokens; none where the model's loss cannot be measured.
+
+    Raises:
+        UserError: no texts, or a layer that the model lacks.
+    """
+    from trix.superposition.backends.base_model import RESIDUAL
+
+    site, layer, max_len = opened.identity.site, opened.identity.layer, opened.identity.settings.max_len
+    model.backend.block(layer)
+    if site != RESIDUAL or opened.data.has_target:
+        print(f"cross-entropy is not measured: site ({site}.{layer}) must be {RESIDUAL}, and the target x itself, for that")
+        return []
+    if options.text is None:
+        texts = model.held_out_texts(options.num_tokens, max_len)
+    else:
+        texts = read_texts(options.text)[TEXT].tolist()
+    batches: list[dict[str, Tensor]] = []
+    num_tokens = 0
+    for first in range(0, len(texts), BATCH_TEXTS):
+        if num_tokens >= options.num_tokens:
+            break
+        batches.append(model.backend.tokenize(texts[first : first + BATCH_TEXTS], max_len))
+        num_tokens += int(batches[-1]["attention_mask"].sum())
+    if num_tokens < 2:
+        raise UserError(f"{options.text or options.model}: tokens of the texts ({num_tokens}) must be >= 2")
+    return batches
+
+
+def _tracked(batches: Iterator[Any], num_steps: int, name: str) -> Iterator[Any]:
+    """The batches, with a bar on stderr that says how far the control is and how long it takes."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    yield from track(batches, f"training {name}", num_steps, console=console, transient=True, disable=not console.is_terminal)
+
+
+def _command(options: Namespace) -> list[str]:
+    command = ["trix", "sae", "eval", options.run, "--model", options.model, "--num-tokens", str(options.num_tokens)]
+    for name in ("text", "output"):
+        if getattr(options, name) is not None:
+            command += [f"--{name}", getattr(options, name)]
+    return [*command, "--no-controls"] if options.no_controls else command
+
+
+def make_parser() -> CommandParser:
+    parser = CommandParser(
+        prog="trix sae eval",
+        description="Measure an autoencoder on held-out activations and on its model: reconstruction, what the model loses,\n"
+        "what single latents tell, whether another seed finds the same. Controls are trained on the same activations, with\n"
+        "weights that stay random in part (arXiv:2602.14111), and kept beside the run: they are trained once.\n\n"
+        "Exit code 3: no better than its best control, in explained variance or in sparse probing.",
+        epilog="examples:\n"
+        "  trix sae eval runs/sae --model runs/char_lm\n"
+        "  trix sae eval runs/sae --model runs/char_lm --no-controls --num-tokens 50000 --output figures\n"
+        "  trix sae eval runs/smollm_sae --model SmolLM2-135M --text titles.csv",
+    )
+    add_run(parser)
+    add_model(parser)
+    parser.add_argument(
+        "--text",
+        metavar="FILE",
+        help="texts on which the model's loss is measured: the paragraphs of a file, or a .csv with the columns text and label "
+        "(default: the text that the model was validated on)",
+    ).complete = FILE
+    parser.add_argument(
+        "--num-tokens",
+        type=int,
+        default=DEFAULT_TOKENS,
+        metavar="N",
+        help="about how many tokens of the texts are read (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--output", metavar="DIR", help=f"where {JSON_NAME} and {PAGE_NAME} go (default: the folder eval of the run's version)"
+    )
+    parser.add_argument("--no-controls", action="store_true", help="train no controls: figures without a verdict")
+    parser.add_trust()
+    return parser
