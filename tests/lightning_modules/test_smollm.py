@@ -5,6 +5,7 @@ The texts ship with Python and Django: its help topics, and translations into 24
 
 import os
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -124,7 +125,7 @@ def test_the_converted_model_is_kept_and_writes_sense(folder: Path, backend: HFC
 
 
 def test_latents_explain_held_out_texts_far_better_than_their_control(
-    saes: dict[str, SAE], dumps: dict[str, Path], record_property: pytest.RecordProperty
+    saes: dict[str, SAE], dumps: dict[str, Path], record_property: Callable[[str, object], None]
 ) -> None:
     assert len(ActivationDump(dumps["training"])) > 230_000
     explained, active = held_out_scores(saes["sae"], dumps["held_out"])
@@ -136,7 +137,7 @@ def test_latents_explain_held_out_texts_far_better_than_their_control(
 
 
 def test_the_model_keeps_its_loss_with_the_reconstruction(
-    backend: HFCausalLM, saes: dict[str, SAE], dumps: dict[str, Path], record_property: pytest.RecordProperty
+    backend: HFCausalLM, saes: dict[str, SAE], dumps: dict[str, Path], record_property: Callable[[str, object], None]
 ) -> None:
     judged = pd.read_csv(dumps["held_out"].parent.with_suffix(".csv"))["text"].tolist()[:NUM_JUDGED]
     batches = [backend.tokenize(judged[first : first + 16], MAX_LEN) for first in range(0, NUM_JUDGED, 16)]
