@@ -89,15 +89,16 @@ class LiveActivations:
         """
         skip, held, num_held = start * batch_size, list[Tensor](), 0
         for rows_ND in self._windows(seed, epoch):
-            if skip >= len(rows_ND):
-                skip -= len(rows_ND)
-                continue
-            rows_ND, skip = rows_ND[skip:], 0
+            skipped = min(skip, len(rows_ND))
+            rows_ND, skip = rows_ND[skipped:], skip - skipped
             while num_held + len(rows_ND) >= batch_size:
                 head_ND, rows_ND = rows_ND[: batch_size - num_held], rows_ND[batch_size - num_held :]
                 yield torch.cat([*held, head_ND]).float()
                 held, num_held = [], 0
-            held, num_held = [*held, rows_ND.clone()], num_held + len(rows_ND)  # a view would keep the whole window
+                del head_ND
+            if len(rows_ND):
+                held, num_held = [*held, rows_ND.clone()], num_held + len(rows_ND)
+            del rows_ND  # or two windows would be held at once
 
     def in_order(self, batch_size: int) -> Iterator[Tensor]:
         """The validation rows once, float32 [<= batch_size, D]."""
