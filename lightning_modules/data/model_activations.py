@@ -1,0 +1,142 @@
+"""Activations of a model as it computes them, in shuffled order and bounded memory; no dump is written.
+
+Shapes: N tokens of a batch, D width of the activations.
+"""
+
+from collections.abc import Iterable, Iterator
+
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_modules.commands.explained_model import LABEL, TEXT, read_model, read_texts, told_to_the_user
+from lightning_modules.data.checks import check_at_least, check_fraction
+from lightning_modules.data.data_module import TrixDataModule
+from lightning_modules.data.loader import ResumableLoader, rank_and_world_size
+from lightning_modules.errors import DataError
+
+ActivationBatch = tuple[Tensor, Tensor]
+
+
+class ModelActivationDataModule(TrixDataModule):
+    """The tokens of some texts, one row each, straight from a model: the rows that ``trix dump`` would write.
+
+    An epoch has as many whole batches as the training texts have tokens for; where sinks or broken values are left out, texts
+    read first come once more at its end. Held out for validation are whole batches of texts. Use it where the activations of a
+    pass over the texts do not fit on the disk, or are needed once: each epoch runs the model again, and a run that is resumed
+    within an epoch first computes again what the epoch has served. A dump costs the model once.
+
+    Shape:
+        batches: (x_ND, x_ND), float32.
+
+    Args:
+        model: a checkpoint, a run folder, or the folder of a model of Hugging Face. site: as ``resid_pre.2``.
+        text: paragraphs of a file, or a .csv file with the columns text and label; None: num_tokens of what the model was
+            trained on. num_tokens: of these. max_len: tokens of a text that are read, by default the model's context, or 128.
+        text_batch: texts that the model reads at once. buffer_tokens: rows that are shuffled at once. drop_sinks: leave out the
+            tokens in which attention gathers.
+        batch_size: N. validation_fraction: share of the batches of texts that is held out, in (0, 1).
+        seed: seed of the split and of the order, >= 0.
+
+    Attributes:
+        num_features, num_outputs: D. model_sha256, text_sha256: digests of the model, and of tokens and labels.
+
+    Raises:
+        DataError: a value out of range, fewer rows than a batch, or several processes. UserError: no such model, text or site.
+    """
+
+    noun = "token"
+
+    def __init__(
+        self,
+        model: str,
+        site: str,
+        text: str | None = None,
+        num_tokens: int = 200_000,
+        max_len: int | None = None,
+        text_batch: int = 64,
+        buffer_tokens: int = 65536,
+        drop_sinks: bool = True,
+        batch_size: int = 4096,
+        validation_fraction: float = 0.1,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        check_at_least(1, batch_size=batch_size, text_batch=text_batch, buffer_tokens=buffer_tokens, num_tokens=num_tokens)
+        check_at_least(0, seed=seed)
+        check_fraction(validation_fraction=validation_fraction)
+        self.save_hyperparameters()
+        self.batch_size, self.seed = batch_size, seed
+        with told_to_the_user(model):
+            import pandas as pd
+
+            from trix.superposition.backends import Site
+            from trix.superposition.dump.live import LiveActivations
+            from trix.superposition.dump.texts import TokenizedTexts
+
+            explained = read_model(model, "fit")
+            length = explained.max_len(max_len)
+            if text is None:
+                frame = pd.DataFrame({TEXT: explained.training_texts(num_tokens, length), LABEL: 0})
+            else:
+                frame = read_texts(text)
+            texts = TokenizedTexts.from_frame(frame, TEXT, LABEL, explained.backend, length)
+            self.live = LiveActivations(
+                explained.backend,
+                texts,
+                Site.parse(site),
+                text_batch,
+                buffer_tokens,
+                drop_sinks=drop_sinks,
+                held_out=validation_fraction,
+                seed=seed,
+            )
+        self.num_features = self.num_outputs = self.live.d_model
+        self.model_sha256, self.text_sha256 = explained.backend.digest(), texts.digest()
+        if self.live.num_tokens["training"] < batch_size:
+            raise DataError(f"batch_size ({batch_size}) must be <= training tokens ({self.live.num_tokens['training']})")
+        self._place: tuple[int, int] | None = None  # epoch and number of the batch that comes next from the stream
+        self._stream: Iterator[Tensor] = iter(())
+
+    def train_dataloader(self) -> ResumableLoader[ActivationBatch]:
+        """Whole batches of each epoch's order, resumable within an epoch."""
+        if rank_and_world_size()[1] > 1:
+            raise DataError(f"number of processes ({rank_and_world_size()[1]}) must be 1 with ModelActivationDataModule")
+        names = ("site", "text_batch", "buffer_tokens", "batch_size", "seed", "validation_fraction", "drop_sinks")
+        settings: dict[str, int | str] = {name: str(self.hparams[name]) for name in names}
+        settings |= {"model_sha256": self.model_sha256, "text_sha256": self.text_sha256}
+        num_batches = self.live.num_tokens["training"] // self.batch_size
+        return ResumableLoader(self._training_batch, num_batches, settings=settings, trainer=self.trainer)
+
+    def val_dataloader(self) -> Iterable[ActivationBatch]:
+        """All validation tokens once; the last batch may be smaller."""
+        return _Batches(self)
+
+    def test_dataloader(self) -> Iterable[ActivationBatch]:
+        """The same tokens as validation."""
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> Iterable[ActivationBatch]:
+        """The same tokens as validation."""
+        return self.val_dataloader()
+
+    @override
+    def facts(self) -> dict[str, str]:
+        return {"data": f"activations at {self.live.site} of a model with digest {self.model_sha256}"}
+
+    def _training_batch(self, epoch: int, batch_idx: int) -> ActivationBatch:
+        """A pure function of its arguments; asked for in order, it runs the model once for each text."""
+        if self._place != (epoch, batch_idx):
+            self._stream = self.live.shuffled(self.batch_size, self.seed, epoch, batch_idx)
+        self._place = (epoch, batch_idx + 1)
+        x_ND = next(self._stream)
+        return x_ND, x_ND
+
+
+class _Batches:
+    """The validation batches, anew each time they are iterated over."""
+
+    def __init__(self, data: ModelActivationDataModule) -> None:
+        self._data = data
+
+    def __iter__(self) -> Iterator[ActivationBatch]:
+        return ((x_ND, x_ND) for x_ND in self._data.live.in_order(self._data.batch_size))
