@@ -19,7 +19,7 @@ from shared import LAYER, arguments
 from torch import Tensor
 
 from lightning_modules.cli import main
-from lightning_modules.commands.explained_model import read_model
+from lightning_modules.explained_model import read_model
 from trix.superposition import DumpConfig, SAEConfig, analysis, dump, evaluation, sae, steering, viz
 from trix.superposition.backends import TriXBackend
 from trix.whole_file import write_whole

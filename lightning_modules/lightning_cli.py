@@ -33,6 +33,7 @@ from lightning_modules.class_paths import import_parts
 from lightning_modules.data import activations as _activations  # noqa: F401
 from lightning_modules.data import digits as _digits  # noqa: F401 (a configuration can name imported classes in short)
 from lightning_modules.data import language_id as _language_id  # noqa: F401
+from lightning_modules.data import model_activations as _model_activations  # noqa: F401
 from lightning_modules.data import text as _text  # noqa: F401
 from lightning_modules.error_text import one_line, reason, shorten_parser_error
 from lightning_modules.errors import UserError

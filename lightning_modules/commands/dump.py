@@ -5,8 +5,8 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from lightning_modules.commands.arguments import FILE, CommandParser
-from lightning_modules.commands.explained_model import LABEL, TEXT, ExplainedModel, read_model, read_texts, told_to_the_user
 from lightning_modules.errors import UserError
+from lightning_modules.explained_model import LABEL, TEXT, ExplainedModel, read_model, read_texts, told_to_the_user
 from lightning_modules.trust import trusted_modules, working_folder_searched
 
 if TYPE_CHECKING:

@@ -4,8 +4,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from lightning_modules.commands.explained_model import ExplainedModel, told_to_the_user
 from lightning_modules.commands.sae_run import open_run
+from lightning_modules.explained_model import ExplainedModel, told_to_the_user
 
 if TYPE_CHECKING:
     from lightning_modules.tasks import TrixTask

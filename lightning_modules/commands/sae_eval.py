@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_modules.commands.arguments import FILE, CommandParser
-from lightning_modules.commands.explained_model import TEXT, ExplainedModel, read_texts, told_to_the_user
 from lightning_modules.commands.output_file import output_folder
 from lightning_modules.commands.sae_run import SAERun, add_model, add_run, open_model, open_run
 from lightning_modules.errors import UserError
+from lightning_modules.explained_model import TEXT, ExplainedModel, read_texts, told_to_the_user
 from lightning_modules.trust import trusted_modules, working_folder_searched
 from trix.whole_file import write_whole
 

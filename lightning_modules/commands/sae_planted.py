@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_modules.commands.arguments import FILE, CommandParser
-from lightning_modules.commands.explained_model import told_to_the_user
 from lightning_modules.commands.output_file import check_output_file, output_folder
 from lightning_modules.commands.output_text import print_rich
 from lightning_modules.drawings import as_svg
 from lightning_modules.error_text import did_you_mean
 from lightning_modules.errors import UserError
+from lightning_modules.explained_model import told_to_the_user
 from lightning_modules.trust import is_class_path, working_folder_searched
 from lightning_modules.yaml_files import read_yaml
 from trix.whole_file import write_whole

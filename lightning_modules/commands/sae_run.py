@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from lightning_modules.checkpoint_data import load_task, run_data
 from lightning_modules.commands.arguments import FILE, CommandParser
-from lightning_modules.commands.explained_model import ExplainedModel, read_model
 from lightning_modules.errors import UserError
+from lightning_modules.explained_model import ExplainedModel, read_model
 from lightning_modules.run_folder import best_checkpoint
 
 if TYPE_CHECKING:

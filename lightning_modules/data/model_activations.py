@@ -8,11 +8,11 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_modules.commands.explained_model import LABEL, TEXT, read_model, read_texts, told_to_the_user
 from lightning_modules.data.checks import check_at_least, check_fraction
 from lightning_modules.data.data_module import TrixDataModule
 from lightning_modules.data.loader import ResumableLoader, rank_and_world_size
 from lightning_modules.errors import DataError
+from lightning_modules.explained_model import LABEL, TEXT, read_model, read_texts, told_to_the_user
 
 ActivationBatch = tuple[Tensor, Tensor]
 
