@@ -4,6 +4,7 @@ N tokens, D width.
 """
 
 from collections.abc import Iterator
+from itertools import count
 from typing import Literal
 
 import numpy as np
@@ -17,6 +18,7 @@ from trix.superposition.dump.batch_rows import read_rows
 from trix.superposition.dump.texts import TokenizedTexts
 
 LivePart = Literal["training", "validation"]
+CHUNK = 4096  # rows that leave the buffer at once
 
 
 class LiveActivations:
@@ -88,17 +90,15 @@ class LiveActivations:
             ValueError: no token is left in a whole pass.
         """
         skip, held, num_held = start * batch_size, list[Tensor](), 0
-        for rows_ND in self._windows(seed, epoch):
+        for rows_ND in self._mixed(seed, epoch):
             skipped = min(skip, len(rows_ND))
             rows_ND, skip = rows_ND[skipped:], skip - skipped
             while num_held + len(rows_ND) >= batch_size:
                 head_ND, rows_ND = rows_ND[: batch_size - num_held], rows_ND[batch_size - num_held :]
                 yield torch.cat([*held, head_ND]).float()
                 held, num_held = [], 0
-                del head_ND
             if len(rows_ND):
-                held, num_held = [*held, rows_ND.clone()], num_held + len(rows_ND)
-            del rows_ND  # or two windows would be held at once
+                held, num_held = [*held, rows_ND], num_held + len(rows_ND)
 
     def in_order(self, batch_size: int) -> Iterator[Tensor]:
         """The validation rows once, float32 [<= batch_size, D]."""
@@ -111,24 +111,29 @@ class LiveActivations:
         if len(held_ND):
             yield held_ND.float()
 
-    def _windows(self, seed: int, epoch: int) -> Iterator[Tensor]:
-        """Shuffled rows, at most buffer_tokens and those of one batch of texts at a time."""
-        batches, number, num_pass = self._batches["training"], 0, 0
-        parts, num_rows = list[Tensor](), 0
-        while True:
+    def _mixed(self, seed: int, epoch: int) -> Iterator[Tensor]:
+        """Rows in random order within windows of buffer_tokens rows and at most those of one batch of texts more.
+
+        There is one buffer, which all windows fill: with windows of their own, of many sizes, the memory of the process would
+        grow, as the allocator finds no place for the next one in what the last one has left.
+        """
+        batches, number = self._batches["training"], 0
+        longest = max(int(self.texts.length[batch].sum()) for batch in batches)
+        window_ND, num_rows = torch.empty(self.buffer_tokens + longest, self.d_model, dtype=self._dtype), 0
+        for num_pass in count():
             num_of_pass = 0
             for index in np.random.default_rng((seed, epoch, 0, num_pass)).permutation(len(batches)):
-                parts.append(self._read(batches[index]))
-                num_rows, num_of_pass = num_rows + len(parts[-1]), num_of_pass + len(parts[-1])
+                rows_ND = self._read(batches[index])
+                window_ND[num_rows : num_rows + len(rows_ND)] = rows_ND
+                num_rows, num_of_pass = num_rows + len(rows_ND), num_of_pass + len(rows_ND)
                 if num_rows >= self.buffer_tokens:
-                    yield self._mixed(parts, (seed, epoch, 1, number))
-                    parts, num_rows, number = [], 0, number + 1
+                    yield from _in_random_order(window_ND[:num_rows], (seed, epoch, 1, number))
+                    num_rows, number = 0, number + 1
             if num_of_pass == 0:
                 raise ValueError(f"tokens kept (0 of {self.num_tokens['training']}) must be >= 1")
             if num_rows:  # a pass ends with a window of its own, so that each row comes once before any comes again
-                yield self._mixed(parts, (seed, epoch, 1, number))
-                parts, num_rows, number = [], 0, number + 1
-            num_pass += 1
+                yield from _in_random_order(window_ND[:num_rows], (seed, epoch, 1, number))
+                num_rows, number = 0, number + 1
 
     def _read(self, document: NDArray[np.int64]) -> Tensor:
         batch = self.texts.batch(document)
@@ -136,14 +141,9 @@ class LiveActivations:
         rows = read_rows(self.backend, batch, label_B, [self.site], self._dtype, self._drop_sinks)
         return rows.by_site[self.site]["acts"]
 
-    @staticmethod
-    def _mixed(parts: list[Tensor], key: tuple[int, ...]) -> Tensor:
-        """The rows of the parts in random order; parts are dropped one by one, so that hardly more than one copy is held."""
-        place_N = torch.from_numpy(np.random.default_rng(key).permutation(sum(map(len, parts))))
-        mixed_ND = parts[0].new_empty(len(place_N), parts[0].shape[1])
-        first = 0
-        while parts:
-            part_ND = parts.pop(0)
-            mixed_ND[place_N[first : first + len(part_ND)]] = part_ND
-            first += len(part_ND)
-        return mixed_ND
+
+def _in_random_order(rows_ND: Tensor, key: tuple[int, ...]) -> Iterator[Tensor]:
+    """All rows, CHUNK at a time."""
+    place_N = np.random.default_rng(key).permutation(len(rows_ND))
+    for first in range(0, len(rows_ND), CHUNK):
+        yield rows_ND[place_N[first : first + CHUNK]]
