@@ -145,7 +145,8 @@ class TextDataModule(TrixDataModule):
 
     @override
     def training_documents(self) -> Tensor:
-        """The training text in windows that do not overlap, in an order drawn with the seed; the last partial one is dropped."""
+        """All training text once, in windows that do not overlap, in an order drawn with the seed; the last partial window is
+        dropped."""
         num_windows = len(self._train_N) // self.context_length
         input_WT = self._train_N[: num_windows * self.context_length].view(num_windows, self.context_length)
         return input_WT[torch.from_numpy(np.random.default_rng(self.seed).permutation(num_windows))]
