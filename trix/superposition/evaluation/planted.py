@@ -15,6 +15,7 @@ from trix.superposition.config import Settings
 GROUP = 8  # features that occur together
 RANK_SHIFT = 10  # of Zipf's law: frequencies of the first ten ranks are alike
 FEATURES_PER_PARENT = 32
+MAX_SIZE = 2**20  # of the features, and of the width
 DIRECTIONS, TRAINING, EVALUATION, WEIGHTS, RANDOM_ROWS = range(5)  # streams of random numbers
 
 
@@ -38,8 +39,8 @@ class PlantedConfig(Settings):
         ValueError: more features in hierarchies than there are, or a feature that would fire in more than all tokens.
     """
 
-    width: int = Field(default=128, ge=1)
-    num_features: int = Field(default=512, ge=1)
+    width: int = Field(default=128, ge=1, le=MAX_SIZE)
+    num_features: int = Field(default=512, ge=1, le=MAX_SIZE)
     mean_active: float = Field(default=8.0, gt=0, allow_inf_nan=False)
     zipf: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     correlation: float = Field(default=0.2, ge=0, lt=1)
