@@ -24,19 +24,19 @@ RECORD_FILE, PAGE_FILE = "tiles.json", "tiles.html"
 
 def run(options: Namespace) -> int:
     """Write the record and the page, and print the figures."""
-    for name in ("num_tokens", "layer"):
-        value, least = getattr(options, name), 0 if name == "layer" else 1
+    for name, least in {"num_tokens": 1, "layer": 0, "seed": 0}.items():
+        value = getattr(options, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} ({value}) must be >= {least}")
     trusted = trusted_modules(options.trust)
     with working_folder_searched(trusted):
         sae_run = open_run(options.run, "tiles", trusted)
         folder = sae_run.ckpt.parent / "tiles" if options.output is None else Path(options.output)
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"output {folder} must be a folder")
-        for name in (RECORD_FILE, PAGE_FILE):
-            check_output_file(folder / name, sae_run.ckpt)
         with told_to_the_user(folder):
+            if folder.exists() and not folder.is_dir():
+                raise UserError(f"output {folder} must be a folder")
+            for name in (RECORD_FILE, PAGE_FILE):
+                check_output_file(folder / name, sae_run.ckpt)
             _report(options, sae_run, folder, trusted)
     return 0
 

@@ -136,6 +136,8 @@ def test_the_same_seed_gives_the_same_record(hidden: tuple[Path, Path], tmp_path
     ("arguments", "message"),
     [
         (["--num-tokens", "0"], "--num-tokens (0) must be >= 1"),
+        (["--seed", "-1"], "--seed (-1) must be >= 0"),
+        (["--output", "n" * 300], "File name too long"),
         (["--layer", "-1"], "--layer (-1) must be >= 0"),
         (["--layer", "2"], "layer (2) must be >= 0 and < number of layers (2)"),
         (["--num-tokens", "8"], "number of documents (1) >= 2"),

@@ -35,6 +35,21 @@ class Alignment(NamedTuple):
     q_E: FloatArray
 
     @property
+    def num_compared(self) -> int:
+        """Signatures with a latent."""
+        return int((self.latent_E >= 0).sum())
+
+    @property
+    def cosine(self) -> float:
+        """Mean of the signatures with a latent; NaN without any."""
+        return float(self.cosine_E.sum() / self.num_compared) if self.num_compared else float("nan")
+
+    @property
+    def null_cosine(self) -> float:
+        """The same of signatures with permuted signs."""
+        return float(self.null_cosine_E.sum() / self.num_compared) if self.num_compared else float("nan")
+
+    @property
     def num_aligned(self) -> int:
         """Signatures with q <= .05."""
         return int((self.q_E <= FALSE_DISCOVERY_RATE).sum())

@@ -48,7 +48,10 @@ def summary_rows(report: TileReport) -> list[tuple[str, str, str]]:
     ]
     if report.probe is not None:
         probe = report.probe
-        control = f"random latents {probe.random_latents:.1%}, activation {probe.raw:.1%}, majority {probe.majority:.1%}"
+        control = (
+            f"{probe.num_controls} others: as often active {_percent(probe.like_latents)}, at random "
+            f"{_percent(probe.random_latents)}; activation {probe.raw:.1%}; majority {probe.majority:.1%}"
+        )
         rows.append((f"tile by {probe.num_latents} latents", f"{probe.latents:.1%} of held-out tokens", control))
     if report.causal is not None:
         causal = report.causal
@@ -56,8 +59,8 @@ def summary_rows(report: TileReport) -> list[tuple[str, str, str]]:
         rows.append(("top latent removed", f"{_percent(causal.changed)} change tile {of_tokens}", _random_latents(causal)))
     if report.top_alignment is not None and report.alignment is not None:
         for name, alignment in (("top latent aligned", report.top_alignment), ("best latent aligned", report.alignment)):
-            null = f"cosine {alignment.null_cosine_E.mean():.3f} with permuted signs"
-            aligned = f"{alignment.num_aligned} of {len(alignment.q_E)} tiles, cosine {alignment.cosine_E.mean():.3f}"
+            null = f"mean cosine {alignment.null_cosine:.3f} with permuted signs"
+            aligned = f"{alignment.num_aligned} of {alignment.num_compared} tiles, mean cosine {alignment.cosine:.3f}"
             rows.append((name, aligned, null))
     if report.insertion is not None and report.inserted is not None:
         inserted, steered = report.insertion.insertion, report.insertion.steering
@@ -239,8 +242,12 @@ def _causal_record(causal: CausalCheck) -> dict[str, Any]:
 def _alignment_record(alignment: Alignment | None) -> dict[str, Any] | None:
     if alignment is None:
         return None
-    means = {"cosine": alignment.cosine_E, "null_cosine": alignment.null_cosine_E}
-    return {"aligned_tiles": alignment.num_aligned, **{name: float(value.mean()) for name, value in means.items()}}
+    return {
+        "aligned_tiles": alignment.num_aligned,
+        "compared_tiles": alignment.num_compared,
+        "cosine": alignment.cosine,
+        "null_cosine": alignment.null_cosine,
+    }
 
 
 def _insertion_record(insertion: InsertionComparison | None, inserted: tuple[int, int] | None) -> dict[str, Any] | None:

@@ -127,8 +127,9 @@ class TileReport:
 
     @property
     def is_by_token_alone(self) -> bool:
-        """Whether the token's id decides the tile, by what the router reads or in all tokens looked at."""
-        return self.decided == "token" or self.given_token_bits == 0
+        """Whether the token's id decides the tile, by what the router reads or in all tokens looked at. A single tile that all
+        of these go to says nothing of that."""
+        return self.decided == "token" or self.given_token_bits == 0 < self.tile_bits
 
 
 def tile_report(
@@ -163,15 +164,23 @@ def tile_report(
     training, held_out = traffic.split(seed=seed)
     found = contingency(training, seed)
     top_latent_E = [(found.top_latents(tile, 1) or [-1])[0] for tile in range(traffic.num_tiles)]
-    given_token_bits = tile_entropy(traffic.tile_N, traffic.token_N)
+    tile_bits, given_token_bits = tile_entropy(traffic.tile_N), tile_entropy(traffic.tile_N, traffic.token_N)
     signature_ED = routed.get_tile_signatures() if isinstance(routed.router, SignatureRouter) else None
     is_at_router = site == Site(layer, ROUTER_IN)
     latents = sorted({latent for tile in range(traffic.num_tiles) for latent in found.top_latents(tile, PROBE_LATENTS_OF_TILE)})
     insertion, inserted = None, None
+    notes = [
+        *_notes_on_routing(decided, tile_bits, given_token_bits),
+        *_notes_on_site(site, layer),
+        *(_notes_on_layer(site, routed, held_out) if decided == "hidden" and layer == site.layer else ()),
+    ]
     is_aligned = is_at_router and decided == "hidden" and signature_ED is not None
     if is_aligned and isinstance(routed, TriXFFN) and latents:
         inserted = _inserted(found, training)
-        insertion = insertion_against_steering(backend, site, sae, *inserted, lambda: _batches(held_out))
+        try:
+            insertion = insertion_against_steering(backend, site, sae, *inserted, lambda: _batches(held_out))
+        except ValueError as error:  # such as no scale with as large a KL, which is no reason to lose all the rest
+            notes.append(f"latent {inserted[0]} inserted into tile {inserted[1]} could not be compared: {error}")
     row_KD = decoder_rows(sae)
     return TileReport(
         site=site,
@@ -179,7 +188,7 @@ def tile_report(
         decided=decided,
         num_tokens=traffic.num_tokens,
         num_documents=len(traffic.starts_P),
-        tile_bits=tile_entropy(traffic.tile_N),
+        tile_bits=tile_bits,
         given_token_bits=given_token_bits,
         found=found,
         shifted=contingency(training.shifted(seed), seed),
@@ -189,9 +198,9 @@ def tile_report(
         top_latent_E=top_latent_E,
         probe=tile_probe(training, held_out, latents, site, seed) if is_at_router and latents else None,
         causal=_causal(held_out, sae, block, top_latent_E, site, layer, seed) if decided == "hidden" else None,
-        alignment=signature_alignment(signature_ED, row_KD, site, seed=seed)
-        if is_aligned and signature_ED is not None
-        else None,
+        alignment=(
+            signature_alignment(signature_ED, row_KD, site, seed=seed) if is_aligned and signature_ED is not None else None
+        ),
         top_alignment=(
             signature_alignment(signature_ED, row_KD, site, top_latent_E, seed=seed)
             if is_aligned and signature_ED is not None
@@ -199,18 +208,16 @@ def tile_report(
         ),
         insertion=insertion,
         inserted=inserted,
-        notes=[
-            *_notes_on_routing(decided, given_token_bits),
-            *_notes_on_site(site, layer),
-            *(_notes_on_layer(site, routed, held_out) if decided == "hidden" and layer == site.layer else ()),
-        ],
+        notes=notes,
     )
 
 
-def _notes_on_routing(decided: Decides, given_token_bits: float) -> Iterator[str]:
+def _notes_on_routing(decided: Decides, tile_bits: float, given_token_bits: float) -> Iterator[str]:
+    if tile_bits == 0:
+        yield "all tokens go to one tile: there is no choice for latents to explain"
     if decided == "token":
         yield "routed by the token alone: what latents say of tiles is what they say of tokens; no latent moves a token"
-    elif given_token_bits == 0:
+    elif given_token_bits == 0 < tile_bits:
         yield "routed by the token alone, as far as these texts show: each token id goes to one tile"
     if decided == "context":
         yield "routed on a code of the last tokens that no gradient moves: the choice does not depend on hidden states"

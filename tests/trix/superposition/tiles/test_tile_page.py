@@ -148,6 +148,30 @@ def test_hidden_states_that_depend_on_the_token_alone_are_said_to(report: TileRe
     assert sum(note.startswith("routed by the token alone") for note in found.notes) == 1
 
 
+def test_a_single_tile_is_no_routing_by_the_token(tmp_path: Path) -> None:
+    backend = trix_backend(num_tiles=1)
+    config = DumpConfig(layer=0, max_len=40)
+    (folder,) = dump_sites(ragged_frame(20), "title", "topic", backend, config, ["router_in.1"], tmp_path).values()
+    found = tile_report(backend, sae(), ActivationDump(folder))
+    assert (found.tile_bits, found.given_token_bits, found.is_by_token_alone) == (0, 0, False)
+    assert found.notes == ["all tokens go to one tile: there is no choice for latents to explain"]
+
+
+def test_an_insertion_that_cannot_be_compared_leaves_the_rest(
+    dump: ActivationDump, report: TileReport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise ValueError("KL at the largest scale must be >= that of the insertion")
+
+    monkeypatch.setattr("trix.superposition.tiles.report.insertion_against_steering", fail)
+    found = tile_report(trix_backend(), sae(), dump)
+    assert found.insertion is None
+    assert found.notes[-1].endswith("could not be compared: KL at the largest scale must be >= that of the insertion")
+    assert found.probe == report.probe
+    assert json.dumps(tile_record(found, {}), allow_nan=False)
+    assert '<div class="tile">' in tile_page(found, VOCABULARY, {})
+
+
 @pytest.mark.parametrize(
     ("ffn", "site", "note"),
     [
