@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from trix.superposition.evaluation.planted_study import PlantedScores, PlantedStudy
 
 EXIT_NO_BETTER = 3
-FACTOR = 3.0  # times the best control's recovery: what is asked of an architecture
+FACTOR = 3.0  # times the best control's recovery: what an architecture should reach
 SIGNIFICANT = 0.05
 OF_DATA = ("width", "num_features")
 OF_STUDY = ("architecture", "k", "active", "tokens", "seeds", "controls")
@@ -258,7 +258,7 @@ def _print(
 def _sentence(comparison: Comparison) -> str:
     """A comparison in words: both means, how many times as much, and how sure."""
     times = "the control has none" if comparison.ratio is None else f"{comparison.ratio:.3g} times as much"
-    wanted = f"{'reaches' if comparison.has_factor else 'falls short of'} the {FACTOR:g} times that are asked for"
+    wanted = f"{'reaches' if comparison.has_factor else 'falls short of'} the required factor of {FACTOR:g}"
     if comparison.p_value is None:
         sure = "one seed shows no difference"
     else:
@@ -322,7 +322,7 @@ def make_parser() -> CommandParser:
         "--controls",
         nargs="+",
         metavar="NAME",
-        help="of frozen_decoder, soft_frozen_decoder, frozen_encoder (default: all)",
+        help="any of frozen_decoder, soft_frozen_decoder, frozen_encoder (default: all)",
     )
     parser.add_argument(
         "--output", metavar="FILE", help="write all results to this .json, and a drawing to the .svg next to it"

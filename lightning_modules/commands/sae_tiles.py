@@ -131,7 +131,7 @@ def make_parser() -> CommandParser:
         metavar="N",
         help="the most tokens of the activations to read (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is drawn (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of every draw (default: %(default)s)")
     parser.add_argument(
         "--output", metavar="DIR", help=f"where {RECORD_FILE} and {PAGE_FILE} go (default: tiles, next to the checkpoint)"
     ).complete = FILE

@@ -23,11 +23,11 @@ class PlantedConfig(Settings):
     """Features in superposition, as activations of a language model are thought to hold them.
 
     Args:
-        width: D, of the activations. num_features: F, of the features; more than the width puts them in superposition.
+        width: D. num_features: F; more than the width puts the features in superposition.
         mean_active: features that fire in a token, on average.
         zipf: exponent of the frequencies. The feature of rank r, among those without a parent, fires in a share of the tokens
             proportional to (r + 10)^-zipf.
-        correlation: of the hidden Gaussians that decide which features fire, within groups of eight features of neighbouring
+        correlation: between the hidden Gaussians that decide which features fire, in groups of eight features of neighbouring
             ranks; 0 makes them independent.
         parents: features that have children, by default one in 32; they are the most frequent ones, as general features are.
             children: those of a parent. child_share: share of a parent's tokens in which one of its children fires; a child
@@ -83,7 +83,7 @@ class PlantedConfig(Settings):
 
 
 class PlantedTokens(NamedTuple):
-    """x_ND: activations, float32. strength_NF: of each feature in each token, float32, 0 where it does not fire."""
+    """x_ND: activations, float32. strength_NF: how strongly each feature fires in each token, float32; 0 where it does not."""
 
     x_ND: Tensor
     strength_NF: Tensor

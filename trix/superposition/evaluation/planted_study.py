@@ -55,7 +55,7 @@ class PlantedStudy(Settings):
     Args:
         data: the planted features. architecture: a name in the registry of :mod:`trix.superposition.sae`. k: latents.
             active: active latents per token, if the architecture fixes their number; by default data.mean_active, rounded.
-            settings: what the architecture is made with besides.
+            settings: further arguments of the architecture.
         lr: learning rate of Adam, constant, and falling to 0 in the last fifth of the steps. batch_size: tokens of a step.
         tokens: training tokens, each seen once; what does not fill a batch is left out. eval_tokens: fresh ones, on which
             scores are measured. seeds: repetitions with other features, tokens and start values. controls: restraints that

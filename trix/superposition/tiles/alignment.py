@@ -70,7 +70,7 @@ def signature_alignment(
     latents to choose from makes an alignment.
 
     Args:
-        signature_ED: in {-1, 0, +1}. row_KD: rows of the decoder. site: of the activations that the autoencoder learned from.
+        signature_ED: in {-1, 0, +1}. row_KD: the decoder of an autoencoder. site: where its activations were taken.
         latent_E: the latent of each tile, -1 for none. None: the latent with the largest cosine, found anew for each permuted
             signature, so that a choice among many is no alignment either.
 

@@ -17,13 +17,13 @@ from trix.superposition.viz.token_texts import Tokenizer, token_texts
 
 HOW_TO_READ = (
     ("share", "how many of all tokens the tile gets"),
-    ("purity", "the share of its tokens that are its commonest one"),
-    ("table of tokens", "the share of the tile's tokens, and the share of all such tokens that the tile claims"),
+    ("purity", "the share of its tokens that its commonest token has"),
+    ("table of tokens", "the share of the tile's tokens, and the share of the token's occurrences that the tile claims"),
     ("passages", "where the first of its latents is most active on a token of the tile, which is marked"),
-    ("latents", "those that are active where the tile is chosen more often than by chance: false discovery rate 5 %"),
+    ("latents", "those that are active where the tile is chosen more often than chance explains; false discovery rate 5 %"),
     ("hits", "documents in which the token that activates the latent most has the tile"),
     ("control", "documents in which a token drawn at random has the tile"),
-    ("pmi", "log2 of how many times as often the two come together as they would independently"),
+    ("pmi", "log2 of how many times more often the two occur together than independent ones would"),
     ("coloured strip", "the signature, one bar per dimension: orange +1 (plus), blue -1 (minus), light 0 (zero)"),
 )
 
@@ -77,7 +77,7 @@ def tile_page(report: TileReport, tokenizer: Tokenizer, facts: Mapping[str, str]
     return page(
         f"Tiles of layer {report.layer} by the latents of {report.site}",
         definitions(facts.items())
-        + heading(2, "Figures", "Each next to what chance gives.")
+        + heading(2, "Figures", "Each next to its control.")
         + figures
         + notes
         + heading(2, "Tiles", "What each tile claims, and the latents that go with it.")
@@ -133,7 +133,7 @@ def latent_table(latents: Sequence[TileLatent], tokenizer: Tokenizer) -> str:
         )
         for one in latents
     ]
-    return table(("latent", "pmi", "hits", "control", "active on"), rows) if rows else "<p>No latent goes with it.</p>"
+    return table(("latent", "pmi", "hits", "control", "active on"), rows) if rows else "<p>No latent is enriched here.</p>"
 
 
 def _written(tokens: Sequence[TokenShare], tokenizer: Tokenizer) -> str:

@@ -65,7 +65,7 @@ def tile_probe(training: Traffic, held_out: Traffic, latents: Sequence[int], sit
 
     Args:
         latents: those to predict from, as the top latents of all tiles by :meth:`~.contingency.Contingency.top_latents` in the
-            training part. site: of the activations.
+            training part. site: where the activations were taken.
 
     Raises:
         ValueError: a site other than router_in, no latents, one twice or outside [0, K), or training tokens of a single tile.

@@ -61,8 +61,9 @@ class Passage(NamedTuple):
 
 
 class TileLatent(NamedTuple):
-    """A latent that is enriched on a tile. documents: in which it is active; hits: those whose token of its largest activation
-    has the tile; control_hits: those of which a random token has it. tokens: where its activation is."""
+    """A latent that is enriched on a tile. documents: those in which it is active. hits: those of them whose
+    token of its largest activation has the tile; control_hits: those of which a random token has it. tokens: where its
+    activation is."""
 
     latent: int
     documents: int
@@ -95,13 +96,13 @@ class TileReport:
     """What :func:`tile_report` found.
 
     Attributes:
-        site: what the autoencoder reads. layer: whose tiles they are. decided: what the router reads. num_tokens,
-            num_documents: of all, 30 % of the documents held out. tile_bits: H(tile). given_token_bits: H(tile | token), 0
-            where the token decides. found, shifted: tests of the training documents, with tiles as they are and shifted. bits:
-            information between latents and tiles. readings: tile by tile. signature_width: 0 without signatures. top_latent_E:
-            the most enriched latent, -1 for none.
+        site: what the autoencoder reads. layer: the layer that the tiles belong to. decided: what the router reads. num_tokens,
+            num_documents: all that were read; 30 % of the documents are held out. tile_bits: H(tile). given_token_bits:
+            H(tile | token), 0 where the token decides. found, shifted: tests of the training documents, with tiles as they are
+            and shifted. bits: information between latents and tiles. readings: tile by tile. signature_width: 0 without
+            signatures. top_latent_E: the most enriched latent, -1 for none.
         probe, causal, alignment, top_alignment, insertion: None where they are not defined; notes say why.
-        inserted: latent and tile of the insertion. notes: what is to be known, a line each.
+        inserted: latent and tile of the insertion. notes: remarks for the reader, one line each.
     """
 
     site: Site
@@ -142,12 +143,13 @@ def tile_report(
 ) -> TileReport:
     """Read the tiles of a layer by the latents of an autoencoder.
 
-    Enriched latents are found on 70 % of the documents; the probe and the causal check are made on the others.
+    Enriched latents are found on 70 % of the documents; the probe and the causal check are made on the others. The autoencoder
+    itself may have learned from all of them.
 
     Args:
         dump: the activations that the autoencoder reads, of this model. layer: by default that of the dump; for another one the
             model runs again, and contingency and information are all that is defined. num_tokens: as for
-            :func:`~.traffic.read_traffic`. seed: of all that is drawn.
+            :func:`~.traffic.read_traffic`. seed: seed of every draw.
 
     Raises:
         ValueError: a layer without tiles, a single document, and as :func:`~.traffic.read_traffic`.
@@ -216,7 +218,7 @@ def _notes_on_routing(decided: Decides, tile_bits: float, given_token_bits: floa
     if tile_bits == 0:
         yield "all tokens go to one tile: there is no choice for latents to explain"
     if decided == "token":
-        yield "routed by the token alone: what latents say of tiles is what they say of tokens; no latent moves a token"
+        yield "routed by the token alone: latents say no more of tiles than of tokens, and removing one changes no tile"
     elif given_token_bits == 0 < tile_bits:
         yield "routed by the token alone, as far as these texts show: each token id goes to one tile"
     if decided == "context":
