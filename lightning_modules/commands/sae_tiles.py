@@ -50,7 +50,7 @@ def _report(options: Namespace, sae_run: SAERun, folder: Path, trusted: Collecti
     if not isinstance(model.backend, TriXBackend):
         raise UserError(f"{model.path} must be a model of this project: those of Hugging Face have no tiles")
     if sae_run.data.has_target:
-        raise UserError(f"{sae_run.ckpt} must reconstruct what it reads: a transcoder's latents are no part of that")
+        raise UserError(f"{sae_run.ckpt} must reconstruct the activations that it reads, which a transcoder does not")
     sae = next(iter(sae_run.task.eval().autoencoders.values()))
     report = tile_report(model.backend, sae, sae_run.data.dump, options.layer, options.num_tokens, options.seed)
     provenance = _provenance(options, sae_run, model)

@@ -177,7 +177,7 @@ def test_a_transcoder_is_refused(hidden: tuple[Path, Path], tmp_path: Path, caps
     sae = save_checkpoint(SparseAutoencoderTask(16, autoencoder=autoencoder), data, tmp_path / "sae.ckpt")
     capsys.readouterr()
     assert tiles(sae, model, tmp_path / "out") == 2
-    assert "must reconstruct what it reads: a transcoder's latents are no part of that" in capsys.readouterr().err
+    assert "must reconstruct the activations that it reads, which a transcoder does not" in capsys.readouterr().err
 
 
 def test_cards_of_the_inspected_layer_show_the_latents_that_go_with_each_tile(

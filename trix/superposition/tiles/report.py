@@ -176,14 +176,17 @@ def tile_report(
         *_notes_on_site(site, layer),
         *(_notes_on_layer(site, routed, held_out) if decided == "hidden" and layer == site.layer else ()),
     ]
-    is_aligned = is_at_router and decided == "hidden" and signature_ED is not None
-    if is_aligned and isinstance(routed, TriXFFN) and latents:
+    row_KD = decoder_rows(sae)
+    alignment, top_alignment = None, None
+    if is_at_router and decided == "hidden" and signature_ED is not None:
+        alignment = signature_alignment(signature_ED, row_KD, site, seed=seed)
+        top_alignment = signature_alignment(signature_ED, row_KD, site, top_latent_E, seed=seed)
+    if alignment is not None and isinstance(routed, TriXFFN) and latents:
         inserted = _inserted(found, training)
         try:
             insertion = insertion_against_steering(backend, site, sae, *inserted, lambda: _batches(held_out))
         except ValueError as error:  # such as no scale with as large a KL, which is no reason to lose all the rest
             notes.append(f"latent {inserted[0]} inserted into tile {inserted[1]} could not be compared: {error}")
-    row_KD = decoder_rows(sae)
     return TileReport(
         site=site,
         layer=layer,
@@ -200,14 +203,8 @@ def tile_report(
         top_latent_E=top_latent_E,
         probe=tile_probe(training, held_out, latents, site, seed) if is_at_router and latents else None,
         causal=_causal(held_out, sae, block, top_latent_E, site, layer, seed) if decided == "hidden" else None,
-        alignment=(
-            signature_alignment(signature_ED, row_KD, site, seed=seed) if is_aligned and signature_ED is not None else None
-        ),
-        top_alignment=(
-            signature_alignment(signature_ED, row_KD, site, top_latent_E, seed=seed)
-            if is_aligned and signature_ED is not None
-            else None
-        ),
+        alignment=alignment,
+        top_alignment=top_alignment,
         insertion=insertion,
         inserted=inserted,
         notes=notes,
