@@ -44,7 +44,11 @@ def summary_rows(report: TileReport) -> list[tuple[str, str, str]]:
             f"{_bits(bits.given_token_K)}",
             f"{_bits(bits.given_control_K)} with tiles permuted within tokens",
         ),
-        ("H(tile | token)", f"{report.given_token_bits:.3f} bits", f"H(tile): {report.tile_bits:.3f} bits"),
+        (
+            "H(tile | token)",
+            f"{report.given_token_bits:.3f} bits",
+            f"{report.permuted_bits:.3f} bits with tiles in random order, H(tile) {report.tile_bits:.3f}",
+        ),
     ]
     if report.probe is not None:
         probe = report.probe
@@ -108,6 +112,7 @@ def tile_record(report: TileReport, provenance: Mapping[str, Any]) -> dict[str, 
         "bits": {
             "tile": report.tile_bits,
             "tile_given_token": report.given_token_bits,
+            "permuted_tile_given_token": report.permuted_bits,
             "latents": {name: {"mean": float(v.mean()), "max": float(v.max())} for name, v in bits._asdict().items()},
         },
         "probe": None if report.probe is None else report.probe._asdict(),

@@ -98,9 +98,9 @@ class TileReport:
     Attributes:
         site: what the autoencoder reads. layer: the layer that the tiles belong to. decided: what the router reads. num_tokens,
             num_documents: all that were read; 30 % of the documents are held out. tile_bits: H(tile). given_token_bits:
-            H(tile | token), 0 where the token decides. found, shifted: tests of the training documents, with tiles as they are
-            and shifted. bits: information between latents and tiles. readings: tile by tile. signature_width: 0 without
-            signatures. top_latent_E: the most enriched latent, -1 for none.
+            H(tile | token), 0 where the token decides. permuted_bits: the same of tiles in random order. found, shifted: tests
+            of the training documents, with tiles as they are and shifted. bits: information between latents and tiles.
+            readings: tile by tile. signature_width: 0 without signatures. top_latent_E: the most enriched latent, -1 for none.
         probe, causal, alignment, top_alignment, insertion: None where they are not defined; notes say why.
         inserted: latent and tile of the insertion. notes: remarks for the reader, one line each.
     """
@@ -112,6 +112,7 @@ class TileReport:
     num_documents: int
     tile_bits: float
     given_token_bits: float
+    permuted_bits: float
     found: Contingency
     shifted: Contingency
     bits: Information
@@ -128,9 +129,9 @@ class TileReport:
 
     @property
     def is_by_token_alone(self) -> bool:
-        """Whether the token's id decides the tile, by what the router reads or in all tokens looked at. A single tile that all
-        of these go to says nothing of that."""
-        return self.decided == "token" or self.given_token_bits == 0 < self.tile_bits
+        """Whether the token's id decides the tile, by what the router reads or in all tokens looked at. These say nothing of
+        that where all go to one tile, or where no token comes twice."""
+        return self.decided == "token" or self.given_token_bits == 0 < self.permuted_bits
 
 
 def tile_report(
@@ -170,9 +171,10 @@ def tile_report(
     signature_ED = routed.get_tile_signatures() if isinstance(routed.router, SignatureRouter) else None
     is_at_router = site == Site(layer, ROUTER_IN)
     latents = sorted({latent for tile in range(traffic.num_tiles) for latent in found.top_latents(tile, PROBE_LATENTS_OF_TILE)})
+    permuted_bits = tile_entropy(np.random.default_rng(seed).permutation(traffic.tile_N), traffic.token_N)
     insertion, inserted = None, None
     notes = [
-        *_notes_on_routing(decided, tile_bits, given_token_bits),
+        *_notes_on_routing(decided, tile_bits, given_token_bits, permuted_bits),
         *_notes_on_site(site, layer),
         *(_notes_on_layer(site, routed, held_out) if decided == "hidden" and layer == site.layer else ()),
     ]
@@ -195,6 +197,7 @@ def tile_report(
         num_documents=len(traffic.starts_P),
         tile_bits=tile_bits,
         given_token_bits=given_token_bits,
+        permuted_bits=permuted_bits,
         found=found,
         shifted=contingency(training.shifted(seed), seed),
         bits=information(training, seed),
@@ -211,12 +214,12 @@ def tile_report(
     )
 
 
-def _notes_on_routing(decided: Decides, tile_bits: float, given_token_bits: float) -> Iterator[str]:
+def _notes_on_routing(decided: Decides, tile_bits: float, given_token_bits: float, permuted_bits: float) -> Iterator[str]:
     if tile_bits == 0:
         yield "all tokens go to one tile: there is no choice for latents to explain"
     if decided == "token":
         yield "routed by the token alone: latents say no more of tiles than of tokens, and removing one changes no tile"
-    elif given_token_bits == 0 < tile_bits:
+    elif given_token_bits == 0 < permuted_bits:
         yield "routed by the token alone, as far as these texts show: each token id goes to one tile"
     if decided == "context":
         yield "routed on a code of the last tokens that no gradient moves: the choice does not depend on hidden states"
