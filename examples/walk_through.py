@@ -164,9 +164,9 @@ def next_character() -> Tensor:
 plain = next_character()
 with steering.steering(backend, LAYER, coder, add_to):
     steered, continued = next_character(), written()
-generator = np.random.default_rng(0)
+others = np.delete(np.arange(coder.k), chosen)
 distances = []
-for latent in generator.choice(coder.k, 20, replace=False).tolist():
+for latent in np.random.default_rng(0).choice(others, 20, replace=False).tolist():
     with steering.steering(backend, LAYER, coder, steering.set_or_scale_latent(latent, set_to=strength)):
         distances.append(F.kl_div(next_character(), plain, reduction="sum", log_target=True).item())
 distance = F.kl_div(steered, plain, reduction="sum", log_target=True).item()
@@ -175,7 +175,7 @@ add(
     "Steered",
     text(
         f"With the latent at {strength:.1f}, its largest, the next character moves by {distance:.3f} nats (KL divergence). "
-        f"20 random latents at the same value move it by {np.median(distances):.3f} in the median. More likely become "
+        f"20 random others at the same value move it by {np.median(distances):.3f} in the median. More likely become "
         f"{', '.join(f'{vocabulary[index]!r} ({plain[index].exp():.3f} to {steered[index].exp():.3f})' for index in most)}."
     ),
     shown(continued),

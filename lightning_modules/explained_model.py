@@ -44,8 +44,9 @@ class ExplainedModel:
         return wanted or limit
 
     def training_texts(self, num_tokens: int, max_len: int) -> list[str]:
-        """Windows of the text that the model was trained on, as training reads it."""
-        return self._windows(self._own_data().training_inputs(num_tokens), num_tokens, max_len)
+        """Windows of the text that the model was trained on; they do not overlap, so that some can be held out from others.
+        They have fewer tokens than num_tokens where the text has."""
+        return self._windows(self._own_data().training_documents(num_tokens), num_tokens, max_len)
 
     def held_out_texts(self, num_tokens: int, max_len: int) -> list[str]:
         """Windows of the text that the model was validated on."""
@@ -57,11 +58,13 @@ class ExplainedModel:
         return self.data
 
     def _windows(self, batches: "Iterator[Tensor] | list[Tensor]", num_tokens: int, max_len: int) -> list[str]:
-        vocabulary = cast("TriXBackend", self.backend).vocabulary
+        vocabulary, wanted = cast("TriXBackend", self.backend).vocabulary, -(-num_tokens // max_len)
         texts: list[str] = []
         for token_BT in batches:
             texts += ["".join(vocabulary[index] for index in token_T) for token_T in token_BT[:, :max_len].tolist()]
-        return texts[: -(-num_tokens // max_len)]
+            if len(texts) >= wanted:
+                break
+        return texts[:wanted]
 
 
 def read_model(path: str, command: str, trusted: Collection[str] = ()) -> ExplainedModel:

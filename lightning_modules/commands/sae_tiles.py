@@ -24,19 +24,19 @@ RECORD_FILE, PAGE_FILE = "tiles.json", "tiles.html"
 
 def run(options: Namespace) -> int:
     """Write the record and the page, and print the figures."""
-    for name in ("num_tokens", "layer"):
-        value, least = getattr(options, name), 0 if name == "layer" else 1
+    for name, least in {"num_tokens": 1, "layer": 0, "seed": 0}.items():
+        value = getattr(options, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} ({value}) must be >= {least}")
     trusted = trusted_modules(options.trust)
     with working_folder_searched(trusted):
         sae_run = open_run(options.run, "tiles", trusted)
         folder = sae_run.ckpt.parent / "tiles" if options.output is None else Path(options.output)
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"output {folder} must be a folder")
-        for name in (RECORD_FILE, PAGE_FILE):
-            check_output_file(folder / name, sae_run.ckpt)
         with told_to_the_user(folder):
+            if folder.exists() and not folder.is_dir():
+                raise UserError(f"output {folder} must be a folder")
+            for name in (RECORD_FILE, PAGE_FILE):
+                check_output_file(folder / name, sae_run.ckpt)
             _report(options, sae_run, folder, trusted)
     return 0
 
@@ -50,7 +50,7 @@ def _report(options: Namespace, sae_run: SAERun, folder: Path, trusted: Collecti
     if not isinstance(model.backend, TriXBackend):
         raise UserError(f"{model.path} must be a model of this project: those of Hugging Face have no tiles")
     if sae_run.data.has_target:
-        raise UserError(f"{sae_run.ckpt} must reconstruct what it reads: a transcoder's latents are no part of that")
+        raise UserError(f"{sae_run.ckpt} must reconstruct the activations that it reads, which a transcoder does not")
     sae = next(iter(sae_run.task.eval().autoencoders.values()))
     report = tile_report(model.backend, sae, sae_run.data.dump, options.layer, options.num_tokens, options.seed)
     provenance = _provenance(options, sae_run, model)
@@ -131,7 +131,7 @@ def make_parser() -> CommandParser:
         metavar="N",
         help="the most tokens of the activations to read (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is drawn (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of every draw (default: %(default)s)")
     parser.add_argument(
         "--output", metavar="DIR", help=f"where {RECORD_FILE} and {PAGE_FILE} go (default: tiles, next to the checkpoint)"
     ).complete = FILE

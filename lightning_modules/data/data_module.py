@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_modules.errors import DataError, UserError
 
 MAX_VALUES = 8  # of a token, that are written
+BATCH = 256  # documents at a time
 MAX_TEXT = 40  # characters of a setting, that are written
 
 
@@ -40,6 +41,10 @@ class TrixDataModule(L.LightningDataModule):
     def held_out(self, num_tokens: int) -> HeldOut:
         """The first examples of the validation data: at most num_tokens tokens, but at least one example."""
         return first_examples(self, num_tokens)
+
+    def training_documents(self) -> Tensor | None:
+        """Training inputs [W, ...] that share nothing, where those of the batches may overlap; None: they do not."""
+        return None
 
     def facts(self) -> dict[str, str]:
         """What a page says of the data, by name; under ``data`` what it is."""
@@ -130,6 +135,14 @@ class RunData:
             num_tokens -= inputs.shape[0] * (inputs.shape[1] if is_sequences(inputs) else 1)
             if num_tokens <= 0:
                 return
+
+    def training_documents(self, num_tokens: int) -> Iterator[Tensor]:
+        """Inputs of the training data that share no text, so that some of them can be held out from the others: what
+        :meth:`TrixDataModule.training_documents` says, or else :meth:`training_inputs`."""
+        documents = self._answers.training_documents()
+        if documents is None:
+            return self.training_inputs(num_tokens)
+        return (documents[first : first + BATCH] for first in range(0, len(documents), BATCH))
 
     def example(self, index: int) -> HeldOut:
         """One example of the validation data, as a batch of one.

@@ -144,6 +144,14 @@ class TextDataModule(TrixDataModule):
         return self.val_dataloader()
 
     @override
+    def training_documents(self) -> Tensor:
+        """All training text once, in windows that do not overlap, in an order drawn with the seed; the last partial window is
+        dropped."""
+        num_windows = len(self._train_N) // self.context_length
+        input_WT = self._train_N[: num_windows * self.context_length].view(num_windows, self.context_length)
+        return input_WT[torch.from_numpy(np.random.default_rng(self.seed).permutation(num_windows))]
+
+    @override
     def facts(self) -> dict[str, str]:
         return {"data": f"validation text of {self.hparams['path'] or self.hparams['corpus']}, character by character"}
 

@@ -42,6 +42,16 @@ def test_each_site_gets_a_dump_of_the_text_that_was_trained_on(
     assert first in SENTENCE * 2
 
 
+def test_documents_do_not_overlap_so_that_some_can_be_held_out(ckpt: Path, tmp_path: Path) -> None:
+    letters = "".join(map(chr, range(0x100, 0x100 + 400)))  # each once: what two documents share stands in both
+    (tmp_path / "text.txt").write_text(letters)
+    data = TextDataModule(path=str(tmp_path / "text.txt"), context_length=8, batch_size=4)
+    own = save_checkpoint(LanguageModelTask(data.vocabulary, small_network()), data, tmp_path / "own.ckpt")
+    assert dump(own, tmp_path, "--num-tokens", "300") == 0
+    token_N = ActivationDump(tmp_path / "resid_pre.1").column("tokids")
+    assert len(token_N) == len(token_N.unique()) == 304
+
+
 def test_called_again_it_goes_on_where_it_was(ckpt: Path, tmp_path: Path) -> None:
     arguments = ("--num-tokens", "100", "--shard-tokens", "40")
     assert dump(ckpt, tmp_path, *arguments) == 0

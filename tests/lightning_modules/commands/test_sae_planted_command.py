@@ -6,6 +6,7 @@ import statistics
 from pathlib import Path
 
 import pytest
+from scipy.stats import fisher_exact
 
 from lightning_modules.cli import main
 from lightning_modules.commands.sae_planted import EXIT_NO_BETTER, JUDGED, TITLES, compare, make_parser
@@ -93,8 +94,8 @@ def test_an_architecture_that_learns_no_more_than_its_control_is_told(folder: Pa
     arguments = ("--config", "small.yaml", "--tokens", "2560", "--output", "found.json")
     assert planted(*arguments, "--architecture", "own_frozen_sae.Frozen") == EXIT_NO_BETTER
     out = capsys.readouterr().out
-    assert out.count("not shown to be better") == 2
-    assert "\nno better than its control\n" in out
+    assert out.count("; p = 1, not shown to be better\n") == 2
+    assert out.splitlines()[-2] == "not shown to be better than its controls"
     assert not json.loads((folder / "found.json").read_text())["is_better"]
 
 
@@ -113,22 +114,38 @@ def test_the_comparison_is_with_the_best_control_and_paired_by_seed() -> None:
         "frozen_encoder": [score(0.2, 0.1), score(0.2, 0.1), score(0.2, 0.1)],
         "random_directions": [score(0.9, 0.9)] * 3,
     }
-    by_direction = compare(scores, "recovered")
+    by_direction = compare(scores, "recovered", 100)
     assert (by_direction.control, by_direction.of_control) == ("frozen_encoder", pytest.approx(0.2))
     assert by_direction.ratio == pytest.approx(0.65 / 0.2)
     assert by_direction.is_better
     assert by_direction.has_factor
-    by_activation = compare(scores, "recovered_by_activation")
+    by_activation = compare(scores, "recovered_by_activation", 100)
     assert by_activation.control == "frozen_decoder"
     assert not by_activation.is_better
     assert not by_activation.has_factor
-    nothing = compare({"trained": [score(0.0, 0.0)] * 2, "frozen_encoder": [score(0.0, 0.0)] * 2}, "recovered")
+    nothing = compare({"trained": [score(0.0, 0.0)] * 2, "frozen_encoder": [score(0.0, 0.0)] * 2}, "recovered", 100)
     assert (nothing.ratio, nothing.is_better, nothing.has_factor) == (None, False, False)
+
+
+@pytest.mark.parametrize(("num_recovered", "is_better"), [(1, False), (2, True), (500, True)])
+def test_one_feature_per_seed_is_no_proof_even_with_every_seed(num_recovered: int, is_better: bool) -> None:
+    share = num_recovered / 500
+    found = compare({"trained": [score(share, 0.0)] * 3, "frozen_encoder": [score(0.0, 0.0)] * 3}, "recovered", 500)
+    expected = fisher_exact([[3 * num_recovered, 1500 - 3 * num_recovered], [0, 1500]]).pvalue
+    assert found.p_value == pytest.approx(expected)
+    assert found.is_better is is_better
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (
+            ["--num-features", "1000000000000"],
+            "data.num_features (1000000000000): Input should be less than or equal to 1048576",
+        ),
+        (["--num-features", "1000000"], "k (512) must be <= 268"),
+        (["--width", "1000000000000"], "data.width (1000000000000): Input should be less than or equal to 1048576"),
+        (["--config", "silent.yaml"], "eval_tokens (1) must be enough for a feature to fire: with seed 0 none does"),
         (["--active", "9", "--k", "8"], "active (9) must be >= 1 and <= k (8)"),
         (["--num-features", "0"], "--num-features (0) must be >= 1"),
         (["--seeds", "0"], "--seeds (0) must be >= 1"),
@@ -149,6 +166,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(
     (folder / "list.yaml").write_text("[1, 2]")
     (folder / "wrong.yaml").write_text("data: {num_featurs: 3}")
     (folder / "kind.yaml").write_text("lr: fast")
+    (folder / "silent.yaml").write_text("{data: {mean_active: 0.001}, eval_tokens: 1, tokens: 512}")
     before = sorted(folder.iterdir())
     assert planted(*arguments, "--output", "out/found.json") == 2
     captured = capsys.readouterr()

@@ -66,6 +66,15 @@ def test_training_windows_lie_in_the_training_text(text_file: Path, context_leng
             assert torch.equal(input_T[1:], target_T[:-1])
 
 
+def test_training_documents_are_all_of_the_training_text_once(text_file: Path) -> None:
+    data = TextDataModule(path=text_file, context_length=7, seed=3)
+    text, found = data._train_N.tolist(), data.training_documents().tolist()
+    windows = [text[start : start + 7] for start in range(0, len(text) - 6, 7)]
+    assert found != windows  # a part of them is drawn from the whole text
+    assert sorted(found) == sorted(windows)
+    assert torch.equal(data.training_documents(), TextDataModule(path=text_file, context_length=7, seed=3).training_documents())
+
+
 def test_shortest_training_text_gives_its_only_window(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text("abcdeabcde")

@@ -225,14 +225,13 @@ def read_records(folder: Path | str) -> LatentRecords:
     for row in range(num_examples):
         latent = int(columns["latent"][row])
         activation_C = columns["activations"][row]
-        scale = NORMALISED_MAX / (about[latent][1] or 1.0)
         examples[latent].append(
             LatentExample(
                 int(columns["window"][row]),
                 int(columns["quantile"][row]),
                 columns["tokens"][row].tolist(),
                 activation_C.tolist(),
-                (activation_C.double() * scale).floor().long().tolist(),
+                normalised(activation_C, about[latent][1]),
             )
         )
     records = {
@@ -245,6 +244,12 @@ def read_records(folder: Path | str) -> LatentRecords:
         for latent, found in examples.items()
     }
     return LatentRecords(folder, records, content.source, content.num_tokens, content.num_windows, content.num_parts)
+
+
+def normalised(activation_C: Tensor, largest: float) -> list[int]:
+    """Activations >= 0 in tenths of the latent's largest one, rounded down; the largest itself is 10, and 0 of 0 is 0."""
+    # Ten times a float32 is exact in float64, so that the largest divided by itself is no 9.999.
+    return (activation_C.double() * NORMALISED_MAX / (largest or 1.0)).floor().long().tolist()
 
 
 def _part_path(folder: Path, number: int) -> Path:

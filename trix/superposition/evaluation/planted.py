@@ -15,6 +15,7 @@ from trix.superposition.config import Settings
 GROUP = 8  # features that occur together
 RANK_SHIFT = 10  # of Zipf's law: frequencies of the first ten ranks are alike
 FEATURES_PER_PARENT = 32
+MAX_SIZE = 2**20  # of the features, and of the width
 DIRECTIONS, TRAINING, EVALUATION, WEIGHTS, RANDOM_ROWS = range(5)  # streams of random numbers
 
 
@@ -22,11 +23,11 @@ class PlantedConfig(Settings):
     """Features in superposition, as activations of a language model are thought to hold them.
 
     Args:
-        width: D, of the activations. num_features: F, of the features; more than the width puts them in superposition.
+        width: D. num_features: F; more than the width puts the features in superposition.
         mean_active: features that fire in a token, on average.
         zipf: exponent of the frequencies. The feature of rank r, among those without a parent, fires in a share of the tokens
             proportional to (r + 10)^-zipf.
-        correlation: of the hidden Gaussians that decide which features fire, within groups of eight features of neighbouring
+        correlation: between the hidden Gaussians that decide which features fire, in groups of eight features of neighbouring
             ranks; 0 makes them independent.
         parents: features that have children, by default one in 32; they are the most frequent ones, as general features are.
             children: those of a parent. child_share: share of a parent's tokens in which one of its children fires; a child
@@ -38,8 +39,8 @@ class PlantedConfig(Settings):
         ValueError: more features in hierarchies than there are, or a feature that would fire in more than all tokens.
     """
 
-    width: int = Field(default=128, ge=1)
-    num_features: int = Field(default=512, ge=1)
+    width: int = Field(default=128, ge=1, le=MAX_SIZE)
+    num_features: int = Field(default=512, ge=1, le=MAX_SIZE)
     mean_active: float = Field(default=8.0, gt=0, allow_inf_nan=False)
     zipf: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     correlation: float = Field(default=0.2, ge=0, lt=1)
@@ -82,7 +83,7 @@ class PlantedConfig(Settings):
 
 
 class PlantedTokens(NamedTuple):
-    """x_ND: activations, float32. strength_NF: of each feature in each token, float32, 0 where it does not fire."""
+    """x_ND: activations, float32. strength_NF: how strongly each feature fires in each token, float32; 0 where it does not."""
 
     x_ND: Tensor
     strength_NF: Tensor

@@ -40,7 +40,8 @@ class DirectionMatch(NamedTuple):
 class ActivationMatch(NamedTuple):
     """How latents fire with features: the best latent of each feature by correlation, and by F1; nan without a token.
 
-    correlation_F: Pearson's, of strength and activation. f1_F: of "the latent is above 0" as an answer to "the feature fires".
+    correlation_F: Pearson's correlation of strength and activation. f1_F: F1 of "the latent is above 0"
+    as an answer to "the feature fires".
     """
 
     correlation_F: Tensor
@@ -109,7 +110,7 @@ def measure_absorption(cosine_FK: Tensor, parent_F: Tensor, strength_NF: Tensor,
     Source: the planted case of arXiv:2409.14507, which finds the latents by probes.
 
     Args:
-        cosine_FK: of features and rows. parent_F: the parent of each child, -1 for other features.
+        cosine_FK: cosines of features with rows. parent_F: the parent of each child, -1 for other features.
     """
     rates: list[float] = []
     for child in (parent_F >= 0).nonzero().flatten().tolist():

@@ -55,7 +55,7 @@ class PlantedStudy(Settings):
     Args:
         data: the planted features. architecture: a name in the registry of :mod:`trix.superposition.sae`. k: latents.
             active: active latents per token, if the architecture fixes their number; by default data.mean_active, rounded.
-            settings: what the architecture is made with besides.
+            settings: further arguments of the architecture.
         lr: learning rate of Adam, constant, and falling to 0 in the last fifth of the steps. batch_size: tokens of a step.
         tokens: training tokens, each seen once; what does not fill a batch is left out. eval_tokens: fresh ones, on which
             scores are measured. seeds: repetitions with other features, tokens and start values. controls: restraints that
@@ -101,16 +101,17 @@ class PlantedStudy(Settings):
             raise ValueError(f"number of controls (0) must be >= 1, of {', '.join(RESTRAINTS)}")
         if self.tokens < self.batch_size:
             raise ValueError(f"tokens ({self.tokens}) must be >= batch_size ({self.batch_size})")
-        num_features = self.data.num_features
+        width, num_features = self.data.width, self.data.num_features
         sizes = {
-            "tokens": self.data.width,
-            "eval_tokens": max(self.data.width, num_features, self.k),
-            "batch_size": num_features,
-            "k": num_features,
+            "num_features": (num_features, width),
+            "k": (self.k, max(width, num_features)),
+            "tokens": (self.tokens, width),
+            "eval_tokens": (self.eval_tokens, max(width, num_features, self.k)),
+            "batch_size": (self.batch_size, max(num_features, self.k)),
         }
-        for name, size in sizes.items():
-            if getattr(self, name) * size > MAX_NUMBERS:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be <= {MAX_NUMBERS // size}: they are held in memory")
+        for name, (number, size) in sizes.items():
+            if number * size > MAX_NUMBERS:
+                raise ValueError(f"{name} ({number}) must be <= {MAX_NUMBERS // size}: all are held in memory")
         new_sae(self.make_sae, 0)
         return self
 
@@ -158,7 +159,7 @@ def run_study(study: PlantedStudy, advance: Callable[[], None] = lambda: None) -
         advance: called after each step of training, seeds * (1 + controls) * num_steps times.
 
     Raises:
-        ValueError: a training whose loss is not finite.
+        ValueError: a training whose loss is not finite, or evaluation tokens in which no feature fires.
     """
     scores: dict[str, list[PlantedScores]] = {name: [] for name in (TRAINED, *study.controls, RANDOM)}
     for seed in range(study.seeds):
@@ -166,6 +167,10 @@ def run_study(study: PlantedStudy, advance: Callable[[], None] = lambda: None) -
         generator = planted.generator(TRAINING)
         batches = [planted.sample(study.batch_size, generator).x_ND for _ in range(study.num_steps)]
         tokens = planted.sample(study.eval_tokens, planted.generator(EVALUATION))
+        if not bool(tokens.strength_NF.any()):
+            raise ValueError(
+                f"eval_tokens ({study.eval_tokens}) must be enough for a feature to fire: with seed {seed} none does"
+            )
         for name in (TRAINED, *study.controls):
             sae = new_sae(study.make_sae, stream_seed(seed, WEIGHTS), None if name == TRAINED else name)
             scores[name].append(score_sae(_trained(sae, study, batches, advance), planted, tokens))

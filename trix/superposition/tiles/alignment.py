@@ -35,6 +35,21 @@ class Alignment(NamedTuple):
     q_E: FloatArray
 
     @property
+    def num_compared(self) -> int:
+        """Signatures with a latent."""
+        return int((self.latent_E >= 0).sum())
+
+    @property
+    def cosine(self) -> float:
+        """Mean of the signatures with a latent; NaN without any."""
+        return float(self.cosine_E.sum() / self.num_compared) if self.num_compared else float("nan")
+
+    @property
+    def null_cosine(self) -> float:
+        """The same of signatures with permuted signs."""
+        return float(self.null_cosine_E.sum() / self.num_compared) if self.num_compared else float("nan")
+
+    @property
     def num_aligned(self) -> int:
         """Signatures with q <= .05."""
         return int((self.q_E <= FALSE_DISCOVERY_RATE).sum())
@@ -55,7 +70,7 @@ def signature_alignment(
     latents to choose from makes an alignment.
 
     Args:
-        signature_ED: in {-1, 0, +1}. row_KD: rows of the decoder. site: of the activations that the autoencoder learned from.
+        signature_ED: in {-1, 0, +1}. row_KD: the decoder of an autoencoder. site: where its activations were taken.
         latent_E: the latent of each tile, -1 for none. None: the latent with the largest cosine, found anew for each permuted
             signature, so that a choice among many is no alignment either.
 

@@ -142,7 +142,7 @@ def causal_check(
 
     Args:
         latent_E: a latent for each tile, -1 for none, found on other documents than these. choose: :func:`at_router` or
-            :func:`at_block`, of the same traffic. max_tokens: the most tokens of a tile, drawn with the seed, as are the
+            :func:`at_block`, made from the same traffic. max_tokens: the most tokens of a tile, drawn with the seed, as are the
             latents.
 
     Raises:

@@ -77,7 +77,7 @@ def contingency(traffic: Traffic, seed: int = 0) -> Contingency:
     tokens of one document. With tiles shifted within documents (:meth:`~.traffic.Traffic.shifted`) both are random tokens.
 
     Args:
-        seed: of the tokens that are drawn.
+        seed: seed of the draw of tokens.
     """
     num_latents, num_tiles = traffic.num_latents, traffic.num_tiles
     active = traffic.latent_NK.tocoo()

@@ -17,13 +17,13 @@ from trix.superposition.viz.token_texts import Tokenizer, token_texts
 
 HOW_TO_READ = (
     ("share", "how many of all tokens the tile gets"),
-    ("purity", "the share of its tokens that are its commonest one"),
-    ("table of tokens", "the share of the tile's tokens, and the share of all such tokens that the tile claims"),
+    ("purity", "the share of its tokens that its commonest token has"),
+    ("table of tokens", "the share of the tile's tokens, and the share of the token's occurrences that the tile claims"),
     ("passages", "where the first of its latents is most active on a token of the tile, which is marked"),
-    ("latents", "those that are active where the tile is chosen more often than by chance: false discovery rate 5 %"),
+    ("latents", "those that are active where the tile is chosen more often than chance explains; false discovery rate 5 %"),
     ("hits", "documents in which the token that activates the latent most has the tile"),
     ("control", "documents in which a token drawn at random has the tile"),
-    ("pmi", "log2 of how many times as often the two come together as they would independently"),
+    ("pmi", "log2 of how many times more often the two occur together than independent ones would"),
     ("coloured strip", "the signature, one bar per dimension: orange +1 (plus), blue -1 (minus), light 0 (zero)"),
 )
 
@@ -44,11 +44,18 @@ def summary_rows(report: TileReport) -> list[tuple[str, str, str]]:
             f"{_bits(bits.given_token_K)}",
             f"{_bits(bits.given_control_K)} with tiles permuted within tokens",
         ),
-        ("H(tile | token)", f"{report.given_token_bits:.3f} bits", f"H(tile): {report.tile_bits:.3f} bits"),
+        (
+            "H(tile | token)",
+            f"{report.given_token_bits:.3f} bits",
+            f"{report.permuted_bits:.3f} bits with tiles in random order, H(tile) {report.tile_bits:.3f}",
+        ),
     ]
     if report.probe is not None:
         probe = report.probe
-        control = f"random latents {probe.random_latents:.1%}, activation {probe.raw:.1%}, majority {probe.majority:.1%}"
+        control = (
+            f"{probe.num_controls} others: as often active {_percent(probe.like_latents)}, at random "
+            f"{_percent(probe.random_latents)}; activation {probe.raw:.1%}; majority {probe.majority:.1%}"
+        )
         rows.append((f"tile by {probe.num_latents} latents", f"{probe.latents:.1%} of held-out tokens", control))
     if report.causal is not None:
         causal = report.causal
@@ -56,8 +63,8 @@ def summary_rows(report: TileReport) -> list[tuple[str, str, str]]:
         rows.append(("top latent removed", f"{_percent(causal.changed)} change tile {of_tokens}", _random_latents(causal)))
     if report.top_alignment is not None and report.alignment is not None:
         for name, alignment in (("top latent aligned", report.top_alignment), ("best latent aligned", report.alignment)):
-            null = f"cosine {alignment.null_cosine_E.mean():.3f} with permuted signs"
-            aligned = f"{alignment.num_aligned} of {len(alignment.q_E)} tiles, cosine {alignment.cosine_E.mean():.3f}"
+            null = f"mean cosine {alignment.null_cosine:.3f} with permuted signs"
+            aligned = f"{alignment.num_aligned} of {alignment.num_compared} tiles, mean cosine {alignment.cosine:.3f}"
             rows.append((name, aligned, null))
     if report.insertion is not None and report.inserted is not None:
         inserted, steered = report.insertion.insertion, report.insertion.steering
@@ -74,7 +81,7 @@ def tile_page(report: TileReport, tokenizer: Tokenizer, facts: Mapping[str, str]
     return page(
         f"Tiles of layer {report.layer} by the latents of {report.site}",
         definitions(facts.items())
-        + heading(2, "Figures", "Each next to what chance gives.")
+        + heading(2, "Figures", "Each next to its control.")
         + figures
         + notes
         + heading(2, "Tiles", "What each tile claims, and the latents that go with it.")
@@ -105,6 +112,7 @@ def tile_record(report: TileReport, provenance: Mapping[str, Any]) -> dict[str, 
         "bits": {
             "tile": report.tile_bits,
             "tile_given_token": report.given_token_bits,
+            "permuted_tile_given_token": report.permuted_bits,
             "latents": {name: {"mean": float(v.mean()), "max": float(v.max())} for name, v in bits._asdict().items()},
         },
         "probe": None if report.probe is None else report.probe._asdict(),
@@ -130,7 +138,7 @@ def latent_table(latents: Sequence[TileLatent], tokenizer: Tokenizer) -> str:
         )
         for one in latents
     ]
-    return table(("latent", "pmi", "hits", "control", "active on"), rows) if rows else "<p>No latent goes with it.</p>"
+    return table(("latent", "pmi", "hits", "control", "active on"), rows) if rows else "<p>No latent is enriched here.</p>"
 
 
 def _written(tokens: Sequence[TokenShare], tokenizer: Tokenizer) -> str:
@@ -239,8 +247,12 @@ def _causal_record(causal: CausalCheck) -> dict[str, Any]:
 def _alignment_record(alignment: Alignment | None) -> dict[str, Any] | None:
     if alignment is None:
         return None
-    means = {"cosine": alignment.cosine_E, "null_cosine": alignment.null_cosine_E}
-    return {"aligned_tiles": alignment.num_aligned, **{name: float(value.mean()) for name, value in means.items()}}
+    return {
+        "aligned_tiles": alignment.num_aligned,
+        "compared_tiles": alignment.num_compared,
+        "cosine": alignment.cosine,
+        "null_cosine": alignment.null_cosine,
+    }
 
 
 def _insertion_record(insertion: InsertionComparison | None, inserted: tuple[int, int] | None) -> dict[str, Any] | None:

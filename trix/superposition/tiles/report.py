@@ -61,8 +61,9 @@ class Passage(NamedTuple):
 
 
 class TileLatent(NamedTuple):
-    """A latent that is enriched on a tile. documents: in which it is active; hits: those whose token of its largest activation
-    has the tile; control_hits: those of which a random token has it. tokens: where its activation is."""
+    """A latent that is enriched on a tile. documents: those in which it is active. hits: those of them whose
+    token of its largest activation has the tile; control_hits: those of which a random token has it. tokens: where its
+    activation is."""
 
     latent: int
     documents: int
@@ -95,13 +96,13 @@ class TileReport:
     """What :func:`tile_report` found.
 
     Attributes:
-        site: what the autoencoder reads. layer: whose tiles they are. decided: what the router reads. num_tokens,
-            num_documents: of all, 30 % of the documents held out. tile_bits: H(tile). given_token_bits: H(tile | token), 0
-            where the token decides. found, shifted: tests of the training documents, with tiles as they are and shifted. bits:
-            information between latents and tiles. readings: tile by tile. signature_width: 0 without signatures. top_latent_E:
-            the most enriched latent, -1 for none.
+        site: what the autoencoder reads. layer: the layer that the tiles belong to. decided: what the router reads. num_tokens,
+            num_documents: all that were read; 30 % of the documents are held out. tile_bits: H(tile). given_token_bits:
+            H(tile | token), 0 where the token decides. permuted_bits: the same of tiles in random order. found, shifted: tests
+            of the training documents, with tiles as they are and shifted. bits: information between latents and tiles.
+            readings: tile by tile. signature_width: 0 without signatures. top_latent_E: the most enriched latent, -1 for none.
         probe, causal, alignment, top_alignment, insertion: None where they are not defined; notes say why.
-        inserted: latent and tile of the insertion. notes: what is to be known, a line each.
+        inserted: latent and tile of the insertion. notes: remarks for the reader, one line each.
     """
 
     site: Site
@@ -111,6 +112,7 @@ class TileReport:
     num_documents: int
     tile_bits: float
     given_token_bits: float
+    permuted_bits: float
     found: Contingency
     shifted: Contingency
     bits: Information
@@ -127,8 +129,9 @@ class TileReport:
 
     @property
     def is_by_token_alone(self) -> bool:
-        """Whether the token's id decides the tile, by what the router reads or in all tokens looked at."""
-        return self.decided == "token" or self.given_token_bits == 0
+        """Whether the token's id decides the tile, by what the router reads or in all tokens looked at. These say nothing of
+        that where all go to one tile, or where no token comes twice."""
+        return self.decided == "token" or self.given_token_bits == 0 < self.permuted_bits
 
 
 def tile_report(
@@ -141,12 +144,13 @@ def tile_report(
 ) -> TileReport:
     """Read the tiles of a layer by the latents of an autoencoder.
 
-    Enriched latents are found on 70 % of the documents; the probe and the causal check are made on the others.
+    Enriched latents are found on 70 % of the documents; the probe and the causal check are made on the others. The autoencoder
+    itself may have learned from all of them.
 
     Args:
         dump: the activations that the autoencoder reads, of this model. layer: by default that of the dump; for another one the
             model runs again, and contingency and information are all that is defined. num_tokens: as for
-            :func:`~.traffic.read_traffic`. seed: of all that is drawn.
+            :func:`~.traffic.read_traffic`. seed: seed of every draw.
 
     Raises:
         ValueError: a layer without tiles, a single document, and as :func:`~.traffic.read_traffic`.
@@ -163,24 +167,37 @@ def tile_report(
     training, held_out = traffic.split(seed=seed)
     found = contingency(training, seed)
     top_latent_E = [(found.top_latents(tile, 1) or [-1])[0] for tile in range(traffic.num_tiles)]
-    given_token_bits = tile_entropy(traffic.tile_N, traffic.token_N)
+    tile_bits, given_token_bits = tile_entropy(traffic.tile_N), tile_entropy(traffic.tile_N, traffic.token_N)
     signature_ED = routed.get_tile_signatures() if isinstance(routed.router, SignatureRouter) else None
     is_at_router = site == Site(layer, ROUTER_IN)
     latents = sorted({latent for tile in range(traffic.num_tiles) for latent in found.top_latents(tile, PROBE_LATENTS_OF_TILE)})
+    permuted_bits = tile_entropy(np.random.default_rng(seed).permutation(traffic.tile_N), traffic.token_N)
     insertion, inserted = None, None
-    is_aligned = is_at_router and decided == "hidden" and signature_ED is not None
-    if is_aligned and isinstance(routed, TriXFFN) and latents:
-        inserted = _inserted(found, training)
-        insertion = insertion_against_steering(backend, site, sae, *inserted, lambda: _batches(held_out))
+    notes = [
+        *_notes_on_routing(decided, tile_bits, given_token_bits, permuted_bits),
+        *_notes_on_site(site, layer),
+        *(_notes_on_layer(site, routed, held_out) if decided == "hidden" and layer == site.layer else ()),
+    ]
     row_KD = decoder_rows(sae)
+    alignment, top_alignment = None, None
+    if is_at_router and decided == "hidden" and signature_ED is not None:
+        alignment = signature_alignment(signature_ED, row_KD, site, seed=seed)
+        top_alignment = signature_alignment(signature_ED, row_KD, site, top_latent_E, seed=seed)
+    if alignment is not None and isinstance(routed, TriXFFN) and latents:
+        inserted = _inserted(found, training)
+        try:
+            insertion = insertion_against_steering(backend, site, sae, *inserted, lambda: _batches(held_out))
+        except ValueError as error:  # such as no scale with as large a KL, which is no reason to lose all the rest
+            notes.append(f"latent {inserted[0]} inserted into tile {inserted[1]} could not be compared: {error}")
     return TileReport(
         site=site,
         layer=layer,
         decided=decided,
         num_tokens=traffic.num_tokens,
         num_documents=len(traffic.starts_P),
-        tile_bits=tile_entropy(traffic.tile_N),
+        tile_bits=tile_bits,
         given_token_bits=given_token_bits,
+        permuted_bits=permuted_bits,
         found=found,
         shifted=contingency(training.shifted(seed), seed),
         bits=information(training, seed),
@@ -189,28 +206,20 @@ def tile_report(
         top_latent_E=top_latent_E,
         probe=tile_probe(training, held_out, latents, site, seed) if is_at_router and latents else None,
         causal=_causal(held_out, sae, block, top_latent_E, site, layer, seed) if decided == "hidden" else None,
-        alignment=signature_alignment(signature_ED, row_KD, site, seed=seed)
-        if is_aligned and signature_ED is not None
-        else None,
-        top_alignment=(
-            signature_alignment(signature_ED, row_KD, site, top_latent_E, seed=seed)
-            if is_aligned and signature_ED is not None
-            else None
-        ),
+        alignment=alignment,
+        top_alignment=top_alignment,
         insertion=insertion,
         inserted=inserted,
-        notes=[
-            *_notes_on_routing(decided, given_token_bits),
-            *_notes_on_site(site, layer),
-            *(_notes_on_layer(site, routed, held_out) if decided == "hidden" and layer == site.layer else ()),
-        ],
+        notes=notes,
     )
 
 
-def _notes_on_routing(decided: Decides, given_token_bits: float) -> Iterator[str]:
+def _notes_on_routing(decided: Decides, tile_bits: float, given_token_bits: float, permuted_bits: float) -> Iterator[str]:
+    if tile_bits == 0:
+        yield "all tokens go to one tile: there is no choice for latents to explain"
     if decided == "token":
-        yield "routed by the token alone: what latents say of tiles is what they say of tokens; no latent moves a token"
-    elif given_token_bits == 0:
+        yield "routed by the token alone: latents say no more of tiles than of tokens, and removing one changes no tile"
+    elif given_token_bits == 0 < permuted_bits:
         yield "routed by the token alone, as far as these texts show: each token id goes to one tile"
     if decided == "context":
         yield "routed on a code of the last tokens that no gradient moves: the choice does not depend on hidden states"

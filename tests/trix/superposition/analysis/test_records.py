@@ -11,7 +11,7 @@ pytest.importorskip("pandas")
 from safetensors.torch import load_file, save_file
 from small_dumps import small_dump
 
-from trix.superposition.analysis.records import LatentRecords, read_records, write_latent_records
+from trix.superposition.analysis.records import LatentRecords, normalised, read_records, write_latent_records
 from trix.superposition.backends.io_store import read_column
 from trix.superposition.dump import ActivationDump
 from trix.superposition.sae import TopKSAE
@@ -110,6 +110,13 @@ def test_examples_are_windows_of_their_quantile_with_their_own_activations(
     assert max(top) == 10
     assert written.records[5].examples == []
     assert written.records[5].max_activation == 0.0
+
+
+def test_the_largest_activation_is_ten_tenths_whatever_it_is() -> None:
+    values = torch.rand(2000, generator=torch.Generator().manual_seed(0)) + 1e-6
+    for value in values.tolist():
+        assert normalised(torch.tensor([value, 0.55 * value, 0.0]), value) == [10, 5, 0]
+    assert normalised(torch.zeros(2), 0.0) == [0, 0]
 
 
 def test_batches_do_not_matter_and_records_read_back_equal(

@@ -56,7 +56,9 @@ def test_given_latents_are_compared_each_with_its_own_signature() -> None:
         expected = torch.nn.functional.cosine_similarity(signature_ED[tile], row_KD[latent], dim=0)
         assert found.cosine_E[tile] == pytest.approx(float(expected), abs=1e-6)
     assert found.p_E[1] <= 0.01
-    assert (found.p_E[3], found.cosine_E[3]) == (1, 0)
+    assert (found.p_E[3], found.cosine_E[3], found.num_compared) == (1, 0, 3)
+    assert found.cosine == pytest.approx(found.cosine_E[:3].mean())
+    assert found.null_cosine == pytest.approx(found.null_cosine_E[:3].mean())
     assert abs(found.null_cosine_E).max() < 0.15 < found.cosine_E[1] - 0.3
 
 

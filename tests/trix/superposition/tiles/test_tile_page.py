@@ -1,6 +1,7 @@
 """The report of a dump, its record, and its page."""
 
 import json
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from small_dumps import VOCABULARY, ragged_frame, small_dump, trix_backend
 
 from trix.superposition.config import DumpConfig
 from trix.superposition.dump import ActivationDump, dump_sites
+from trix.superposition.tiles import read_traffic
 from trix.superposition.tiles.page import summary_rows, tile_page, tile_record
 from trix.superposition.tiles.report import TileReport, tile_report
 
@@ -146,6 +148,41 @@ def test_hidden_states_that_depend_on_the_token_alone_are_said_to(report: TileRe
     assert found.decided == "hidden"
     assert found.is_by_token_alone
     assert sum(note.startswith("routed by the token alone") for note in found.notes) == 1
+
+
+def test_a_single_tile_is_no_routing_by_the_token(tmp_path: Path) -> None:
+    backend = trix_backend(num_tiles=1)
+    config = DumpConfig(layer=0, max_len=40)
+    (folder,) = dump_sites(ragged_frame(20), "title", "topic", backend, config, ["router_in.1"], tmp_path).values()
+    found = tile_report(backend, sae(), ActivationDump(folder))
+    assert (found.tile_bits, found.given_token_bits, found.is_by_token_alone) == (0, 0, False)
+    assert found.notes == ["all tokens go to one tile: there is no choice for latents to explain"]
+
+
+def test_tokens_that_come_once_are_no_routing_by_the_token(dump: ActivationDump, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = read_traffic(sae(), dump, 8, 300)
+    every = replace(read, token_N=np.arange(read.num_tokens))
+    monkeypatch.setattr("trix.superposition.tiles.report.read_traffic", lambda *_: every)
+    monkeypatch.setattr("trix.superposition.tiles.report._batches", lambda _: [])
+    found = tile_report(trix_backend(), sae(), dump)
+    assert found.given_token_bits == found.permuted_bits == 0 < found.tile_bits
+    assert not found.is_by_token_alone
+    assert not any("token alone" in note for note in found.notes)
+
+
+def test_an_insertion_that_cannot_be_compared_leaves_the_rest(
+    dump: ActivationDump, report: TileReport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise ValueError("KL at the largest scale must be >= that of the insertion")
+
+    monkeypatch.setattr("trix.superposition.tiles.report.insertion_against_steering", fail)
+    found = tile_report(trix_backend(), sae(), dump)
+    assert found.insertion is None
+    assert found.notes[-1].endswith("could not be compared: KL at the largest scale must be >= that of the insertion")
+    assert found.probe == report.probe
+    assert json.dumps(tile_record(found, {}), allow_nan=False)
+    assert '<div class="tile">' in tile_page(found, VOCABULARY, {})
 
 
 @pytest.mark.parametrize(
