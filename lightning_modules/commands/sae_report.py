@@ -1,20 +1,18 @@
 """What `trix sae eval` says of an autoencoder and its controls: as a table, as JSON, as one page."""
 
-import hashlib
 import json
 import math
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lightning_modules.callbacks.run_record import environment
 from lightning_modules.commands.output_text import print_rich
+from lightning_modules.commands.sae_controls import OTHER_SEED
 from lightning_modules.commands.sae_run import SAERun
-from lightning_modules.sae_controls import OTHER_SEED
 from trix.introspection.page import definitions, drawing, heading, page, table
 from trix.superposition.evaluation import ModelFit
 from trix.superposition.evaluation.measure import EvaluationData, Measured
@@ -50,8 +48,9 @@ class Report:
     """The figures of a run and its controls.
 
     Args:
-        run: what was judged. model: its model, as it was given. data: what all was measured on. saes, measured: by name, the
-            run's own first, as ``run``. fits: what the model loses by each; empty where that cannot be measured.
+        run: what was judged. provenance: see :meth:`~lightning_modules.commands.sae_run.SAERun.provenance`. data: what all was
+            measured on. saes, measured: by name, the run's own first, as ``run``. fits: what the model loses by each; empty
+            where that cannot be measured.
 
     Attributes:
         facts: what the figures are of, as plain values. verdict: None without controls.
@@ -60,27 +59,19 @@ class Report:
     def __init__(
         self,
         run: SAERun,
-        model: str,
+        provenance: Mapping[str, Any],
         data: EvaluationData,
         saes: Mapping[str, SAE],
         measured: Mapping[str, Measured],
         fits: Mapping[str, ModelFit],
     ) -> None:
         self.data, self.saes, self.measured, self.fits = data, saes, measured, fits
-        with run.ckpt.open("rb") as opened:
-            digest = hashlib.file_digest(opened, "sha256").hexdigest()
         self.facts: dict[str, Any] = {
-            "run": str(run.ckpt),
-            "checkpoint_sha256": digest,
-            "model": model,
-            "model_digest": run.identity.model,
-            "dump": str(run.data.dump.folder),
-            "dump_sha256": run.data.dump_sha256,
+            **provenance,
             "site": f"{run.identity.site}.{run.identity.layer}",
             "autoencoder": dict(run.task.hparams["autoencoder"]),
             "held_out_tokens": data.num_tokens,
             "held_out_documents": len(data.documents_P),
-            "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         }
 
     @cached_property
@@ -105,7 +96,6 @@ class Report:
         """All figures. What could not be measured is null."""
         content = {
             **self.facts,
-            "environment": environment(),
             "gamma": self.measured[RUN].core["gamma"],
             "autoencoders": {name: self._figures(name) for name in self.measured},
             "dense_probes": self._by_question(self.data.dense_hits.accuracy()[:, 0]),
@@ -200,7 +190,7 @@ class Report:
         verdict = "no verdict: there are no controls to compare with" if self.verdict is None else str(self.verdict)
         shown = {name: str(value) for name, value in self.facts.items() if not isinstance(value, dict | list)}
         shown |= {"autoencoder": ", ".join(f"{name} {value}" for name, value in self.facts["autoencoder"].items())}
-        shown |= {"command": " ".join(self.facts.get("command", []))}
+        shown |= {"command": shlex.join(self.facts["command"])}
         body = f'<p><strong>{_escaped(verdict)}</strong></p><p class="muted">{_escaped(self._rule)}</p>'
         body += f'<div class="passage">{definitions((_words(name), value) for name, value in shown.items())}</div>'
         body += drawing(self._summary_figure(), "the main figures by autoencoder")
