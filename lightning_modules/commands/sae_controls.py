@@ -144,7 +144,7 @@ def _file_digests(place: Path) -> dict[str, str]:
     found = {}
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         with open_regular(place / name) as opened:
-            found[name] = hashlib.file_digest(opened, "sha256").hexdigest()
+            found[name] = hashlib.sha256(opened.read()).hexdigest()
     return found
 
 

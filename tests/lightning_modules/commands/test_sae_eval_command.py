@@ -91,6 +91,12 @@ def test_a_frozen_decoder_is_no_better_than_its_control(runs: Path, capsys: pyte
     folder = runs / "runs/frozen/version_0"
     figures = json.loads((folder / "eval" / "eval.json").read_text())
     assert figures["verdict"]["is_better"] is False
+    assert f"the same training with another seed: {figures['verdict_of_other_seed']['text']}" in out
+    assert (
+        figures["verdict_of_other_seed"]["explained_variance"]["of_control"] == figures["verdict"]["explained_variance"]["ours"]
+    )
+    seen = figures["held_out_runs_seen"]
+    assert (f"{seen:.1%} of the held-out runs of 32 tokens also stand in training documents" in out) == (seen > 0)
     names = ["run", *RESTRAINTS, "other_seed"]
     assert list(figures["autoencoders"]) == names
     own, control = (figures["autoencoders"][name] for name in ("run", "frozen_decoder"))
@@ -161,6 +167,7 @@ def test_the_page_is_one_offline_file_with_all_figures(runs: Path) -> None:
     for question in figures["dense_probes"]:
         assert question in page
     assert figures["checkpoint_sha256"] in page
+    assert "<dd>architecture topk, k 48, active 4</dd>" in page
     assert figures["command"] == ["trix", "sae", "eval", "runs/sae", "--model", "model0.ckpt", "--num-tokens", "512"]
     assert figures["environment"]["packages"]["torch"] == torch.__version__
 
