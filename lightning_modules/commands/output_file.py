@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from lightning_modules.errors import UserError
 
@@ -23,6 +24,18 @@ def check_output_file(output: Path, ckpt: Path, kept: Sequence[str] = KEPT) -> N
             raise UserError(f"output {output} must not exist yet: no {output.suffix.lower()} file is replaced")
     except OSError as error:
         raise UserError(f"output {output} cannot be written: {error.strerror or error}") from error
+
+
+def check_output_folder(path: Path) -> None:
+    """Raise UserError where no file can be written to the folder or, as long as it is not there, next to it."""
+    try:
+        nearest = next(folder for folder in (path, *path.parents) if folder.exists())
+        if nearest == path and not path.is_dir():
+            raise UserError(f"output {path} must be a folder")
+        with TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise UserError(f"output {path} cannot be written: {error.strerror or error}") from error
 
 
 @contextmanager

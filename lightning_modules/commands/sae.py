@@ -10,7 +10,10 @@ from lightning_modules.errors import UserError
 
 
 class Action(NamedTuple):
-    """An action. Its module ``sae_NAME`` has ``make_parser()`` and ``run(options) -> exit code``."""
+    """An action. Its module ``sae_NAME`` has ``make_parser()`` and ``run(options) -> exit code``.
+
+    ``options.command`` holds the words of the whole command, as they were given.
+    """
 
     name: str
     summary: str
@@ -41,7 +44,9 @@ def run_sae(arguments: list[str]) -> int:
         raise UserError(f"action ({name}) of `trix sae` must be one of {known}{hint}")
     parser: CommandParser = action.module.make_parser()
     run: Callable[..., int] = action.module.run
-    return run(parser.parse_strictly(arguments[1:]))
+    options = parser.parse_strictly(arguments[1:])
+    options.command = ["trix", "sae", *arguments]
+    return run(options)
 
 
 def make_parser() -> CommandParser:

@@ -42,6 +42,8 @@ def run(options: Namespace) -> int:
 
 
 def _write(options: Namespace, latents: list[int] | None, trusted: Collection[str]) -> Path:
+    from trix.superposition.analysis.survey import MAX_EXAMPLES
+
     run = open_run(options.run, "dashboard", trusted)
     output = run.ckpt.parent / f"{run.ckpt.stem}_latents.html" if options.output is None else Path(options.output)
     check_output_file(output, run.ckpt)
@@ -50,6 +52,8 @@ def _write(options: Namespace, latents: list[int] | None, trusted: Collection[st
     if name not in autoencoders:
         raise UserError(f"--autoencoder ({name}) must be one of {', '.join(autoencoders)}")
     sae = autoencoders[name].fold_()
+    if options.examples > MAX_EXAMPLES:
+        raise UserError(f"--examples ({options.examples}) must be <= {MAX_EXAMPLES}")
     latents, note = _chosen(latents, options.num_latents or DEFAULT_LATENTS, sae.k, options.seed)
     model = open_model(options.model, run, "dashboard", trusted)
     content = _page(options, run, model, sae, name, latents, note)

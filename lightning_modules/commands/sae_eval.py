@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_modules.commands.arguments import FILE, CommandParser
-from lightning_modules.commands.output_file import output_folder
-from lightning_modules.commands.sae_run import SAERun, add_model, add_run, open_model, open_run
+from lightning_modules.commands.output_file import check_output_file, check_output_folder, output_folder
+from lightning_modules.commands.sae_run import EXIT_NO_BETTER, SAERun, add_model, add_run, open_model, open_run
 from lightning_modules.errors import UserError
 from lightning_modules.explained_model import TEXT, ExplainedModel, read_texts, told_to_the_user
 from lightning_modules.trust import trusted_modules, working_folder_searched
@@ -16,13 +16,12 @@ from trix.whole_file import write_whole
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lightning_modules.sae_controls import Training
-    from lightning_modules.sae_report import Report
+    from lightning_modules.commands.sae_controls import Training
+    from lightning_modules.commands.sae_report import Report
 
 DEFAULT_TOKENS = 16_384
 BATCH_TEXTS = 64
 JSON_NAME, PAGE_NAME = "eval.json", "eval.html"
-EXIT_NO_BETTER = 3
 
 
 def run(options: Namespace) -> int:
@@ -39,17 +38,17 @@ def run(options: Namespace) -> int:
 
 
 def _evaluate(options: Namespace, trusted: Collection[str]) -> int:
-    from lightning_modules.sae_controls import run_version, training_of
+    from lightning_modules.commands.sae_controls import run_version, training_of
 
     opened = open_run(options.run, "eval", trusted)
     model = open_model(options.model, opened, "eval", trusted)
     training = None if options.no_controls else training_of(opened, sorted(trusted))
     folder = run_version(opened.ckpt)
     output = folder / "eval" if options.output is None else Path(options.output)
-    if output.exists() and not output.is_dir():
-        raise UserError(f"output {output} must be a folder")
-    report = _report(opened, model, _text_batches(options, opened, model), training, folder)
-    report.facts["command"] = _command(options)
+    check_output_folder(output)
+    for name in (JSON_NAME, PAGE_NAME):
+        check_output_file(output / name, opened.ckpt)
+    report = _report(options, opened, model, training, folder)
     files = {JSON_NAME: report.as_json(), PAGE_NAME: report.as_page()}
     with output_folder(output):
         for name, content in files.items():
@@ -64,16 +63,15 @@ def _evaluate(options: Namespace, trusted: Collection[str]) -> int:
     return 0 if verdict.is_better else EXIT_NO_BETTER
 
 
-def _report(
-    opened: SAERun, model: ExplainedModel, texts: "list[dict[str, Tensor]]", training: "Training | None", folder: Path
-) -> "Report":
-    from lightning_modules.sae_controls import FOLDER, trained_controls
-    from lightning_modules.sae_report import Report
+def _report(options: Namespace, opened: SAERun, model: ExplainedModel, training: "Training | None", folder: Path) -> "Report":
+    from lightning_modules.commands.sae_controls import FOLDER, trained_controls
+    from lightning_modules.commands.sae_report import Report
     from lightning_modules.tasks.sparse_autoencoder import MAIN
     from trix.superposition.evaluation import model_fits
     from trix.superposition.evaluation.measure import Split, evaluation_data, measure
 
     data, identity = opened.data, opened.identity
+    texts = _text_batches(options, opened, model)
     backend: Any = model.backend
     split = Split(data.dump, data.target_dump if data.has_target else None, data.validation_fraction, data.seed)
     measured_on = evaluation_data(split, getattr(backend, "vocabulary", None) or backend.tokenizer)
@@ -84,19 +82,18 @@ def _report(
         saes |= controls
         measured |= measure(measured_on, controls)
     fits = model_fits(backend, identity.layer, saes, lambda: texts) if texts else {}
-    return Report(opened, model.path, measured_on, saes, measured, fits)
+    return Report(opened, opened.provenance(model, options.command), measured_on, saes, measured, fits)
 
 
 def _text_batches(options: Namespace, opened: SAERun, model: ExplainedModel) -> "list[dict[str, Tensor]]":
     """Held-out texts as tokens; none where the model's loss cannot be measured.
 
     Raises:
-        UserError: no texts, or a layer that the model lacks.
+        UserError: no texts.
     """
     from trix.superposition.backends.base_model import RESIDUAL
 
     site, layer, max_len = opened.identity.site, opened.identity.layer, opened.identity.settings.max_len
-    model.backend.block(layer)
     if site != RESIDUAL or opened.data.has_target:
         print(f"cross-entropy is not measured: site ({site}.{layer}) must be {RESIDUAL}, and the target x itself, for that")
         return []
@@ -118,19 +115,10 @@ def _text_batches(options: Namespace, opened: SAERun, model: ExplainedModel) -> 
 
 def _tracked(batches: Iterator[Any], num_steps: int, name: str) -> Iterator[Any]:
     """The batches, with a bar on stderr that says how far the control is and how long it takes."""
-    from rich.console import Console
-    from rich.progress import track
+    from trix.superposition.progress import progress_bar
 
-    console = Console(stderr=True)
-    yield from track(batches, f"training {name}", num_steps, console=console, transient=True, disable=not console.is_terminal)
-
-
-def _command(options: Namespace) -> list[str]:
-    command = ["trix", "sae", "eval", options.run, "--model", options.model, "--num-tokens", str(options.num_tokens)]
-    for name in ("text", "output"):
-        if getattr(options, name) is not None:
-            command += [f"--{name}", getattr(options, name)]
-    return [*command, "--no-controls"] if options.no_controls else command
+    with progress_bar() as progress:
+        yield from progress.track(batches, num_steps, description=f"training {name}")
 
 
 def make_parser() -> CommandParser:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_modules.commands.arguments import FILE, CommandParser
 from lightning_modules.commands.output_file import check_output_file, output_folder
 from lightning_modules.commands.output_text import print_rich
+from lightning_modules.commands.sae_run import EXIT_NO_BETTER
 from lightning_modules.drawings import as_svg
 from lightning_modules.error_text import did_you_mean
 from lightning_modules.errors import UserError
@@ -23,11 +24,9 @@ from trix.whole_file import write_whole
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.console import Console
-    from rich.progress import Progress
 
     from trix.superposition.evaluation.planted_study import PlantedScores, PlantedStudy
 
-EXIT_NO_BETTER = 3
 FACTOR = 3.0  # times the best control's recovery: what an architecture should reach
 SIGNIFICANT = 0.05
 OF_DATA = ("width", "num_features")
@@ -83,8 +82,9 @@ def run(options: Namespace) -> int:
     with told_to_the_user(options.output or "trix sae planted"):
         study = _study(options)
         from trix.superposition.evaluation.planted_study import run_study
+        from trix.superposition.progress import progress_bar
 
-        with _progress() as progress:
+        with progress_bar() as progress:
             num_steps = study.seeds * (1 + len(study.controls)) * study.num_steps
             task = progress.add_task(f"training {study.architecture} and its controls", total=num_steps)
             scores = run_study(study, lambda: progress.advance(task))
@@ -174,15 +174,6 @@ def _check_architecture(name: object) -> None:
     names = ", ".join(ARCHITECTURES.names)
     hint = did_you_mean(name, ARCHITECTURES.names)
     raise UserError(f"architecture ({name!r:.40}) must be {names}, or the import path of a class{hint}")
-
-
-def _progress() -> "Progress":
-    """A bar on stderr with the time left, which is removed at the end; nothing where stderr is no terminal."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    return Progress(console=console, transient=True, disable=not console.is_terminal)
 
 
 def _defined(scores: "Sequence[PlantedScores]", measure: str) -> list[float]:

@@ -1,9 +1,11 @@
 """What the actions of ``trix sae`` read: trained autoencoders, the activations they learned from, and the model of those."""
 
-from collections.abc import Collection
+import hashlib
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning_modules.checkpoint_data import load_task, run_data
 from lightning_modules.commands.arguments import FILE, CommandParser
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     from lightning_modules.data.activations import ActivationDataModule
     from lightning_modules.tasks.sparse_autoencoder import SparseAutoencoderTask
     from trix.superposition.dump.manifest import Identity
+
+EXIT_NO_BETTER = 3  # an autoencoder that is not shown to be better than its controls
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,25 @@ class SAERun:
                 f"learned from ({self.identity.model[:12]})"
             )
 
+    def provenance(self, model: ExplainedModel, command: Sequence[str]) -> dict[str, Any]:
+        """Where figures come from, as plain values: the command, when and where it ran, and digests of all that it read."""
+        from lightning_modules.callbacks.run_record import environment
+
+        with self.ckpt.open("rb") as opened:
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        return {
+            "run": str(self.ckpt),
+            "checkpoint_sha256": digest,
+            "model": model.path,
+            "model_digest": self.identity.model,
+            "dump": str(self.data.dump.folder),
+            "dump_sha256": self.data.dump_sha256,
+            "activations": self.identity.model_dump(),
+            "command": list(command),
+            "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "environment": environment(),
+        }
+
 
 def open_run(path: str, action: str, trusted: Collection[str] = ()) -> SAERun:
     """A trained autoencoder and its data.
@@ -56,7 +79,21 @@ def open_run(path: str, action: str, trusted: Collection[str] = ()) -> SAERun:
     data = run_data(task, checkpoint, ckpt, trusted).module
     if not isinstance(data, ActivationDataModule):
         raise UserError(f"{ckpt}: data ({type(data).__name__}) must be ActivationDataModule")
+    _check_dump(checkpoint, data, ckpt)
     return SAERun(ckpt, task, data)
+
+
+def _check_dump(checkpoint: dict[str, Any], data: "ActivationDataModule", ckpt: Path) -> None:
+    """Raise UserError where the dump is not the one of the training: then what is held out now was not held out then."""
+    try:
+        trained_on = checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]["settings"]["dump_sha256"]
+    except (KeyError, IndexError, TypeError):  # a checkpoint without the state of its training
+        return
+    if trained_on != data.dump_sha256:
+        raise UserError(
+            f"{data.dump.folder}: digest of the dump ({data.dump_sha256[:12]}) must be that of the dump on which {ckpt} was "
+            f"trained ({str(trained_on)[:12]}): it has been written anew since"
+        )
 
 
 def open_model(path: str, run: SAERun, action: str, trusted: Collection[str] = ()) -> ExplainedModel:

@@ -1,17 +1,16 @@
 """``trix sae tiles``: which latents go with which tiles of the model, whether they decide, and one page about it."""
 
-import hashlib
 import json
 from argparse import Namespace
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lightning_modules.commands.arguments import FILE, CommandParser
-from lightning_modules.commands.output_file import check_output_file, output_folder
+from lightning_modules.commands.output_file import check_output_file, check_output_folder, output_folder
 from lightning_modules.commands.sae_run import SAERun, add_model, add_run, open_model, open_run
 from lightning_modules.errors import UserError
-from lightning_modules.explained_model import ExplainedModel, told_to_the_user
+from lightning_modules.explained_model import told_to_the_user
 from lightning_modules.trust import trusted_modules, working_folder_searched
 from trix.whole_file import write_whole
 
@@ -32,11 +31,10 @@ def run(options: Namespace) -> int:
     with working_folder_searched(trusted):
         sae_run = open_run(options.run, "tiles", trusted)
         folder = sae_run.ckpt.parent / "tiles" if options.output is None else Path(options.output)
+        check_output_folder(folder)
+        for name in (RECORD_FILE, PAGE_FILE):
+            check_output_file(folder / name, sae_run.ckpt)
         with told_to_the_user(folder):
-            if folder.exists() and not folder.is_dir():
-                raise UserError(f"output {folder} must be a folder")
-            for name in (RECORD_FILE, PAGE_FILE):
-                check_output_file(folder / name, sae_run.ckpt)
             _report(options, sae_run, folder, trusted)
     return 0
 
@@ -53,14 +51,15 @@ def _report(options: Namespace, sae_run: SAERun, folder: Path, trusted: Collecti
         raise UserError(f"{sae_run.ckpt} must reconstruct the activations that it reads, which a transcoder does not")
     sae = next(iter(sae_run.task.eval().autoencoders.values()))
     report = tile_report(model.backend, sae, sae_run.data.dump, options.layer, options.num_tokens, options.seed)
-    provenance = _provenance(options, sae_run, model)
+    settings = {"num_tokens": options.num_tokens, "seed": options.seed}
+    provenance = sae_run.provenance(model, options.command) | settings
     record = json.dumps(tile_record(report, provenance), indent=1, allow_nan=False)
     facts = {
         "autoencoder": str(sae_run.ckpt),
         "model": f"{model.path} (digest {provenance['model_digest'][:12]})",
         "activations": f"{report.num_tokens:,} tokens of {report.num_documents:,} documents at {report.site}",
         "seed": str(options.seed),
-        "trix": provenance["trix"],
+        "trix": provenance["environment"]["packages"]["trix"] or "unknown",
     }
     page = tile_page(report, model.backend.vocabulary, facts)
     with output_folder(folder):
@@ -69,21 +68,6 @@ def _report(options: Namespace, sae_run: SAERun, folder: Path, trusted: Collecti
     _print(report)
     print(f"wrote   {folder / RECORD_FILE}")
     print(f"wrote   {folder / PAGE_FILE}  (open it in a browser)")
-
-
-def _provenance(options: Namespace, sae_run: SAERun, model: ExplainedModel) -> dict[str, Any]:
-    from trix.superposition.dump.manifest import trix_version
-
-    return {
-        "trix": trix_version(),
-        "autoencoder": str(sae_run.ckpt),
-        "autoencoder_sha256": hashlib.sha256(sae_run.ckpt.read_bytes()).hexdigest(),
-        "model": model.path,
-        "model_digest": sae_run.identity.model,
-        "activations": sae_run.identity.model_dump(),
-        "num_tokens": options.num_tokens,
-        "seed": options.seed,
-    }
 
 
 def _print(report: "TileReport") -> None:

@@ -185,6 +185,7 @@ def test_the_group_names_its_actions(capsys: pytest.CaptureFixture[str]) -> None
         (["--num-latents", "0"], "--num-latents (0) must be >= 1"),
         (["--num-latents", "5000"], "--num-latents (5000) must be <= 4096"),
         (["--examples", "0"], "--examples (0) must be >= 1"),
+        (["--examples", "1000000000"], "--examples (1000000000) must be <= 100"),
         (["--seed", "-1"], "--seed (-1) must be >= 0"),
         (["--autoencoder", "big"], "--autoencoder (big) must be one of sae, small"),
         (["--output", "."], "must be a file, not a directory"),

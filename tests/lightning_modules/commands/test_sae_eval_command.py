@@ -14,9 +14,9 @@ from small_dumps import contents
 from small_runs import save_checkpoint, small_network
 
 from lightning_modules.cli import main
+from lightning_modules.commands.sae_controls import trained_controls, training_of
 from lightning_modules.commands.sae_run import open_run
 from lightning_modules.data.text import TextDataModule
-from lightning_modules.sae_controls import trained_controls, training_of
 from lightning_modules.tasks import LanguageModelTask, load_autoencoder
 from lightning_modules.tasks.sparse_autoencoder import ActivationBatch
 from trix.superposition.evaluation import verdict as verdict_module
@@ -91,6 +91,12 @@ def test_a_frozen_decoder_is_no_better_than_its_control(runs: Path, capsys: pyte
     folder = runs / "runs/frozen/version_0"
     figures = json.loads((folder / "eval" / "eval.json").read_text())
     assert figures["verdict"]["is_better"] is False
+    assert f"the same training with another seed: {figures['verdict_of_other_seed']['text']}" in out
+    other = figures["verdict_of_other_seed"]["explained_variance"]
+    assert other["of_control"] == figures["verdict"]["explained_variance"]["of_control"]
+    assert other["ours"] == pytest.approx(figures["autoencoders"]["other_seed"]["core"]["explained_variance"])
+    seen = figures["held_out_runs_seen"]
+    assert (f"{seen:.1%} of the held-out runs of 32 tokens also stand in training documents" in out) == (seen > 0)
     names = ["run", *RESTRAINTS, "other_seed"]
     assert list(figures["autoencoders"]) == names
     own, control = (figures["autoencoders"][name] for name in ("run", "frozen_decoder"))
@@ -104,10 +110,15 @@ def test_controls_are_trained_once_each_and_give_the_same_figures_again(runs: Pa
     first, figures = capsys.readouterr().out, json.loads((runs / "runs/sae/version_0/eval/eval.json").read_text())
     assert re.findall(r"^trained (\w+): 25 steps", first, re.MULTILINE) == [*RESTRAINTS, "other_seed"]
     kept = contents(runs / "runs/sae/version_0/controls")
-    next((runs / "runs/sae/version_0/controls").glob("frozen_encoder-*/cfg.json")).unlink()  # as a kill would leave it
+    for control, name in (("frozen_encoder", "cfg.json"), ("other_seed", "sha256.json")):  # as a kill would leave them
+        next((runs / "runs/sae/version_0/controls").glob(f"{control}-*/{name}")).unlink()
+    weights = next((runs / "runs/sae/version_0/controls").glob("frozen_decoder-*/sae_weights.safetensors"))
+    content = bytearray(weights.read_bytes())
+    content[-2] ^= 1  # still a finite number
+    weights.write_bytes(content)
     evaluate("runs/sae", "--output", "elsewhere")
     second = capsys.readouterr().out
-    assert re.findall(r"^trained (\w+)", second, re.MULTILINE) == ["frozen_encoder"]
+    assert re.findall(r"^trained (\w+)", second, re.MULTILINE) == ["frozen_decoder", "frozen_encoder", "other_seed"]
     assert contents(runs / "runs/sae/version_0/controls") == kept
     again = json.loads((runs / "elsewhere/eval.json").read_text())
     for name in ("autoencoders", "dense_probes", "stability", "verdict"):
@@ -156,6 +167,7 @@ def test_the_page_is_one_offline_file_with_all_figures(runs: Path) -> None:
     for question in figures["dense_probes"]:
         assert question in page
     assert figures["checkpoint_sha256"] in page
+    assert "<dd>architecture topk, k 48, active 4</dd>" in page
     assert figures["command"] == ["trix", "sae", "eval", "runs/sae", "--model", "model0.ckpt", "--num-tokens", "512"]
     assert figures["environment"]["packages"]["torch"] == torch.__version__
 
@@ -201,6 +213,7 @@ def test_at_another_site_the_loss_is_not_measured_and_a_line_says_so(runs: Path,
         (["runs/sae", "--model", "model0.ckpt", "--num-tokens", "1"], "--num-tokens (1) must be >= 2"),
         (["runs/sae", "--model", "model0.ckpt", "--text", "nowhere.txt"], "nowhere.txt: No such file"),
         (["runs/sae", "--model", "model0.ckpt", "--output", "text.txt"], "output text.txt must be a folder"),
+        (["runs/sae", "--model", "model0.ckpt", "--output", "text.txt/in"], "output text.txt/in cannot be written: Not a dir"),
         (["runs/sae", "--model", "model0.ckpt", "--controls"], "unknown option --controls of `trix sae eval`"),
         (["runs/sae"], "--model"),
     ],
@@ -240,10 +253,12 @@ def test_runs_that_cannot_be_judged_are_named(runs: Path, tmp_path: Path, capsys
     assert "add --trust own_adam" in refused("class_path: torch.optim.Adam", "class_path: own_adam.Adam")
     manifest = runs / "acts/resid_pre.1/manifest.json"
     text = manifest.read_text()
-    manifest.write_text(text.replace('"layer": 1', '"layer": 9', 1))
+    manifest.write_text(text.replace('"documents": ', '"documents": 9', 1))
     try:
         assert evaluate() == 2
-        assert "layer (9) must be >= 0 and < number of layers (2)" in capsys.readouterr().err
+        assert re.search(
+            r"acts/resid_pre.1: digest of the dump \(\w{12}\) must be that of the dump on which", capsys.readouterr().err
+        )
     finally:
         manifest.write_text(text)
     (runs / "acts").rename(runs / "gone")

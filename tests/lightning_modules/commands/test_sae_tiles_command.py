@@ -127,9 +127,12 @@ def test_the_same_seed_gives_the_same_record(hidden: tuple[Path, Path], tmp_path
     records = []
     for name in ("a", "b"):
         assert tiles(*hidden, tmp_path / name, "--num-tokens", "400") == 0
-        records.append((tmp_path / name / "tiles.json").read_text())
+        records.append(json.loads((tmp_path / name / "tiles.json").read_text()))
+    first, second = (record.pop("provenance") for record in records)
     assert records[0] == records[1]
-    assert json.loads(records[0])["tokens"] <= 400
+    assert records[0]["tokens"] <= 400
+    assert {name for name in first if first[name] != second[name]} <= {"command", "date"}
+    assert first["command"][-2:] == ["--num-tokens", "400"]
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ SAMPLE_SIZE = 1024
 BEFORE, AFTER = 26, 13  # tokens of a passage around its own
 POOL = 32  # strongest tokens that are kept for each one that is shown, as many of them are neighbours
 MAX_TILES = 2**16
+MAX_EXAMPLES = 100  # of a group
 SHOWN_TILES = 5
 
 Floats = npt.NDArray[np.float64]
@@ -127,16 +128,16 @@ def survey_latents(
         advance: called with the number of tokens that were read, 2 N in all.
 
     Raises:
-        ValueError: no latents, one that is not in [0, k) or is there twice, num_examples < 1, no tokens, latents that are not
-            finite, a tile < 0 or >= MAX_TILES, or files that do not fit.
+        ValueError: no latents, one that is not in [0, k) or is there twice, num_examples out of range, no tokens, latents that
+            are not finite, a tile < 0 or >= MAX_TILES, or files that do not fit.
     """
     wrong = [latent for latent in latents if not 0 <= latent < sae.k]
     if wrong:
         raise ValueError(f"latent ({wrong[0]}) must be >= 0 and < k ({sae.k})")
     if not latents or len(set(latents)) < len(latents):
         raise ValueError(f"latents ({len(latents)}, {len(set(latents))} of them different) must be >= 1, each given once")
-    if num_examples < 1:
-        raise ValueError(f"num_examples ({num_examples}) must be >= 1")
+    if not 1 <= num_examples <= MAX_EXAMPLES:
+        raise ValueError(f"num_examples ({num_examples}) must be >= 1 and <= {MAX_EXAMPLES}")
     columns = ("tokids", "titleidx", *(("tile",) if has_tiles else ()))
 
     counts = _Counts(sae, latents, device, POOL * num_examples, seed)

@@ -12,6 +12,7 @@ import torch
 from scipy.sparse import csr_matrix
 from torch import Tensor
 
+from trix.superposition.evaluation.overlap import seen_share
 from trix.superposition.evaluation.probing import (
     MIN_CASES,
     DenseProbes,
@@ -75,12 +76,14 @@ class Questions:
 class EvaluationData:
     """What all autoencoders are measured on.
 
-    mean_O: of the held-out targets, float64. documents_P: the numbers of their documents. x_ND: rows that the probes read,
-    those of training first. questions: one or two kinds. left_out: questions that have too few cases.
+    mean_O: of the held-out targets, float64. seen_share: see :func:`~trix.superposition.evaluation.overlap.seen_share`.
+    documents_P: the numbers of the held-out documents. x_ND: rows that the probes read, those of training first. questions: one
+    or two kinds. left_out: questions that have too few cases.
     """
 
     split: Split
     num_tokens: int
+    seen_share: float
     mean_O: Tensor
     documents_P: Ints
     x_ND: Tensor
@@ -155,7 +158,9 @@ def evaluation_data(split: Split, tokenizer: Tokenizer) -> EvaluationData:
             f"{split.dump.folder}: questions with at least {MIN_CASES} cases of each answer, both in training and in held-out "
             f"documents (0 of {len(left_out)}), must be >= 1: more tokens are needed"
         )
-    return EvaluationData(split, num_tokens, total_O / num_tokens, documents_P, rows.x_ND, questions, sorted(left_out))
+    return EvaluationData(
+        split, num_tokens, seen_share(split), total_O / num_tokens, documents_P, rows.x_ND, questions, sorted(left_out)
+    )
 
 
 @torch.no_grad()

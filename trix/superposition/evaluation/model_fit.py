@@ -93,15 +93,15 @@ def model_fits(
         num_tokens += int(is_predicted_BT.sum())
         of_model_NV = _log_probabilities(backend, batch, mask_BT)[:, :-1][is_predicted_BT]
         target_N = target_BT[is_predicted_BT]
-        loss += float(F.nll_loss(of_model_NV, target_N, reduction="sum"))
+        loss += _sum(F.nll_loss(of_model_NV, target_N, reduction="none"))
         for place, way in enumerate(ways):
             hook = _replace(backend, layer, mask_BT, way)
             try:
                 replaced_NV = _log_probabilities(backend, batch, mask_BT)[:, :-1][is_predicted_BT]
             finally:
                 hook.remove()
-            replaced_losses[place] += float(F.nll_loss(replaced_NV, target_N, reduction="sum"))
-            divergences[place] += float(F.kl_div(replaced_NV, of_model_NV, reduction="sum", log_target=True))
+            replaced_losses[place] += _sum(F.nll_loss(replaced_NV, target_N, reduction="none"))
+            divergences[place] += _sum(F.kl_div(replaced_NV, of_model_NV, reduction="none", log_target=True))
     if num_tokens == 0:
         raise ValueError(f"number of tokens with one after them ({num_tokens}) must be >= 1")
     loss /= num_tokens
@@ -156,6 +156,10 @@ def _replaced(backend: "CausalLMBackend", x_BTD: Tensor, mask_BT: Tensor) -> Ten
     if backend.has_sinks:
         is_replaced_BT[:, 0] = False
     return is_replaced_BT
+
+
+def _sum(values: Tensor) -> float:
+    return float(values.sum(dtype=torch.float64))
 
 
 def _share(part: float, whole: float) -> float:

@@ -32,6 +32,7 @@ from trix.superposition.evaluation.planted_scores import (
     match_directions,
     measure_absorption,
 )
+from trix.superposition.evaluation.reconstruction import ReconstructionMetric
 from trix.superposition.sae import ARCHITECTURES, RESTRAINTS, SAE
 
 TRAINED, RANDOM = "trained", "random_directions"
@@ -189,7 +190,9 @@ def score_sae(sae: SAE, planted: PlantedActivations, tokens: PlantedTokens) -> P
     absorption = measure_absorption(directions.cosine_FK, planted.parent_F, strength_NF, z_NK)
     fires_F = activations.correlation_F.isfinite()
     is_recovered_F = (activations.correlation_F > RECOVERED)[fires_F]
-    error, around_mean = (value.double().square().sum() for value in (x_ND - x_hat_ND, x_ND - x_ND.mean(dim=0)))
+    reconstruction = ReconstructionMetric(x_ND.shape[1], z_NK.shape[1])
+    reconstruction.update(x_hat_ND, x_ND, z_NK)
+    found = {name: float(value) for name, value in reconstruction.compute().items()}
     return PlantedScores(
         **_of_directions(directions, planted),
         recovered_by_activation=_mean(is_recovered_F),
@@ -198,9 +201,9 @@ def score_sae(sae: SAE, planted: PlantedActivations, tokens: PlantedTokens) -> P
         mean_f1=_mean(activations.f1_F[fires_F]),
         absorption=absorption.rate,
         absorption_pairs=absorption.num_pairs,
-        explained_variance=float(1 - error / around_mean),
-        active=float((z_NK > 0).sum() / len(z_NK)),
-        dead=_mean(~(z_NK > 0).any(dim=0)),
+        explained_variance=found["explained_variance"],
+        active=found["active"],
+        dead=found["dead"],
     )
 
 

@@ -62,7 +62,7 @@ def dashboard(
         f"<main>{definitions(facts)}",
         _density_section(survey.density_K),
         heading(2, "Latents", f"{note} The number leads to the card of the latent."),
-        '<p><a href="#cards">Pass over the list</a></p>',
+        '<p><a href="#cards">Skip the list</a></p>',
         cards.search(),
         cards.list(),
         _explanation(survey, is_with_logits=logits is not None),

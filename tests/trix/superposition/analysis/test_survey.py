@@ -181,8 +181,9 @@ def test_errors(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             survey_latents(identity_sae(2), paths, latents, "cpu")
-    with pytest.raises(ValueError, match=r"num_examples \(0\) must be >= 1"):
-        survey_latents(identity_sae(2), paths, [0], "cpu", num_examples=0)
+    for number in (0, survey.MAX_EXAMPLES + 1):
+        with pytest.raises(ValueError, match=rf"num_examples \({number}\) must be >= 1 and <= 100"):
+            survey_latents(identity_sae(2), paths, [0], "cpu", num_examples=number)
     with pytest.raises(ValueError, match=r"number of tokens in the dump \(0\) must be >= 1"):
         survey_latents(identity_sae(2), [], [0], "cpu")
     broken = write_shards(tmp_path, torch.full((2, 2), torch.nan), [2])

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from lightning_modules.class_paths import class_path
+from lightning_modules.commands.output_file import check_output_folder
 from lightning_modules.commands.sae_run import SAERun
 from lightning_modules.error_text import one_line
 from lightning_modules.errors import UserError
@@ -24,10 +25,13 @@ from lightning_modules.tasks.sparse_autoencoder import MAIN, ActivationBatch, Sp
 from lightning_modules.tasks.task import CHECKPOINT_KEY
 from lightning_modules.trust import only_trusted_imports
 from lightning_modules.yaml_files import check_yaml, read_yaml
+from trix.regular_files import open_regular
 from trix.superposition.evaluation.controls import train_steps
 from trix.superposition.sae import RESTRAINTS, SAE, load_sae, save_sae
+from trix.superposition.sae.load import CONFIG_FILE, WEIGHTS_FILE, read_json
+from trix.whole_file import write_whole
 
-FOLDER = "controls"
+FOLDER, DIGESTS_FILE = "controls", "sha256.json"
 OTHER_SEED = "other_seed"
 NAMES = (*RESTRAINTS, OTHER_SEED)
 # What else changes what is learned; the loop of the controls has none of it.
@@ -90,7 +94,7 @@ def training_of(run: SAERun, trusted: Sequence[str] = ()) -> Training:
 def trained_controls(
     training: Training, folder: Path, track: Track, say: Callable[[str], None], names: Sequence[str] = NAMES
 ) -> dict[str, SAE]:
-    """The controls by name, read from the folder where they are there already, trained and written to it where not.
+    """The controls by name, read from the folder where they are there already as they were written to it, trained where not.
 
     Each learns from the same batches as the run, for as many steps, with the same optimizer, schedule and settings: one for
     each restraint with the seed of the run, and the run's own autoencoder with the next seed.
@@ -100,21 +104,47 @@ def trained_controls(
         say: is told what was trained, and how long it took.
 
     Raises:
-        UserError: the configuration does not fit the checkpoint, or says what the loop of the controls does not do.
+        UserError: the configuration does not fit the checkpoint, or says what the loop of the controls does not do, or the
+            folder cannot be written to.
     """
     with quiet_lightning(), only_trusted_imports(training.trusted):
         settings = _parts(training, training.seed, None).checked_settings(training)
         own, found = training.run.task.autoencoders[MAIN], dict[str, SAE]()
         for name in names:
             place = folder / f"{name}-{_digest(training, settings, name)[:16]}"
-            try:
-                found[name] = load_sae(place, own.d_model, own.k)
-            except ValueError:  # none, or one that was left in parts
+            kept = _kept(place, own)
+            if kept is None:
+                check_output_folder(place)
                 start = time.perf_counter()
-                sae = _trained(training, name, track)
-                save_sae(sae, place, {"control": name})
-                found[name] = load_sae(place)
+                _keep(_trained(training, name, track), place, name)
+                kept = load_sae(place)
                 say(f"trained {name}: {training.num_steps} steps in {time.perf_counter() - start:.0f} s, kept as {place}")
+            found[name] = kept
+    return found
+
+
+def _keep(sae: SAE, place: Path, name: str) -> None:
+    """Write a control, and last the digests of its files."""
+    save_sae(sae, place, {"control": name})
+    write_whole((json.dumps(_file_digests(place), indent=1) + "\n").encode(), place / DIGESTS_FILE)
+
+
+def _kept(place: Path, own: SAE) -> SAE | None:
+    """A control as it was written; None where there is none, where it was left in parts, or where it has changed since."""
+    try:
+        if read_json(place / DIGESTS_FILE) != _file_digests(place):
+            return None
+        return load_sae(place, own.d_model, own.k)
+    except (ValueError, OSError):
+        return None
+
+
+def _file_digests(place: Path) -> dict[str, str]:
+    """SHA-256 of each file of an autoencoder."""
+    found = {}
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        with open_regular(place / name) as opened:
+            found[name] = hashlib.sha256(opened.read()).hexdigest()
     return found
 
 

@@ -1,23 +1,22 @@
 """What `trix sae eval` says of an autoencoder and its controls: as a table, as JSON, as one page."""
 
-import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lightning_modules.callbacks.run_record import environment
 from lightning_modules.commands.output_text import print_rich
+from lightning_modules.commands.sae_controls import OTHER_SEED
 from lightning_modules.commands.sae_run import SAERun
-from lightning_modules.sae_controls import OTHER_SEED
 from trix.introspection.page import definitions, drawing, heading, page, table
 from trix.superposition.evaluation import ModelFit
 from trix.superposition.evaluation.measure import EvaluationData, Measured
+from trix.superposition.evaluation.overlap import RUN_TOKENS
 from trix.superposition.evaluation.probing import NUM_LATENTS, NUM_REMOVED
 from trix.superposition.evaluation.stability import SAME_COSINE, Stability, random_stability, stability
 from trix.superposition.evaluation.verdict import LEVEL, MARGIN, NUM_DRAWS, Verdict, judge
@@ -50,46 +49,48 @@ class Report:
     """The figures of a run and its controls.
 
     Args:
-        run: what was judged. model: its model, as it was given. data: what all was measured on. saes, measured: by name, the
-            run's own first, as ``run``. fits: what the model loses by each; empty where that cannot be measured.
+        run: what was judged. provenance: see :meth:`~lightning_modules.commands.sae_run.SAERun.provenance`. data: what all was
+            measured on. saes, measured: by name, the run's own first, as ``run``. fits: what the model loses by each; empty
+            where that cannot be measured.
 
     Attributes:
-        facts: what the figures are of, as plain values. verdict: None without controls.
+        facts: what the figures are of, as plain values. verdict: None without controls. verdict_of_other_seed: the same of the
+            training with another seed.
     """
 
     def __init__(
         self,
         run: SAERun,
-        model: str,
+        provenance: Mapping[str, Any],
         data: EvaluationData,
         saes: Mapping[str, SAE],
         measured: Mapping[str, Measured],
         fits: Mapping[str, ModelFit],
     ) -> None:
         self.data, self.saes, self.measured, self.fits = data, saes, measured, fits
-        with run.ckpt.open("rb") as opened:
-            digest = hashlib.file_digest(opened, "sha256").hexdigest()
         self.facts: dict[str, Any] = {
-            "run": str(run.ckpt),
-            "checkpoint_sha256": digest,
-            "model": model,
-            "model_digest": run.identity.model,
-            "dump": str(run.data.dump.folder),
-            "dump_sha256": run.data.dump_sha256,
+            **provenance,
             "site": f"{run.identity.site}.{run.identity.layer}",
             "autoencoder": dict(run.task.hparams["autoencoder"]),
             "held_out_tokens": data.num_tokens,
             "held_out_documents": len(data.documents_P),
-            "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "held_out_runs_seen": data.seen_share,
         }
 
     @cached_property
     def verdict(self) -> Verdict | None:
-        controls = {name: self.measured[name] for name in RESTRAINTS if name in self.measured}
+        return self._judged(RUN)
+
+    @cached_property
+    def verdict_of_other_seed(self) -> Verdict | None:
+        return self._judged(OTHER_SEED)
+
+    def _judged(self, name: str) -> Verdict | None:
+        controls = {control: self.measured[control] for control in RESTRAINTS if control in self.measured}
         if not controls:
             return None
-        ours = self.measured[RUN]
-        return judge((ours.errors, ours.hits), {name: (found.errors, found.hits) for name, found in controls.items()})
+        ours = self.measured[name]
+        return judge((ours.errors, ours.hits), {control: (found.errors, found.hits) for control, found in controls.items()})
 
     @cached_property
     def stability(self) -> dict[str, Stability]:
@@ -105,22 +106,20 @@ class Report:
         """All figures. What could not be measured is null."""
         content = {
             **self.facts,
-            "environment": environment(),
             "gamma": self.measured[RUN].core["gamma"],
             "autoencoders": {name: self._figures(name) for name in self.measured},
             "dense_probes": self._by_question(self.data.dense_hits.accuracy()[:, 0]),
             "questions_left_out": self.data.left_out,
             "stability": {name: found._asdict() for name, found in self.stability.items()},
-            "verdict": None
-            if self.verdict is None
-            else {
-                "is_better": self.verdict.is_better,
-                "text": str(self.verdict),
-                **asdict(self.verdict),
-                "rule": self._rule,
-            },
+            "verdict": self._verdict_values(self.verdict),
+            "verdict_of_other_seed": self._verdict_values(self.verdict_of_other_seed),
         }
         return json.dumps(_finite(content), indent=1, allow_nan=False) + "\n"
+
+    def _verdict_values(self, verdict: Verdict | None) -> dict[str, Any] | None:
+        if verdict is None:
+            return None
+        return {"is_better": verdict.is_better, "text": str(verdict), **asdict(verdict), "rule": self._rule}
 
     def _figures(self, name: str) -> dict[str, Any]:
         found = self.measured[name]
@@ -147,8 +146,24 @@ class Report:
             f"{LEVEL:.0%} interval of the difference lies above {MARGIN} both in explained variance and in sparse probing "
             "(balanced accuracy, mean over questions and numbers of latents), each against the control that is best there. "
             f"Intervals: {NUM_DRAWS} draws of the held-out documents, both sides measured on the same ones. What another seed "
-            "changes they do not hold: the column other seed shows it."
+            "changes they leave out; the verdict on the training with another seed shows it. A best.ckpt was chosen on the "
+            "same held-out tokens; controls are trained for as many steps, and none is chosen."
         )
+
+    @property
+    def _notes(self) -> list[str]:
+        """What is to be known besides."""
+        notes = []
+        if self.data.seen_share > 0:
+            notes.append(
+                f"{self.data.seen_share:.1%} of the held-out runs of {RUN_TOKENS} tokens also stand in training documents: "
+                "figures may be better than on new text, those of the controls, too"
+            )
+        if self.data.left_out:
+            notes.append(f"questions left out, with too few cases: {', '.join(self.data.left_out)}")
+        if self.verdict_of_other_seed is not None:
+            notes.append(f"the same training with another seed: {self.verdict_of_other_seed}")
+        return notes
 
     def print(self) -> None:
         """The figures that matter most, as a table."""
@@ -173,8 +188,8 @@ class Report:
                 f"{name}: {found.shared:.1%} of {found.num_rows} decoder rows have a counterpart of cosine > {SAME_COSINE}; "
                 f"mean of the largest cosine {found.mean_max_cosine:.3f}"
             )
-        if self.data.left_out:
-            print(f"questions left out, with too few cases: {', '.join(self.data.left_out)}")
+        for note in self._notes:
+            print(note)
 
     def _core_rows(self, keys: Iterable[str] = CORE) -> list[list[str]]:
         cores = [found.core | {"alive": 1 - found.core["dead"]} for found in self.measured.values()]
@@ -199,9 +214,10 @@ class Report:
         head = ["", *(_words(name) for name in self.measured)]
         verdict = "no verdict: there are no controls to compare with" if self.verdict is None else str(self.verdict)
         shown = {name: str(value) for name, value in self.facts.items() if not isinstance(value, dict | list)}
-        shown |= {"autoencoder": ", ".join(f"{name} {value}" for name, value in self.facts["autoencoder"].items())}
-        shown |= {"command": " ".join(self.facts.get("command", []))}
+        shown |= {"autoencoder": _setting_words(self.facts["autoencoder"]), "held_out_runs_seen": f"{self.data.seen_share:.1%}"}
+        shown |= {"command": shlex.join(self.facts["command"])}
         body = f'<p><strong>{_escaped(verdict)}</strong></p><p class="muted">{_escaped(self._rule)}</p>'
+        body += "".join(f"<p>{_escaped(note)}</p>" for note in self._notes)
         body += f'<div class="passage">{definitions((_words(name), value) for name, value in shown.items())}</div>'
         body += drawing(self._summary_figure(), "the main figures by autoencoder")
         body += heading(2, "Reconstruction", f"On {self.data.num_tokens:,} held-out tokens, in float64.")
@@ -223,10 +239,9 @@ class Report:
             "Balanced accuracy, on held-out documents, of logistic regressions that read 1, 2 or 5 latents (0.5: chance). "
             "Dense: a probe that reads all activations.",
         )
-        body += _table(head, self._probing_rows()) + self._questions_table()
+        body += _table(head, self._probing_rows())
+        body += f"<p>By question, with {_series(NUM_LATENTS)} latents:</p>" + self._questions_table()
         body += drawing(self._probing_figure(), "balanced accuracy by question and autoencoder")
-        if self.data.left_out:
-            body += f"<p>Left out, with too few cases: {_escaped(', '.join(self.data.left_out))}.</p>"
         body += (
             f"<p>Targeted perturbation: the {NUM_REMOVED} latents that speak most for a question are set to 0; what its dense "
             "probe loses of balanced accuracy, less what the probes of the other questions lose.</p>"
@@ -311,6 +326,22 @@ def _escaped(text: str) -> str:
     from html import escape
 
     return escape(text)
+
+
+def _setting_words(settings: Mapping[str, Any]) -> str:
+    """Names and values in a row, without those that are not set."""
+    parts = []
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            parts.append(_setting_words(value))
+        elif value is not None:
+            parts.append(f"{_words(name)} {value}")
+    return ", ".join(filter(None, parts))
+
+
+def _series(numbers: Sequence[int]) -> str:
+    *first, last = map(str, numbers)
+    return f"{', '.join(first)} and {last}"
 
 
 def _words(name: str) -> str:
