@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from collections import Counter
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -105,3 +106,9 @@ def test_no_file_imports_itself_by_way_of_others() -> None:
     graph = grimp.build_graph(*PACKAGES, cache_dir=None)
     assert len(graph.modules) > 100
     TopologicalSorter({module: graph.find_modules_directly_imported_by(module) for module in graph.modules}).prepare()
+
+
+def test_test_files_have_names_of_their_own() -> None:
+    """pytest refuses a second file of the same name, but only once it collects both."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []

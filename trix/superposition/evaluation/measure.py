@@ -159,7 +159,14 @@ def evaluation_data(split: Split, tokenizer: Tokenizer) -> EvaluationData:
             f"documents (0 of {len(left_out)}), must be >= 1: more tokens are needed"
         )
     return EvaluationData(
-        split, num_tokens, seen_share(split), total_O / num_tokens, documents_P, rows.x_ND, questions, sorted(left_out)
+        split,
+        num_tokens,
+        seen_share(split.dump, split.held_out, split.seed),
+        total_O / num_tokens,
+        documents_P,
+        rows.x_ND,
+        questions,
+        sorted(left_out),
     )
 
 

@@ -1,6 +1,6 @@
 """How much of what is held out stands in the training part, too: windows of one text may overlap.
 
-Shapes: N tokens of the dump, R runs of tokens.
+Shapes: N tokens of the dump, R runs of tokens, H held-out runs.
 """
 
 from typing import TYPE_CHECKING
@@ -10,12 +10,12 @@ import numpy as np
 from trix.superposition.dump.reader import build_offsets
 
 if TYPE_CHECKING:
-    from trix.superposition.evaluation.measure import Split
+    from trix.superposition.dump import ActivationDump
 
 RUN_TOKENS = 32
 
 
-def seen_share(split: "Split", num_tokens: int = RUN_TOKENS) -> float:
+def seen_share(dump: "ActivationDump", held_out: float, seed: int, num_tokens: int = RUN_TOKENS) -> float:
     """Share of the held-out runs of num_tokens neighbouring tokens of a document which also stand in the training part.
 
     A run belongs to the part of its last token. Runs are compared by a hash of 64 bits. It is nan where no held-out document
@@ -24,11 +24,10 @@ def seen_share(split: "Split", num_tokens: int = RUN_TOKENS) -> float:
     Raises:
         ValueError: as :meth:`~trix.superposition.dump.ActivationDump.chunks`.
     """
-    dump = split.dump
     token_N, document_N, position_N = (dump.column(name).numpy() for name in ("tokids", "titleidx", "position"))
     is_held_out_N = np.zeros(len(token_N), dtype=bool)
     offsets = build_offsets(dump.paths)
-    for shard, start, stop in dump.chunks("validation", split.held_out, split.seed).tolist():
+    for shard, start, stop in dump.chunks("validation", held_out, seed).tolist():
         is_held_out_N[offsets[shard] + start : offsets[shard] + stop] = True
     num_runs = len(token_N) - num_tokens + 1
     if num_runs < 1:
@@ -39,5 +38,5 @@ def seen_share(split: "Split", num_tokens: int = RUN_TOKENS) -> float:
     first, last = slice(num_runs), slice(num_tokens - 1, None)
     is_run_R = (document_N[first] == document_N[last]) & (position_N[last] - position_N[first] == num_tokens - 1)
     is_held_out_R = is_held_out_N[last]
-    held_out = hash_R[is_run_R & is_held_out_R]
-    return float(np.isin(held_out, hash_R[is_run_R & ~is_held_out_R]).mean()) if len(held_out) else float("nan")
+    run_H, known_R = hash_R[is_run_R & is_held_out_R], hash_R[is_run_R & ~is_held_out_R]
+    return float(np.isin(run_H, known_R).mean()) if len(run_H) else float("nan")

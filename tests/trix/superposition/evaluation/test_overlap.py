@@ -25,6 +25,10 @@ def split_of(starts: list[int], folder: Path) -> Split:
     return Split(ActivationDump(dumped), None, 0.3, 1)
 
 
+def seen(split: Split, *num_tokens: int) -> float:
+    return seen_share(split.dump, split.held_out, split.seed, *num_tokens)
+
+
 def runs(rows: TokenRows, num_tokens: int) -> list[tuple[int, ...]]:
     """The runs of neighbouring tokens of a document."""
     found = []
@@ -43,15 +47,15 @@ def test_runs_of_overlapping_windows_are_counted(num_tokens: int, tmp_path: Path
     known = set(runs(TokenRows.joined(split.training_rows()), num_tokens))
     expected = sum(run in known for run in held_out) / len(held_out)
     # Runs that go on over the border of a chunk are in neither list; there are at most num_tokens of them at each border.
-    assert 0.1 < seen_share(split, num_tokens) < 0.9
-    assert seen_share(split, num_tokens) == pytest.approx(expected, abs=0.05)
+    assert 0.1 < seen(split, num_tokens) < 0.9
+    assert seen(split, num_tokens) == pytest.approx(expected, abs=0.05)
 
 
 def test_windows_side_by_side_share_nothing_and_the_same_window_twice_all(tmp_path: Path) -> None:
     side_by_side = [LENGTH * place for place in range(NUM_WINDOWS)]
-    assert seen_share(split_of(side_by_side, tmp_path / "apart")) == 0
-    assert seen_share(split_of([0] * NUM_WINDOWS, tmp_path / "same")) == 1
+    assert seen(split_of(side_by_side, tmp_path / "apart")) == 0
+    assert seen(split_of([0] * NUM_WINDOWS, tmp_path / "same")) == 1
 
 
 def test_documents_shorter_than_a_run_have_no_share(tmp_path: Path) -> None:
-    assert np.isnan(seen_share(split_of([0, 40, 80], tmp_path), LENGTH + 1))
+    assert np.isnan(seen(split_of([0, 40, 80], tmp_path), LENGTH + 1))
