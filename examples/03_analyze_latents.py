@@ -24,5 +24,5 @@ shuffled = np.random.default_rng(0).permutation(label_of_title)[titles]
 control = analysis.enrichment.fisher_enrichment(top_sets, shuffled, titles)
 found, by_chance = (int((table["q_value"] <= 0.05).sum()) for table in (summary, control))
 print(f"{found} of {model.k} latents stand for a topic at a false discovery rate of 5 %, {by_chance} where topics are shuffled")
-print(summary.nsmallest(8, "q_value")[["latent", "sports_frac_topK", "q_value", "top_token"]].to_string(index=False))
+print(summary.nsmallest(8, "q_value")[["latent", "class_frac_topK", "q_value", "top_token"]].to_string(index=False))
 print(f"{folder.summary}: all latents")

@@ -145,11 +145,15 @@ z = sae.latents_from_shard(coder, x, "cpu")
 strength = float(z[:, chosen].max())
 page = viz.top_activations_panel(chosen, acts.paths, acts.paths, coder, vocabulary, "cpu")
 alike = z[:, chosen].argsort(descending=True)[:30]
+others = z[alike].sum(0).argsort(descending=True)[:20].tolist()
+busiest = [chosen, *(latent for latent in others if latent != chosen)]
+said = [vocabulary[tokens[place]] for place in alike.tolist()]
 add(
     f"Latent {chosen}",
     text(f"It is active on {' '.join(map(repr, wanted))}, with which {purity(chosen):.0%} of its 200 strongest tokens end."),
     f'<iframe title="texts of latent {chosen}" srcdoc="{escape(page)}"></iframe>',
-    drawn(viz.activation_heatmap(z[alike][:, :40], range(30), range(40)), "latents of the tokens on which it is strongest"),
+    text("Its 30 strongest tokens, and the latents that are active on them most:"),
+    drawn(viz.activation_heatmap(z[alike][:, busiest], said, busiest), "latents of the tokens on which it is strongest"),
 )
 
 # Steered
@@ -170,7 +174,7 @@ for latent in np.random.default_rng(0).choice(others, 20, replace=False).tolist(
     with steering.steering(backend, LAYER, coder, steering.set_or_scale_latent(latent, set_to=strength)):
         distances.append(F.kl_div(next_character(), plain, reduction="sum", log_target=True).item())
 distance = F.kl_div(steered, plain, reduction="sum", log_target=True).item()
-most = (steered - plain).topk(4).indices.tolist()
+most = (steered.exp() - plain.exp()).topk(4).indices.tolist()
 add(
     "Steered",
     text(
