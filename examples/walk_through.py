@@ -145,8 +145,8 @@ z = sae.latents_from_shard(coder, x, "cpu")
 strength = float(z[:, chosen].max())
 page = viz.top_activations_panel(chosen, acts.paths, acts.paths, coder, vocabulary, "cpu")
 alike = z[:, chosen].argsort(descending=True)[:30]
-others = z[alike].sum(0).argsort(descending=True)[:20].tolist()
-busiest = [chosen, *(latent for latent in others if latent != chosen)]
+often = z[alike].sum(0).argsort(descending=True)[:20].tolist()
+busiest = [chosen, *(latent for latent in often if latent != chosen)]
 said = [vocabulary[tokens[place]] for place in alike.tolist()]
 add(
     f"Latent {chosen}",
