@@ -84,6 +84,15 @@ def read_model(path: str, command: str, trusted: Collection[str] = ()) -> Explai
     return ExplainedModel(path, backend_of(task, ckpt), run_data(task, checkpoint, ckpt, trusted))
 
 
+def frame_of(model: ExplainedModel, text: str | None, num_tokens: int, max_len: int) -> "pd.DataFrame":
+    """The texts of a file, or without one num_tokens of what the model was trained on, all with the label 0."""
+    if text is not None:
+        return read_texts(text)
+    import pandas as pd
+
+    return pd.DataFrame({TEXT: model.training_texts(num_tokens, max_len), LABEL: 0})
+
+
 def read_texts(path: str) -> "pd.DataFrame":
     """The paragraphs of a text file, or the texts of a CSV file with the columns text and label."""
     from trix.superposition.data import load_text, load_titles_csv

@@ -2,15 +2,11 @@
 
 from argparse import Namespace
 from collections.abc import Collection
-from typing import TYPE_CHECKING
 
 from lightning_modules.commands.arguments import FILE, CommandParser
 from lightning_modules.errors import UserError
-from lightning_modules.explained_model import LABEL, TEXT, ExplainedModel, read_model, read_texts, told_to_the_user
+from lightning_modules.explained_model import LABEL, TEXT, frame_of, read_model, told_to_the_user
 from lightning_modules.trust import trusted_modules, working_folder_searched
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 DEFAULT_TOKENS = 200_000
 
@@ -36,7 +32,7 @@ def _dump(options: Namespace, trusted: Collection[str]) -> None:
 
     model = read_model(options.model, "dump", trusted)
     max_len = model.max_len(options.max_len)
-    frame = _texts(options, model, max_len)
+    frame = frame_of(model, options.text, options.num_tokens or DEFAULT_TOKENS, max_len)
     config = DumpConfig(
         layer=0,
         max_len=max_len,
@@ -51,14 +47,6 @@ def _dump(options: Namespace, trusted: Collection[str]) -> None:
         dropped = ", ".join(f"{count} {reason}" for reason, count in manifest.dropped.model_dump().items() if count)
         left_out = f"; left out: {dropped}" if dropped else ""
         print(f"wrote   {folder}  ({manifest.tokens} tokens of {manifest.documents} texts, width {manifest.d_model}{left_out})")
-
-
-def _texts(options: Namespace, model: ExplainedModel, max_len: int) -> "pd.DataFrame":
-    if options.text is not None:
-        return read_texts(options.text)
-    import pandas as pd
-
-    return pd.DataFrame({TEXT: model.training_texts(options.num_tokens or DEFAULT_TOKENS, max_len), LABEL: 0})
 
 
 def make_parser() -> CommandParser:

@@ -1,4 +1,4 @@
-"""The controls of a trained autoencoder: trained as it was, by the configuration that its run has left, and kept beside it."""
+"""Train the controls of an autoencoder with the configuration of its run, and keep them in the folder of the run."""
 
 import hashlib
 import json

@@ -126,7 +126,7 @@ def make_parser() -> CommandParser:
         prog="trix sae eval",
         description="Measure an autoencoder on held-out activations and on its model: reconstruction, what the model loses,\n"
         "what single latents tell, whether another seed finds the same. Controls are trained on the same activations, with\n"
-        "weights that stay random in part (arXiv:2602.14111), and kept beside the run: they are trained once.\n\n"
+        "some weights kept random (arXiv:2602.14111). They are kept in the folder of the run, and trained only once.\n\n"
         "Exit code 3: no better than its best control, in explained variance or in sparse probing.",
         epilog="examples:\n"
         "  trix sae eval runs/sae --model runs/char_lm\n"

@@ -12,7 +12,7 @@ from lightning_modules.data.checks import check_at_least, check_fraction
 from lightning_modules.data.data_module import TrixDataModule
 from lightning_modules.data.loader import ResumableLoader, rank_and_world_size
 from lightning_modules.errors import DataError
-from lightning_modules.explained_model import LABEL, TEXT, read_model, read_texts, told_to_the_user
+from lightning_modules.explained_model import LABEL, TEXT, frame_of, read_model, told_to_the_user
 
 ActivationBatch = tuple[Tensor, Tensor]
 
@@ -67,18 +67,13 @@ class ModelActivationDataModule(TrixDataModule):
         self.save_hyperparameters()
         self.batch_size, self.seed = batch_size, seed
         with told_to_the_user(model):
-            import pandas as pd
-
             from trix.superposition.backends import Site
             from trix.superposition.dump.live import LiveActivations
             from trix.superposition.dump.texts import TokenizedTexts
 
             explained = read_model(model, "fit")
             length = explained.max_len(max_len)
-            if text is None:
-                frame = pd.DataFrame({TEXT: explained.training_texts(num_tokens, length), LABEL: 0})
-            else:
-                frame = read_texts(text)
+            frame = frame_of(explained, text, num_tokens, length)
             texts = TokenizedTexts.from_frame(frame, TEXT, LABEL, explained.backend, length)
             self.live = LiveActivations(
                 explained.backend,

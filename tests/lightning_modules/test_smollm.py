@@ -75,7 +75,7 @@ def backend(folder: Path) -> HFCausalLM:
 
 @pytest.fixture(scope="module")
 def dumps(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Of nine tenths of the texts, and of the others; beside each folder of activations lies its CSV file."""
+    """Activations of nine tenths of the texts, and of the other tenth; each folder lies next to its CSV file."""
     root = tmp_path_factory.mktemp("dumps")
     found = {}
     for name, frame in zip(("training", "held_out"), split_df(texts(), 0.9, seed=0), strict=True):

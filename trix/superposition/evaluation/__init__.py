@@ -1,4 +1,4 @@
-"""How good a sparse autoencoder is: what it reconstructs, what the model loses, what its latents tell, beside its controls."""
+"""How good a sparse autoencoder is: its reconstruction, the loss of the model, its latents, each compared with controls."""
 
 from trix.superposition.evaluation.model_fit import ModelFit, model_fit, model_fits
 

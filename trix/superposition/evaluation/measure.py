@@ -1,4 +1,4 @@
-"""The figures of several autoencoders on the same held-out activations, so that each stands beside its controls.
+"""The figures of several autoencoders on the same held-out activations, so that each can be compared with its controls.
 
 Shapes: N tokens, U units of probes, D width, K latents, P documents, Q questions, S numbers of latents.
 """
