@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_modules.data.text import TextDataModule
+from lightning_modules.tasks import LanguageModelTask
 from trix.nn import FFNConfig, LanguageModelConfig
 
 SENTENCE = "The quick brown fox jumps over the lazy dog; 0123456789 times.\n"
@@ -43,3 +45,11 @@ def save_checkpoint(task: L.LightningModule, data: L.LightningDataModule | None,
         trainer.fit(task, data)
     trainer.save_checkpoint(path)
     return path
+
+
+def save_language_model(folder: Path) -> Path:
+    """The checkpoint of a small network on a small text, which lies in the folder, too."""
+    (folder / "text.txt").write_text(SENTENCE * 30)
+    data = TextDataModule(path=str(folder / "text.txt"), context_length=8, batch_size=4)
+    torch.manual_seed(0)
+    return save_checkpoint(LanguageModelTask(data.vocabulary, small_network()), data, folder / "model.ckpt")

@@ -3,9 +3,8 @@
 from pathlib import Path
 
 import pytest
-import torch
 from small_dumps import contents
-from small_runs import SENTENCE, save_checkpoint, small_network
+from small_runs import SENTENCE, save_checkpoint, save_language_model, small_network
 
 from lightning_modules.cli import main
 from lightning_modules.commands import dump as module
@@ -16,11 +15,7 @@ from trix.superposition.dump import ActivationDump
 
 @pytest.fixture(scope="module")
 def ckpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    (folder / "text.txt").write_text(SENTENCE * 30)
-    data = TextDataModule(path=str(folder / "text.txt"), context_length=8, batch_size=4)
-    torch.manual_seed(0)
-    return save_checkpoint(LanguageModelTask(data.vocabulary, small_network()), data, folder / "model.ckpt")
+    return save_language_model(tmp_path_factory.mktemp("model"))
 
 
 def dump(ckpt: Path, output: Path, *arguments: str) -> int:

@@ -11,14 +11,13 @@ import torch
 from numpy.typing import NDArray
 from planted_backend import PlantedWithSinks
 from small_dumps import ragged_frame, trix_backend
-from small_runs import SENTENCE, save_checkpoint, small_network
+from small_runs import save_language_model
 from torch import Tensor
 
 from lightning_modules.cli import main
 from lightning_modules.data.model_activations import ModelActivationDataModule
-from lightning_modules.data.text import TextDataModule
 from lightning_modules.errors import DataError, UserError
-from lightning_modules.tasks import LanguageModelTask, load_autoencoder
+from lightning_modules.tasks import load_autoencoder
 from trix.superposition import DumpConfig
 from trix.superposition.backends import CausalLMBackend, Site
 from trix.superposition.dump import ActivationDump, dump_sites, stream_shards
@@ -104,11 +103,7 @@ def test_bad_values_are_refused(settings: dict[str, Any], message: str) -> None:
 
 @pytest.fixture(scope="module")
 def ckpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    (folder / "text.txt").write_text(SENTENCE * 30)
-    data = TextDataModule(path=str(folder / "text.txt"), context_length=8, batch_size=4)
-    torch.manual_seed(0)
-    return save_checkpoint(LanguageModelTask(data.vocabulary, small_network()), data, folder / "model.ckpt")
+    return save_language_model(tmp_path_factory.mktemp("model"))
 
 
 def fit(ckpt: Path, runs: Path, name: str, *arguments: str) -> int:
