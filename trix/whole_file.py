@@ -54,7 +54,8 @@ def whole_files(*paths: Path) -> Iterator[list[Path]]:
             for partial in partials:
                 descriptors.append(_create(partial))
             yield partials
-            for partial in partials:
+            for partial, descriptor in zip(partials, descriptors, strict=True):
+                _keep_mode(partial, descriptor)
                 _sync(partial)
             _take_names(partials, paths)
         finally:
@@ -117,6 +118,14 @@ def _about(target: Path, partials: Collection[Path], error: OSError) -> OSError 
     if error.errno is None or not is_about_target:
         return None
     return OSError(error.errno, error.strerror, str(target))
+
+
+def _keep_mode(partial: Path, descriptor: int | None) -> None:
+    """Where a library has put a file of its own in the place of the empty one, as safetensors does, it gets its permissions."""
+    if descriptor is not None:
+        mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
+        if stat.S_IMODE(partial.stat().st_mode) != mode:
+            partial.chmod(mode)
 
 
 def _partial(path: Path) -> Path:

@@ -38,6 +38,13 @@ def check_output_folder(path: Path) -> None:
         raise UserError(f"output {path} cannot be written: {error.strerror or error}") from error
 
 
+def check_new_folder(path: Path) -> None:
+    """Raise UserError where no folder can be written to `path`: there must be nothing yet, or an empty folder."""
+    check_output_folder(path)
+    if path.exists() and any(path.iterdir()):
+        raise UserError(f"output {path} must be empty or not exist yet: no folder is replaced")
+
+
 @contextmanager
 def output_folder(path: Path) -> Iterator[None]:
     """Make the folder and those above it; should the work in it fail, the new ones go again."""

@@ -3,6 +3,7 @@
 from lightning_modules.tasks.answers import Example, Exporter, Page, Request
 from lightning_modules.tasks.checkpoint import check_finite, check_resumable, load_checkpoint, load_weights, read_checkpoint
 from lightning_modules.tasks.classifier import ClassifierTask
+from lightning_modules.tasks.hub import load_pretrained
 from lightning_modules.tasks.language_model import LanguageModelTask
 from lightning_modules.tasks.resnet_bk import ResNetBKTask
 from lightning_modules.tasks.routed_task import RoutedTask, StepOutput
@@ -29,6 +30,7 @@ __all__ = [
     "check_resumable",
     "load_autoencoder",
     "load_checkpoint",
+    "load_pretrained",
     "load_weights",
     "read_checkpoint",
 ]

@@ -52,6 +52,19 @@ def load_checkpoint(path: Path | str, trusted: Collection[str] = ()) -> tuple[Tr
             :func:`load_weights`, or the weights do not fit the hyperparameters.
     """
     checkpoint = read_checkpoint(path)
+    return make_task(checkpoint, path, trusted), checkpoint
+
+
+def make_task(checkpoint: Mapping[str, Any], path: Path | str, trusted: Collection[str] = ()) -> TrixTask:
+    """The task of what was read from a checkpoint, or from a folder of the Hub, in evaluation mode.
+
+    Args:
+        checkpoint: state_dict, hyper_parameters, and what it says of itself. path: what errors call it. trusted: as
+            :func:`load_checkpoint`.
+
+    Raises:
+        CheckpointError: as :func:`load_checkpoint`.
+    """
     try:
         kind = import_class(_task_class(checkpoint[CHECKPOINT_KEY]), TrixTask, path, trusted)  # type: ignore[type-abstract]
     except UserError as error:
@@ -65,7 +78,7 @@ def load_checkpoint(path: Path | str, trusted: Collection[str] = ()) -> tuple[Tr
         load_weights(task, checkpoint["state_dict"])
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    return task.eval(), checkpoint
+    return task.eval()
 
 
 def load_weights(task: TrixTask, state_dict: Mapping[str, Any]) -> None:

@@ -12,7 +12,8 @@ from torchmetrics import MeanMetric
 
 from lightning_modules.learning_rates import share_of_peak
 from lightning_modules.routed_layers import layer_name, routed_layers
-from lightning_modules.tasks.task import LRSchedulerCallable, OptimizerCallable, TrixTask
+from lightning_modules.tasks.hub import HubTask
+from lightning_modules.tasks.task import LRSchedulerCallable, OptimizerCallable
 from trix.nn import ClassifierConfig, FFNConfig, LanguageModelConfig
 from trix.outputs import AuxLosses, RoutingInfo
 
@@ -42,7 +43,7 @@ def as_config(kind: type[ConfigT], values: ConfigT | Mapping[str, Any]) -> Confi
     return kind(**{**stored, **ffn, "attention_at": tuple(stored.get("attention_at", ()))})
 
 
-class RoutedTask(TrixTask, is_base=True):
+class RoutedTask(HubTask, is_base=True):
     """loss = cross entropy(network(x), label) + total_aux, for any network that returns logits, routing and losses.
 
     A batch is (x, label). A subclass makes ``network``, says what else is measured and what a prediction is; one that learns
