@@ -58,8 +58,12 @@ class TernaryCheckpoint(Protocol):
 
     config: DecoderConfig
     format: str  # as it is told to the user and kept in the metadata: "Hugging Face, packed"
-    sources: Mapping[str, str]  # SHA-256 by file name
     tokenizer_files: tuple[Path, ...]
+
+    @property
+    def sources(self) -> Mapping[str, str]:
+        """SHA-256 by file name; the files are read for it."""
+        ...
 
     def ternary(self, name: str) -> TernaryMatrix: ...
 
