@@ -43,7 +43,8 @@ class Settings:
         """Raises CheckpointError for anything else than a whole number from least to largest."""
         value = self._given(name, default)
         if type(value) is not int or not least <= value <= largest:
-            raise CheckpointError(f"{name} of {self.where} ({value!r:.40}) must be a whole number from {least} to {largest}")
+            wanted = str(least) if least == largest else f"a whole number from {least} to {largest}"
+            raise CheckpointError(f"{name} of {self.where} ({value!r:.40}) must be {wanted}")
         return value
 
     def positive(self, name: str, default: float | None = None) -> float:
