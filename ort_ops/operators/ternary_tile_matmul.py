@@ -166,7 +166,14 @@ def _translations() -> dict[Any, Translation]:
     def translate(x: Any, packed: Any, row_scale: Any, tile_idx: Any) -> Any:
         return opset.TernaryTileMatMul(x, packed, row_scale, tile_idx)
 
-    return {torch.ops.trix.ternary_tile_matmul.default: translate}
+    def translate_8bit(x: Any, packed: Any, row_scale: Any, tile_idx: Any, min_magnitude: float) -> Any:
+        attributes = {"activation_bits": 8, "group_size": 0, "min_magnitude": min_magnitude}
+        return opset.TernaryTileMatMul(x, packed, row_scale, tile_idx, **attributes)
+
+    return {
+        torch.ops.trix.ternary_tile_matmul.default: translate,
+        torch.ops.trix.ternary_tile_matmul_8bit.default: translate_8bit,
+    }
 
 
 OPERATOR = Operator(TERNARY_TILE_MATMUL, _function, _check, _translations)
