@@ -15,6 +15,7 @@ from ternary_folders import TinyModel, tiny_model
 from ort_ops.ternary_models.errors import CheckpointError
 from ort_ops.ternary_models.gguf_header import read_header
 from ort_ops.ternary_models.reading import open_checkpoint
+from ort_ops.ternary_models.tensor_shapes import float_shapes, ternary_shapes
 
 gguf = pytest.importorskip("gguf", reason="files in GGUF need gguf")
 ternary_gguf = pytest.importorskip("ternary_gguf", reason="needs gguf")
@@ -300,3 +301,33 @@ def test_sizes_that_overflow_are_refused(tmp_path: Path) -> None:
     path.write_bytes(content.replace(entry, tensor_entry("token_embd.weight", 0, 2**62, 256)[:-8]))
     with pytest.raises(CheckpointError, match=r"rows of token_embd.weight \(4611686018427387904\) must be <= 16777216"):
         open_checkpoint(path)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_changed_files_are_read_or_refused(tmp_path: Path, seed: int) -> None:
+    """Nothing else is raised, and whatever is read is ternary and finite. Most changes are in the header."""
+    rng = np.random.default_rng(seed)
+    path = ternary_gguf.write_gguf(tmp_path / "m.gguf", SMALL)
+    honest = path.read_bytes()
+    num_read = 0
+    for _ in range(100):
+        content = bytearray(honest)
+        for _ in range(int(rng.integers(1, 4))):
+            place = int(rng.integers(3500 if rng.random() < 0.7 else len(content)))
+            if rng.random() < 0.5:
+                content[place] = int(rng.choice([0, 1, 2, 127, 255, rng.integers(256)]))
+            elif rng.random() < 0.5:
+                content[place : place + 8] = int(rng.choice([0, 1, 2**31, 2**40, 2**62])).to_bytes(8, "little")
+            else:
+                del content[place : place + int(rng.integers(1, 300))]
+        path.write_bytes(content)
+        try:
+            checkpoint = open_checkpoint(path)
+            for name in ternary_shapes(checkpoint.config):
+                assert set(np.unique(checkpoint.ternary(name).code_NK)) <= {-1, 0, 1}
+            for name in float_shapes(checkpoint.config):
+                assert np.isfinite(checkpoint.float32(name)).all()
+        except CheckpointError:
+            continue
+        num_read += 1
+    assert 0 < num_read < 100
