@@ -152,7 +152,7 @@ def _join(graph: GraphProto, routes: Sequence[NodeProto]) -> None:
 
 
 def set_activations(graph: GraphProto, activations: Activations) -> None:
-    """In every node whose operator can: those that route cannot. The products of a BitLinear, which say theirs, stay."""
+    """Set them in every node that takes them: routing nodes do not, and the products of a BitLinear keep their own."""
     names = {op.name for op in SCHEMAS if any(attribute.name == "activation_bits" for attribute in op.attributes)}
     for node in (node for inner in all_graphs(graph) for node in inner.node):
         has_own = any(attribute.name == "min_magnitude" and attribute.f > 0 for attribute in node.attribute)

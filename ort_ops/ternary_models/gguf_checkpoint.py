@@ -55,9 +55,9 @@ _INSIDE = {
 class GgufCheckpoint:
     """A :class:`~ort_ops.ternary_models.types.TernaryCheckpoint` of a file; sizes and names are checked when it is made.
 
-    A block of 256 values of a row has a scale d in float16. All blocks of a row must have the same, apart from blocks of zeros,
-    where d may be 0. The rows of q and k come back in the order of Hugging Face: llama.cpp rotates neighbours, where
-    ``DecoderConfig`` means the two halves of a head.
+    Each block of 256 values of a row has a scale d in float16. All blocks of a row must have the same d, except blocks of
+    zeros, which have d = 0. The rows of q and k come back in the order of Hugging Face, which rotates the two halves of a head;
+    llama.cpp rotates neighbouring rows.
 
     The architecture bitnet is not read: llama.cpp computes it with SiLU, while BitNet b1.58 2B4T was trained with relu^2, and
     the file does not say which is meant. The vocabulary is not read either: there are no tokenizer files.
@@ -143,7 +143,7 @@ class GgufCheckpoint:
                 raise CheckpointError(f"{self._path} must hold the tensor {name}")
             self._check_tensor(name, types, shape)
             found |= {_TYPE_NAMES[tensors[name].kind]} if types is TERNARY_TYPES else set()
-        for name in tensors.keys() - expected.keys():
+        for name in sorted(tensors.keys() - expected.keys()):
             why = ": scaled rotations are unknown" if name == "rope_freqs.weight" else ""
             raise CheckpointError(f"{self._path} holds {name!r:.80}, a tensor that this decoder does not have{why}")
         return found
@@ -223,7 +223,10 @@ def _end_tokens(about: Settings, vocab_size: int) -> tuple[int, ...]:
 
 
 def _row_scales(d_NB: NDArray[np.float32], name: str) -> NDArray[np.float32]:
-    """The scale of each row [N], which all its blocks have, those of zeros apart. Rows of zeros get that of another row."""
+    """The scale of each row [N], which all its blocks must share; blocks with d = 0 are excluded.
+
+    A row of zeros gets the largest scale of the matrix, a matrix of zeros the scale 1.
+    """
     is_bad_N = ~(np.isfinite(d_NB) & (d_NB >= 0)).all(axis=1)
     if is_bad_N.any():
         row = int(is_bad_N.argmax())

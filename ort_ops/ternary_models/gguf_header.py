@@ -1,4 +1,4 @@
-"""What stands before the tensors of a GGUF file: settings and where each tensor is.
+"""The header of a GGUF file: settings, and where each tensor is.
 
 The package gguf has a reader, too. It makes several arrays of each token of the vocabulary, and trusts the number of values
 that a list claims. This one skips lists, and stops where the file ends.
@@ -43,7 +43,7 @@ def read_header(path: Path) -> GgufHeader:
     """Read the header of a GGUF file of little-endian numbers.
 
     Raises:
-        CheckpointError: no regular file, another format or version, a header that is cut off, or a name that stands twice.
+        CheckpointError: no regular file, another format or version, a header that is cut off, or a name that occurs twice.
     """
     try:
         with open_regular(path) as file:
@@ -73,14 +73,14 @@ class _Walk:
             name = self._text(MAX_NAME_BYTES)
             value = self._value(self._scalar("I"))
             if name in values:
-                raise CheckpointError(f"{self._path}: {name!r:.80} must stand in the header once")
+                raise CheckpointError(f"{self._path}: {name!r:.80} must occur once in the header")
             if value is not None:
                 values[name] = value
         found: dict[str, GgufTensor] = {}
         for _ in range(num_tensors):
             name = self._text(MAX_NAME_BYTES)
             if name in found:
-                raise CheckpointError(f"{self._path}: tensor {name!r:.80} must stand in the header once")
+                raise CheckpointError(f"{self._path}: tensor {name!r:.80} must occur once in the header")
             found[name] = self._tensor()
         alignment = values.get("general.alignment", DEFAULT_ALIGNMENT)
         if type(alignment) is not int or not 0 < alignment <= MAX_NAME_BYTES:

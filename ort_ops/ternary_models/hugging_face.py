@@ -49,7 +49,7 @@ _UNUSED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # 
 
 
 class _Expected(NamedTuple):
-    """What a tensor must be. why: the setting that says so of its dtype."""
+    """The dtypes and shapes that a tensor may have. why: what the error about its dtype ends with."""
 
     dtypes: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
@@ -60,7 +60,7 @@ class HuggingFaceCheckpoint:
     """A :class:`~ort_ops.ternary_models.types.TernaryCheckpoint` of a folder; sizes and names are checked when it is made.
 
     Whether the projections are packed is what quantization_mode says, and the dtypes must agree. ``weight_scale`` is a factor
-    with linear_class autobitlinear, else it is divided by. A head that equals the embedding is tied.
+    with linear_class autobitlinear, else it is divided by. With tie_word_embeddings, a stored head must equal the embedding.
 
     Raises:
         CheckpointError: here for files, settings, names and shapes, in :meth:`ternary` and :meth:`float32` for values.
@@ -116,7 +116,7 @@ class HuggingFaceCheckpoint:
                 raise CheckpointError(
                     f"shape of {name} {stored[name].shape} must be {' or '.join(map(str, shapes))}, as {CONFIG_FILE} says"
                 )
-        for name in stored.keys() - expected.keys():
+        for name in sorted(stored.keys() - expected.keys()):
             if name == _HEAD and self.config.is_head_tied:
                 self._check_tied_head()
             elif not _UNUSED.fullmatch(name):

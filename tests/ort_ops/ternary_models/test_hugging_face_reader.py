@@ -141,6 +141,14 @@ def test_neither_torch_nor_transformers_is_loaded(tmp_path: Path) -> None:
     assert result.stdout == "[]\n", result.stderr
 
 
+def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    monkeypatch.delitem(sys.modules, "ort_ops.ternary_models.gguf_checkpoint", raising=False)
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ImportError, match=r"m.gguf needs the package gguf: pip install 'trix\[import\]'"):
+        open_checkpoint(tmp_path / "m.gguf")
+
+
 Values, Tensors = dict[str, Any], dict[str, np.ndarray]
 
 

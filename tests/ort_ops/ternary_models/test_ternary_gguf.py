@@ -269,8 +269,8 @@ HEADERS: dict[str, tuple[bytes, str]] = {
         r"values of a list \(9\) must be a number or a text",
     ),
     "unknown value": (head(0, 1) + text("a") + struct.pack("<I", 13), r"type of a value \(13\) must be one of GGUF's"),
-    "value twice": (head(0, 2) + 2 * (text("a") + struct.pack("<IB", 0, 1)), "'a' must stand in the header once"),
-    "tensor twice": (head(2, 0) + 2 * tensor_entry("w", 0, 1), "tensor 'w' must stand in the header once"),
+    "value twice": (head(0, 2) + 2 * (text("a") + struct.pack("<IB", 0, 1)), "'a' must occur once in the header"),
+    "tensor twice": (head(2, 0) + 2 * tensor_entry("w", 0, 1), "tensor 'w' must occur once in the header"),
     "dimensions": (head(1, 0) + tensor_entry("w", 0, 1, 1, 1, 1, 1), r"dimensions of a tensor \(5\) must be from 1 to 4"),
 }
 
