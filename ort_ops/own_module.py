@@ -1,6 +1,7 @@
 """Somebody's own module before its export: names, dynamic axes, outputs as one row of tensors; and how the file is verified."""
 
 import inspect
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -18,6 +19,7 @@ from ort_ops.reference import ModuleReference
 from ort_ops.tracing import Interface, first_cause
 from ort_ops.verification import MAX_RELATIVE_DIFFERENCE, ExportError
 from trix.nn import SparseLookupFFN, TriXFFN
+from trix.nn.bit_linear import BitLinear
 from trix.outputs import RoutingDecision
 
 MAX_REFERENCE_BYTES = 2**26  # example inputs and outputs travel in the file's metadata
@@ -237,7 +239,7 @@ class ModuleAnswers:
         self._module, self._input_names = module, inputs.names
         self._output_names: list[str] = []
         self._kept: list[int] = []
-        self._num_near_ties = 0
+        self._num_near_ties: Counter[str] = Counter()
         try:
             first = self._answer(inputs.tensors)
         except ExportError:
@@ -263,7 +265,7 @@ class ModuleAnswers:
 
     @contextmanager
     def _counting_near_ties(self) -> Iterator[None]:
-        """Where rounding decides between two tiles, torch and onnxruntime may decide otherwise."""
+        """Where rounding decides between two tiles or steps of 8 bits, torch and onnxruntime may decide otherwise."""
         hooks = []
 
         def of_router(router: Any, _: Any, decision: RoutingDecision) -> None:
@@ -272,8 +274,13 @@ class ModuleAnswers:
         def of_lookup(layer: SparseLookupFFN, _: Any, output: Any) -> None:
             self._add_near_ties(output[1]["scores"], layer.router.balance_bias, layer.router.top_k)
 
+        def of_bit_linear(layer: BitLinear, inputs: tuple[Tensor], _: Any) -> None:
+            self._num_near_ties["steps of 8 bits"] += layer.num_near_ties(*inputs)
+
         for module in self._module.modules():
-            if isinstance(module, TriXFFN):
+            if isinstance(module, BitLinear):
+                hooks.append(module.register_forward_hook(of_bit_linear))
+            elif isinstance(module, TriXFFN):
                 hooks.append(module.router.register_forward_hook(of_router))
             elif isinstance(module, SparseLookupFFN):
                 hooks.append(module.register_forward_hook(of_lookup))
@@ -284,7 +291,7 @@ class ModuleAnswers:
                 hook.remove()
 
     def _add_near_ties(self, score: Tensor, bias_E: Tensor, top_k: int) -> None:
-        self._num_near_ties += int((selection_gap((score + bias_E).numpy(), top_k) <= SCORE_ROUNDING).sum())
+        self._num_near_ties["tiles"] += int((selection_gap((score + bias_E).numpy(), top_k) <= SCORE_ROUNDING).sum())
 
     def name_outputs(self, kept: list[int], output_names: Sequence[str] | None) -> list[str]:
         """Names for those outputs that the file has, by their places among the tensors of torch's output."""
@@ -324,11 +331,11 @@ class ModuleAnswers:
         except ValueError as error:
             raise ExportError(f"at {sizes}: {error}") from error
         if not parity.agrees(MAX_RELATIVE_DIFFERENCE):
-            ties = f"; rounding decided between two tiles {self._num_near_ties} times: try other example inputs"
+            ties = ", ".join(f"between two {what} {number} times" for what, number in self._num_near_ties.items() if number)
             raise ExportError(
                 f"max relative difference to torch ({parity.max_relative_difference:.1e}) must be < "
                 f"{MAX_RELATIVE_DIFFERENCE:.0e} and whole numbers that differ ({parity.num_unequal}) must be 0, at {sizes}"
-                f"{ties if self._num_near_ties else ''}"
+                f"{f'; rounding decided {ties}: try other example inputs' if ties else ''}"
             )
         return parity
 

@@ -47,6 +47,12 @@ def check_regular(path: Path | str, limit: int | None = None) -> None:
     open_regular(path, limit).close()
 
 
+def is_plain_name(name: str) -> bool:
+    """Whether a text from a file names a file of the folder where it is used, on any system: no path, drive or stream."""
+    is_text = name.isprintable() and name not in ("", ".", "..")
+    return is_text and name == Path(name).name and not set(name) & set("/\\:")
+
+
 def _check(path: Path | str, status: os.stat_result, limit: int | None) -> None:
     if stat.S_ISDIR(status.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))

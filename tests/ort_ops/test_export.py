@@ -215,7 +215,8 @@ def test_activations_of_8_bits_drift_little_and_are_told(tmp_path: Path, group_s
     assert "8 bits  against torch: relative RMS difference of the logits " in str(report)
     nodes = [node for node in onnx.load(path).graph.node if node.op_type in ("TernaryTileMatMul", "TernaryFFN")]
     values = [{attribute.name: attribute.i for attribute in node.attribute} for node in nodes]
-    assert values == [{"activation_bits": 8, "group_size": group_size}] * 2 * 3  # a layer: attention in and out, tiles
+    expected = {"activation_bits": 8, "group_size": group_size, "min_magnitude": 0}
+    assert values == [expected] * 2 * 3  # a layer: attention in and out, tiles
     exported = ExportedModel(path)
     assert exported.metadata["activations"] == {"bits": 8, "group_size": group_size}
     assert exported.metadata["drift"]["relative_rms_difference"] == report.drift.relative_rms_difference

@@ -1,9 +1,9 @@
-"""Feed every reader of files mutated ones: checkpoints, exported models, YAML, signatures, metrics, event files, texts.
+"""Feed every reader of files mutated ones: checkpoints, exported models, ternary models of others, YAML, texts and more.
 
-Usage: fuzz_files.py FOLDER SEED SECONDS [CASE]. FOLDER holds the honest files lm.ckpt and lm.onnx; the input of a case is
-written there. A reader may read it or refuse it with the errors that it documents. Any other error, more than 10 s or more than
-1 GB of memory ends the process, which leaves the input where it is and prints SEED and CASE: they repeat it alone. At the end
-it prints how many inputs each reader was given, refused and accepted.
+Usage: fuzz_files.py FOLDER SEED SECONDS [CASE]. FOLDER holds the honest files lm.ckpt and lm.onnx and the folder ternary; the
+input of a case is written there. A reader may read it or refuse it with the errors that it documents. Any other error, more
+than 10 s or more than 1 GB of memory ends the process, which leaves the input where it is and prints SEED and CASE: they repeat
+it alone. At the end it prints how many inputs each reader was given, refused and accepted.
 """
 
 import copy
@@ -13,6 +13,7 @@ import json
 import os
 import resource
 import shutil
+import struct
 import sys
 import time
 import traceback
@@ -41,8 +42,13 @@ from lightning_modules.signature_values import read_signature
 from lightning_modules.tasks import load_checkpoint
 from lightning_modules.yaml_files import read_yaml
 from ort_ops.runtime import LanguageModelSession
+from ort_ops.ternary_models.errors import CheckpointError
+from ort_ops.ternary_models.gguf_header import read_header
+from ort_ops.ternary_models.reading import open_checkpoint
+from ort_ops.ternary_models.tensor_shapes import float_shapes, ternary_shapes
 
 MAX_SECONDS, MAX_BYTES, ADDRESS_SPACE = 10, 2**30, 2**34
+TERNARY_FILES = ("config.json", "model.safetensors.index.json", "model-00001-of-00002.safetensors")
 Rng = np.random.Generator
 ODD_NUMBERS = (-(2**63), -(2**31), -1, 0, 1, 2, 3, 7, 17, 255, 2**20, 2**31, 2**34, 2**60, 2**63, 10**30, 10**400)
 ODD_TEXTS = (
@@ -164,6 +170,7 @@ class Originals:
         self.checkpoint_bytes = (folder / "lm.ckpt").read_bytes()
         self.checkpoint = torch.load(folder / "lm.ckpt", weights_only=True)
         self.model_bytes = (folder / "lm.onnx").read_bytes()
+        self.ternary = {name: (folder / "ternary" / name).read_bytes() for name in TERNARY_FILES}
         self.yaml = yaml.safe_dump(copy.deepcopy(self.checkpoint["hyper_parameters"]) | {"a": [1, 2.5, None, {"b": "c"}]})
 
 
@@ -207,6 +214,36 @@ def model_input(rng: Rng, originals: Originals) -> bytes:
         else:
             tensor.raw_data = change_bytes(rng, tensor.raw_data)
     return proto.SerializeToString()
+
+
+def ternary_input(rng: Rng, originals: Originals) -> bytes:
+    """A file of the folder, behind the place of its name in TERNARY_FILES."""
+    place = int(rng.integers(len(TERNARY_FILES)))
+    honest = originals.ternary[TERNARY_FILES[place]]
+    if TERNARY_FILES[place].endswith(".json") and rng.random() < 0.8:
+        changed = json.dumps(change_value(rng, json.loads(honest))).encode()
+    elif rng.random() < 0.5:
+        start = int(rng.integers(len(honest)))
+        changed = honest[:start] + change_bytes(rng, honest[start : start + 200]) + honest[start + 200 :]
+    else:
+        changed = change_bytes(rng, honest)
+    return bytes([place]) + changed
+
+
+def gguf_input(rng: Rng, originals: Originals) -> bytes:
+    """The header alone, written by hand: the package gguf need not be there."""
+    content = b"GGUF" + struct.pack("<IQQ", 3, 2, 4)
+    content += gguf_text("general.architecture") + struct.pack("<I", 8) + gguf_text("llama")
+    content += gguf_text("llama.block_count") + struct.pack("<II", 4, 1)
+    content += gguf_text("tokens") + struct.pack("<IIQ", 9, 8, 3) + gguf_text("a") * 3
+    content += gguf_text("scores") + struct.pack("<IIQ3f", 9, 6, 3, 0, 1, 2)
+    for name, kind in (("token_embd.weight", 0), ("blk.0.attn_q.weight", 35)):
+        content += gguf_text(name) + struct.pack("<IQQIQ", 2, 256, 8, kind, 0)
+    return change_bytes(rng, content)
+
+
+def gguf_text(text: str) -> bytes:
+    return struct.pack("<Q", len(text)) + text.encode()
 
 
 def json_input(rng: Rng, originals: Originals) -> bytes:
@@ -265,6 +302,22 @@ def read_exported(path: Path) -> None:
         raise refused
 
 
+def read_ternary(path: Path) -> None:
+    content, folder = path.read_bytes(), path.parent / "ternary"
+    changed = folder / TERNARY_FILES[content[0]]
+    honest = changed.read_bytes()
+    changed.write_bytes(content[1:])
+    try:
+        checkpoint = open_checkpoint(folder)
+        dict(checkpoint.sources)
+        for name in ternary_shapes(checkpoint.config):
+            assert set(np.unique(checkpoint.ternary(name).code_NK)) <= {-1, 0, 1}
+        for name in float_shapes(checkpoint.config):
+            assert np.isfinite(checkpoint.float32(name)).all()
+    finally:
+        changed.write_bytes(honest)
+
+
 def read_events(path: Path) -> None:
     folder = path.with_suffix("")
     folder.mkdir(exist_ok=True)
@@ -288,6 +341,8 @@ class Reader:
 READERS = {
     "checkpoint": Reader(checkpoint_input, read_checkpoint_and_data, suffix=".ckpt"),
     "model": Reader(model_input, read_exported, (UserError, ValueError), suffix=".onnx"),
+    "ternary": Reader(ternary_input, read_ternary, (CheckpointError,)),
+    "gguf": Reader(gguf_input, read_header, (CheckpointError,), suffix=".gguf"),
     "yaml": Reader(lambda rng, originals: change_text(rng, originals.yaml, YAML_WORDS), read_yaml, suffix=".yaml"),
     "signature": Reader(json_input, lambda path: read_signature(str(path), 16), suffix=".json"),
     "metrics": Reader(metrics_input, read_metrics, suffix=".csv"),

@@ -1,7 +1,7 @@
 """Products in which every token meets the matrix of its own tile.
 
 Tokens are sorted by tile once, and each product then runs over contiguous groups. In training the weights are float
-(:func:`grouped_linear`); a packed layer calls ``trix::ternary_ffn``, ``trix::ternary_tile_matmul`` and
+(:func:`grouped_linear`); a packed layer calls ``trix::ternary_ffn``, ``trix::ternary_tile_matmul``, its form in 8 bits and
 ``trix::signature_route``, custom operators that the exporter translates one to one into the onnxruntime operators of the same
 meaning.
 """
@@ -174,6 +174,35 @@ def ternary_tile_matmul(x: Tensor, packed: Tensor, row_scale: Tensor, tile_idx: 
 
 @ternary_tile_matmul.register_fake
 def _(x: Tensor, packed: Tensor, row_scale: Tensor, tile_idx: Tensor) -> Tensor:  # noqa: ARG001
+    return x.new_empty(x.shape[0], packed.shape[1])
+
+
+def in_8bit_steps(x: Tensor, min_magnitude: float) -> tuple[Tensor, Tensor]:
+    """x * (127 / m) [..., K] and the step m / 127 [..., 1], with m = max(max |x|, min_magnitude), in float32.
+
+    min_magnitude: > 0, so that zeros have a step, too.
+    """
+    x = x.float()
+    largest = x.abs().amax(-1, keepdim=True).clamp_min(min_magnitude)
+    return x * (127 / largest), largest / 127
+
+
+@torch.library.custom_op("trix::ternary_tile_matmul_8bit", mutates_args=())
+def ternary_tile_matmul_8bit(x: Tensor, packed: Tensor, row_scale: Tensor, tile_idx: Tensor, min_magnitude: float) -> Tensor:
+    """:func:`ternary_tile_matmul` of x rounded to 8-bit steps, ties to even, in float32. Inference only: no gradient.
+
+    Args:
+        x, packed, row_scale, tile_idx: as there. min_magnitude: as in :func:`in_8bit_steps`.
+
+    Returns:
+        [T, N] in the dtype of x.
+    """
+    steps_TK, step_T1 = in_8bit_steps(x, min_magnitude)
+    return (ternary_tile_matmul(steps_TK.round(), packed, row_scale, tile_idx) * step_T1).to(x.dtype)
+
+
+@ternary_tile_matmul_8bit.register_fake
+def _(x: Tensor, packed: Tensor, row_scale: Tensor, tile_idx: Tensor, min_magnitude: float) -> Tensor:  # noqa: ARG001
     return x.new_empty(x.shape[0], packed.shape[1])
 
 
