@@ -10,7 +10,7 @@ NATIVE := $(shell find ort_ops/native -type f 2>/dev/null)
 CASE := $(notdir $(basename $(wildcard benchmarks/cases/*.py)))
 CPP := find ort_ops/native -name '*.cpp' -o -name '*.hpp'
 # What a deployment needs: these run without torch.
-OPERATOR_TESTS := $(addprefix tests/ort_ops/test_,native_ops.py ternary_ffn.py resolvent_ops.py route_gates.py choice_among_many.py \
+OPERATOR_TESTS := $(addprefix tests/ort_ops/test_,native_ops.py ternary_matmul.py ternary_ffn.py resolvent_ops.py route_gates.py choice_among_many.py \
   outlier_activations.py sparse_lookup_op.py activations.py functions.py panels.py library.py self_test.py) \
   tests/parity/test_isa_parity.py
 OLDEST := build/ort_oldest
