@@ -1,16 +1,17 @@
-"""Files that are written whole or not at all. Loads nothing but the standard library.
+"""Files and folders that are written whole or not at all. Loads nothing but the standard library.
 
 What is written goes to a temporary file in the folder of the target, `.NAME.PID.TOKEN.partial`, which takes the target's name
 once it is complete and on the disk. Its writer holds a lock on it. A killed writer leaves the file without one, and the next
-file that is written to the folder removes it. On a disk without locks such files stay.
+file that is written to the folder removes it. On a disk without locks such files stay. The same is true of folders.
 """
 
 import os
 import re
 import secrets
+import shutil
 import stat
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -63,14 +64,59 @@ def whole_files(*paths: Path) -> Iterator[list[Path]]:
                 if descriptor is not None:
                     os.close(descriptor)
     except OSError as error:
-        named = [Path(os.fsdecode(name)) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
-        own = (*partials, *last.parents)
-        is_about_target = not named or any(name in own for name in named)  # a full disk names nothing
-        if error.errno is None or not is_about_target:
+        about = _about(last, partials, error)
+        if about is None:
             raise
-        raise OSError(error.errno, error.strerror, str(last)) from error
+        raise about from error
     with suppress(OSError):  # the file is there; that its name outlasts a power failure not every file system can promise
         _sync(last.parent)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yield the path of a new, empty folder, which gets the name `path` at the end of the block; the folder above it is made.
+
+    At `path` there must be nothing, or an empty folder: no folder is replaced. What is in the folder is on the disk before it
+    gets its name. A block that raises leaves nothing.
+
+    Raises:
+        OSError: the folder cannot be written; it names `path`. Errors of the block about other files pass through.
+    """
+    partial = _partial(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(path.parent)
+        descriptor = _create_folder(partial)
+        try:
+            yield partial
+            for inner in [*partial.rglob("*"), partial]:
+                if inner.is_dir():
+                    with suppress(OSError):  # not every file system can
+                        _sync(inner)
+                else:
+                    _sync(inner)
+            partial.rename(path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+            if descriptor is not None:
+                os.close(descriptor)
+    except OSError as error:
+        about = _about(path, [partial], error)
+        if about is None:
+            raise
+        raise about from error
+    with suppress(OSError):
+        _sync(path.parent)
+
+
+def _about(target: Path, partials: Collection[Path], error: OSError) -> OSError | None:
+    """The error with the name of the target, where it is about the target: its partial files or the folders above it."""
+    named = [Path(os.fsdecode(name)) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+    own = (*partials, *target.parents)
+    is_about_target = not named or any(name in own for name in named)  # a full disk names nothing
+    if error.errno is None or not is_about_target:
+        return None
+    return OSError(error.errno, error.strerror, str(target))
 
 
 def _partial(path: Path) -> Path:
@@ -96,12 +142,16 @@ def write_whole(content: bytes, path: Path) -> None:
 
 
 def remove_abandoned(folder: Path) -> None:
-    """Remove the temporary files in the folder whose writers have died; what cannot be removed stays."""
+    """Remove the temporary files and folders in the folder whose writers have died; what cannot be removed stays."""
     found: list[Path] = []
     with suppress(OSError), os.scandir(folder) as entries:
         found += [Path(entry.path) for entry in entries if _PARTIAL.fullmatch(entry.name)]
     for partial in found:
-        remove_unless_used(partial, lambda: False)
+        with suppress(OSError):
+            if stat.S_ISDIR(partial.lstat().st_mode):
+                _remove_if_abandoned(partial, lambda: False)
+            else:
+                remove_unless_used(partial, lambda: False)
 
 
 def remove_unless_used(path: Path, is_used: Callable[[], bool]) -> None:
@@ -112,6 +162,13 @@ def remove_unless_used(path: Path, is_used: Callable[[], bool]) -> None:
     with suppress(OSError):
         if stat.S_ISREG(path.lstat().st_mode):
             _remove_if_abandoned(path, is_used)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _sync(path: Path) -> None:
@@ -129,10 +186,14 @@ if sys.platform == "win32":
         os.close(os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL))
         return None
 
+    def _create_folder(partial: Path) -> int | None:
+        partial.mkdir()
+        return None
+
     def _remove_if_abandoned(path: Path, is_used: Callable[[], bool]) -> None:
         match = _PARTIAL.fullmatch(path.name)
         if (match is None or not _is_running(int(match["pid"]))) and not is_used():
-            path.unlink()
+            _remove(path)
 
     def _is_running(pid: int) -> bool:
         QUERY_LIMITED_INFORMATION, ACCESS_DENIED = 0x1000, 5
@@ -147,8 +208,20 @@ else:
 
     def _create(partial: Path) -> int | None:
         """The descriptor that holds the lock until it is closed."""
+        return _locked(partial, lambda: os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666))  # EXCL follows no link
+
+    def _create_folder(partial: Path) -> int | None:
+        """As :func:`_create`."""
+
+        def make() -> int:
+            partial.mkdir()
+            return os.open(partial, os.O_RDONLY | os.O_NOFOLLOW)
+
+        return _locked(partial, make)
+
+    def _locked(partial: Path, make: Callable[[], int]) -> int:
         while True:
-            descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)  # EXCL follows no link
+            descriptor = make()
             with suppress(OSError):  # a disk without locks
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
             if _is_at(partial, descriptor):
@@ -156,11 +229,13 @@ else:
             os.close(descriptor)  # another process found it before it was locked, and has removed it
 
     def _remove_if_abandoned(path: Path, is_used: Callable[[], bool]) -> None:
-        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)  # NFS locks only what is open for writing
+        # NFS locks only what is open for writing, which a folder never is.
+        access = os.O_RDONLY if path.is_dir() else os.O_RDWR
+        descriptor = os.open(path, access | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises where its writer lives
             if _is_at(path, descriptor) and not is_used():
-                path.unlink()
+                _remove(path)
         finally:
             os.close(descriptor)
 

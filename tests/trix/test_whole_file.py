@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from trix import whole_file as module
-from trix.whole_file import remove_abandoned, remove_unless_used, whole_file, whole_files, write_whole
+from trix.whole_file import remove_abandoned, remove_unless_used, whole_file, whole_files, whole_folder, write_whole
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
 # Half-way through a file it says so, waits for a line, and ends it; or dies, where the line is missing.
@@ -121,7 +121,8 @@ def test_nothing_but_temporary_files_is_removed(tmp_path: Path) -> None:
     kept = ["a.bin", ".a.bin.1.partial", "a.bin.1.0123abcd.partial", ".a.bin.x.0123abcd.partial", ".a.1.0123abcd.partial.txt"]
     for name in kept:
         (tmp_path / name).touch()
-    (tmp_path / ".folder.1.0123abcd.partial").mkdir()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / ".to_folder.1.0123abcd.partial").symlink_to("folder")
     (tmp_path / ".link.1.0123abcd.partial").symlink_to("a.bin")
     os.mkfifo(tmp_path / ".pipe.1.0123abcd.partial")
     before = names(tmp_path)
@@ -280,3 +281,63 @@ def test_only_what_is_neither_used_nor_held_is_removed(tmp_path: Path) -> None:
     assert names(tmp_path) == ["a.data"]
     remove_unless_used(path, lambda: False)
     assert names(tmp_path) == []
+
+
+FOLDER_WRITER = WRITER.replace("whole_file", "whole_folder").replace("from trix.whole_folder", "from trix.whole_file")
+FOLDER_WRITER = FOLDER_WRITER.replace('"a.bin"', '"a"').replace("partial.write_bytes", '(partial / "a.bin").write_bytes')
+
+
+def start_folder_writer(folder: Path) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-c", FOLDER_WRITER]
+    process = subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "half\n"
+    return process
+
+
+def test_a_folder_has_its_name_only_when_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "a"
+    with whole_folder(path) as partial:
+        (partial / "inner").mkdir()
+        (partial / "inner" / "a.bin").write_bytes(b"content")
+        assert names(path.parent) == [partial.name]
+    assert names(path.parent) == ["a"]
+    assert (path / "inner" / "a.bin").read_bytes() == b"content"
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_block_that_raises_leaves_no_folder(error: type[BaseException], tmp_path: Path) -> None:
+    def write_half() -> None:
+        with whole_folder(tmp_path / "a") as partial:
+            (partial / "a.bin").write_bytes(b"half")
+            raise error
+
+    with pytest.raises(error):
+        write_half()
+    assert names(tmp_path) == []
+
+
+def test_a_folder_with_content_is_not_replaced_and_an_empty_one_is(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.mkdir()
+    with whole_folder(path) as partial:
+        (partial / "first.bin").touch()
+    assert names(path) == ["first.bin"]
+    with pytest.raises(OSError, match="a") as failure, whole_folder(path) as partial:
+        (partial / "second.bin").touch()
+    assert failure.value.filename == str(path)
+    assert (names(tmp_path), names(path)) == (["a"], ["first.bin"])
+
+
+def test_a_killed_writer_of_a_folder_leaves_it_to_the_next_one(tmp_path: Path) -> None:
+    killed, alive = start_folder_writer(tmp_path), start_folder_writer(tmp_path)
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL
+    assert len(names(tmp_path)) == 2
+    remove_abandoned(tmp_path)
+    (left,) = names(tmp_path)
+    assert str(alive.pid) in left
+    alive.communicate("go on\n")
+    assert alive.returncode == 0
+    assert names(tmp_path) == ["a"]
+    assert (tmp_path / "a" / "a.bin").read_bytes() == b"whole"
