@@ -14,7 +14,7 @@ from ort_ops.operators.checks import NUM_COLUMNS, NUM_ROWS, NUM_TILES, NUM_TOKEN
 from ort_ops.operators.operator import Operator, Translation
 from ort_ops.operators.ternary_tile_matmul import TERNARY_TILE_MATMUL
 from ort_ops.panels import to_panels
-from ort_ops.schema import DOMAIN, OPSET_VERSION, OpSchema, TensorSchema
+from ort_ops.schema import DOMAIN, OPSET_VERSION, FloatAttribute, OpSchema, TensorSchema
 
 _SHAPES = (NUM_TILES, NUM_ROWS, NUM_COLUMNS), (NUM_TILES, NUM_COLUMNS, NUM_ROWS)  # of up and down, in the check
 
@@ -73,7 +73,8 @@ def _product(inputs: Sequence[str], output: str) -> NodeProto:
     """A TernaryTileMatMul with the attributes of the function that holds it."""
     node = helper.make_node(TERNARY_TILE_MATMUL.name, inputs, [output], domain=DOMAIN)
     for attribute in TERNARY_TILE_MATMUL.attributes:
-        node.attribute.append(attribute_reference(attribute.name, AttributeProto.INT))
+        kind = AttributeProto.FLOAT if isinstance(attribute, FloatAttribute) else AttributeProto.INT
+        node.attribute.append(attribute_reference(attribute.name, kind))
     return node
 
 

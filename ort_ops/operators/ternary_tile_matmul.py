@@ -6,14 +6,14 @@ Legend: T tokens, K columns of x, E tiles, N rows of a tile, G groups of columns
 from typing import Any
 
 import numpy as np
-from onnx import FunctionProto, GraphProto, NodeProto, TensorProto, helper
+from onnx import AttributeProto, FunctionProto, GraphProto, NodeProto, TensorProto, helper
 
 from ort_ops.graph_nodes import as_function, attribute_value, float_info, int_vector, node
 from ort_ops.operators.checks import NUM_COLUMNS, NUM_ROWS, NUM_TILES, NUM_TOKENS, Array, Run, relative_error
 from ort_ops.operators.operator import Operator, Translation
 from ort_ops.operators.packed_nodes import decode, decode_table, pad_columns
 from ort_ops.panels import to_panels
-from ort_ops.schema import DOMAIN, OPSET_VERSION, IntAttribute, OpSchema, TensorSchema
+from ort_ops.schema import DOMAIN, OPSET_VERSION, FloatAttribute, IntAttribute, OpSchema, TensorSchema
 
 SMALLEST = 2.0**-100  # a group of activations below it counts as zeros
 
@@ -26,14 +26,14 @@ TERNARY_TILE_MATMUL = OpSchema(
         TensorSchema("tile_idx", "int64", ("T",)),
     ),
     outputs=(TensorSchema("y", "float32", ("T", "N")),),
-    attributes=(IntAttribute("activation_bits", 24), IntAttribute("group_size", 128)),
+    attributes=(IntAttribute("activation_bits", 24), IntAttribute("group_size", 128), FloatAttribute("min_magnitude", 0.0)),
     doc=(
         "y[t, n] = row_scale[e, n] * sum_k x[t, k] * w[e, n, k] with e = tile_idx[t], 0 <= e < E. x is quantised in G groups "
         "of group_size columns (128, or 0: all) with m = max |x| of the group, which counts as zeros below 2^-100. "
         "activation_bits 24: to within m * 2^-23, and sums are float32. The error is at most |row_scale| * 2^-23 * (sum_k m "
         "|w| + (3 G + 2) sum_k |x w|). Where more than 1/4 of a group's nonzero |x| are below m / 2^12, the remainder after 24 "
         "bits is quantised and multiplied too. Such tokens are as exact as in float32, without the term sum_k m |w|. 8: to "
-        "round(x * (127 / m)) * m / 127."
+        "round(x * (127 / m)) * m / 127, m at least min_magnitude, which must be 0 with 24 bits."
     ),
 )
 
@@ -126,11 +126,13 @@ def _quantised(x: str) -> list[NodeProto]:
         node("Reshape", ["x_of_groups", "group_shape"], ["group"]),
         node("Abs", ["group"], ["magnitude"]),
         int_vector("last_axis", [-1]),
-        node("ReduceMax", ["magnitude", "last_axis"], ["largest"], keepdims=1),
+        node("ReduceMax", ["magnitude", "last_axis"], ["largest_found"], keepdims=1),
+        attribute_value("min_magnitude", "min_magnitude", AttributeProto.FLOAT),
+        node("Max", ["largest_found", "min_magnitude"], ["largest"]),
         node("Constant", [], ["levels"], value_float=127.0),
         node("Div", ["levels", "largest"], ["inverse"]),
         node("Constant", [], ["smallest"], value_float=SMALLEST),
-        node("Less", ["largest", "smallest"], ["is_tiny"]),
+        node("Less", ["largest_found", "smallest"], ["is_tiny"]),
         node("Constant", [], ["no_scale"], value_float=0.0),
         node("Where", ["is_tiny", "no_scale", "inverse"], ["factor"]),
         node("Mul", ["group", "factor"], ["scaled"]),

@@ -79,18 +79,19 @@ def test_routing_is_exact(kind: str, left_out: tuple[str, ...]) -> None:
     assert is_tie.mean() < 0.02
 
 
+@pytest.mark.parametrize("min_magnitude", [0.0, 3.0])
 @pytest.mark.parametrize("group_size", [0, 128])
 @pytest.mark.parametrize(
     ("num_tokens", "num_tiles", "num_rows", "num_columns"),
     [(1, 1, 1, 1), (5, 3, 40, 70), (17, 2, 33, 300), (9, 1, 64, 128), (3, 2, 5, 0), (0, 2, 5, 5), (70, 4, 100, 129)],
 )
 def test_int8_product_equals_reference(
-    num_tokens: int, num_tiles: int, num_rows: int, num_columns: int, group_size: int
+    num_tokens: int, num_tiles: int, num_rows: int, num_columns: int, group_size: int, min_magnitude: float
 ) -> None:
     inputs, weight = tile_matmul_inputs(np.random.default_rng(11), num_tokens, num_tiles, num_rows, num_columns)
-    model = make_model(TERNARY_TILE_MATMUL, activation_bits=8, group_size=group_size)
+    model = make_model(TERNARY_TILE_MATMUL, activation_bits=8, group_size=group_size, min_magnitude=min_magnitude)
     y = native_session(model).run(None, inputs)[0]
-    expected = tile_matmul_reference(inputs | {"x": quantised(inputs["x"], group_size)}, weight)
+    expected = tile_matmul_reference(inputs | {"x": quantised(inputs["x"], group_size, min_magnitude)}, weight)
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
 
 

@@ -67,15 +67,16 @@ def test_ties_and_nan_in_the_function() -> None:
     np.testing.assert_array_equal(run_portable(SIGNATURE_ROUTE, all_nan)[0], [[0]] * 2)
 
 
+@pytest.mark.parametrize("min_magnitude", [0.0, 3.0])
 @pytest.mark.parametrize("group_size", [0, 128])
 @pytest.mark.parametrize(("num_tokens", "num_rows", "num_columns"), [(1, 1, 1), (5, 40, 70), (3, 5, 300), (0, 5, 5)])
 def test_the_function_quantises_as_the_attributes_say(
-    num_tokens: int, num_rows: int, num_columns: int, group_size: int
+    num_tokens: int, num_rows: int, num_columns: int, group_size: int, min_magnitude: float
 ) -> None:
     inputs, weight = tile_matmul_inputs(np.random.default_rng(3), num_tokens, 2, num_rows, num_columns)
     inputs["x"][:1, :16] = 0.0
-    (y,) = run_portable(TERNARY_TILE_MATMUL, inputs, activation_bits=8, group_size=group_size)
-    expected = tile_matmul_reference(inputs | {"x": quantised(inputs["x"], group_size)}, weight)
+    (y,) = run_portable(TERNARY_TILE_MATMUL, inputs, activation_bits=8, group_size=group_size, min_magnitude=min_magnitude)
+    expected = tile_matmul_reference(inputs | {"x": quantised(inputs["x"], group_size, min_magnitude)}, weight)
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
 
 

@@ -375,6 +375,21 @@ SESSION_REJECTIONS = {
     ),
     "activation_bits": (TERNARY_TILE_MATMUL, {"activation_bits": 16}, "activation_bits (16) must be 24 or 8"),
     "group_size": (TERNARY_TILE_MATMUL, {"activation_bits": 8, "group_size": 64}, "group_size (64) must be 0 or 128"),
+    "min_magnitude of 24 bits": (
+        TERNARY_TILE_MATMUL,
+        {"min_magnitude": 0.5},
+        "min_magnitude (0.5) must be 0 with activation_bits 24",
+    ),
+    "negative min_magnitude": (
+        TERNARY_TILE_MATMUL,
+        {"activation_bits": 8, "min_magnitude": -1.0},
+        "min_magnitude (-1) must be >= 0 and finite",
+    ),
+    "infinite min_magnitude": (
+        TERNARY_TILE_MATMUL,
+        {"activation_bits": 8, "min_magnitude": np.inf},
+        "min_magnitude (inf) must be >= 0 and finite",
+    ),
     "top_k zero": (SIGNATURE_ROUTE, {"top_k": 0}, "top_k (0) must be >= 1"),
     "top_k of another type": (SIGNATURE_ROUTE, {"top_k": 1.5}, "attribute top_k must be an integer"),
     "top_k as text": (SIGNATURE_ROUTE, {"top_k": "two"}, "attribute top_k must be an integer"),

@@ -37,7 +37,7 @@ from ort_ops.schema import OpSchema
 pytestmark = pytest.mark.usefixtures("native_library")
 
 
-ATTRIBUTES = [{}, {"group_size": 0}, {"activation_bits": 8}, {"activation_bits": 8, "group_size": 0}]
+ATTRIBUTES = [{}, {"group_size": 0}, {"activation_bits": 8}, {"activation_bits": 8, "group_size": 0, "min_magnitude": 3.0}]
 
 
 class IsaWorker:

@@ -54,6 +54,13 @@ def matmul_inputs(
     return inputs, weight
 
 
+def random_activations(rng: np.random.Generator) -> dict[str, int | float]:
+    """Valid attributes of the operators that quantise activations."""
+    bits = int(rng.choice([8, 24]))
+    floor = float(rng.choice([0.0, 1e-5, 1.0])) if bits == 8 else 0.0
+    return {"activation_bits": bits, "group_size": int(rng.choice([0, 128])), "min_magnitude": floor}
+
+
 def ffn_inputs(
     rng: np.random.Generator, num_tokens: int, top_k: int, num_tiles: int, width: int, num_hidden: int
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -241,13 +248,13 @@ def tile_matmul_reference(inputs: Arrays, weight: np.ndarray) -> np.ndarray:
     return product * inputs["row_scale"][tile_idx]
 
 
-def quantised(x_TK: np.ndarray, group_size: int) -> np.ndarray:
+def quantised(x_TK: np.ndarray, group_size: int, min_magnitude: float = 0.0) -> np.ndarray:
     """x as the int8 kernels see it: q * scale, in groups of group_size columns (0: one group)."""
     num_tokens, num_columns = x_TK.shape
     size = group_size or max(num_columns, 1)
     num_groups = -(-num_columns // size)
     group_TGC = np.pad(x_TK, ((0, 0), (0, num_groups * size - num_columns))).reshape(num_tokens, num_groups, size)
-    largest = np.abs(group_TGC).max(-1, keepdims=True, initial=0)
+    largest = np.abs(group_TGC).max(-1, keepdims=True, initial=min_magnitude)
     factor = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=largest > 0)
     q_TGC = np.rint(group_TGC * factor)
     return (q_TGC * (largest / np.float32(127))).reshape(num_tokens, num_groups * size)[:, :num_columns]

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <new>
 
 #include "kernels/add_vectors/add_vectors.hpp"
@@ -66,6 +67,7 @@ QuantisedRows quantise_prepared(const KernelContext& context, const Activations&
         job.squared_rest = with_rest ? result.squared_rest.data() : nullptr;
         job.is_wide = result.is_wide.empty() ? nullptr : result.is_wide.data();
         job.wide_rule = activations.wide_rule();
+        job.min_magnitude = activations.min_magnitude();
         job.num_columns = num_columns;
         job.group_columns = group_columns;
         job.num_planes = num_planes;
@@ -111,11 +113,17 @@ void add_rests(const KernelContext& context, const QuantisedRows& x, const TileM
 Activations::Activations(const KernelInfo& info)
     : bits_(info.int_attribute(kBitsAttribute, kBitsDefault)),
       group_size_(info.int_attribute(kGroupAttribute, kGroupDefault)),
+      min_magnitude_(info.float_attribute(kMinMagnitudeAttribute, kMinMagnitudeDefault)),
       wide_rule_(kWideForProducts) {
     if (bits_ != 24 && bits_ != 8) reject(kBitsAttribute, " (", bits_, ") must be 24 or 8");
     const auto group = static_cast<std::int64_t>(kGroupColumns);
     if (group_size_ != 0 && group_size_ != group)
         reject(kGroupAttribute, " (", group_size_, ") must be 0 or ", group);
+    if (!(min_magnitude_ >= 0.0f) || std::isinf(min_magnitude_))
+        reject(kMinMagnitudeAttribute, " (", min_magnitude_, ") must be >= 0 and finite");
+    if (min_magnitude_ > 0.0f && bits_ != 8) {
+        reject(kMinMagnitudeAttribute, " (", min_magnitude_, ") must be 0 with ", kBitsAttribute, " ", bits_);
+    }
 }
 
 std::size_t Activations::group_columns(std::size_t num_columns) const {

@@ -23,14 +23,16 @@ inline constexpr WideRule kWideForProducts = {{{0x1p-12f, 4}, {}, {}}};
 
 inline constexpr std::size_t kFinePlanes = 3;  // of activations of 24 bits
 
-/// How x meets the ternary weights: the attributes activation_bits (24 or 8) and group_size (of the columns
-/// that share a scale; 0: all).
+/// How x meets the ternary weights: the attributes activation_bits (24 or 8), group_size (of the columns that
+/// share a scale; 0: all) and, of 8 bits, min_magnitude (the least that a scale is made for).
 class Activations {
   public:
     static constexpr const char* kBitsAttribute = "activation_bits";
     static constexpr const char* kGroupAttribute = "group_size";
+    static constexpr const char* kMinMagnitudeAttribute = "min_magnitude";
     static constexpr std::int64_t kBitsDefault = 24;
     static constexpr std::int64_t kGroupDefault = 128;
+    static constexpr float kMinMagnitudeDefault = 0.0f;
 
     /// The defaults, with the rule for scores.
     Activations() : bits_(kBitsDefault), group_size_(kGroupDefault), wide_rule_(kWideForScores) {}
@@ -47,9 +49,12 @@ class Activations {
 
     const WideRule& wide_rule() const { return wide_rule_; }
 
+    float min_magnitude() const { return min_magnitude_; }
+
   private:
     std::int64_t bits_;
     std::int64_t group_size_;
+    float min_magnitude_ = kMinMagnitudeDefault;
     WideRule wide_rule_{};
 };
 

@@ -50,7 +50,8 @@ inline bool reference_is_wide(const float* x, std::size_t begin, std::size_t end
 }
 
 // The contract of the quantiser, written as directly as possible.
-inline Quantised reference_quantised(const Product& p, bool has_groups, std::size_t num_planes) {
+inline Quantised reference_quantised(const Product& p, bool has_groups, std::size_t num_planes,
+                                     float min_magnitude = 0.0f) {
     Quantised result = empty_quantised(p, has_groups, num_planes);
     const float levels = num_planes == 1 ? 127.0f : 127.0f * (65536 + 256 + 1);
     std::fill(result.q.begin(), result.q.end(), std::int8_t{0});
@@ -67,6 +68,7 @@ inline Quantised reference_quantised(const Product& p, bool has_groups, std::siz
                 m = std::max(m, std::abs(x[k]));
             }
             const bool is_zero = !is_finite || m < 0x1p-100f;
+            m = std::max(m, min_magnitude);
             if (num_planes == 3 && !is_zero && reference_is_wide(x, begin, end, m)) result.is_wide[t] = 1;
             const auto scaled = [&](float value) {
                 if (num_planes == 1) return static_cast<double>(value * (levels / m));

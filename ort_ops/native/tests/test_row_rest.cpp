@@ -25,6 +25,7 @@ void test_row_rest(const KernelVariant<RowRestKernel>& variant) {
                                   nullptr,
                                   nullptr,
                                   {},
+                                  0.0f,
                                   num_columns,
                                   row.group_columns,
                                   3,

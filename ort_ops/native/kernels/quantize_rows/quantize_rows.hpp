@@ -1,16 +1,17 @@
 // Contract of the kernel: write float rows as whole numbers of 8 or 24 bits, each group of columns with a
 // scale of its own.
 //
-//   m = max |x[t, k]| over the group    v[k] = round(x[t, k] * (L / m)), to even    x[t, k] ~ v[k] * (m / L)
+//   m = max |x[t, k]| over the group, min_magnitude where that is more
+//   v[k] = round(x[t, k] * (L / m)), to even    x[t, k] ~ v[k] * (m / L)
 //   8 bits, one plane:      L = 127, q[0] = v, x * (L / m) in float32
 //   24 bits, three planes:  L = 127 (256^2 + 256 + 1), v = 256^2 q[0] + 256 q[1] + q[2] with q in
 //                           [-128, 127], x * (L / m) in float64
 //   scale[t, g, p] = m / L times 256^2, 256 and 1 (or 1), in float32
 //   sum[t, g, p] = sum of q[t, p, k] over the group
 //
-// A group with m < 2^-100 counts as zeros (scale 0, all q 0); one with a NaN or an infinity gets scale NaN
-// and all q 0, so that it makes every result of its token NaN. With 24 bits v * (m / L) differs from x by at
-// most m * 2^-23.
+// A group whose max |x| is below 2^-100 counts as zeros (scale 0, all q 0); one with a NaN or an infinity
+// gets scale NaN and all q 0, so that it makes every result of its token NaN. With 24 bits v * (m / L)
+// differs from x by at most m * 2^-23.
 //
 // is_wide [T], if given and with three planes: 1 where a group of the row is wide, else 0. A group is wide
 // if, for any level of the rule, |x| < m level.fraction holds for more than 1 / level.share of its |x| >=
@@ -51,6 +52,7 @@ struct QuantizeRowsJob {
     float* squared_rest;    // or null
     std::uint8_t* is_wide;  // or null
     WideRule wide_rule;
+    float min_magnitude;      // 0 with three planes
     std::size_t num_columns;  // K
     std::size_t group_columns;
     std::size_t num_planes;  // 1 or 3

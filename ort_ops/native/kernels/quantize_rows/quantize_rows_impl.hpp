@@ -110,11 +110,11 @@ static inline bool is_wide_group(const float* x, std::size_t count, float m, con
 template <typename Loops>
 static inline void quantize_group(const float* x, std::size_t count, std::size_t num_planes, std::int8_t* q,
                                   std::size_t stride, float* scale, std::int32_t* sum, float* squared_rest,
-                                  std::uint8_t* is_wide, const WideRule& wide_rule) {
+                                  std::uint8_t* is_wide, const WideRule& wide_rule, float min_magnitude) {
     const float levels = num_planes == 1 ? kLevels8 : kLevels24;
-    const float m = Loops::largest_magnitude(x, count);
-    const bool is_finite = m <= 3.40282347e+38f;
-    if (!is_finite || m < kSmallest) {
+    const float largest = Loops::largest_magnitude(x, count);
+    const bool is_finite = largest <= 3.40282347e+38f;
+    if (!is_finite || largest < kSmallest) {
         for (std::size_t p = 0; p < num_planes; ++p) {
             for (std::size_t k = 0; k < count; ++k) q[p * stride + k] = 0;
             scale[p] = is_finite ? 0.0f : __builtin_nanf("");
@@ -123,6 +123,7 @@ static inline void quantize_group(const float* x, std::size_t count, std::size_t
         if (squared_rest != nullptr) *squared_rest = scale[0];
         return;
     }
+    const float m = largest < min_magnitude ? min_magnitude : largest;
     if (num_planes == 1) {
         scale[0] = m / levels;
         sum[0] = Loops::quantize_8(x, count, levels / m, q);
@@ -155,7 +156,7 @@ static inline void quantize_rows(const QuantizeRowsJob& job) {
                 x + begin, left < job.group_columns ? left : job.group_columns, job.num_planes, q + begin,
                 stride, job.scale + place, job.sum + place,
                 job.squared_rest == nullptr ? nullptr : job.squared_rest + row * num_groups + g, is_wide,
-                job.wide_rule);
+                job.wide_rule, job.min_magnitude);
         }
     }
 }
