@@ -14,7 +14,8 @@ from ort_ops.panels import to_panels
 
 pytestmark = pytest.mark.usefixtures("native_library")
 
-ATTRIBUTES: list[dict[str, int]] = [{}, {"group_size": 0}, {"activation_bits": 8}, {"activation_bits": 8, "group_size": 0}]
+ATTRIBUTES: list[dict[str, float]] = [{}, {"group_size": 0}, {"activation_bits": 8}]
+ATTRIBUTES += [{"activation_bits": 8, "group_size": 0, "min_magnitude": 3.0}]
 
 
 @settings(max_examples=60, deadline=None)
@@ -23,7 +24,7 @@ ATTRIBUTES: list[dict[str, int]] = [{}, {"group_size": 0}, {"activation_bits": 8
     sizes=st.tuples(st.integers(0, 4), st.integers(0, 9), st.integers(0, 100), st.integers(0, 300)),
     attributes=st.sampled_from(ATTRIBUTES),
 )
-def test_it_is_a_tile_product_with_one_tile(seed: int, sizes: tuple[int, int, int, int], attributes: dict[str, int]) -> None:
+def test_it_is_a_tile_product_with_one_tile(seed: int, sizes: tuple[int, int, int, int], attributes: dict[str, float]) -> None:
     inputs, _ = matmul_inputs(np.random.default_rng(seed), *sizes)
     num_texts, num_tokens, num_rows, num_columns = sizes
     (y_BTN,) = native_session(make_model(TERNARY_MATMUL, **attributes)).run(None, inputs)
@@ -39,7 +40,7 @@ def test_it_is_a_tile_product_with_one_tile(seed: int, sizes: tuple[int, int, in
 
 @pytest.mark.parametrize("attributes", ATTRIBUTES, ids=str)
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (2, 3, 40, 70), (1, 5, 33, 300), (0, 5, 5, 5), (2, 0, 5, 5), (2, 2, 0, 5)])
-def test_the_function_computes_the_same(sizes: tuple[int, int, int, int], attributes: dict[str, int]) -> None:
+def test_the_function_computes_the_same(sizes: tuple[int, int, int, int], attributes: dict[str, float]) -> None:
     inputs, _ = matmul_inputs(np.random.default_rng(1), *sizes)
     model = make_model(TERNARY_MATMUL, with_functions=True, **attributes)
     (expected,) = native_session(model).run(None, inputs)
