@@ -76,13 +76,15 @@ def write_decoder(
 
     Args:
         checkpoint: what is read. folder: must not be there yet, or be empty. head: how embedding and head are kept, see
-            DecoderGraph. native: False writes MatMulNBits of onnxruntime with 2 bits, to compare with. git: commit of the source
-            tree, if known; it goes into the file's record. on_step: called with the number of steps done, and of all.
+            DecoderGraph. native: False writes MatMulNBits of onnxruntime with 2 bits, to compare with. git: commit of the
+            source tree, if known; it goes into the file's record. on_step: called with the number of steps done, and of all.
 
     Raises:
         DecoderError: the decoder cannot be expressed, a tensor does not fit, or the folder fails its check. OSError: the folder
         cannot be written. LibraryNotFoundError: native without a native library. What the checkpoint raises passes through.
     """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise DecoderError(f"output {folder} must not exist yet, or be an empty folder")
     library = get_library_path() if native else None
     tokenizer_files = _tokenizer_files(checkpoint.tokenizer_files)
     num_steps = checkpoint.config.num_layers + 3

@@ -203,7 +203,7 @@ class DecoderGraph:
             self._data.add(f"{name}.scales", scale_VB)
             return
         dtype = np.dtype(self._head)
-        largest, limit = float(np.abs(matrix_VD).max(initial=0)), float(np.finfo(dtype).max)
+        largest, limit = float(max(matrix_VD.max(), -matrix_VD.min())), float(np.finfo(dtype).max)
         if largest > limit:
             raise ValueError(f"{name}: largest value ({largest}) must be <= {limit} for a {self._head} head")
         self._data.add_parts(name, dtype, shape, weights.rows_as(matrix_VD, dtype))
@@ -239,6 +239,9 @@ class DecoderGraph:
         matrix = self._checkpoint.ternary(name)
         if matrix.code_NK.shape != shape:
             raise ValueError(f"{name}: shape {matrix.code_NK.shape} must be {shape}")
+        smallest, largest = matrix.code_NK.min(), matrix.code_NK.max()
+        if smallest < -1 or largest > 1:
+            raise ValueError(f"{name}: values ({smallest} to {largest}) must be in {{-1, 0, 1}}")
         scale = np.asarray(matrix.scale)
         if scale.shape not in ((), shape[:1]):
             raise ValueError(f"{name}: shape of the scale {scale.shape} must be () or {shape[:1]}")

@@ -57,7 +57,8 @@ class RandomCheckpoint:
     def float32(self, name: str) -> np.ndarray:
         config, random = self.config, self._random(name)
         if name in ("embedding", "head"):
-            return random.standard_normal((config.vocab_size, config.hidden_size), dtype=np.float32)
+            # So small that the layers say what comes next: else a tied model repeats its last token for ever.
+            return random.standard_normal((config.vocab_size, config.hidden_size), dtype=np.float32) * np.float32(0.1)
         widths = {"attention_sub_norm": config.num_heads * config.head_size, "ffn_sub_norm": config.intermediate_size}
         return random.uniform(0.5, 1.5, widths.get(name.split(".")[-1], config.hidden_size)).astype(np.float32)
 
