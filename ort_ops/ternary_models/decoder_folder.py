@@ -20,11 +20,11 @@ from ort_ops.file_format import DECODER, Activations, FileRecord
 from ort_ops.library import LIBRARY_NAME, get_library_path, session_options
 from ort_ops.schema import DOMAIN, OPSET_VERSION
 from ort_ops.ternary_models.data_file import DataFile
-from ort_ops.ternary_models.decoder_graph import MICROSOFT, MIN_MAGNITUDE, PAST, PRESENT, PRODUCTS, DecoderGraph, Head
-from ort_ops.ternary_models.types import DecoderConfig, TernaryCheckpoint
+from ort_ops.ternary_models.decoder_graph import MICROSOFT, MIN_MAGNITUDE, PAST, PRESENT, PRODUCTS, DecoderGraph
+from ort_ops.ternary_models.names import DATA, GENAI_CONFIG, MODEL
+from ort_ops.ternary_models.types import DecoderConfig, Head, TernaryCheckpoint
 from trix.whole_file import whole_folder
 
-MODEL, DATA, GENAI_CONFIG = "model.onnx", "model.onnx.data", "genai_config.json"
 MAX_ERROR = 1e-6  # of a projection, relative to the largest output
 _OPSET, _IR_VERSION = 21, 10
 _PARITY_TOKENS = 4

@@ -16,7 +16,7 @@ past_key_values.i.key and .value float32 [B, heads of keys, P, head size]. Outpu
 Legend: B texts, T tokens, P tokens before, D model width, V vocabulary, N rows and K columns of a matrix.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,10 +28,8 @@ from ort_ops.panels import to_panels
 from ort_ops.schema import DOMAIN
 from ort_ops.ternary_models import decoder_weights as weights
 from ort_ops.ternary_models.data_file import DataFile
-from ort_ops.ternary_models.types import DecoderConfig, TernaryCheckpoint, TernaryMatrix
+from ort_ops.ternary_models.types import DecoderConfig, Head, TernaryCheckpoint, TernaryMatrix
 
-Head = Literal["int8", "float16", "float32"]
-HEADS: tuple[Head, ...] = ("int8", "float16", "float32")
 MICROSOFT = "com.microsoft"
 MIN_MAGNITUDE = 1e-5  # BitLinear's, of the largest |x| of a token
 BIT_LINEAR: dict[str, Any] = {"activation_bits": 8, "group_size": 0, "min_magnitude": MIN_MAGNITUDE}  # of TernaryMatMul

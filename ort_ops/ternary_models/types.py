@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Activation = Literal["silu", "relu2"]
+Head = Literal["int8", "float16", "float32"]  # how a written decoder keeps embedding and head
+HEADS: tuple[Head, ...] = ("int8", "float16", "float32")
 
 
 @dataclass(frozen=True)

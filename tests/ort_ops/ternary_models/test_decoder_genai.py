@@ -1,0 +1,233 @@
+"""Folders of random ternary decoders in onnxruntime-genai, against the models of transformers with BitLinear in float32."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from onnx import helper
+from random_decoders import CONFIGS, RandomCheckpoint, quantised_activations
+
+from lightning_modules.cli import main
+from ort_ops.library import session_options
+from ort_ops.ternary_models.decoder_folder import write_decoder
+from ort_ops.ternary_models.decoder_graph import PRODUCTS
+
+genai = pytest.importorskip("onnxruntime_genai", reason="needs onnxruntime-genai: make test-transformers")
+pytest.importorskip("transformers", reason="needs transformers: make test-transformers")
+tokenizers = pytest.importorskip("tokenizers", reason="needs tokenizers: make test-transformers")
+
+from hugging_face_decoders import PROJECTIONS, hugging_face_model  # noqa: E402  (it imports transformers)
+
+pytestmark = pytest.mark.usefixtures("native_library")
+
+NUM_TOKENS = 64
+END = 319
+SENTENCES = [
+    "The cat sat on the mat, and the dog looked at it.",
+    "Short words.",
+    "A longer sentence, which has more words than the others, is read by the model as well.",
+]
+TEMPLATE = "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}{% endfor %}<|assistant|>"
+
+
+def checkpoint_of(name: str, seed: int) -> RandomCheckpoint:
+    return RandomCheckpoint(replace(CONFIGS[name], eos_token_ids=(END,)), seed)
+
+
+@pytest.fixture(scope="module")
+def tokenizer_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
+    """A tokenizer of bytes and of some pairs, with a chat template."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    special = ["<pad>", "<s>", "<|user|>", "<|assistant|>"]
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=END, special_tokens=special, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(SENTENCES * 3, trainer)
+    tokenizer.add_special_tokens(["</s>"])
+    while tokenizer.token_to_id("</s>") < END:  # the end is the last token of the vocabulary
+        raise AssertionError(f"{tokenizer.get_vocab_size()} tokens are too few")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "pad_token": "<pad>",
+        "chat_template": TEMPLATE,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder / "tokenizer.json", folder / "tokenizer_config.json"
+
+
+def write(checkpoint: RandomCheckpoint, folder: Path, files: tuple[Path, ...] = ()) -> Path:
+    checkpoint.tokenizer_files = files
+    write_decoder(checkpoint, folder, head="float32")
+    return folder
+
+
+def greedy(model: Any, prompts: list[list[int]], num_tokens: int = NUM_TOKENS) -> list[list[int]]:
+    """What follows each prompt; shorter ones are padded at the end, as encode_batch of onnxruntime-genai does."""
+    longest = max(map(len, prompts))
+    parameters = genai.GeneratorParams(model)
+    parameters.set_search_options(max_length=longest + num_tokens, batch_size=len(prompts))
+    generator = genai.Generator(model, parameters)
+    generator.append_tokens(np.array([prompt + [0] * (longest - len(prompt)) for prompt in prompts], np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    return [generator.get_sequence(i)[longest:].tolist() for i in range(len(prompts))]
+
+
+def assert_greedy(found: list[int], reference: Any, prompt: list[int]) -> bool:
+    """The tokens are those of transformers up to the first place where its best two scores are nearly equal; True: to the end."""
+    with torch.no_grad():
+        text = reference.generate(torch.tensor([prompt]), max_new_tokens=NUM_TOKENS, do_sample=False, eos_token_id=END)[0]
+        logits = reference(text[None]).logits[0].numpy()
+    expected = text[len(prompt) :].tolist()
+    for place, (one, other) in enumerate(zip(found, expected, strict=False)):
+        if one != other:
+            score = logits[len(prompt) + place - 1]
+            assert score[other] - score[one] <= 0.02 * np.abs(score).max(), (place, found, expected)
+            return False
+    assert len(found) == len(expected)
+    return True
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_64_greedy_tokens_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+    equal = []
+    for seed in range(5):
+        checkpoint = checkpoint_of(name, seed)
+        prompt = np.random.default_rng(seed).integers(3, END, 10).tolist()
+        model = genai.Model(str(write(checkpoint, tmp_path / str(seed))))
+        (found,) = greedy(model, [prompt])
+        assert len(set(found)) > 5, "a text that repeats itself says little"
+        equal.append(assert_greedy(found, hugging_face_model(checkpoint), prompt))
+    assert sum(equal) >= 3, equal
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_whole_sequences_are_answered_as_by_transformers(name: str, tmp_path: Path) -> None:
+    """BitLinear of transformers gets the input that the product has in onnxruntime, and the steps in which its own input differs
+    from it are counted: else one such step would change all that follows."""
+    checkpoint = checkpoint_of(name, 7)
+    model = onnx.load(write(checkpoint, tmp_path / "decoder") / "model.onnx")
+    input_of = {node.name: node.input[0] for node in model.graph.node if node.op_type == "TernaryMatMul"}
+    model.graph.output.extend(helper.make_tensor_value_info(read, 1, None) for read in set(input_of.values()))
+    session = ort.InferenceSession(model.SerializeToString(), session_options())
+    token_BT = np.random.default_rng(8).integers(0, END, (3, 40))
+    empty = np.zeros((3, checkpoint.config.num_key_value_heads, 0, checkpoint.config.head_size), np.float32)
+    past = {value.name: empty for value in session.get_inputs() if value.name.startswith("past")}
+    outputs = [value.name for value in session.get_outputs()]
+    given = {"input_ids": token_BT, "attention_mask": np.ones_like(token_BT)} | past
+    there = dict(zip(outputs, session.run(None, given), strict=True))
+
+    reference: Any = hugging_face_model(checkpoint)
+    counts = {"all": 0, "other": 0}
+
+    def follow(read: str) -> Any:
+        def hook(module: Any, arguments: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+            steps, steps_there = (quantised_activations(x)[0] for x in (arguments[0].numpy(), there[read]))
+            counts["all"] += steps.size
+            counts["other"] += int((steps != steps_there).sum())
+            assert np.abs(steps - steps_there).max() <= 1
+            return (torch.from_numpy(there[read]),)
+
+        return hook
+
+    for layer, block in enumerate(reference.model.layers):
+        for fused, projections in PRODUCTS.items():
+            for projection in projections:
+                linear = block.get_submodule(PROJECTIONS[projection])
+                linear.register_forward_pre_hook(follow(input_of[f"layers.{layer}.{fused}.out"]))
+    with torch.no_grad():
+        expected = reference(torch.from_numpy(token_BT)).logits.numpy()
+    assert counts["other"] <= 1e-4 * counts["all"], counts
+    assert np.abs(there["logits"] - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_batch_with_padding_is_continued_as_each_of_its_texts(
+    name: str, tokenizer_files: tuple[Path, ...], tmp_path: Path
+) -> None:
+    checkpoint = checkpoint_of(name, 1)
+    model = genai.Model(str(write(checkpoint, tmp_path / "decoder", tokenizer_files)))
+    tokenizer = genai.Tokenizer(model)
+    prompts = [tokenizer.encode(sentence).tolist() for sentence in SENTENCES]
+    assert len({len(prompt) for prompt in prompts}) == 3
+    longest = max(map(len, prompts))
+    batch = tokenizer.encode_batch(SENTENCES).as_numpy()
+    np.testing.assert_array_equal(batch, [prompt + [0] * (longest - len(prompt)) for prompt in prompts])
+    reference = hugging_face_model(checkpoint)
+    found = greedy(model, prompts, num_tokens=30)
+    assert found == [greedy(model, [prompt], num_tokens=30)[0] for prompt in prompts]
+    assert len({tuple(text) for text in found}) == 3
+    with torch.no_grad():
+        for prompt, text in zip(prompts, found, strict=True):
+            answer = reference.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False, eos_token_id=END)[0]
+            assert text[:8] == answer[len(prompt) :].tolist()
+
+
+def test_a_chat_is_templated_and_its_answer_streamed(tokenizer_files: tuple[Path, ...], tmp_path: Path) -> None:
+    model = genai.Model(str(write(checkpoint_of("bitnet", 2), tmp_path / "decoder", tokenizer_files)))
+    tokenizer = genai.Tokenizer(model)
+    messages = json.dumps([{"role": "user", "content": SENTENCES[1]}])
+    prompt = tokenizer.apply_chat_template(messages=messages, add_generation_prompt=True)
+    assert prompt == f"<|user|>{SENTENCES[1]}<|assistant|>"
+    token_T = tokenizer.encode(prompt).tolist()
+    assert (token_T[0], token_T[-1]) == (2, 3)
+    stream = tokenizer.create_stream()
+    (found,) = greedy(model, [token_T], num_tokens=20)
+    streamed = "".join(stream.decode(token) for token in found)
+    assert len(streamed) > 5
+    assert streamed.rstrip("\ufffd") in tokenizer.decode(np.array(found, np.int32))
+
+
+def test_the_command_continues_a_text(
+    tokenizer_files: tuple[Path, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(write(checkpoint_of("bitnet", 3), tmp_path / "decoder", tokenizer_files))
+    arguments = ["generate", folder, "--prompt", "The cat", "--num-tokens", "12"]
+    texts = []
+    for more in (["--temperature", "0"], ["--seed", "1"], ["--seed", "1", "--threads", "1"], ["--seed", "2", "--top-p", "0.9"]):
+        assert main([*arguments, *more]) == 0
+        out, err = capsys.readouterr()
+        assert out.startswith("The cat")
+        assert "tokens/s (12 tokens, onnxruntime-genai)" in err
+        texts.append(out)
+    model = genai.Model(folder)
+    tokenizer = genai.Tokenizer(model)
+    (found,) = greedy(model, [tokenizer.encode("The cat").tolist()], num_tokens=12)
+    stream = tokenizer.create_stream()
+    assert texts[0] == "The cat" + "".join(stream.decode(token) for token in found) + "\n"
+    assert texts[1] == texts[2]
+    assert len(set(texts)) == 3
+
+
+def test_the_command_refuses_what_the_model_cannot_do(
+    tokenizer_files: tuple[Path, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(write(checkpoint_of("bitnet", 3), tmp_path / "decoder", tokenizer_files))
+    for more, text in (
+        (["--prompt", ""], "the prompt must have at least 1 token, got 0"),
+        (["--num-tokens", "200"], "+ num_tokens (200) must be <= the context of the model (128 tokens)"),
+        (["--temperature", "-1"], "temperature (-1.0) must be finite and >= 0"),
+        (["--top-p", "0"], "top_p (0.0) must be > 0 and <= 1"),
+    ):
+        assert main(["generate", folder, "--prompt", "The", *more]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert text in err
+    bare = tmp_path / "bare"
+    shutil.copytree(folder, bare)
+    (bare / "tokenizer.json").unlink()
+    assert main(["generate", str(bare), "--prompt", "The"]) == 2
+    assert "onnxruntime-genai can't load it" in capsys.readouterr().err
