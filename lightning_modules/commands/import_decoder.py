@@ -8,6 +8,7 @@ from lightning_modules.commands.arguments import FILE, CommandParser
 from lightning_modules.commands.output_file import check_output_folder
 from lightning_modules.errors import UserError
 from lightning_modules.machine import git_state
+from ort_ops.library import LibraryNotFoundError
 from ort_ops.ternary_models.types import HEADS
 
 SOURCE_TREE = Path(__file__).parents[2]
@@ -27,6 +28,8 @@ def run_import(arguments: list[str]) -> int:
             report = write_decoder(
                 open_checkpoint(checkpoint), output, head=options.head, native=not options.no_native, git=git, on_step=on_step
             )
+    except LibraryNotFoundError as error:
+        raise UserError(f"{error} `trix import --no-native` writes a folder that needs no library.") from error
     except OSError as error:
         raise UserError(f"{error.filename or output}: {error.strerror or error}") from error
     except (ValueError, ImportError) as error:

@@ -1,14 +1,14 @@
-"""The models of transformers with the weights of a random decoder, in float32. Needs transformers."""
+"""The models of transformers with the weights of a random decoder, in float32. Needs transformers.
+
+Its BitLinear is compiled when it runs, which takes minutes: tests run it under ``torch.compiler.set_stance("force_eager")``.
+"""
 
 import numpy as np
 import torch
-import torch._dynamo
 from random_decoders import RandomCheckpoint
 from torch import nn
 from transformers import BitNetConfig, BitNetForCausalLM, LlamaConfig, LlamaForCausalLM
-
-with torch._dynamo.config.patch(disable=True):  # BitLinear is decorated with torch.compile when it is imported
-    from transformers.integrations.bitnet import BitLinear, pack_weights
+from transformers.integrations.bitnet import BitLinear, pack_weights
 
 PROJECTIONS = {
     "q": "self_attn.q_proj",

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 from onnx import helper
 from random_decoders import CONFIGS, RandomCheckpoint, quantised_activations
+from torch import nn
 
 from lightning_modules.cli import main
 from ort_ops.library import session_options
@@ -37,6 +39,12 @@ SENTENCES = [
 TEMPLATE = "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}{% endfor %}<|assistant|>"
 
 
+@pytest.fixture(autouse=True)
+def uncompiled() -> Iterator[None]:
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
 def checkpoint_of(name: str, seed: int) -> RandomCheckpoint:
     return RandomCheckpoint(replace(CONFIGS[name], eos_token_ids=(END,)), seed)
 
@@ -54,8 +62,7 @@ def tokenizer_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...
     )
     tokenizer.train_from_iterator(SENTENCES * 3, trainer)
     tokenizer.add_special_tokens(["</s>"])
-    while tokenizer.token_to_id("</s>") < END:  # the end is the last token of the vocabulary
-        raise AssertionError(f"{tokenizer.get_vocab_size()} tokens are too few")
+    assert tokenizer.token_to_id("</s>") == END
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -74,6 +81,13 @@ def write(checkpoint: RandomCheckpoint, folder: Path, files: tuple[Path, ...] = 
     return folder
 
 
+def load(folder: Path) -> Any:
+    """With one thread: several would wait for each other in a loop on a busy machine."""
+    settings = genai.Config(str(folder))
+    settings.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": 1}}}}))
+    return genai.Model(settings)
+
+
 def greedy(model: Any, prompts: list[list[int]], num_tokens: int = NUM_TOKENS) -> list[list[int]]:
     """What follows each prompt; shorter ones are padded at the end, as encode_batch of onnxruntime-genai does."""
     longest = max(map(len, prompts))
@@ -87,7 +101,7 @@ def greedy(model: Any, prompts: list[list[int]], num_tokens: int = NUM_TOKENS) -
 
 
 def assert_greedy(found: list[int], reference: Any, prompt: list[int]) -> bool:
-    """The tokens are those of transformers up to the first place where its best two scores are nearly equal; True: to the end."""
+    """The tokens are those of transformers, to the end (True) or up to a place where its best two scores are nearly equal."""
     with torch.no_grad():
         text = reference.generate(torch.tensor([prompt]), max_new_tokens=NUM_TOKENS, do_sample=False, eos_token_id=END)[0]
         logits = reference(text[None]).logits[0].numpy()
@@ -107,51 +121,65 @@ def test_64_greedy_tokens_are_those_of_transformers(name: str, tmp_path: Path) -
     for seed in range(5):
         checkpoint = checkpoint_of(name, seed)
         prompt = np.random.default_rng(seed).integers(3, END, 10).tolist()
-        model = genai.Model(str(write(checkpoint, tmp_path / str(seed))))
+        model = load(write(checkpoint, tmp_path / str(seed)))
         (found,) = greedy(model, [prompt])
         assert len(set(found)) > 5, "a text that repeats itself says little"
         equal.append(assert_greedy(found, hugging_face_model(checkpoint), prompt))
     assert sum(equal) >= 3, equal
 
 
+@pytest.mark.parametrize("seed", [7, 8])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_whole_sequences_are_answered_as_by_transformers(name: str, tmp_path: Path) -> None:
-    """BitLinear of transformers gets the input that the product has in onnxruntime, and the steps in which its own input differs
-    from it are counted: else one such step would change all that follows."""
-    checkpoint = checkpoint_of(name, 7)
+def test_whole_sequences_are_answered_as_by_transformers(name: str, seed: int, tmp_path: Path) -> None:
+    """The model of transformers goes on from what each product reads and writes in onnxruntime, as one step of the quantiser
+    that differs would change all that follows. The steps that differ are counted: in what a product reads and, by token, in
+    what it makes of it, for transformers computes 127 / m as 127 times the rounded 1 / m."""
+    checkpoint = checkpoint_of(name, seed)
     model = onnx.load(write(checkpoint, tmp_path / "decoder") / "model.onnx")
-    input_of = {node.name: node.input[0] for node in model.graph.node if node.op_type == "TernaryMatMul"}
-    model.graph.output.extend(helper.make_tensor_value_info(read, 1, None) for read in set(input_of.values()))
-    session = ort.InferenceSession(model.SerializeToString(), session_options())
+    products = {node.name.removesuffix(".out"): node for node in model.graph.node if node.op_type == "TernaryMatMul"}
+    shown = {value for node in products.values() for value in (node.input[0], node.output[0])}
+    model.graph.output.extend(helper.make_tensor_value_info(value, 1, None) for value in shown)
+    session = ort.InferenceSession(model.SerializeToString(), session_options(intra_op_num_threads=1))
     token_BT = np.random.default_rng(8).integers(0, END, (3, 40))
     empty = np.zeros((3, checkpoint.config.num_key_value_heads, 0, checkpoint.config.head_size), np.float32)
     past = {value.name: empty for value in session.get_inputs() if value.name.startswith("past")}
     outputs = [value.name for value in session.get_outputs()]
     given = {"input_ids": token_BT, "attention_mask": np.ones_like(token_BT)} | past
     there = dict(zip(outputs, session.run(None, given), strict=True))
-
-    reference: Any = hugging_face_model(checkpoint)
     counts = {"all": 0, "other": 0}
 
-    def follow(read: str) -> Any:
-        def hook(module: Any, arguments: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-            steps, steps_there = (quantised_activations(x)[0] for x in (arguments[0].numpy(), there[read]))
+    def read_there(x_there: np.ndarray) -> Any:
+        def hook(module: nn.Module, arguments: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+            steps, steps_there = (quantised_activations(x)[0] for x in (arguments[0].numpy(), x_there))
             counts["all"] += steps.size
             counts["other"] += int((steps != steps_there).sum())
             assert np.abs(steps - steps_there).max() <= 1
-            return (torch.from_numpy(there[read]),)
+            return (torch.from_numpy(x_there),)
 
         return hook
 
+    def write_there(y_there: np.ndarray) -> Any:
+        def hook(module: nn.Module, arguments: tuple[torch.Tensor], y: torch.Tensor) -> torch.Tensor:
+            error_BT = np.abs(y.numpy() - y_there).max(-1) / np.abs(y_there).max(-1)
+            counts["other"] += int((error_BT > 1e-6).sum())
+            assert error_BT.max() <= 5e-3
+            return torch.from_numpy(y_there)
+
+        return hook
+
+    reference: Any = hugging_face_model(checkpoint)
     for layer, block in enumerate(reference.model.layers):
         for fused, projections in PRODUCTS.items():
-            for projection in projections:
-                linear = block.get_submodule(PROJECTIONS[projection])
-                linear.register_forward_pre_hook(follow(input_of[f"layers.{layer}.{fused}.out"]))
+            product = products[f"layers.{layer}.{fused}"]
+            linears = [block.get_submodule(PROJECTIONS[projection]) for projection in projections]
+            ends = np.cumsum([linear.out_features for linear in linears])[:-1]
+            for linear, y_there in zip(linears, np.split(there[product.output[0]], ends, axis=-1), strict=True):
+                linear.register_forward_pre_hook(read_there(there[product.input[0]]))
+                linear.register_forward_hook(write_there(y_there.copy()))
     with torch.no_grad():
         expected = reference(torch.from_numpy(token_BT)).logits.numpy()
     assert counts["other"] <= 1e-4 * counts["all"], counts
-    assert np.abs(there["logits"] - expected).max() <= 1e-4 * np.abs(expected).max()
+    assert np.abs(there["logits"] - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -159,7 +187,7 @@ def test_a_batch_with_padding_is_continued_as_each_of_its_texts(
     name: str, tokenizer_files: tuple[Path, ...], tmp_path: Path
 ) -> None:
     checkpoint = checkpoint_of(name, 1)
-    model = genai.Model(str(write(checkpoint, tmp_path / "decoder", tokenizer_files)))
+    model = load(write(checkpoint, tmp_path / "decoder", tokenizer_files))
     tokenizer = genai.Tokenizer(model)
     prompts = [tokenizer.encode(sentence).tolist() for sentence in SENTENCES]
     assert len({len(prompt) for prompt in prompts}) == 3
@@ -177,7 +205,7 @@ def test_a_batch_with_padding_is_continued_as_each_of_its_texts(
 
 
 def test_a_chat_is_templated_and_its_answer_streamed(tokenizer_files: tuple[Path, ...], tmp_path: Path) -> None:
-    model = genai.Model(str(write(checkpoint_of("bitnet", 2), tmp_path / "decoder", tokenizer_files)))
+    model = load(write(checkpoint_of("bitnet", 2), tmp_path / "decoder", tokenizer_files))
     tokenizer = genai.Tokenizer(model)
     messages = json.dumps([{"role": "user", "content": SENTENCES[1]}])
     prompt = tokenizer.apply_chat_template(messages=messages, add_generation_prompt=True)
@@ -188,7 +216,8 @@ def test_a_chat_is_templated_and_its_answer_streamed(tokenizer_files: tuple[Path
     (found,) = greedy(model, [token_T], num_tokens=20)
     streamed = "".join(stream.decode(token) for token in found)
     assert len(streamed) > 5
-    assert streamed.rstrip("\ufffd") in tokenizer.decode(np.array(found, np.int32))
+    # decode gives up at the first bytes that are no UTF-8, which random weights soon write.
+    assert streamed.startswith(tokenizer.decode(np.array(found, np.int32)).rstrip("\ufffd"))
 
 
 def test_the_command_continues_a_text(
