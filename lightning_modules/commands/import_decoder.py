@@ -29,7 +29,8 @@ def run_import(arguments: list[str]) -> int:
                 open_checkpoint(checkpoint), output, head=options.head, native=not options.no_native, git=git, on_step=on_step
             )
     except LibraryNotFoundError as error:
-        raise UserError(f"{error} `trix import --no-native` writes a folder that needs no library.") from error
+        hint = "`trix import --no-native` writes a folder that needs none, `trix doctor` says what is missing"
+        raise UserError(f"the native operators must be installed: {hint}") from error
     except OSError as error:
         raise UserError(f"{error.filename or output}: {error.strerror or error}") from error
     except (ValueError, ImportError) as error:

@@ -103,8 +103,7 @@ def test_a_missing_library_is_told(
     monkeypatch.setattr("ort_ops.library.LIBRARY_NAME", "libmissing.so")
     assert main(["import", "checkpoint", "--output", str(tmp_path / "decoder")]) == 2
     err = capsys.readouterr().err
-    assert err.startswith("trix: error: the native operators (libmissing.so) must be installed")
-    assert "`trix import --no-native` writes a folder that needs no library" in err
+    assert err.startswith("trix: error: the native operators must be installed: `trix import --no-native` writes a folder")
     assert main(["import", "checkpoint", "--output", str(tmp_path / "decoder"), "--no-native"]) == 0
 
 
