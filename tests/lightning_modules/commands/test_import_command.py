@@ -46,7 +46,7 @@ def test_a_folder_is_written_and_told(opened: Opened, tmp_path: Path, capsys: py
     assert names(output) == sorted(["genai_config.json", LIBRARY_NAME, "model.onnx", "model.onnx.data"])
     out, err = capsys.readouterr()
     assert out.startswith(f"wrote   {output}\nfrom    random weights\nsize    ")
-    assert "of the largest output of BitLinear in numpy (layers.0.qkv, " in out
+    assert "of the largest output of BitLinear in numpy (8 products of the first and the last layer)\n" in out
     assert err == ""
 
 
@@ -105,6 +105,23 @@ def test_a_missing_library_is_told(
     err = capsys.readouterr().err
     assert err.startswith("trix: error: the native operators must be installed: `trix import --no-native` writes a folder")
     assert main(["import", "checkpoint", "--output", str(tmp_path / "decoder"), "--no-native"]) == 0
+
+
+def test_commands_that_read_tiles_say_what_the_file_is(
+    opened: Opened, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["import", "checkpoint", "--output", str(tmp_path / "decoder")]) == 0
+    model = str(tmp_path / "decoder" / "model.onnx")
+    for arguments in (
+        ["inspect", model, "--output", str(tmp_path / "a.html")],
+        ["surgery", model, "freeze", "--layer", "0", "--tile", "0", "--tag", "a", "--output", str(tmp_path / "b.onnx")],
+        ["generate", model, "--prompt", "The "],
+        ["bench", model],
+    ):
+        capsys.readouterr()
+        assert main(arguments) == 2
+        assert "task (decoder) must be" in capsys.readouterr().err
+    assert names(tmp_path) == ["decoder"]
 
 
 NO_TORCH = """
