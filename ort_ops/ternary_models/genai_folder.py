@@ -41,6 +41,8 @@ def check_folder(folder: Path) -> dict[str, Any]:
         ModelFileError: the configuration names something that is not written here, the library is not the one of this
             installation, or a file is missing or damaged. LibraryNotFoundError: no native library is installed.
     """
+    if not (folder / GENAI_CONFIG).exists():
+        raise ModelFileError(f"{folder}: a folder without {GENAI_CONFIG}, not one of `trix import`")
     try:
         config = json.loads(read_regular(folder / GENAI_CONFIG, MAX_CONFIG_BYTES))
         check_external_data(folder / MODEL)
@@ -92,9 +94,9 @@ class GenaiDecoder:
     """
 
     def __init__(self, folder: Path, num_threads: int | None = None) -> None:
+        config = check_folder(folder)
         import onnxruntime_genai as genai
 
-        config = check_folder(folder)
         self._genai = genai
         genai.disable_telemetry_events()
         try:
