@@ -125,7 +125,11 @@ def write_decoder(
 
 
 def genai_config(config: DecoderConfig, native: bool) -> dict[str, Any]:
-    """What onnxruntime-genai reads of the model: names of inputs and outputs, special tokens, and how it searches."""
+    """What onnxruntime-genai reads of the model: names of inputs and outputs, special tokens, and how it searches.
+
+    Where the checkpoint names no end token, onnxruntime-genai takes token 0 for it. Keys and values are written in place, into
+    memory for max_length tokens, which a program sets lower than the context where that takes too much.
+    """
     ends = list(config.eos_token_ids)
     pad = config.pad_token_id if config.pad_token_id is not None else next(iter(ends), 0)
     tokens: dict[str, Any] = {"eos_token_id": ends, "pad_token_id": pad}

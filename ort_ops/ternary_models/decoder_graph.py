@@ -7,7 +7,8 @@
 
 f is SiLU, or the square of ReLU. A norm is x / sqrt(mean(x^2) + epsilon) * weight. The projections are those of BitLinear: x in
 8 bits with a scale for each token, m = max(max |x|, 1e-5). Source: Ma et al., 2025, BitNet b1.58 2B4T (arXiv:2504.12285); the
-arithmetic is that of BitLinear in transformers 5.24.
+arithmetic is that of BitLinear in transformers 5.24, whose 127 / m is 127 times the rounded 1 / m: one activation in a million
+is rounded to the other side there.
 
 Inputs: input_ids int64 [B, T]; attention_mask int64 [B, P + T], 1 for the tokens of a text, then 0 up to the longest text;
 past_key_values.i.key and .value float32 [B, heads of keys, P, head size]. Outputs: logits float32 [B, T, V]; present.i.key and
@@ -35,8 +36,6 @@ MIN_MAGNITUDE = 1e-5  # BitLinear's, of the largest |x| of a token
 BIT_LINEAR: dict[str, Any] = {"activation_bits": 8, "group_size": 0, "min_magnitude": MIN_MAGNITUDE}  # of TernaryMatMul
 MAX_POSITIONS = 2**20
 PAST, PRESENT = "past_key_values", "present"
-
-
 # The products of a layer, and the projections whose rows each has, one below the other.
 PRODUCTS = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
 
@@ -73,10 +72,8 @@ class DecoderGraph:
         self._checkpoint, self._config, self._data = checkpoint, checkpoint.config, data
         self._head, self._native = head, native
         self._nodes: list[NodeProto] = []
-        self._inputs, self._outputs = (
-            [_tokens("input_ids", "time"), _tokens("attention_mask", "total")],
-            [_floats("logits", "batch", "time", checkpoint.config.vocab_size)],
-        )
+        self._inputs = [_tokens("input_ids", "time"), _tokens("attention_mask", "total")]
+        self._outputs = [_floats("logits", "batch", "time", checkpoint.config.vocab_size)]
         self._h = ""
 
     def begin(self) -> None:
