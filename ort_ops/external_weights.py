@@ -3,7 +3,7 @@
 All of it is for models that :func:`~ort_ops.external_data.check_external_data` has passed. Needs onnx, onnxruntime and numpy.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -111,12 +111,15 @@ def move_out(proto: ModelProto, data: Path, folder: Path) -> None:
         for tensor, offset, content in _moved(proto, folder):
             file.write(bytes(offset - file.tell()))
             file.write(content)
-            moved = TensorProto(
-                name=tensor.name, data_type=tensor.data_type, dims=tensor.dims, data_location=TensorProto.EXTERNAL
-            )
-            for key, value in (("location", data.name), ("offset", offset), ("length", len(content))):
-                moved.external_data.add(key=key, value=str(value))
-            tensor.CopyFrom(moved)
+            tensor.CopyFrom(external_tensor(tensor.name, tensor.data_type, tensor.dims, data.name, offset, len(content)))
+
+
+def external_tensor(name: str, kind: int, shape: Sequence[int], location: str, offset: int, length: int) -> TensorProto:
+    """A tensor whose bytes lie in another file. kind: ONNX's number of its type."""
+    tensor = TensorProto(name=name, data_type=kind, dims=shape, data_location=TensorProto.EXTERNAL)
+    for key, value in (("location", location), ("offset", offset), ("length", length)):
+        tensor.external_data.add(key=key, value=str(value))
+    return tensor
 
 
 def set_location(proto: ModelProto, name: str) -> None:

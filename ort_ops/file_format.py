@@ -21,7 +21,7 @@ SINGLE_FILE_BYTES = MAX_FILE_BYTES - MAX_METADATA_BYTES - 2**26  # of weights; t
 MAX_AXIS = 2**20  # of a size that stands in the metadata alone
 MAX_SIZE = 2**63 - 1
 BY_ONNXRUNTIME = "onnxruntime"  # the value of reference["by"] where the answer is not torch's
-LANGUAGE_MODEL, CLASSIFIER, MODULE = "language_model", "classifier", "module"  # the tasks
+LANGUAGE_MODEL, CLASSIFIER, MODULE, DECODER = "language_model", "classifier", "module", "decoder"  # the tasks
 # What tensors in the metadata may be, with numpy's name of their layout.
 ARRAY_KINDS = {"float32": "<f4", "float64": "<f8", "float16": "<f2", "int64": "<i8", "int32": "<i4", "int16": "<i2"}
 ARRAY_KINDS |= {"int8": "|i1", "uint8": "|u1", "bool": "|b1"}
@@ -79,7 +79,8 @@ class FileRecord:
     """What a file says about itself besides the graph.
 
     Attributes:
-        task: ``language_model``, ``classifier`` or ``module``, a module of somebody's own. module: its class.
+        task: ``language_model``, ``classifier``, ``module``, a module of somebody's own, or ``decoder``, an imported language
+            model. module: the class of somebody's own.
         float32_bytes: the parameters at 4 bytes each.
         config: fields of the model's configuration. activations: what its ternary products read.
         vocabulary, context_length: characters of a model that reads text, and tokens that it looks back. class_names: the
@@ -88,6 +89,7 @@ class FileRecord:
             own, by onnxruntime. :mod:`ort_ops.reference` reads it.
         export_parity: what the comparison at export found, at 24 bits. drift: what 8 bits change.
         layers: one record per layer that is routed by signatures, in order; None in files of before there were records.
+        provenance: what an imported decoder was made from and by: format, SHA-256 of the source files, version, date, commit.
     """
 
     task: str | None = None
@@ -102,6 +104,7 @@ class FileRecord:
     export_parity: dict[str, Any] | None = None
     drift: dict[str, Any] | None = None
     layers: list[LayerRecord] | None = None
+    provenance: dict[str, Any] | None = None
 
     def to_properties(self) -> dict[str, str]:
         """As ONNX metadata properties.
@@ -124,7 +127,7 @@ class FileRecord:
     def from_metadata(cls, metadata: Mapping[str, Any]) -> "FileRecord":
         """From what :func:`from_properties` returns; errors as there."""
         kinds = {"task": str, "module": str, "config": dict, "vocabulary": str, "class_names": list, "reference": dict}
-        kinds |= {"export_parity": dict, "drift": dict}
+        kinds |= {"export_parity": dict, "drift": dict, "provenance": dict}
         values = {
             name: _of_kind(name, metadata.get(name), kind) for name, kind in kinds.items() if metadata.get(name) is not None
         }

@@ -17,7 +17,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
 from ort_ops.external_data import check_external_data
 from ort_ops.external_weights import load
-from ort_ops.file_format import MAX_AXIS, MAX_FILE_BYTES, MODULE, FileRecord, LayerRecord, ModelFileError
+from ort_ops.file_format import DECODER, MAX_AXIS, MAX_FILE_BYTES, MODULE, FileRecord, LayerRecord, ModelFileError
 from ort_ops.graph import names_read
 from ort_ops.operators.signature_route import SIGNATURE_ROUTE
 from ort_ops.operators.sparse_lookup import SPARSE_LOOKUP, sparse_lookup_function
@@ -157,6 +157,10 @@ def read_model(path: Path) -> tuple[ModelProto, FileRecord, list[SignatureLayer]
     try:
         _check_names(proto)
         about = FileRecord.from_properties({entry.key: entry.value for entry in proto.metadata_props})
+        if about.task == DECODER:
+            raise ValueError(
+                f"task ({DECODER}) must be that of a file of `trix export`; `trix generate` runs the folder of this one"
+            )
         nodes = signature_nodes(proto.graph)
         load(proto, path.parent, {name for of_layer in nodes for name in of_layer.constants})
         if about.layers is None:

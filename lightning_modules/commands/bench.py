@@ -22,7 +22,7 @@ from lightning_modules.commands.output_text import print_rich
 from lightning_modules.drawings import as_svg
 from lightning_modules.errors import UserError
 from lightning_modules.machine import cpu_name, instruction_sets, num_usable_cores
-from ort_ops.file_format import CLASSIFIER, LANGUAGE_MODEL, MODULE, ModelFileError, describe_size
+from ort_ops.file_format import CLASSIFIER, DECODER, LANGUAGE_MODEL, MODULE, ModelFileError, describe_size
 from ort_ops.library import LibraryNotFoundError
 from ort_ops.runtime import ExportedModel, check_logits
 from ort_ops.state import StatefulReader
@@ -162,9 +162,9 @@ def cases_of(model: ExportedModel, lengths: Sequence[int]) -> list[Case]:
     also the second half of its context, or MAX_GENERATED tokens of it, token by token; after MAX_BEFORE tokens where half of
     the context is more.
     """
-    if model.record.task == MODULE:
+    if model.record.task in (MODULE, DECODER):
         raise ModelFileError(
-            f"{model.path}: task ({MODULE}) must be {LANGUAGE_MODEL} or {CLASSIFIER}: its inputs are no tokens"
+            f"{model.path}: task ({model.record.task}) must be {LANGUAGE_MODEL} or {CLASSIFIER}: others have no texts to run on"
         )
     reference = model.metadata.get("reference")
     if not isinstance(reference, dict) or not isinstance(reference.get("input"), list):

@@ -1,8 +1,10 @@
-"""``trix generate``: continue a text with an exported language model. Needs onnxruntime and numpy, no torch."""
+"""``trix generate``: continue a text with an exported language model or an imported one. Needs no torch."""
 
+import argparse
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 from lightning_modules.commands.arguments import FILE, CommandParser
 from lightning_modules.errors import UserError
@@ -14,6 +16,8 @@ from ort_ops.runtime import LanguageModelSession
 def run_generate(arguments: list[str]) -> int:
     """Write the prompt and its continuation to stdout as it comes; then speed, size and parity to stderr."""
     options = make_parser().parse_strictly(arguments)
+    if Path(options.model).is_dir():
+        return _run_folder(options)
     try:
         session = _open(options.model, use_library=not options.no_library, num_threads=options.threads)
     except (ValueError, OSError) as error:
@@ -26,13 +30,34 @@ def run_generate(arguments: list[str]) -> int:
             top_p=options.top_p,
             seed=options.seed,
         )
-        _write(options.prompt, pieces, session)
+        _report(session, *_write(options.prompt, pieces))
     except ValueError as error:
         raise UserError(str(error)) from error
     return 0
 
 
-def _write(prompt: str, pieces: Iterator[str], session: LanguageModelSession) -> None:
+def _run_folder(options: argparse.Namespace) -> int:
+    """The same with a folder of `trix import`, by onnxruntime-genai."""
+    from ort_ops.ternary_models.genai_folder import GenaiDecoder
+
+    if options.no_library:
+        raise UserError(
+            "--no-library is for files of `trix export`; `trix import --no-native` writes a folder without the library"
+        )
+    try:
+        decoder = GenaiDecoder(Path(options.model), options.threads)
+        sampling = {"temperature": options.temperature, "top_p": options.top_p, "seed": options.seed}
+        found = _write(options.prompt, decoder.generate(options.prompt, options.num_tokens, **sampling))
+    except ImportError as error:
+        raise UserError("a folder of `trix import` needs onnxruntime-genai: pip install 'trix[genai]'") from error
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from error
+    print(f"\n{_speed(*found, 'onnxruntime-genai')}", file=sys.stderr)
+    return 0
+
+
+def _write(prompt: str, pieces: Iterator[str]) -> tuple[int, float]:
+    """Write prompt and pieces as they come; returns the number of pieces, and the seconds that they took."""
     sys.stdout.write(prompt)
     num_generated, start = 0, time.perf_counter()
     try:
@@ -44,7 +69,12 @@ def _write(prompt: str, pieces: Iterator[str], session: LanguageModelSession) ->
         seconds = time.perf_counter() - start
         sys.stdout.write("\n")
         sys.stdout.flush()
-    _report(session, num_generated, seconds)
+    return num_generated, seconds
+
+
+def _speed(num_generated: int, seconds: float, by: str) -> str:
+    speed = f"{num_generated / seconds:,.0f} tokens/s" if num_generated and seconds else "no tokens"
+    return f"speed   {speed} ({num_generated} tokens, {by})"
 
 
 def _open(path: str, use_library: bool, num_threads: int | None) -> LanguageModelSession:
@@ -56,10 +86,9 @@ def _open(path: str, use_library: bool, num_threads: int | None) -> LanguageMode
 
 
 def _report(session: LanguageModelSession, num_generated: int, seconds: float) -> None:
-    speed = f"{num_generated / seconds:,.0f} tokens/s" if num_generated and seconds else "no tokens"
     kernels = "native operators" if session.uses_library else "portable operators"
     lines = [
-        f"speed   {speed} ({num_generated} tokens, {kernels})",
+        _speed(num_generated, seconds, kernels),
         f"size    {describe_size(session.file_bytes, session.float32_bytes)}",
         f"parity  {session.check_parity()}",
     ]
@@ -69,13 +98,16 @@ def _report(session: LanguageModelSession, num_generated: int, seconds: float) -
 def make_parser() -> CommandParser:
     parser = CommandParser(
         prog="trix generate",
-        description="Continue a text with an exported language model.",
+        description="Continue a text with an exported language model, or an imported one.",
         epilog='examples:\n  trix generate runs/char_lm/model.onnx --prompt "The "\n'
-        '  trix generate runs/char_lm/model.onnx --prompt "The " --num-tokens 500 --temperature 0.5 --seed 1',
+        '  trix generate runs/char_lm/model.onnx --prompt "The " --num-tokens 500 --temperature 0.5 --seed 1\n'
+        '  trix generate bitnet --prompt "The " --temperature 0',
     )
-    parser.add_argument("model", help="a file written by `trix export`").complete = FILE
+    parser.add_argument("model", help="a file written by `trix export`, or a folder written by `trix import`").complete = FILE
     parser.add_argument("--prompt", required=True, help="the text to continue")
-    parser.add_argument("--num-tokens", type=int, default=200, help="how many characters to add (default: %(default)s)")
+    parser.add_argument(
+        "--num-tokens", type=int, default=200, help="how many tokens to add: characters, unless imported (default: %(default)s)"
+    )
     parser.add_argument(
         "--temperature", type=float, default=0.8, help="0 always takes the likeliest, 1 draws (default: %(default)s)"
     )

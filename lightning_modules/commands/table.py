@@ -57,6 +57,12 @@ COMMANDS = (
         "surgery",
         "insert, freeze, unfreeze a signature or remove a tile of a checkpoint or exported model, into a new file",
     ),
+    Command(
+        "import",
+        DEPLOYMENT,
+        "write a ternary model of others as a folder for onnxruntime-genai (needs no torch)",
+        "lightning_modules.commands.import_decoder",
+    ),
     _light(DEPLOYMENT, "export", "write a checkpoint as one ONNX file with packed ternary weights"),
     _light(DEPLOYMENT, "generate", "continue a text with an exported model (needs no torch)"),
     _light(DEPLOYMENT, "bench", "measure how fast an exported model runs here, or run a benchmark of the source tree"),
@@ -78,6 +84,7 @@ examples
   trix surgery runs/char_lm insert --ngrams "th,Th" --layer 1 --tile 3 --output edited.ckpt
   trix export --ckpt runs/char_lm --output runs/char_lm/model.onnx
   trix generate runs/char_lm/model.onnx --prompt "The "
+  trix import bitnet-b1.58-2B-4T --output bitnet
   trix bench runs/char_lm/model.onnx
   trix completion bash > ~/.local/share/bash-completion/completions/trix
   trix doctor

@@ -23,6 +23,7 @@ from ort_ops.schema import DOMAIN, OPSET_VERSION, OpSchema, TensorSchema
 # compares the two. Names, not imports, so that an operator is one row.
 FILES = (
     "ternary_tile_matmul",
+    "ternary_matmul",
     "signature_route",
     "ternary_ffn",
     "sparse_lookup",

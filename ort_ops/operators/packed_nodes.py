@@ -32,10 +32,10 @@ def decode(packed: str, weight: str, num_rows: str) -> list[NodeProto]:
     ]
 
 
-def pad_columns(packed: str) -> list[NodeProto]:
-    """`x_padded`: x with zero columns up to the 16 B of the panels; `decoded_shape`: [32 P, 16 B]."""
+def pad_columns(packed: str, x: str = "x") -> list[NodeProto]:
+    """`x_padded`: x [T, K] with zero columns up to the 16 B of the panels; `decoded_shape`: [32 P, 16 B]."""
     return [
-        node("Shape", ["x"], ["num_columns"], start=1),
+        node("Shape", [x], ["num_columns"], start=1),
         node("Shape", [packed], ["num_panels_and_blocks"], start=-3, end=-1),
         int_vector("panel_size", [PANEL_ROWS, BLOCK_COLUMNS]),
         node("Mul", ["num_panels_and_blocks", "panel_size"], ["decoded_shape"]),
@@ -44,5 +44,5 @@ def pad_columns(packed: str) -> list[NodeProto]:
         node("Sub", ["num_padded", "num_columns"], ["num_padding"]),
         int_vector("no_padding", [0, 0, 0]),
         node("Concat", ["no_padding", "num_padding"], ["paddings"], axis=0),
-        node("Pad", ["x", "paddings"], ["x_padded"]),
+        node("Pad", [x, "paddings"], ["x_padded"]),
     ]

@@ -47,7 +47,7 @@ def _function() -> FunctionProto:
     nodes = [
         *decode_table(),
         *pad_columns("packed"),
-        *_quantise("x_padded", "x_used"),
+        *quantise("x_padded", "x_used"),
         # y starts as [T, N] zeros; every row is then written by exactly one pass of the loop.
         node("Shape", ["x"], ["num_tokens"], end=1),
         node("Shape", ["row_scale"], ["num_rows"], start=1),
@@ -87,7 +87,7 @@ def _tile_loop_body() -> GraphProto:
     return helper.make_graph(nodes, "multiply_tile", inputs, outputs)
 
 
-def _quantise(x: str, output: str) -> list[NodeProto]:
+def quantise(x: str, output: str) -> list[NodeProto]:
     """x [T, K] as the int8 kernels see it, q * scale; x itself where activation_bits is 24."""
     as_it_is = helper.make_graph([node("Identity", [x], ["as_it_is"])], "as_it_is_graph", [], [float_info("as_it_is")])
     quantised = helper.make_graph(_quantised(x), "quantised_graph", [], [float_info("quantised")])

@@ -13,7 +13,7 @@ ROOT=$WORK/root SITE=$WORK/site NATIVE=$WORK/native APT=$WORK/apt
 PYTHON=${PYTHON:-python3}
 WHEELS=(onnxruntime onnx numpy pytest pytest-timeout hypothesis)
 # test_activations.py is not among them: it measures against the float32 product of numpy, whose error depends on the machine.
-TESTS=(tests/ort_ops/test_{native_ops,ternary_ffn,route_gates,choice_among_many,outlier_activations,sparse_lookup_op}.py
+TESTS=(tests/ort_ops/test_{native_ops,ternary_matmul,ternary_ffn,route_gates,choice_among_many,outlier_activations,sparse_lookup_op}.py
   tests/ort_ops/test_{functions,panels,resolvent_ops}.py tests/parity/test_isa_parity.py)
 CPUS=(max cortex-a72)
 declare -A ISA=([max]=neon_dotprod [cortex-a72]=neon)

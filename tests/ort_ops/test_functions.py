@@ -1,14 +1,11 @@
 """The operators in standard ONNX ops: they run without the native library and compute the same."""
 
-import tempfile
-from pathlib import Path
-
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
-from onnx import TensorProto, helper
+from onnx import helper
 from packed_models import (
+    float_constant_bytes,
     make_model,
     portable_session,
     quantised,
@@ -97,29 +94,6 @@ def test_function_keeps_constant_weights_packed() -> None:
     weights = {name: inputs[name] for name in ("packed", "row_scale")}
     model = make_model(TERNARY_TILE_MATMUL, constants=weights, with_functions=True)
     assert float_constant_bytes(model) < inputs["packed"].nbytes
-
-
-def float_constant_bytes(model: onnx.ModelProto) -> int:
-    """Bytes of float initializers and constants in the graph that onnxruntime runs without the library."""
-    with tempfile.TemporaryDirectory() as folder:
-        options = ort.SessionOptions()
-        options.log_severity_level = 4
-        options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
-        ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        optimised = onnx.load(options.optimized_model_filepath)
-
-    def tensors(graph: onnx.GraphProto) -> list[TensorProto]:
-        found = list(graph.initializer)
-        for node in graph.node:
-            for attribute in node.attribute:
-                if attribute.HasField("t"):
-                    found.append(attribute.t)
-                if attribute.HasField("g"):
-                    found += tensors(attribute.g)
-        return found
-
-    is_float = [tensor for tensor in tensors(optimised.graph) if tensor.data_type == TensorProto.FLOAT]
-    return sum(4 * int(np.prod(tensor.dims)) for tensor in is_float)
 
 
 def test_functions_are_valid_and_named_like_the_schema() -> None:

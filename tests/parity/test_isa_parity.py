@@ -17,6 +17,7 @@ from packed_models import (
     ffn_inputs,
     lookup_inputs,
     make_model,
+    matmul_inputs,
     mix_inputs,
     native_session,
     portable_session,
@@ -133,6 +134,36 @@ def test_tile_matmul_has_the_same_bits_on_every_instruction_set(
     inputs, _ = tile_matmul_inputs(rng, num_tokens, num_tiles, num_rows, num_columns)
     if has_outliers:
         inputs["x"] = with_outliers(rng, inputs["x"])
+    if is_special:
+        inputs["x"] = with_specials(rng, inputs["x"])
+    case = tmp_path / "case.npz"
+    np.savez(case, **inputs, **attributes)
+    assert_all_agree(workers, case)
+
+
+@sizes
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    num_texts=st.integers(0, 3),
+    num_tokens=st.integers(0, 20),
+    num_rows=st.integers(0, 100),
+    num_columns=st.one_of(st.integers(0, 70), st.integers(200, 2100)),
+    is_special=st.booleans(),
+    attributes=st.sampled_from(ATTRIBUTES),
+)
+def test_matmul_has_the_same_bits_on_every_instruction_set(
+    workers: list[IsaWorker],
+    tmp_path: Path,
+    seed: int,
+    num_texts: int,
+    num_tokens: int,
+    num_rows: int,
+    num_columns: int,
+    is_special: bool,
+    attributes: dict[str, int],
+) -> None:
+    rng = np.random.default_rng(seed)
+    inputs, _ = matmul_inputs(rng, num_texts, num_tokens, num_rows, num_columns)
     if is_special:
         inputs["x"] = with_specials(rng, inputs["x"])
     case = tmp_path / "case.npz"
@@ -318,6 +349,7 @@ def test_registered_kernel_takes_precedence_over_the_function(op: OpSchema, leve
     rng = np.random.default_rng(0)
     examples = {
         "TernaryTileMatMul": tile_matmul_inputs(rng, 4, 2, 3, 8),
+        "TernaryMatMul": matmul_inputs(rng, 1, 4, 3, 8),
         "SignatureRoute": route_inputs(rng, 4, 2, 8),
         "TernaryFFN": ffn_inputs(rng, 4, 1, 2, 8, 8),
         "SparseLookup": lookup_inputs(rng, 4, 1, 2, 8, 8),

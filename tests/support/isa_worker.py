@@ -1,8 +1,8 @@
 """A process whose kernels run one instruction set: for each case file named on stdin, run it and write the results.
 
 A case file (.npz) holds the inputs of one op, and its attributes as numbers without dimensions. A name that it alone has says
-which op; `without_score` leaves out the scores of SignatureRoute. The answer to each line is the path of a .npz with the
-outputs. TRIX_ORT_ISA is read once per process, hence one worker for each value.
+which op, no such name TernaryMatMul. `without_score` leaves out the scores of SignatureRoute. The answer to each line is the
+path of a .npz with the outputs. TRIX_ORT_ISA is read once per process, hence one worker for each value.
 """
 
 import sys
@@ -16,14 +16,16 @@ from ort_ops.operators.resolvent_mix import RESOLVENT_MIX
 from ort_ops.operators.resolvent_sweep import RESOLVENT_SWEEP
 from ort_ops.operators.signature_route import SIGNATURE_ROUTE
 from ort_ops.operators.sparse_lookup import SPARSE_LOOKUP
+from ort_ops.operators.ternary_matmul import TERNARY_MATMUL
 from ort_ops.operators.ternary_tile_matmul import TERNARY_TILE_MATMUL
 
 NAMED_BY = {"alpha_re": RESOLVENT_SWEEP, "G_re": RESOLVENT_MIX, "grid_size": SPARSE_LOOKUP, "top_k": SIGNATURE_ROUTE}
+NAMED_BY |= {"tile_idx": TERNARY_TILE_MATMUL}
 sessions: dict[tuple[str, frozenset[tuple[str, float]]], ort.InferenceSession] = {}
 
 
 def session_for(names: Collection[str], attributes: dict[str, float]) -> ort.InferenceSession:
-    op = next((op for name, op in NAMED_BY.items() if name in names), TERNARY_TILE_MATMUL)
+    op = next((op for name, op in NAMED_BY.items() if name in names), TERNARY_MATMUL)
     key = op.name, frozenset(attributes.items())
     if key not in sessions:
         given = {name: value for name, value in attributes.items() if name != "without_score"}

@@ -1,7 +1,9 @@
 """Small models around one operator, and float64 references, for the tests of the native operators."""
 
 import math
+import tempfile
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,6 +37,19 @@ def tile_matmul_inputs(
         "packed": to_panels(weight),
         "row_scale": rng.uniform(0.1, 2.0, (num_tiles, num_rows)).astype(np.float32),
         "tile_idx": rng.integers(0, num_tiles, num_tokens),
+    }
+    return inputs, weight
+
+
+def matmul_inputs(
+    rng: np.random.Generator, num_texts: int, num_tokens: int, num_rows: int, num_columns: int
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Random valid inputs of TernaryMatMul and the unpacked weights."""
+    weight = random_ternary(rng, num_rows, num_columns)
+    inputs = {
+        "x": rng.standard_normal((num_texts, num_tokens, num_columns), dtype=np.float32),
+        "packed": to_panels(weight),
+        "row_scale": rng.uniform(0.1, 2.0, num_rows).astype(np.float32),
     }
     return inputs, weight
 
@@ -336,6 +351,29 @@ def portable_session(model: onnx.ModelProto) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = 4
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def float_constant_bytes(model: onnx.ModelProto) -> int:
+    """Bytes of float initializers and constants in the graph that onnxruntime runs without the library."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = ort.SessionOptions()
+        options.log_severity_level = 4
+        options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
+        ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        optimised = onnx.load(options.optimized_model_filepath)
+
+    def tensors(graph: onnx.GraphProto) -> list[TensorProto]:
+        found = list(graph.initializer)
+        for node in graph.node:
+            for attribute in node.attribute:
+                if attribute.HasField("t"):
+                    found.append(attribute.t)
+                if attribute.HasField("g"):
+                    found += tensors(attribute.g)
+        return found
+
+    is_float = [tensor for tensor in tensors(optimised.graph) if tensor.data_type == TensorProto.FLOAT]
+    return sum(4 * int(np.prod(tensor.dims)) for tensor in is_float)
 
 
 def run_tile_matmul(inputs: Arrays, *, num_threads: int = 1) -> np.ndarray:

@@ -120,7 +120,7 @@ MISTAKES = [
     (["surgery", "{model}", "freeze", *WHERE, "--output", "{text}"], "must not exist yet: no file is replaced"),
     (["surgery", "{model}", "freeze", *WHERE, "--output", "{out}.ckpt"], "new.onnx.ckpt must end with .onnx: so do exported"),
     (["inspect", "{model}", "--output", "{text}"], "text.onnx must not exist yet: no .onnx file is replaced"),
-    (["generate", "{folder}", "--prompt", "x"], ": a folder, not a file"),
+    (["generate", "{folder}", "--prompt", "x"], ": a folder without genai_config.json, not one of `trix import`"),
     (["surgery", "{text}", "freeze", *WHERE, "--output", "{out}"], "text.onnx: not an ONNX file, or a damaged one"),
     (
         ["surgery", "{model}", "insert", *WHERE, "--signature", "+-", "--output", "{out}"],
