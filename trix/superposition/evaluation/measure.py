@@ -36,6 +36,7 @@ from trix.superposition.viz.token_texts import Tokenizer
 
 if TYPE_CHECKING:  # reading dumps needs pydantic, which training does without
     from trix.superposition.dump import ActivationDump
+    from trix.superposition.dump.reader import HeldOut
 
 MAX_ROWS = 40_000  # tokens of the probes, in training and in test
 
@@ -45,12 +46,12 @@ class Split:
     """What was held out when the autoencoder was trained.
 
     dump, target: the activations, and those that a transcoder writes. held_out, seed: as in
-    :meth:`~trix.superposition.dump.ActivationDump.shuffled`.
+    :meth:`~trix.superposition.dump.ActivationDump.chunks`.
     """
 
     dump: "ActivationDump"
     target: "ActivationDump | None"
-    held_out: float
+    held_out: "HeldOut"
     seed: int
 
     def held_out_rows(self, max_tokens: int | None = None) -> Iterator[TokenRows]:
