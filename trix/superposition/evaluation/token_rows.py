@@ -32,10 +32,6 @@ class TokenRows(NamedTuple):
         """All rows of the parts, in order; at least one part."""
         return cls(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
-    def of(self, is_kept_N: Tensor) -> "TokenRows":
-        """The rows that a mask keeps."""
-        return TokenRows(*(column[is_kept_N] for column in self))
-
 
 def read_rows(
     dump: "ActivationDump",
