@@ -35,6 +35,7 @@ from lightning_modules.data import digits as _digits  # noqa: F401 (a configurat
 from lightning_modules.data import language_id as _language_id  # noqa: F401
 from lightning_modules.data import model_activations as _model_activations  # noqa: F401
 from lightning_modules.data import text as _text  # noqa: F401
+from lightning_modules.data.data_module import TrixDataModule
 from lightning_modules.error_text import one_line, reason, shorten_parser_error
 from lightning_modules.errors import UserError
 from lightning_modules.known_names import class_names, known_keys
@@ -312,6 +313,8 @@ class TrixCLI(LightningCLI):
                 self.model.check_checkpoint(checkpoint)
                 if self.subcommand == "fit":
                     check_resumable(checkpoint)
+                    if isinstance(self.datamodule, TrixDataModule):
+                        self.datamodule.check_resumed(checkpoint)
                     self._record.go_on_from(Path(self._checkpoint_path), log_folder(Path(self._checkpoint_path), checkpoint))
                 for key in reversed(COPIES):  # all are checked, the first is the one to stay
                     if key in checkpoint:

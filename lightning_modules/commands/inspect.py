@@ -25,6 +25,9 @@ def run_inspect(arguments: list[str]) -> int:
     check_output_file(output, model)
     if options.num_tokens is not None and options.num_tokens < 1:
         raise UserError(f"--num-tokens ({options.num_tokens}) must be >= 1")
+    for name in ("dump", "autoencoder"):
+        if getattr(options, name) is not None and options.sae is None:
+            raise UserError(f"--{name} ({getattr(options, name)}) must come with --sae RUN")
     trusted = trusted_modules(options.trust)
     with working_folder_searched(trusted):
         _write_page(_page_maker(model, options, trusted), model, output)
@@ -60,7 +63,7 @@ def _page_maker(model: Path, options: Namespace, trusted: Collection[str]) -> Ca
     if options.sae is not None:
         from lightning_modules.commands.inspect_latents import latent_remarks
 
-        remarks = latent_remarks(task, model, options.sae, trusted)
+        remarks = latent_remarks(task, model, options.sae, trusted, options.dump, options.autoencoder)
     return functools.partial(make_page, task, data, checkpoint, str(model), options.num_tokens or DEFAULT_TOKENS, remarks)
 
 
@@ -91,5 +94,11 @@ def make_parser() -> CommandParser:
         help="a sparse autoencoder on activations of this checkpoint: the cards of that layer's tiles show the latents that go "
         "with them, as `trix sae tiles` finds them",
     ).complete = FILE
+    parser.add_argument(
+        "--dump", metavar="DIR", help="with --sae: the dump that it learned from, where it has been moved"
+    ).complete = FILE
+    parser.add_argument(
+        "--autoencoder", metavar="NAME", help="with --sae: which of several in that run (default: the main one)"
+    )
     parser.add_trust()
     return parser

@@ -42,6 +42,7 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "limit_train_batches": (None, 1.0),
     "overfit_batches": (0.0,),
 }
+PLACES = {"path", "target", "model", "text"}  # settings of the data that say where things are
 ON_GPU = ("auto", "gpu", "cuda")
 
 Track = Callable[[Iterator[ActivationBatch], int, str], Iterator[ActivationBatch]]
@@ -185,8 +186,8 @@ class _Parts(TrixCLI):
                 raise UserError(f"{training.config}: {what} ({ours}) must be the checkpoint's ({stored})")
         return {
             "autoencoder": _unrestrained(self.task),
-            "data": {name: value for name, value in its_data.items() if name not in ("path", "target")},
-            "dump": training.run.data.dump_sha256,
+            "data": {name: value for name, value in its_data.items() if name not in PLACES},
+            **training.run.data.identity(),
             "optimizer": model["optimizer"],
             "lr_scheduler": model["lr_scheduler"],
             "steps": [training.num_steps, training.max_steps],
@@ -204,6 +205,9 @@ def _parts(training: Training, seed: int, restraint: str | None) -> _Parts:
         "trainer.callbacks": "null",
         "trainer.enable_checkpointing": "false",
     }
+    for name in PLACES & training.run.data.hparams.keys():  # where they are now
+        value = training.run.data.hparams[name]
+        changes[f"data.init_args.{name}"] = "null" if value is None else value
     if restraint is not None:
         changes["model.init_args.autoencoder.restraint"] = restraint
     options = [f"--{name}={value}" for name, value in changes.items()]

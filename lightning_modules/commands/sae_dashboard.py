@@ -8,13 +8,24 @@ from typing import TYPE_CHECKING, Any, cast
 
 from lightning_modules.commands.arguments import FILE, CommandParser
 from lightning_modules.commands.output_file import check_output_file, output_folder
-from lightning_modules.commands.sae_run import SAERun, add_model, add_run, open_model, open_run
+from lightning_modules.commands.sae_run import (
+    READ_TOKENS,
+    SAERun,
+    add_autoencoder,
+    add_dump,
+    add_model,
+    add_run,
+    open_model,
+    open_run,
+    places_of,
+)
 from lightning_modules.errors import UserError
 from lightning_modules.explained_model import ExplainedModel, told_to_the_user
 from lightning_modules.trust import trusted_modules, working_folder_searched
 from trix.whole_file import write_whole
 
 if TYPE_CHECKING:
+    from lightning_modules.data.activation_stream import Rows
     from trix.superposition.analysis.survey import Survey
     from trix.superposition.sae import SAE
     from trix.superposition.viz import Tokenizer
@@ -44,30 +55,36 @@ def run(options: Namespace) -> int:
 def _write(options: Namespace, latents: list[int] | None, trusted: Collection[str]) -> Path:
     from trix.superposition.analysis.survey import MAX_EXAMPLES
 
-    run = open_run(options.run, "dashboard", trusted)
+    run = open_run(options.run, "dashboard", trusted, places_of(options))
     output = run.ckpt.parent / f"{run.ckpt.stem}_latents.html" if options.output is None else Path(options.output)
     check_output_file(output, run.ckpt)
-    autoencoders = run.task.autoencoders
-    name = next(iter(autoencoders)) if options.autoencoder is None else options.autoencoder
-    if name not in autoencoders:
-        raise UserError(f"--autoencoder ({name}) must be one of {', '.join(autoencoders)}")
-    sae = autoencoders[name].fold_()
+    name, sae = run.autoencoder(options.autoencoder)
     if options.examples > MAX_EXAMPLES:
         raise UserError(f"--examples ({options.examples}) must be <= {MAX_EXAMPLES}")
     latents, note = _chosen(latents, options.num_latents or DEFAULT_LATENTS, sae.k, options.seed)
     model = open_model(options.model, run, "dashboard", trusted)
-    content = _page(options, run, model, sae, name, latents, note)
+    with run.data.rows(READ_TOKENS) as rows:
+        content = _page(options, run, rows, model, sae, name, latents, note)
     with told_to_the_user(output), output_folder(output.parent):
         write_whole(content.encode(), output.resolve())  # a link stays, the file that it names is replaced
     return output
 
 
-def _page(options: Namespace, run: SAERun, model: ExplainedModel, sae: "SAE", name: str, latents: list[int], note: str) -> str:
+def _page(
+    options: Namespace,
+    run: SAERun,
+    rows: "Rows",
+    model: ExplainedModel,
+    sae: "SAE",
+    name: str,
+    latents: list[int],
+    note: str,
+) -> str:
     from trix.superposition.analysis.survey import survey_latents
     from trix.superposition.progress import progress_bar
     from trix.superposition.viz.dashboard import Vocabulary, dashboard
 
-    device, dump = model.backend.device, run.data.dump
+    device, dump = model.backend.device, rows.dump
     with progress_bar() as progress:
         bar = progress.add_task("latents", total=2 * len(dump))
         survey = survey_latents(
@@ -80,18 +97,19 @@ def _page(options: Namespace, run: SAERun, model: ExplainedModel, sae: "SAE", na
             seed=options.seed,
             advance=lambda num_tokens: progress.advance(bar, num_tokens),
         )
-    site = run.data.target_dump.manifest.identity.site
+    site = rows.target_dump.manifest.identity.site
     tokenizer, size = _tokenizer(model)
     unembed = model.backend.unembed if site in model.backend.stream_sites else None
-    facts = [("autoencoder", f"{name} of {run.ckpt}"), *_facts(run, model, sae, survey), ("seed", str(options.seed))]
+    facts = [("autoencoder", f"{name} of {run.ckpt}"), *_facts(run, rows, model, sae, survey), ("seed", str(options.seed))]
     vocabulary = Vocabulary(tokenizer, size, unembed)
     return dashboard("Latents of a sparse autoencoder", facts, survey, sae.W_dec.detach(), vocabulary, note)
 
 
-def _facts(run: SAERun, model: ExplainedModel, sae: "SAE", survey: "Survey") -> list[tuple[str, str]]:
+def _facts(run: SAERun, rows: "Rows", model: ExplainedModel, sae: "SAE", survey: "Survey") -> list[tuple[str, str]]:
     from trix.superposition.evaluation.reconstruction import DENSE_SHARE
 
-    identity, target = run.identity, run.data.target_dump.manifest.identity
+    identity, target = run.identity, rows.target_dump.manifest.identity
+    source = run.data.hparams.get("path") or "straight from the model"
     settings = ", ".join(f"{name} {value}" for name, value in sae.settings().items())
     explained, num_held_out = _explained_variance(run, sae, model.backend.device)
     density_K = survey.density_K
@@ -103,10 +121,10 @@ def _facts(run: SAERun, model: ExplainedModel, sae: "SAE", survey: "Survey") -> 
         ("digest of the model", identity.model),
         ("site", f"{identity.site}.{identity.layer}"),
         *writes,
-        ("dump", f"{run.data.dump.folder}: {survey.num_tokens:,} tokens of {run.data.dump.manifest.documents:,} texts"),
+        ("activations", f"{source}: {survey.num_tokens:,} tokens of {rows.dump.manifest.documents:,} texts"),
         ("explained variance", f"{explained:.4f} (on the {num_held_out:,} tokens held out of training)"),
         ("active latents per token", f"{density_K.sum():.2f}"),
-        ("dead latents", f"{int((density_K == 0).sum()):,} (they fire at none of the tokens of the dump)"),
+        ("dead latents", f"{int((density_K == 0).sum()):,} (they fire at none of these tokens)"),
         ("dense latents", f"{num_dense:,} (they fire on more than {DENSE_SHARE:.0%} of the tokens)"),
     ]
 
@@ -175,6 +193,7 @@ def make_parser() -> CommandParser:
     )
     add_run(parser)
     add_model(parser)
+    add_dump(parser)
     parser.add_argument(
         "--output", metavar="FILE", help="the HTML file to write (default: next to the checkpoint, NAME_latents.html)"
     ).complete = FILE
@@ -192,7 +211,7 @@ def make_parser() -> CommandParser:
         metavar="N",
         help="largest number of examples in each of the five groups (default: %(default)s)",
     )
-    parser.add_argument("--autoencoder", metavar="NAME", help="which of several in the run (default: the main one)")
+    add_autoencoder(parser)
     parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="seed of all that is drawn at random (default: %(default)s)"
     )

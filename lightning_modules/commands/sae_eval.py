@@ -1,13 +1,23 @@
 """``trix sae eval``: how good a trained autoencoder is, each figure beside those of controls that were trained like it."""
 
 from argparse import Namespace
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lightning_modules.commands.arguments import FILE, CommandParser
 from lightning_modules.commands.output_file import check_output_file, check_output_folder, output_folder
-from lightning_modules.commands.sae_run import EXIT_NO_BETTER, SAERun, add_model, add_run, open_model, open_run
+from lightning_modules.commands.sae_run import (
+    EXIT_NO_BETTER,
+    READ_TOKENS,
+    SAERun,
+    add_dump,
+    add_model,
+    add_run,
+    open_model,
+    open_run,
+    places_of,
+)
 from lightning_modules.errors import UserError
 from lightning_modules.explained_model import TEXT, ExplainedModel, read_texts, told_to_the_user
 from lightning_modules.trust import trusted_modules, working_folder_searched
@@ -18,6 +28,9 @@ if TYPE_CHECKING:
 
     from lightning_modules.commands.sae_controls import Training
     from lightning_modules.commands.sae_report import Report
+    from lightning_modules.data.activation_stream import Rows
+
+T = TypeVar("T")
 
 DEFAULT_TOKENS = 16_384
 BATCH_TEXTS = 64
@@ -39,16 +52,20 @@ def run(options: Namespace) -> int:
 
 def _evaluate(options: Namespace, trusted: Collection[str]) -> int:
     from lightning_modules.commands.sae_controls import run_version, training_of
+    from lightning_modules.tasks.sparse_autoencoder import MAIN
 
-    opened = open_run(options.run, "eval", trusted)
+    opened = open_run(options.run, "eval", trusted, places_of(options))
     model = open_model(options.model, opened, "eval", trusted)
+    if len(opened.task.autoencoders) > 1:
+        print(f"judging {MAIN}, the main one of the autoencoders {', '.join(opened.task.autoencoders)}")
     training = None if options.no_controls else training_of(opened, sorted(trusted))
     folder = run_version(opened.ckpt)
     output = folder / "eval" if options.output is None else Path(options.output)
     check_output_folder(output)
     for name in (JSON_NAME, PAGE_NAME):
         check_output_file(output / name, opened.ckpt)
-    report = _report(options, opened, model, training, folder)
+    with opened.data.rows(READ_TOKENS) as rows:
+        report = _report(options, opened, rows, model, training, folder)
     files = {JSON_NAME: report.as_json(), PAGE_NAME: report.as_page()}
     with output_folder(output):
         for name, content in files.items():
@@ -63,26 +80,29 @@ def _evaluate(options: Namespace, trusted: Collection[str]) -> int:
     return 0 if verdict.is_better else EXIT_NO_BETTER
 
 
-def _report(options: Namespace, opened: SAERun, model: ExplainedModel, training: "Training | None", folder: Path) -> "Report":
+def _report(
+    options: Namespace, opened: SAERun, rows: "Rows", model: ExplainedModel, training: "Training | None", folder: Path
+) -> "Report":
     from lightning_modules.commands.sae_controls import FOLDER, trained_controls
     from lightning_modules.commands.sae_report import Report
     from lightning_modules.tasks.sparse_autoencoder import MAIN
     from trix.superposition.evaluation import model_fits
     from trix.superposition.evaluation.measure import Split, evaluation_data, measure
 
-    data, identity = opened.data, opened.identity
     texts = _text_batches(options, opened, model)
     backend: Any = model.backend
-    split = Split(data.dump, data.target_dump if data.has_target else None, data.validation_fraction, data.seed)
+    split = Split(*rows)
     measured_on = evaluation_data(split, getattr(backend, "vocabulary", None) or backend.tokenizer)
     saes = {"run": opened.task.autoencoders[MAIN].fold_().eval()}
     measured = measure(measured_on, saes)  # first: what cannot be measured needs no controls
     if training is not None:
-        controls = trained_controls(training, folder / FOLDER, _tracked, print)
+        controls = trained_controls(training, folder / FOLDER, _training, print)
         saes |= controls
-        measured |= measure(measured_on, controls)
-    fits = model_fits(backend, identity.layer, saes, lambda: texts) if texts else {}
-    return Report(opened, opened.provenance(model, options.command), measured_on, saes, measured, fits)
+        for name, sae in _tracked(list(controls.items()), "measuring the controls"):
+            measured |= measure(measured_on, {name: sae})
+    layer = opened.identity.layer
+    fits = model_fits(backend, layer, saes, lambda: _tracked(texts, "measuring the model's loss")) if texts else {}
+    return Report(opened, opened.provenance(model, rows, options.command), measured_on, saes, measured, fits)
 
 
 def _text_batches(options: Namespace, opened: SAERun, model: ExplainedModel) -> "list[dict[str, Tensor]]":
@@ -113,12 +133,16 @@ def _text_batches(options: Namespace, opened: SAERun, model: ExplainedModel) -> 
     return batches
 
 
-def _tracked(batches: Iterator[Any], num_steps: int, name: str) -> Iterator[Any]:
-    """The batches, with a bar on stderr that says how far the control is and how long it takes."""
+def _training(batches: Iterator[Any], num_steps: int, name: str) -> Iterator[Any]:
+    return _tracked(batches, f"training {name}", num_steps)
+
+
+def _tracked(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
+    """The items, while stderr says how far it is and how long the rest takes. total: number of items that have no len."""
     from trix.superposition.progress import progress_bar
 
     with progress_bar() as progress:
-        yield from progress.track(batches, num_steps, description=f"training {name}")
+        yield from progress.track(items, total, description=what)
 
 
 def make_parser() -> CommandParser:
@@ -135,6 +159,7 @@ def make_parser() -> CommandParser:
     )
     add_run(parser)
     add_model(parser)
+    add_dump(parser)
     parser.add_argument(
         "--text",
         metavar="FILE",

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING
 
 from lightning_modules.commands.arguments import FILE, CommandParser
 from lightning_modules.commands.output_file import check_output_file, check_output_folder, output_folder
-from lightning_modules.commands.sae_run import SAERun, add_model, add_run, open_model, open_run
+from lightning_modules.commands.sae_run import (
+    SAERun,
+    add_autoencoder,
+    add_dump,
+    add_model,
+    add_run,
+    open_model,
+    open_run,
+    places_of,
+)
 from lightning_modules.errors import UserError
 from lightning_modules.explained_model import told_to_the_user
 from lightning_modules.trust import trusted_modules, working_folder_searched
@@ -29,7 +38,7 @@ def run(options: Namespace) -> int:
             raise UserError(f"--{name.replace('_', '-')} ({value}) must be >= {least}")
     trusted = trusted_modules(options.trust)
     with working_folder_searched(trusted):
-        sae_run = open_run(options.run, "tiles", trusted)
+        sae_run = open_run(options.run, "tiles", trusted, places_of(options))
         folder = sae_run.ckpt.parent / "tiles" if options.output is None else Path(options.output)
         check_output_folder(folder)
         for name in (RECORD_FILE, PAGE_FILE):
@@ -49,13 +58,14 @@ def _report(options: Namespace, sae_run: SAERun, folder: Path, trusted: Collecti
         raise UserError(f"{model.path} must be a model of this project: those of Hugging Face have no tiles")
     if sae_run.data.has_target:
         raise UserError(f"{sae_run.ckpt} must reconstruct the activations that it reads, which a transcoder does not")
-    sae = next(iter(sae_run.task.eval().autoencoders.values()))
-    report = tile_report(model.backend, sae, sae_run.data.dump, options.layer, options.num_tokens, options.seed)
-    settings = {"num_tokens": options.num_tokens, "seed": options.seed}
-    provenance = sae_run.provenance(model, options.command) | settings
+    name, sae = sae_run.autoencoder(options.autoencoder)
+    with sae_run.data.rows(options.num_tokens) as rows:
+        report = tile_report(model.backend, sae, rows.dump, options.layer, options.num_tokens, options.seed)
+        provenance = sae_run.provenance(model, rows, options.command)
+    provenance |= {"autoencoder": name, "num_tokens": options.num_tokens, "seed": options.seed}
     record = json.dumps(tile_record(report, provenance), indent=1, allow_nan=False)
     facts = {
-        "autoencoder": str(sae_run.ckpt),
+        "autoencoder": f"{name} of {sae_run.ckpt}",
         "model": f"{model.path} (digest {provenance['model_digest'][:12]})",
         "activations": f"{report.num_tokens:,} tokens of {report.num_documents:,} documents at {report.site}",
         "seed": str(options.seed),
@@ -105,6 +115,8 @@ def make_parser() -> CommandParser:
     )
     add_run(parser)
     add_model(parser)
+    add_dump(parser)
+    add_autoencoder(parser)
     parser.add_argument(
         "--layer", type=int, metavar="L", help="the layer whose tiles are read (default: that of the activations)"
     )

@@ -4,31 +4,28 @@ Shapes: N tokens of a batch, D width of the activations, O width of the targets.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import Tensor
 from typing_extensions import override
 
+from lightning_modules.data.activation_stream import ActivationBatch, ActivationStream, Part, Rows
 from lightning_modules.data.checks import check_at_least, check_fraction
-from lightning_modules.data.data_module import TrixDataModule
-from lightning_modules.data.loader import ResumableLoader, rank_and_world_size
 from lightning_modules.errors import DataError
 
 if TYPE_CHECKING:  # reading dumps needs pydantic, which is an extra
     from trix.superposition.dump import ActivationDump
-    from trix.superposition.dump.reader import Part
-
-ActivationBatch = tuple[Tensor, Tensor]
-_PARTS: "tuple[Part, ...]" = ("training", "validation")
+    from trix.superposition.dump.manifest import Identity
 
 
-class ActivationDataModule(TrixDataModule):
+class ActivationDataModule(ActivationStream):
     """The tokens of a dump, one row each, as ``trix dump`` or :func:`trix.superposition.dump.dump_sites` wrote it.
 
     Training: whole batches of an order drawn from (seed, epoch); about 65000 rows are in memory at a time, whatever the size
-    of the dump. Validation, test and prediction: the rows that are held out, in one order. Held out are chunks of 256
-    neighbouring rows, so that hardly a text is in both parts.
+    of the dump. Validation, test and prediction: the rows of the documents that are held out, in one order. No document is in
+    both parts.
 
     Shape:
         batches: (x_ND, target_NO), float32; the target is x itself, or the same tokens in ``target``.
@@ -36,7 +33,7 @@ class ActivationDataModule(TrixDataModule):
     Args:
         path: folder of the dump. target: folder of a second one, of the same tokens at another site, which a transcoder is to
             write.
-        batch_size: N, tokens in a batch. validation_fraction: the part of the chunks that is held out, in (0, 1).
+        batch_size: N, tokens in a batch. validation_fraction: the share of the documents that is held out, in (0, 1).
         seed: seed of the split and of the order, >= 0.
 
     Attributes:
@@ -47,8 +44,6 @@ class ActivationDataModule(TrixDataModule):
         DataError: no complete dump, one that does not fit its manifest, targets of other tokens, a value out of range, fewer
             rows than a batch, or several processes.
     """
-
-    noun = "token"
 
     def __init__(
         self,
@@ -72,94 +67,72 @@ class ActivationDataModule(TrixDataModule):
             }
         )
         self.batch_size, self.seed, self.validation_fraction = batch_size, seed, validation_fraction
-        self.dump, self.has_target = _opened(path), target is not None
-        self._target = None if target is None else _opened(target)
+        self.dump, self.has_target = _opened(path, "path"), target is not None
+        self._target = None if target is None else _opened(target, "target")
         if self._target is not None and not _have_equal_tokens(self.dump, self._target):
             raise DataError(f"tokens of target ({target}) must be those of path ({path}): dump both sites at once")
         self.num_features = self.dump.manifest.d_model
         self.num_outputs = self.num_features if self._target is None else self._target.manifest.d_model
         self.dump_sha256 = hashlib.sha256(self.dump.manifest.model_dump_json().encode()).hexdigest()
-        self._sizes = {part: self.dump.num_rows(part, validation_fraction, seed) for part in _PARTS}
-        if self._sizes["training"] < batch_size:
-            raise DataError(f"batch_size ({batch_size}) must be <= training tokens ({self._sizes['training']})")
-        if self._sizes["validation"] == 0:
-            raise DataError(f"number of validation tokens of {path} (0) must be >= 1: validation_fraction is too small")
-        self._place: tuple[int, int] | None = None  # epoch and number of the batch that comes next from the stream
-        self._stream: Iterator[ActivationBatch] = iter(())
-
-    def train_dataloader(self) -> ResumableLoader[ActivationBatch]:
-        """Whole batches of each epoch's order, resumable within an epoch."""
-        if rank_and_world_size()[1] > 1:
-            raise DataError(f"number of processes ({rank_and_world_size()[1]}) must be 1 with ActivationDataModule")
-        settings: dict[str, int | str] = {
-            "dump_sha256": self.dump_sha256,
-            "batch_size": self.batch_size,
-            "seed": self.seed,
-            "validation_fraction": str(self.validation_fraction),
-        }
-        num_batches = self._sizes["training"] // self.batch_size
-        return ResumableLoader(self._training_batch, num_batches, settings=settings, trainer=self.trainer)
-
-    def val_dataloader(self) -> Iterable[ActivationBatch]:
-        """All validation tokens once; the last batch may be smaller."""
-        return _Batches(self, -(-self._sizes["validation"] // self.batch_size))
-
-    def test_dataloader(self) -> Iterable[ActivationBatch]:
-        """The same tokens as validation."""
-        return self.val_dataloader()
-
-    def predict_dataloader(self) -> Iterable[ActivationBatch]:
-        """The same tokens as validation."""
-        return self.val_dataloader()
-
-    @property
-    def target_dump(self) -> "ActivationDump":
-        """The dump whose activations are to be written: that of ``target``, or of ``path``."""
-        return self.dump if self._target is None else self._target
+        with _told(path):
+            num_rows = {part: self.dump.num_rows(part, validation_fraction, seed) for part in ("training", "validation")}
+            num_documents = len(self.dump.held_out_documents(validation_fraction, seed))
+        if num_documents == 0:
+            raise DataError(
+                f"documents of {path} that are held out (0 of {self.dump.manifest.documents}, validation_fraction "
+                f"{validation_fraction}) must be >= 1"
+            )
+        self.set_sizes(num_rows["training"], num_rows["validation"])
 
     @override
     def facts(self) -> dict[str, str]:
         identity = self.dump.manifest.identity
         return {"data": f"activations at {identity.site}.{identity.layer} of a model with digest {identity.model}"}
 
-    def batches(self, part: "Part", epoch: int, start: int = 0) -> Iterator[ActivationBatch]:
-        """The batches of a part in the order of an epoch, from a batch on."""
+    @override
+    def origin(self) -> "Identity":
+        return self.dump.manifest.identity
+
+    @override
+    def rows(self, num_tokens: int) -> AbstractContextManager[Rows]:
+        return nullcontext(Rows(self.dump, self._target, self.validation_fraction, self.seed))
+
+    @override
+    def identity(self) -> dict[str, str]:
+        return {"dump_sha256": self.dump_sha256}
+
+    @override
+    def order(self) -> dict[str, int | str]:
+        return {"batch_size": self.batch_size, "seed": self.seed, "validation_fraction": str(self.validation_fraction)}
+
+    @override
+    def batches(self, part: Part, epoch: int, start: int = 0) -> Iterator[ActivationBatch]:
         streams = [
             dump.shuffled(self.batch_size, self.seed, epoch, start, part=part, held_out=self.validation_fraction)
             for dump in (self.dump, self._target)
             if dump is not None
         ]
-        for columns in zip(*streams, strict=True):
-            yield columns[0]["acts"], columns[-1]["acts"]
-
-    def _training_batch(self, epoch: int, batch_idx: int) -> ActivationBatch:
-        """A pure function of its arguments; asked for in order, it reads each row once."""
-        if self._place != (epoch, batch_idx):
-            self._stream = self.batches("training", epoch, batch_idx)
-        self._place = (epoch, batch_idx + 1)
-        return next(self._stream)
+        with _told(str(self.dump.folder)):
+            for columns in zip(*streams, strict=True):
+                yield columns[0]["acts"], columns[-1]["acts"]
 
 
-class _Batches:
-    """The validation batches, anew each time they are iterated over."""
-
-    def __init__(self, data: ActivationDataModule, num_batches: int) -> None:
-        self._data, self._num_batches = data, num_batches
-
-    def __len__(self) -> int:
-        return self._num_batches
-
-    def __iter__(self) -> Iterator[ActivationBatch]:
-        return self._data.batches("validation", epoch=0)
-
-
-def _opened(path: str) -> "ActivationDump":
+def _opened(path: str, key: str) -> "ActivationDump":
     try:
         from trix.superposition.dump import ActivationDump
     except ImportError as error:
         raise DataError(f"{error.name} must be installed to read activations: pip install 'trix[superposition]'") from error
-    try:
+    if not Path(path).exists():
+        raise DataError(f"dump {path} must exist: --data.{key} DIR says where it is")
+    with _told(path):
         return ActivationDump(path)
+
+
+@contextmanager
+def _told(path: str) -> Iterator[None]:
+    """Raise what reading a dump raises as a DataError."""
+    try:
+        yield
     except OSError as error:
         raise DataError(f"dump {path} cannot be read: {error.strerror or error} ({error.filename})") from error
     except ValueError as error:

@@ -46,6 +46,9 @@ class TrixDataModule(L.LightningDataModule):
         """Training inputs [W, ...] that share nothing, where those of the batches may overlap; None: they do not."""
         return None
 
+    def check_resumed(self, checkpoint: Mapping[str, Any]) -> None:
+        """Raise DataError where the run of the checkpoint cannot go on with this data."""
+
     def facts(self) -> dict[str, str]:
         """What a page says of the data, by name; under ``data`` what it is."""
         return described(self)

@@ -3,21 +3,24 @@
 Shapes: N tokens of a batch, D width of the activations.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
-from torch import Tensor
 from typing_extensions import override
 
+from lightning_modules.data.activation_stream import ActivationBatch, ActivationStream, Part, Rows
 from lightning_modules.data.checks import check_at_least, check_fraction
-from lightning_modules.data.data_module import TrixDataModule
-from lightning_modules.data.loader import ResumableLoader, rank_and_world_size
 from lightning_modules.errors import DataError
 from lightning_modules.explained_model import LABEL, TEXT, frame_of, read_model, told_to_the_user
 
-ActivationBatch = tuple[Tensor, Tensor]
+if TYPE_CHECKING:
+    from trix.superposition.dump.manifest import Identity
 
 
-class ModelActivationDataModule(TrixDataModule):
+class ModelActivationDataModule(ActivationStream):
     """The tokens of some texts, one row each, straight from a model: the rows that ``trix dump`` would write.
 
     An epoch has as many whole batches as the training texts have tokens for; where sinks or broken values are left out, texts
@@ -38,13 +41,12 @@ class ModelActivationDataModule(TrixDataModule):
         seed: seed of the split and of the order, >= 0.
 
     Attributes:
-        num_features, num_outputs: D. model_sha256, text_sha256: digests of the model, and of tokens and labels.
+        num_features, num_outputs: D. explained: the model. live: the rows. model_sha256, text_sha256: digests of the model, and
+            of tokens and labels.
 
     Raises:
         DataError: a value out of range, fewer rows than a batch, or several processes. UserError: no such model, text or site.
     """
-
-    noun = "token"
 
     def __init__(
         self,
@@ -66,13 +68,15 @@ class ModelActivationDataModule(TrixDataModule):
         check_fraction(validation_fraction=validation_fraction)
         self.save_hyperparameters()
         self.batch_size, self.seed = batch_size, seed
+        if not Path(model).exists():
+            raise DataError(f"model {model} must exist: --data.model MODEL says where it is")
         with told_to_the_user(model):
             from trix.superposition.backends import Site
             from trix.superposition.dump.live import LiveActivations
             from trix.superposition.dump.texts import TokenizedTexts
 
             explained = read_model(model, "fit")
-            length = explained.max_len(max_len)
+            self._max_len = length = explained.max_len(max_len)
             frame = frame_of(explained, text, num_tokens, length)
             texts = TokenizedTexts.from_frame(frame, TEXT, LABEL, explained.backend, length)
             self.live = LiveActivations(
@@ -85,53 +89,39 @@ class ModelActivationDataModule(TrixDataModule):
                 held_out=validation_fraction,
                 seed=seed,
             )
+        self.explained = explained
         self.num_features = self.num_outputs = self.live.d_model
         self.model_sha256, self.text_sha256 = explained.backend.digest(), texts.digest()
-        if self.live.num_tokens["training"] < batch_size:
-            raise DataError(f"batch_size ({batch_size}) must be <= training tokens ({self.live.num_tokens['training']})")
-        self._place: tuple[int, int] | None = None  # epoch and number of the batch that comes next from the stream
-        self._stream: Iterator[Tensor] = iter(())
-
-    def train_dataloader(self) -> ResumableLoader[ActivationBatch]:
-        """Whole batches of each epoch's order, resumable within an epoch."""
-        if rank_and_world_size()[1] > 1:
-            raise DataError(f"number of processes ({rank_and_world_size()[1]}) must be 1 with ModelActivationDataModule")
-        names = ("site", "text_batch", "buffer_tokens", "batch_size", "seed", "validation_fraction", "drop_sinks")
-        settings: dict[str, int | str] = {name: str(self.hparams[name]) for name in names}
-        settings |= {"model_sha256": self.model_sha256, "text_sha256": self.text_sha256}
-        num_batches = self.live.num_tokens["training"] // self.batch_size
-        return ResumableLoader(self._training_batch, num_batches, settings=settings, trainer=self.trainer)
-
-    def val_dataloader(self) -> Iterable[ActivationBatch]:
-        """All validation tokens once; the last batch may be smaller."""
-        return _Batches(self)
-
-    def test_dataloader(self) -> Iterable[ActivationBatch]:
-        """The same tokens as validation."""
-        return self.val_dataloader()
-
-    def predict_dataloader(self) -> Iterable[ActivationBatch]:
-        """The same tokens as validation."""
-        return self.val_dataloader()
+        self.set_sizes(self.live.num_tokens["training"], None)
 
     @override
     def facts(self) -> dict[str, str]:
         return {"data": f"activations at {self.live.site} of a model with digest {self.model_sha256}"}
 
-    def _training_batch(self, epoch: int, batch_idx: int) -> ActivationBatch:
-        """A pure function of its arguments; asked for in order, it runs the model once for each text."""
-        if self._place != (epoch, batch_idx):
-            self._stream = self.live.shuffled(self.batch_size, self.seed, epoch, batch_idx)
-        self._place = (epoch, batch_idx + 1)
-        x_ND = next(self._stream)
-        return x_ND, x_ND
+    @override
+    def origin(self) -> "Identity":
+        return self.live.identity(self._max_len)
 
+    @override
+    @contextmanager
+    def rows(self, num_tokens: int) -> Iterator[Rows]:
+        with TemporaryDirectory(prefix="trix-activations-") as folder:
+            dump, held_out = self.live.dump(Path(folder), num_tokens, self._max_len)
+            yield Rows(dump, None, held_out, self.seed)
 
-class _Batches:
-    """The validation batches, anew each time they are iterated over."""
+    @override
+    def identity(self) -> dict[str, str]:
+        return {"model_sha256": self.model_sha256, "text_sha256": self.text_sha256}
 
-    def __init__(self, data: ModelActivationDataModule) -> None:
-        self._data = data
+    @override
+    def order(self) -> dict[str, int | str]:
+        names = ("site", "text_batch", "buffer_tokens", "batch_size", "seed", "validation_fraction", "drop_sinks")
+        return {name: str(self.hparams[name]) for name in names}
 
-    def __iter__(self) -> Iterator[ActivationBatch]:
-        return ((x_ND, x_ND) for x_ND in self._data.live.in_order(self._data.batch_size))
+    @override
+    def batches(self, part: Part, epoch: int, start: int = 0) -> Iterator[ActivationBatch]:
+        if part == "training":
+            stream = self.live.shuffled(self.batch_size, self.seed, epoch, start)
+        else:
+            stream = self.live.in_order(self.batch_size)
+        return ((x_ND, x_ND) for x_ND in stream)

@@ -20,7 +20,8 @@ import trix.whole_file
 from trix.nn import FFNConfig, LanguageModel, LanguageModelConfig
 from trix.superposition import DumpConfig
 from trix.superposition.backends import TriXBackend, io_store
-from trix.superposition.dump import activations, dump_layer_activations, dump_sites
+from trix.superposition.dump import dump_layer_activations, dump_sites
+from trix.superposition.dump.batch_rows import RowReader
 from trix.superposition.dump.manifest import Manifest
 
 CFG = DumpConfig(layer=1, max_len=40, batch_size=16, shard_tokens=500)
@@ -50,7 +51,7 @@ def write_half_and_die(columns: dict[str, Any], path: Path) -> None:
 
 
 def in_the_model() -> None:
-    activations.read_rows = nth(5, activations.read_rows, lambda *_: die())  # type: ignore[attr-defined]
+    RowReader.read = nth(5, RowReader.read, lambda *_: die())  # type: ignore[method-assign]
 
 
 def in_a_shard() -> None:

@@ -218,7 +218,8 @@ def test_what_does_not_belong_together_is_refused(folder: Path, tmp_path: Path, 
     shutil.move(folder / "resid_pre.1", moved)
     try:
         assert run(folder, *output) == 2
-        assert f"dump {folder / 'resid_pre.1'} cannot be read: No such file" in capsys.readouterr().err
+        line = f"dump {folder / 'resid_pre.1'}, which {folder / 'sae.ckpt'} learned from, is not there: --dump DIR says where"
+        assert line in capsys.readouterr().err
     finally:
         shutil.move(moved, folder / "resid_pre.1")
     assert contents(tmp_path) == {}

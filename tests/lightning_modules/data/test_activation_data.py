@@ -1,6 +1,7 @@
 """Activations of a dump as batches: every row in one part, in an order that a seed decides, from any place on."""
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reader, "CHUNK_ROWS", 16)
-    monkeypatch.setattr(reader, "WINDOW_CHUNKS", 8)
+    monkeypatch.setattr(reader, "WINDOW_ROWS", 128)
 
 
 def make(folders: list[Path], **settings: Any) -> ActivationDataModule:
@@ -40,10 +41,22 @@ def test_every_row_is_in_one_part(folders: list[Path]) -> None:
     training, validation = list(data.batches("training", 0)), list(data.val_dataloader())
     everything = torch.cat(list(stream_shards(ActivationDump(folders[0]).paths)))
     assert rows([x] for x, _ in [*training, *validation]) == rows([[everything]])
-    num_held_out = sum(len(x) for x, _ in validation)
-    assert num_held_out == pytest.approx(0.25 * len(everything), abs=32)
     assert data.num_features == data.num_outputs == everything.shape[1]
     assert all(x is target for x, target in validation)
+
+
+def test_no_document_is_in_both_parts(folders: list[Path]) -> None:
+    data, dump = make(folders), ActivationDump(folders[0])
+    all_rows = [tuple(row) for row in torch.cat(list(stream_shards(dump.paths))).tolist()]
+    document = dict(zip(all_rows, dump.column("titleidx").tolist(), strict=True))
+    count = Counter(all_rows)  # documents that begin alike have rows in common
+    training, validation = (
+        {document[tuple(row)] for x, _ in data.batches(part, 0) for row in x.tolist() if count[tuple(row)] == 1}
+        for part in ("training", "validation")
+    )
+    assert training & validation == set()
+    assert len(training) > 70
+    assert len(validation) > 20
 
 
 def test_training_serves_whole_batches_in_another_order_each_epoch(folders: list[Path]) -> None:
@@ -80,15 +93,27 @@ def test_bad_values_are_named(folders: list[Path], tmp_path: Path) -> None:
     for settings, message in (
         ({"batch_size": 10**6}, r"batch_size \(1000000\) must be <= training tokens \(\d+\)"),
         ({"batch_size": 0}, r"batch_size \(0\) must be >= 1"),
-        ({"validation_fraction": 1e-9}, r"number of validation tokens of .* \(0\) must be >= 1"),
+        ({"validation_fraction": 1e-9}, r"documents of .* held out \(0 of 120, validation_fraction 1e-09\) must be >= 1"),
         ({"validation_fraction": 1.0}, r"validation_fraction"),
         ({"seed": -1}, r"seed \(-1\) must be >= 0"),
         ({"target": str(other)}, r"tokens of target \(.*\) must be those of path"),
     ):
         with pytest.raises(DataError, match=message):
             make(folders, **settings)
-    with pytest.raises(DataError, match=r"cannot be read: No such file"):
+    with pytest.raises(DataError, match=r"dump .*nowhere must exist: --data.path DIR says where it is"):
         make([tmp_path / "nowhere"])
+
+
+def test_a_flipped_bit_is_found_when_the_data_is_made(tmp_path: Path) -> None:
+    folder = small_dump(tmp_path)[0]
+    shard = ActivationDump(folder).paths[1]
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(
+        DataError, match=r"shard_00001.safetensors: CRC-32 of the file \([0-9a-f]{8}\) must be that of the manifest"
+    ):
+        make([folder])
 
 
 def test_a_dump_that_was_changed_is_refused(folders: list[Path], tmp_path: Path) -> None:

@@ -164,9 +164,12 @@ class CausalLMBackend(ABC):
         handles: list[RemovableHandle] = []
 
         def note(site: Site, value: Tensor) -> None:
-            noted.setdefault(site, value.detach().clone())  # some models add to the stream in place
+            if site in noted:
+                return
+            noted[site] = value.detach()
             if len(noted) == len(wanted):
                 raise _EndOfRun
+            noted[site] = noted[site].clone()  # the run goes on, and some models add to the stream in place
 
         try:
             for site in wanted:

@@ -6,6 +6,7 @@ N tokens of a shard.
 import io
 import json
 import os
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,9 @@ from trix.whole_file import whole_file, write_whole
 
 MAX_HEADER_BYTES = 2**20  # of a shard with a handful of columns; ours take 500 bytes
 _LENGTH_BYTES = 8
+_BLOCK_BYTES = 2**20
+_unread: dict[Path, int] = {}  # CRC-32 that a shard must have when it is first read
+_checked: dict[Path, int] = {}  # CRC-32 that a shard was found to have
 
 
 class ColumnInfo(NamedTuple):
@@ -77,6 +81,37 @@ def write_shard(path: Path, columns: Mapping[str, Tensor]) -> None:
         save_file(dict(columns), partial)
 
 
+def file_crc32(path: Path) -> int:
+    """CRC-32 of a whole file, which is read a megabyte at a time. OSError: no regular file."""
+    found, block = 0, memoryview(bytearray(_BLOCK_BYTES))
+    with open_regular(path) as file:
+        while size := file.readinto(block):  # type: ignore[attr-defined]
+            found = zlib.crc32(block[:size], found)
+    return found
+
+
+def check_at_first_reading(path: Path, crc32: int | None) -> None:
+    """Have a shard compared with its checksum when this process first reads values of it; None: with nothing."""
+    key = path.absolute()
+    _unread.pop(key, None)
+    if crc32 is not None and _checked.get(key) != crc32:
+        _unread[key] = crc32
+
+
+def _check_content(path: Path) -> None:
+    key = path.absolute()
+    expected = _unread.get(key)
+    if expected is None:
+        return
+    found = file_crc32(path)
+    if found != expected:
+        raise ValueError(
+            f"{path}: CRC-32 of the file ({found:08x}) must be that of the manifest ({expected:08x}): it was changed since "
+            "it was written"
+        )
+    _checked[key] = _unread.pop(key)
+
+
 def read_column(path: Path | str, name: str) -> Tensor:
     """A column of a shard: acts [N, D] in its own dtype; others int64 [N], or float32.
 
@@ -84,7 +119,8 @@ def read_column(path: Path | str, name: str) -> Tensor:
         path: a .safetensors shard, or the .npy file of any column of the shard.
 
     Raises:
-        ValueError: no such column, a file of another form, or one that was cut short. OSError: no regular file.
+        ValueError: no such column, a file of another form, one that was cut short, or one that has another checksum than the
+            manifest of an :class:`~trix.superposition.dump.ActivationDump` says. OSError: no regular file.
     """
     path = Path(path)
     if path.suffix != ".npy":
@@ -100,6 +136,7 @@ def column_rows(path: Path | str, name: str, start: int, stop: int | None) -> Te
         array = np.array(load_npy(_npy_of(path, name))[start:stop])
         return torch.from_numpy(array.astype(np.int64, copy=False) if array.dtype.kind in "iu" else array)
     _column_info(path, name, _header(path))
+    _check_content(path)
     try:
         with safe_open(path, framework="pt") as file:
             rows: Tensor = file.get_slice(name)[start:stop]

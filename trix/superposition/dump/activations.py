@@ -4,11 +4,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from trix.superposition.backends.base_model import DTYPES, RESIDUAL, CausalLMBackend, Site
 from trix.superposition.config import DumpConfig
-from trix.superposition.dump.batch_rows import read_rows
+from trix.superposition.dump.batch_rows import RowReader
 from trix.superposition.dump.manifest import DumpSettings, Identity, trix_version
 from trix.superposition.dump.texts import TokenizedTexts
 from trix.superposition.dump.writer import ShardWriter
@@ -89,24 +91,29 @@ def _dump(
     texts = TokenizedTexts.from_frame(df, text_col, label_col, backend, cfg.max_len)
     batches = texts.batches(cfg.batch_size)
     empty = int((texts.length == 0).sum())
-    identities = _identities(texts, backend, cfg, list(folders))
-    writer = ShardWriter(folders, identities, len(texts.label), empty, len(texts.id_N), cfg.strict)
+    of_site = identities(texts, backend, cfg, list(folders))
+    writer = ShardWriter(folders, of_site, len(texts.label), empty, len(texts.id_N), cfg.strict)
     if writer.is_complete:
         return
+    reader = RowReader(backend, list(folders), DTYPES[cfg.dtype], cfg.drop_sinks)
+    write_batches(writer, reader, texts, batches)
+
+
+def write_batches(writer: ShardWriter, reader: RowReader, texts: TokenizedTexts, batches: Sequence[NDArray[np.int64]]) -> None:
+    """Write the rows of batches of texts, from the writer's next one on, and that the dump is complete."""
     label = torch.from_numpy(texts.label)
     sizes = [len(batch) * int(texts.length[batch].max()) for batch in batches]
     with progress_bar() as progress:
         task = progress.add_task("activations", total=sum(sizes), completed=sum(sizes[: writer.batch]))
         for document, size in zip(batches[writer.batch :], sizes[writer.batch :], strict=True):
             batch = texts.batch(document)
-            writer.add(read_rows(backend, batch, label[batch.document_B], list(folders), DTYPES[cfg.dtype], cfg.drop_sinks))
+            writer.add(reader.read(batch, label[batch.document_B]))
             progress.advance(task, size)
     writer.finish()
 
 
-def _identities(
-    texts: TokenizedTexts, backend: CausalLMBackend, cfg: DumpConfig, sites: Sequence[Site]
-) -> dict[Site, Identity]:
+def identities(texts: TokenizedTexts, backend: CausalLMBackend, cfg: DumpConfig, sites: Sequence[Site]) -> dict[Site, Identity]:
+    """What the dump of each site is of."""
     model, data = backend.digest(), texts.digest()
     settings = DumpSettings(
         max_len=cfg.max_len,

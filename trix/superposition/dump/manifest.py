@@ -79,10 +79,11 @@ class NotFinite(_Record):
 
 
 class ShardRecord(_Record):
-    """tokens: rows. bytes: size of the file."""
+    """tokens: rows. bytes: size of the file. crc32: its CRC-32; None in manifests from before there were checksums."""
 
     tokens: int = Field(ge=1)
     bytes: int = Field(ge=1)
+    crc32: int | None = Field(default=None, ge=0, lt=2**32)
 
 
 class Cursor(_Record):

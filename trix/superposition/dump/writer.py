@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trix.superposition.backends.base_model import Site
-from trix.superposition.backends.io_store import write_shard
+from trix.superposition.backends.io_store import file_crc32, write_shard
 from trix.superposition.dump.batch_rows import BatchRows
 from trix.superposition.dump.manifest import (
     MANIFEST_FILE,
@@ -56,7 +56,7 @@ class _Folder:
     def write(self, fill: int) -> None:
         path = shard_path(self.path, len(self.shards))
         write_shard(path, {name: buffer[:fill] for name, buffer in self.buffers.items()})
-        self.shards.append(ShardRecord(tokens=fill, bytes=path.stat().st_size))
+        self.shards.append(ShardRecord(tokens=fill, bytes=path.stat().st_size, crc32=file_crc32(path)))
 
 
 class ShardWriter:

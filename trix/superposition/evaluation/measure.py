@@ -36,6 +36,7 @@ from trix.superposition.viz.token_texts import Tokenizer
 
 if TYPE_CHECKING:  # reading dumps needs pydantic, which training does without
     from trix.superposition.dump import ActivationDump
+    from trix.superposition.dump.reader import HeldOut
 
 MAX_ROWS = 40_000  # tokens of the probes, in training and in test
 
@@ -45,12 +46,12 @@ class Split:
     """What was held out when the autoencoder was trained.
 
     dump, target: the activations, and those that a transcoder writes. held_out, seed: as in
-    :meth:`~trix.superposition.dump.ActivationDump.shuffled`.
+    :meth:`~trix.superposition.dump.ActivationDump.chunks`.
     """
 
     dump: "ActivationDump"
     target: "ActivationDump | None"
-    held_out: float
+    held_out: "HeldOut"
     seed: int
 
     def held_out_rows(self, max_tokens: int | None = None) -> Iterator[TokenRows]:
@@ -126,9 +127,6 @@ class Measured:
 def evaluation_data(split: Split, tokenizer: Tokenizer) -> EvaluationData:
     """Read what is held out, ask the questions, and fit the dense probes.
 
-    Documents in which the autoencoder was trained and documents that are held out never mix: a document with tokens in both
-    parts (at most one at each end of a chunk) is left out of the training of the probes.
-
     Raises:
         ValueError: fewer than MIN_DOCUMENTS held-out documents, no question with enough cases, and as the dump says.
     """
@@ -141,7 +139,6 @@ def evaluation_data(split: Split, tokenizer: Tokenizer) -> EvaluationData:
         raise ValueError(f"{split.dump.folder}: held-out documents ({len(documents_P)}) must be >= {MIN_DOCUMENTS}")
     test = TokenRows.joined(split.held_out_rows(MAX_ROWS))
     train = TokenRows.joined(split.training_rows(MAX_ROWS))
-    train = train.of(~torch.isin(train.document_N, torch.from_numpy(documents_P)))
     rows = TokenRows.joined([train, test])
     is_test_N = np.arange(len(rows.x_ND)) >= len(train.x_ND)
     document_N = rows.document_N.numpy()

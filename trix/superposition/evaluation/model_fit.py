@@ -151,7 +151,8 @@ def _replaced(backend: "CausalLMBackend", x_BTD: Tensor, mask_BT: Tensor) -> Ten
 
     is_replaced_BT = mask_BT.to(x_BTD.device).clone()
     x_ND = x_BTD[is_replaced_BT]
-    is_sink_N = has_sink_norm(x_ND, x_ND.isfinite().all(dim=-1).cpu())
+    norm_N = torch.linalg.vector_norm(x_ND, dim=-1, dtype=torch.float32).cpu()
+    is_sink_N = has_sink_norm(norm_N, x_ND.isfinite().all(dim=-1).cpu())
     is_replaced_BT[is_replaced_BT.clone()] = ~is_sink_N.to(x_BTD.device)
     if backend.has_sinks:
         is_replaced_BT[:, 0] = False

@@ -11,14 +11,15 @@ from trix.superposition.dump.reader import build_offsets
 
 if TYPE_CHECKING:
     from trix.superposition.dump import ActivationDump
+    from trix.superposition.dump.reader import HeldOut
 
 RUN_TOKENS = 32
 
 
-def seen_share(dump: "ActivationDump", held_out: float, seed: int, num_tokens: int = RUN_TOKENS) -> float:
+def seen_share(dump: "ActivationDump", held_out: "HeldOut", seed: int, num_tokens: int = RUN_TOKENS) -> float:
     """Share of the held-out runs of num_tokens neighbouring tokens of a document which also stand in the training part.
 
-    A run belongs to the part of its last token. Runs are compared by a hash of 64 bits. It is nan where every held-out document
+    Runs are compared by a hash of 64 bits. It is nan where every held-out document
     is shorter.
 
     Raises:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:  # reading dumps needs pydantic, which training does without
     from trix.superposition.dump import ActivationDump
-    from trix.superposition.dump.reader import Part
+    from trix.superposition.dump.reader import HeldOut, Part
 
 CHUNKS = 16  # read at once: 4096 tokens
 
@@ -32,16 +32,12 @@ class TokenRows(NamedTuple):
         """All rows of the parts, in order; at least one part."""
         return cls(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
-    def of(self, is_kept_N: Tensor) -> "TokenRows":
-        """The rows that a mask keeps."""
-        return TokenRows(*(column[is_kept_N] for column in self))
-
 
 def read_rows(
     dump: "ActivationDump",
     target: "ActivationDump | None" = None,
     part: "Part" = "all",
-    held_out: float = 0.0,
+    held_out: "HeldOut" = 0.0,
     seed: int = 0,
     max_tokens: int | None = None,
 ) -> Iterator[TokenRows]:

@@ -1,6 +1,7 @@
 """Reading dumps: in order, shuffled, and never without comparing shards and manifest."""
 
 import json
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,14 @@ import pytest
 pytest.importorskip("pydantic")
 pytest.importorskip("pandas")
 
+import numpy as np
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_dumps import ragged_frame, trix_backend
 
 from trix.superposition import DumpConfig
+from trix.superposition.backends import io_store
 from trix.superposition.backends.io_store import save_npy, write_shard
 from trix.superposition.dump import ActivationDump, build_offsets, dump_layer_activations, reader, stream_shards
 
@@ -67,7 +70,7 @@ def test_a_batch_has_at_least_one_row() -> None:
 @pytest.fixture
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reader, "CHUNK_ROWS", 16)
-    monkeypatch.setattr(reader, "WINDOW_CHUNKS", 8)
+    monkeypatch.setattr(reader, "WINDOW_ROWS", 128)
 
 
 def keys(batches: list[dict[str, torch.Tensor]]) -> list[tuple[int, int]]:
@@ -121,6 +124,26 @@ def test_a_stream_goes_on_at_any_batch(batch_size: int, original: Path) -> None:
         assert rest == whole[start * batch_size :]
 
 
+@pytest.mark.usefixtures("small_windows")
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    share=st.floats(0, 0.99), seed=st.integers(0, 100), named=st.one_of(st.none(), st.sets(st.integers(0, 119), max_size=60))
+)
+def test_documents_are_held_out_whole(share: float, seed: int, named: set[int] | None, original: Path) -> None:
+    dump = ActivationDump(original)
+    held_out = share if named is None else np.array(sorted(named), dtype=np.int64)
+    documents = set(dump.column("titleidx").tolist())
+    found = {part: keys(list(dump.shuffled(50, seed, 1, 0, COLUMNS, part, held_out))) for part in ("training", "validation")}
+    assert sorted(found["training"] + found["validation"]) == sorted(keys(list(dump.shuffled(50, columns=COLUMNS))))
+    training, validation = ({document for document, _ in rows} for rows in found.values())
+    assert training & validation == set()
+    assert len(validation) == round(share * len(documents)) if named is None else validation == named & documents
+    for part, rows in found.items():
+        chunks = dump.chunks(part, held_out, seed)  # type: ignore[arg-type]
+        assert dump.num_rows(part, held_out, seed) == len(rows)  # type: ignore[arg-type]
+        assert len(chunks) == 0 or 1 <= (chunks[:, 2] - chunks[:, 1]).min() <= (chunks[:, 2] - chunks[:, 1]).max() <= 16
+
+
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
@@ -169,6 +192,50 @@ def test_a_shard_cut_short_is_named_with_both_sizes(cut: int, folder: Path) -> N
     problem = rf"shard_00001.safetensors \({len(content) - cut} bytes\) must have the {len(content)} bytes .* cut short"
     with pytest.raises(ValueError, match=problem):
         ActivationDump(folder)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("place", [-1, 5000])
+def test_a_flipped_bit_is_found_when_its_shard_is_first_read(index: int, place: int, folder: Path) -> None:
+    path = folder / f"shard_{index:05d}.safetensors"
+    content = bytearray(path.read_bytes())
+    expected = zlib.crc32(content)
+    content[place] ^= 4
+    path.write_bytes(content)
+    problem = rf"{path.name}: CRC-32 of the file \({zlib.crc32(content):08x}\) must be that of the manifest \({expected:08x}\)"
+    dump = ActivationDump(folder)
+    for read in (
+        lambda: list(dump.shuffled(50)),
+        lambda: list(stream_shards(dump.paths)),
+        lambda: dump.column("labels"),
+        lambda: dump.num_rows("training", 0.5),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            read()
+
+
+def test_a_shard_is_compared_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sums: list[Path] = []
+    monkeypatch.setattr(io_store, "file_crc32", lambda path: sums.append(path) or zlib.crc32(path.read_bytes()))
+    for _ in range(2):
+        dump = ActivationDump(folder)
+        assert sums == [] or len(sums) == len(dump.paths)  # opening reads nothing
+        list(dump.shuffled(50))
+        dump.column("labels")
+    assert sorted(sums) == dump.paths
+
+
+def test_a_manifest_without_checksums_is_read(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for shard in manifest["shards"]:
+        assert shard.pop("crc32") > 0
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    path = folder / "shard_00000.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 4
+    path.write_bytes(content)
+    dump = ActivationDump(folder)
+    assert sum(len(batch) for batch in stream_shards(dump.paths)) == len(dump)
 
 
 def test_a_missing_shard_is_named(folder: Path) -> None:

@@ -52,14 +52,6 @@ def test_a_limit_keeps_whole_chunks_from_everywhere(dumps: list[ActivationDump])
     assert len(places[0]) == len(part.x_ND)
 
 
-def test_rows_are_kept_by_a_mask(dumps: list[ActivationDump]) -> None:
-    rows = TokenRows.joined(read_rows(dumps[0]))
-    some = int(rows.document_N[0])
-    kept = rows.of(rows.document_N == some)
-    assert set(kept.document_N.tolist()) == {some}
-    assert torch.equal(kept.x_ND, rows.x_ND[rows.document_N == some])
-
-
 def test_the_folder_is_a_folder(dumps: list[ActivationDump]) -> None:
     assert isinstance(dumps[0].folder, Path)
     with pytest.raises(ValueError, match=r"held_out \(1.0\) must be >= 0 and < 1"):
