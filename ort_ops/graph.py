@@ -9,10 +9,10 @@ from itertools import groupby
 from typing import Any
 
 import numpy as np
-from onnx import GraphProto, NodeProto, helper, numpy_helper
+from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, helper, numpy_helper
 
 from ort_ops.file_format import Activations
-from ort_ops.operators import SCHEMAS
+from ort_ops.operators import SCHEMAS, fallback_functions
 from ort_ops.operators.signature_route import SIGMOID, SIGNATURE_ROUTE
 from ort_ops.operators.sparse_lookup import SPARSE_LOOKUP
 from ort_ops.schema import DOMAIN
@@ -161,6 +161,20 @@ def set_activations(graph: GraphProto, activations: Activations) -> None:
             kept = [attribute for attribute in node.attribute if attribute.name not in values]
             del node.attribute[:]
             node.attribute.extend([*kept, *(helper.make_attribute(*pair) for pair in values.items())])
+
+
+def missing_functions(model: ModelProto) -> list[FunctionProto]:
+    """The portable definitions of our operators that the model uses, and of those that these use in turn."""
+    definitions = {function.name: function for function in fallback_functions()}
+    nodes = [node for graph in all_graphs(model.graph) for node in graph.node]
+    nodes += [node for function in model.functions for node in function.node]
+    used: set[str] = set()
+    while nodes:
+        node = nodes.pop()
+        if node.domain == DOMAIN and node.op_type not in used:
+            used.add(node.op_type)
+            nodes.extend(definitions[node.op_type].node)
+    return [function for name, function in definitions.items() if name in used]
 
 
 def all_graphs(graph: GraphProto) -> Iterator[GraphProto]:

@@ -10,8 +10,7 @@ from torch import nn
 from ort_ops.external_data import data_path, remove_old_data
 from ort_ops.external_weights import data_digest, has_large_weights, move_out, set_location, weight_bytes
 from ort_ops.file_format import SINGLE_FILE_BYTES, Activations, FileRecord, LayerRecord, describe_size
-from ort_ops.graph import set_activations
-from ort_ops.operators import fallback_functions
+from ort_ops.graph import missing_functions, set_activations
 from ort_ops.parity import Drift, OutputDrift, OutputParity, Parity
 from ort_ops.signature_layers import signature_nodes
 from ort_ops.tracing import Traced
@@ -83,7 +82,7 @@ def write_file(model: nn.Module, traced: Traced, expected: Expectation, file: Ou
     """Write the file and verify it; what about says of it becomes its FileRecord."""
     proto = traced.proto
     if file.fallback:
-        proto.functions.extend(fallback_functions())
+        proto.functions.extend(missing_functions(proto))
     record = FileRecord(
         float32_bytes=_num_parameters(model) * 4,
         activations=file.activations,

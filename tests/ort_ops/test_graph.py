@@ -7,6 +7,7 @@ from ort_ops.graph import (
     divide_by_roots,
     join_reshapes,
     leave_out_unread,
+    missing_functions,
     set_activations,
     share_constants,
     unsqueeze_constants,
@@ -133,3 +134,14 @@ def test_equal_constants_are_shared_but_for_those_of_our_operators() -> None:
     graph.initializer.append(numpy_helper.from_array(same[:, None], "column_too"))
     share_constants(graph)
     assert "column" in {tensor.name for tensor in graph.initializer}
+
+
+def test_only_the_definitions_that_a_model_reaches_are_missing() -> None:
+    graph = small_graph()
+    model = helper.make_model(graph)
+    assert [function.name for function in missing_functions(model)] == ["TernaryTileMatMul", "SignatureRoute"]
+    inner = helper.make_graph([helper.make_node("TernaryFFN", list("abcdefg"), ["y"], domain=DOMAIN)], "inner", [], [])
+    del graph.node[:]
+    graph.node.append(helper.make_node("If", ["c"], ["y"], then_branch=inner, else_branch=inner))
+    model = helper.make_model(graph)
+    assert [function.name for function in missing_functions(model)] == ["TernaryTileMatMul", "TernaryFFN"]

@@ -192,7 +192,7 @@ GENERATE_MISTAKES = [
     (["{lm}", "--prompt", "The", "--temp", "1"], "unknown option --temp of `trix generate`"),
     (["{lm}"], "the following arguments are required: --prompt"),
     (["{folder}/missing.onnx", "--prompt", "The"], "missing.onnx: no such file"),
-    (["{folder}", "--prompt", "The"], "a folder, not a file"),
+    (["{folder}", "--prompt", "The"], "a folder without genai_config.json, not one of `trix import`"),
     (["{folder}/text.txt", "--prompt", "The"], "text.txt: not an ONNX file, or a damaged one"),
     (["{folder}/lm.ckpt", "--prompt", "The"], "lm.ckpt: not an ONNX file, or a damaged one"),
     (["{folder}/cut.onnx", "--prompt", "The"], "cut.onnx: not an ONNX file, or a damaged one"),

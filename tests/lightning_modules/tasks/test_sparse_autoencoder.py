@@ -128,7 +128,7 @@ def test_what_is_measured_is_measured_over_all_tokens(folders: list[Path], tmp_p
 def test_tensorboard_gets_how_often_each_latent_fires(
     folders: list[Path], tensorboard: TensorBoardLogger, make_trainer: MakeTrainer
 ) -> None:
-    trained, of = task(others={"small": AutoencoderConfig("topk", 16, {"active": 1})}), data(folders)
+    trained, of = task(others={"small": AutoencoderConfig("topk", 64, {"active": 1})}), data(folders)
     trainer = make_trainer(max_steps=4, val_check_interval=2, num_sanity_val_steps=1, logger=tensorboard)
     trainer.fit(trained, of)
     events = read_events(tensorboard)
