@@ -109,7 +109,7 @@ class _Contest:
         return model.eval()
 
     def _upcycle(self, grouping: Any, top_k: int) -> Upcycled:
-        return upcycle(self.original(), self._text(), NUM_TILES, top_k, grouping=grouping, seed=self.seed)
+        return upcycle(self.original(), self._text(), NUM_TILES, top_k, grouping=grouping, seed=self.seed, freeze=True)
 
     def _unfrozen(self, top_k: int) -> LanguageModel:
         network = copy.deepcopy(self.upcycled("coactive", top_k).network)

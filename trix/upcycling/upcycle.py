@@ -42,7 +42,7 @@ def upcycle(
     *,
     grouping: Grouping = "coactive",
     seed: int = 0,
-    freeze: bool = True,
+    freeze: bool = False,
 ) -> Upcycled:
     """Cut every feed-forward layer into tiles and give these signatures; all else is as it was.
 
@@ -50,12 +50,13 @@ def upcycle(
     the layer. The tiles hold the very codes and scales of the layer (:func:`~trix.upcycling.one_tile.tile_weights`); a dense
     layer is made ternary by them. The signatures read the layer's own input (``route_on: hidden``) and are fitted layer by
     layer to the tiles that the layer's output needs most, on the input that the layers before it, already cut, give.
-    They stand in the balance bias, which is at rest, and in the signatures, which are frozen unless ``freeze`` is False. The
-    surgery history of each layer says what was done.
+    They come with a bias of each tile, which stands in the balance bias and is at rest. The surgery history of each layer says
+    what was done.
 
     Args:
         token_BT: int64, the text on which neurons are grouped and signatures fitted.
         grouping: ``coactive`` (:func:`~trix.upcycling.groups.coactive_groups`), or ``random``, the control.
+        seed: seed of the groups and of the batches that signatures are fitted on. freeze: no training moves the signatures.
 
     Raises:
         ValueError: another grouping, top_k > num_tiles, num_tiles does not divide F, and as
