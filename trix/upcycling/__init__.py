@@ -3,7 +3,7 @@
 from trix.upcycling.controls import best_choice, held_out_loss, prune
 from trix.upcycling.groups import coactive_groups, random_groups
 from trix.upcycling.signatures import Signatures, best_tiles, fit_signatures
-from trix.upcycling.upcycle import GROUPINGS, Grouping, Upcycled, check_upcycling, cut, upcycle
+from trix.upcycling.upcycled import GROUPINGS, Grouping, Upcycled, check_upcycling, cut, upcycle
 
 __all__ = [
     "GROUPINGS",

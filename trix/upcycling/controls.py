@@ -12,7 +12,7 @@ from trix.functional.ternary import absmean_ternary
 from trix.nn.language_model import LanguageModel
 from trix.outputs import RoutingDecision
 from trix.upcycling.one_tile import OneTile
-from trix.upcycling.upcycle import best_tiles_of, check_upcycling, cut, inputs_of, tiles_of
+from trix.upcycling.upcycled import best_tiles_of, check_upcycling, cut, inputs_of, tiles_of
 
 Pruning = Literal["magnitude", "activity"]
 

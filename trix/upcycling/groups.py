@@ -3,6 +3,8 @@
 Legend: T tokens, F neurons, E tiles, H = F / E neurons of a tile.
 """
 
+import warnings
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -26,9 +28,12 @@ def coactive_groups(hidden_TF: Tensor, num_tiles: int, seed: int = 0) -> Tensor:
     size = _group_size(hidden_TF.shape[1], num_tiles)
     from scipy.optimize import linear_sum_assignment
     from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
 
     neuron_FT = F.normalize(hidden_TF.T.float().sqrt(), dim=1).cpu().numpy()
-    centre_ET = KMeans(num_tiles, n_init=4, random_state=seed).fit(neuron_FT).cluster_centers_
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # neurons that never fire are all alike
+        centre_ET = KMeans(num_tiles, n_init=4, random_state=seed).fit(neuron_FT).cluster_centers_
     group_F = np.full(len(neuron_FT), -1)
     for _ in range(MAX_ROUNDS):
         distance_FE = np.square(centre_ET).sum(axis=1) - 2 * neuron_FT @ centre_ET.T

@@ -23,7 +23,7 @@ from trix.upcycling import (
     upcycle,
 )
 from trix.upcycling.one_tile import OneTile, tile_weights
-from trix.upcycling.upcycle import best_tiles_of, inputs_of
+from trix.upcycling.upcycled import best_tiles_of, inputs_of
 
 VOCABULARY, CONTEXT, WIDTH = 11, 8, 24
 ONE_TILE = FFNConfig(num_tiles=1, d_ff=WIDTH, route_on="hidden")
@@ -108,6 +108,7 @@ def test_groups_are_of_equal_size_hold_each_neuron_once_and_do_not_change(num_ti
         assert torch.equal(groups_EH, again_EH)
 
 
+@pytest.mark.filterwarnings("error")
 def test_neurons_that_never_fire_have_a_group_too() -> None:
     hidden_TF = torch.zeros(20, 8)
     hidden_TF[:, :3] = torch.rand(20, 3, generator=torch.Generator().manual_seed(0))
@@ -236,7 +237,7 @@ def test_pruning_keeps_the_neurons_that_it_says(by: str) -> None:
 
 def test_the_loss_is_the_mean_over_all_tokens() -> None:
     model, token_BT, target_BT = make_model(), some_text(70), some_text(70).flip(0)
-    expected = torch.nn.functional.cross_entropy(model(token_BT).flatten(0, 1), target_BT.flatten())
+    expected = torch.nn.functional.cross_entropy(model(token_BT).flatten(0, 1), target_BT.flatten()).detach()
     assert held_out_loss(model, token_BT, target_BT) == pytest.approx(float(expected), rel=1e-5)
 
 
