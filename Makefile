@@ -22,7 +22,7 @@ TRANSFORMERS_TESTS := tests/benchmarks/test_bk_contestants.py tests/benchmarks/t
   tests/trix/superposition/backends/test_hf_causal_lm.py tests/trix/superposition/backends/test_gguf.py \
   tests/lightning_modules/tasks/test_hub.py \
   tests/ort_ops/ternary_models/test_ternary_gguf.py tests/ort_ops/ternary_models/test_against_transformers.py \
-  tests/ort_ops/test_convert_transformers.py tests/ort_ops/ternary_models/test_decoder_genai.py
+  tests/ort_ops/test_convert_transformers.py tests/ort_ops/ternary_models/test_decoder_genai.py tests/docs/test_docs_blocks.py
 IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help

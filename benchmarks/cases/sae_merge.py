@@ -1,9 +1,10 @@
 """Merging 2048 latents to 256 by the direction of their decoder rows, against random clusters: what is still explained.
 
-By default a character model is trained, dumped and explained as the README shows, with 2048 latents; with `--dump` and `--sae`
-these are a dump and a run of `trix fit --config configs/sae.yaml` that are there. Clusters: average linkage by cosine; the same
-labels shuffled over the latents, so that clusters have the same sizes; and random clusters of equal size. Each has its decoder
-refitted on the training part of the dump. Explained variance is measured on the held-out part.
+By default a character model is trained, dumped and explained as docs/how-to/explain-a-model.md shows, with 2048 latents;
+`--dump` and `--sae` name an existing dump and an existing run of `trix fit --config configs/sae.yaml` instead. Clusters:
+average linkage by cosine; the same labels shuffled over the latents, so that clusters have the same sizes; and random clusters
+of equal size. Each has its decoder refitted on the training part of the dump. Explained variance is measured on the
+held-out part.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The commands of ``trix``, one row each: help, dispatch, completion and the check of the README read this table."""
+"""The commands of ``trix``, one row each: help, dispatch, completion and the check of README and docs read this table."""
 
 from collections.abc import Callable
 from importlib import import_module

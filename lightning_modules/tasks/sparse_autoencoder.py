@@ -149,7 +149,8 @@ class SparseAutoencoderTask(TrixTask):
     @override
     def exportable(self, data: RunData, num_tokens: int) -> Exporter:
         raise UserError(
-            "a sparse autoencoder has no ONNX file: load_autoencoder and save_sae write it as a folder, as the README shows"
+            "a sparse autoencoder has no ONNX file: load_autoencoder and save_sae write it as a folder, "
+            "as docs/how-to/explain-a-model.md shows"
         )
 
     def on_train_batch_start(self, batch: ActivationBatch, batch_idx: int) -> None:

@@ -7,11 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import exported_models
 import pytest
 
 from lightning_modules.cli import main
-from trix.nn import FFNConfig
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
@@ -72,13 +70,3 @@ def run_commands(text: str, capfd: pytest.CaptureFixture[str]) -> None:
         out, err = capfd.readouterr()
         assert code == 0, f"{line}\n{out}\n{err}"
         assert "could not" not in err, f"{line}\n{err}"
-
-
-def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    exported_models.export(tmp_path, FFNConfig(num_tiles=4))
-    names: dict[str, object] = {}
-    found = [text for kind, text in blocks((ROOT / "README.md").read_text()) if kind == "python"]
-    assert len(found) >= 4
-    for text in found:
-        exec(compile(text, "README.md", "exec"), names)

@@ -1,4 +1,4 @@
-"""The table of commands: what help, dispatch and completion read, and that the README says the same."""
+"""The table of commands: what help, dispatch and completion read, and that README and docs say the same."""
 
 import importlib
 import re
@@ -9,7 +9,8 @@ from lightning_modules.commands.table import COMMANDS, help_text
 from lightning_modules.lightning_cli import fit_settings
 from trix.nn import FFNConfig, RoutedLayer
 
-README = Path(__file__).parents[3] / "README.md"
+ROOT = Path(__file__).parents[3]
+PAGES = "\n".join(path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")))
 NAMES = {command.name for command in COMMANDS}
 
 
@@ -30,10 +31,10 @@ def test_the_help_lists_each_command_once_and_names_no_other() -> None:
 
 
 def test_tiles_that_examples_freeze_or_remove_are_not_frozen_in_the_run_that_they_name() -> None:
-    texts = (README.read_text(), help_text(), surgery.make_parser().format_help())
+    texts = (PAGES, help_text(), surgery.make_parser().format_help())
     found = [re.findall(r"^ *trix surgery runs/(\w+)\S* (?:freeze|remove) ", text, re.MULTILINE) for text in texts]
     for name in {name for of_text in found for name in of_text}:
-        network = fit_settings(README.parent / "configs" / f"{name}.yaml")["model"]["init_args"]["network"]
+        network = fit_settings(ROOT / "configs" / f"{name}.yaml")["model"]["init_args"]["network"]
         layer = FFNConfig(**network["ffn"]).build(16)
         assert isinstance(layer, RoutedLayer)
         assert not layer.router.frozen_tiles().any()
@@ -41,12 +42,7 @@ def test_tiles_that_examples_freeze_or_remove_are_not_frozen_in_the_run_that_the
     assert found[2]
 
 
-def test_the_readme_shows_every_command_and_no_other() -> None:
-    readme = README.read_text()
-    shown = {
-        name
-        for block in re.findall(r"```bash\n(.*?)```", readme, re.DOTALL)
-        for name in re.findall(r"^trix (\w+)", block, re.M)
-    }
-    assert shown <= NAMES
-    assert set(re.findall(r"`?trix (\w+)", readme)) >= NAMES - {"validate", "test", "predict"}
+def test_the_pages_show_every_command_and_no_other() -> None:
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", PAGES, re.DOTALL)
+    assert {name for block in blocks for name in re.findall(r"^trix (\w+)", block, re.M)} <= NAMES
+    assert set(re.findall(r"`?trix (\w+)", PAGES)) >= NAMES - {"validate", "test", "predict"}
