@@ -14,18 +14,21 @@ import pytest
 import torch
 from onnx import helper
 from random_decoders import CONFIGS, RandomCheckpoint, quantised_activations
+from ternary_folders import tiny_model, write_master, write_packed
 from torch import nn
 
 from lightning_modules.cli import main
 from ort_ops.library import session_options
 from ort_ops.ternary_models.decoder_folder import write_decoder
 from ort_ops.ternary_models.decoder_graph import PRODUCTS
+from ort_ops.ternary_models.reading import open_checkpoint
 
 genai = pytest.importorskip("onnxruntime_genai", reason="needs onnxruntime-genai: make test-transformers")
 pytest.importorskip("transformers", reason="needs transformers: make test-transformers")
 tokenizers = pytest.importorskip("tokenizers", reason="needs tokenizers: make test-transformers")
 
 from hugging_face_decoders import PROJECTIONS, hugging_face_model  # noqa: E402  (it imports transformers)
+from transformers import AutoModelForCausalLM  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("native_library")
 
@@ -220,6 +223,31 @@ def test_a_chat_is_templated_and_its_answer_streamed(tokenizer_files: tuple[Path
     assert len(streamed) > 5
     # decode gives up at the first bytes that are no UTF-8, which random weights soon write.
     assert streamed.startswith(tokenizer.decode(np.array(found, np.int32)).rstrip("\ufffd"))
+
+
+@pytest.mark.parametrize("kind", ["packed", "master", "TQ1_0", "TQ2_0"])
+def test_a_checkpoint_on_disk_is_imported_and_goes_on_as_in_transformers(kind: str, tmp_path: Path) -> None:
+    is_gguf = kind.startswith("TQ")
+    tiny, source = tiny_model("llama" if is_gguf else "bitnet", is_head_tied=False, seed=1), tmp_path / "source"
+    if is_gguf:
+        gguf = pytest.importorskip("gguf", reason="files in GGUF need gguf")
+        from ternary_gguf import write_gguf
+
+        path = write_gguf(tmp_path / "model.gguf", tiny, gguf.GGMLQuantizationType[kind])
+    else:
+        path = (write_packed if kind == "packed" else write_master)(source, tiny)
+    folder = tmp_path / "imported"
+    assert main(["import", str(path), "--output", str(folder), "--head", "float32"]) == 0
+    reference: Any = (  # of a file in GGUF transformers makes floats
+        hugging_face_model(open_checkpoint(path))
+        if is_gguf
+        else AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    )
+    prompt = [1, 9, 30, 17, 4]
+    (found,) = greedy(load(folder), [prompt], num_tokens=12)
+    with torch.no_grad():
+        answer = reference.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=2)[0]
+    assert found == answer[len(prompt) :].tolist()
 
 
 def test_the_command_continues_a_text(
