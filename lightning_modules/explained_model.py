@@ -94,10 +94,12 @@ def frame_of(model: ExplainedModel, text: str | None, num_tokens: int, max_len: 
 
 
 def read_texts(path: str) -> "pd.DataFrame":
-    """The paragraphs of a text file, or the texts of a CSV file with the columns text and label."""
+    """The paragraphs of a text file, or all texts of a CSV file with the columns text and label."""
     from trix.superposition.data import load_text, load_titles_csv
 
-    return load_titles_csv(path, TEXT, LABEL) if path.lower().endswith(".csv") else load_text(path, TEXT, LABEL)
+    if path.lower().endswith(".csv"):
+        return load_titles_csv(path, TEXT, LABEL, balance=False)  # by itself it drops texts of the larger of two named classes
+    return load_text(path, TEXT, LABEL)
 
 
 @contextmanager

@@ -64,6 +64,12 @@ def test_texts_of_the_users_own(ckpt: Path, tmp_path: Path) -> None:
     assert set(ActivationDump(tmp_path / "b" / "resid_pre.1").column("labels").tolist()) == {0, 1}
 
 
+def test_all_texts_of_a_csv_are_read_though_its_two_classes_differ_in_size(ckpt: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.csv").write_text("text,label\nThe fox,animals\nThe dog,animals\nlazy times,rest\n")
+    assert dump(ckpt, tmp_path, "--text", str(tmp_path / "own.csv")) == 0
+    assert ActivationDump(tmp_path / "resid_pre.1").manifest.documents == 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -3,6 +3,7 @@
 Shapes: B texts, T tokens, D width, K latents, K' merged latents.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -172,9 +173,11 @@ def _register(
         raise ValueError(f"latents of the map (shape {list(probe.shape)}) must be those it got (shape {[1, sae.k]})")
     block = backend.block(layer_idx)
     mask: list[Tensor | None] = [None]
+    names = list(inspect.signature(backend.model.forward).parameters)
 
-    def note_mask(_: nn.Module, __: tuple[Any, ...], named: dict[str, Any]) -> None:
-        mask[0] = next((named[name] for name in _MASK if named.get(name) is not None), None)
+    def note_mask(_: nn.Module, unnamed: tuple[Any, ...], named: dict[str, Any]) -> None:
+        given = {**dict(zip(names, unnamed, strict=False)), **named}
+        mask[0] = next((given[name] for name in _MASK if given.get(name) is not None), None)
 
     def steer(x_BTD: Tensor) -> Tensor:
         is_steered_BT = _chosen(x_BTD, mask[0], positions)

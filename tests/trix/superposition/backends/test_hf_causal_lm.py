@@ -17,6 +17,8 @@ from torch import Tensor
 from trix.superposition import DumpConfig
 from trix.superposition.backends import HFCausalLM, Site
 from trix.superposition.dump import ActivationDump, dump_layer_activations, stream_shards
+from trix.superposition.sae import SAE, TopKSAE
+from trix.superposition.steering import set_or_scale_latent, steering
 
 VOCAB_SIZE, WIDTH, LAYERS = 50, 32, 3
 LLAMA_LIKE = {
@@ -65,6 +67,13 @@ def batch() -> tuple[Tensor, Tensor]:
     mask_BT = torch.ones_like(id_BT)
     mask_BT[1, 4:] = 0
     return id_BT, mask_BT
+
+
+def made_sae() -> SAE:
+    torch.manual_seed(1)
+    made = TopKSAE(WIDTH, 48, active=4)
+    made.start_from(torch.randn(50, WIDTH))
+    return made.eval()
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -157,6 +166,35 @@ def test_a_saved_model_is_the_same(tmp_path: Path) -> None:
     assert HFCausalLM.from_pretrained(str(tmp_path)).digest() != original.digest()
     with pytest.raises(ValueError, match=r"dtype \('int8'\) must be one of bf16, fp16, fp32"):
         HFCausalLM.from_pretrained(str(tmp_path), dtype="int8")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_left", [False, True])
+@pytest.mark.parametrize("positions", ["last", "all"])
+def test_a_map_that_changes_nothing_changes_no_bit(dtype: torch.dtype, is_left: bool, positions: Any) -> None:
+    backend, sae = HFCausalLM(model().to(dtype), tokenizer()), made_sae()
+    id_BT, mask_BT = (tensor.flip(-1) if is_left else tensor for tensor in batch())
+
+    def answers() -> list[Tensor]:
+        """The logits of the texts, and of one more token by the cache."""
+        longer_BT = torch.cat((mask_BT, mask_BT.new_ones(2, 1)), dim=1)
+        with torch.no_grad():
+            first = backend.model(id_BT, attention_mask=mask_BT, use_cache=True)
+            cache = first.past_key_values
+            return [first.logits, backend.model(id_BT[:, :1], attention_mask=longer_BT, past_key_values=cache).logits]
+
+    plain = answers()
+    with steering(backend, 1, sae, set_or_scale_latent(3, scale_by=1.0), positions):
+        assert all(map(torch.equal, answers(), plain))
+    with steering(backend, 1, sae, set_or_scale_latent(3, set_to=20.0), positions):
+        assert not any(map(torch.equal, answers(), plain))
+
+
+def test_a_mask_without_its_name_is_read_too() -> None:
+    backend, sae = HFCausalLM(model(), tokenizer()), made_sae()
+    id_BT, mask_BT = batch()
+    with torch.no_grad(), steering(backend, 1, sae, set_or_scale_latent(3, set_to=20.0)):
+        assert torch.equal(backend.model(id_BT, mask_BT).logits, backend.model(id_BT, attention_mask=mask_BT).logits)
 
 
 def test_generation_goes_on_from_the_prompt() -> None:
