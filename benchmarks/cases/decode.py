@@ -133,11 +133,12 @@ def make_step(way: str, folder: Path, config: LanguageModelConfig, past: int, nu
     if way == "torch float32":
         return torch_step(folder / FILES[way], config, torch.from_numpy(token), num_threads)
     options = session_options() if way.startswith("trix") else ort.SessionOptions()
-    return session_step((folder / FILES[way]).read_bytes(), options, token, num_threads)
+    return session_step(str(folder / FILES[way]), options, token, num_threads)
 
 
-def session_step(model: bytes, options: ort.SessionOptions, token: np.ndarray, num_threads: int) -> Step:
-    """token int64 [1, P + 1]: the step reads the last one, with the others in its cache."""
+def session_step(model: str | bytes, options: ort.SessionOptions, token: np.ndarray, num_threads: int) -> Step:
+    """model: a path, or bytes, which the session keeps in memory. token int64 [1, P + 1]: the step reads the last one, with the
+    others in its cache."""
     options.intra_op_num_threads, options.log_severity_level = num_threads, 4
     session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     past = token.shape[1] - 1

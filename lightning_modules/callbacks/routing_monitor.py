@@ -126,8 +126,9 @@ class RoutingMonitor(L.Callback):
         if trainer.sanity_checking or not self._statistics:
             return
         results = {name: statistics.compute() for name, statistics in self._statistics.items()}
-        count = {name: result.pop("count") for name, result in results.items()}
-        self._usage = {name: result.pop("usage") for name, result in results.items()}
+        # torchmetrics makes scalars of what a layer with a single tile has.
+        count = {name: result.pop("count").reshape(-1) for name, result in results.items()}
+        self._usage = {name: result.pop("usage").reshape(-1) for name, result in results.items()}
         for name, result in results.items():
             metrics = {f"routing/{name}/{key}": value for key, value in result.items()} | self._churn(name, trainer, pl_module)
             if len(self._usage[name]) <= MAX_TILES_BY_NAME:

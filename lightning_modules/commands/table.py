@@ -57,6 +57,7 @@ COMMANDS = (
         "surgery",
         "insert, freeze, unfreeze a signature or remove a tile of a checkpoint or exported model, into a new file",
     ),
+    _light(EDITING, "upcycle", "cut the feed-forward layers of a trained language model into routed tiles, into a new file"),
     Command(
         "import",
         DEPLOYMENT,
@@ -82,6 +83,7 @@ examples
   trix sae dashboard runs/sae --model runs/char_lm
   trix runs --sort val/loss
   trix surgery runs/char_lm insert --ngrams "th,Th" --layer 1 --tile 3 --output edited.ckpt
+  trix upcycle runs/dense --tiles 16 --top-k 4 --output tiles.ckpt
   trix export --ckpt runs/char_lm --output runs/char_lm/model.onnx
   trix generate runs/char_lm/model.onnx --prompt "The "
   trix import bitnet-b1.58-2B-4T --output bitnet

@@ -70,6 +70,15 @@ def test_every_kind_of_layer_exports_within_float_rounding(ffn: FFNConfig, tmp_p
         assert_that_nothing_stands_between_routing_and_tiles(onnx.load(tmp_path / "model.onnx").graph)
 
 
+@pytest.mark.parametrize("route_on", ["hidden", "context"])
+def test_tiles_of_weight_one_export(route_on: Any, tmp_path: Path) -> None:
+    ffn = FFNConfig(num_tiles=5, top_k=2, route_on=route_on, signatures="learned", routing_args={"gate": "ones"})
+    report = exported_models.export(tmp_path, ffn, num_layers=2).report
+    assert report.parity.num_unexplained == 0
+    for use_library in (True, False):
+        assert ExportedModel(tmp_path / "model.onnx", use_library).check_parity().max_relative_difference < 1e-5
+
+
 def assert_that_nothing_stands_between_routing_and_tiles(graph: onnx.GraphProto) -> None:
     by_output = {name: node for node in graph.node for name in node.output}
     layers = [node for node in graph.node if node.op_type == "TernaryFFN"]

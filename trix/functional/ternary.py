@@ -25,6 +25,19 @@ def absmean_codes(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight / scale).round_().clamp_(-1.0, 1.0), scale.squeeze(-1)
 
 
+def weight_of_codes(codes: Tensor, scale: Tensor) -> Tensor:
+    """A float weight of which :func:`absmean_codes` makes these codes and scales: scale * code * K / nnz, [..., N, K].
+
+    mean |weight| of a row is then its scale again, and rounding gives the codes. A row without nonzero codes is 0, whatever
+    its scale.
+
+    Args:
+        codes: [..., N, K] in {-1, 0, +1}, float. scale: positive [..., N].
+    """
+    density = codes.abs().mean(dim=-1, keepdim=True).clamp_min(1.0 / codes.shape[-1])
+    return codes * scale.unsqueeze(-1) / density
+
+
 def absmean_ternary(weight: Tensor) -> Tensor:
     """The value scale * code of :func:`absmean_codes`; its gradient passes straight through to ``weight`` [..., N, K]."""
     codes, scale = absmean_codes(weight)

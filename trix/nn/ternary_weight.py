@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from trix.functional.packing import check_packed, pack_ternary, packed_width, unpack_ternary
 from trix.functional.signatures import signatures_from_codes
-from trix.functional.ternary import absmean_codes, absmean_ternary, straight_through
+from trix.functional.ternary import absmean_codes, absmean_ternary, straight_through, weight_of_codes
 from trix.functional.tile_matmul import group_tokens, grouped_linear, ternary_tile_matmul
 
 
@@ -94,16 +94,14 @@ class TernaryWeight(nn.Module):
         self.packed, self.row_scale = pack_ternary(codes), scale
 
     def unpack(self) -> None:
-        """Return to a float weight whose ternary form is the packed one. The float values behind it are not recovered.
-
-        weight = code * scale * K / nnz: then mean |weight| of a row is its scale again, and rounding gives the codes.
+        """Return to a float weight whose ternary form is the packed one. The float values behind it are not recovered: see
+        :func:`~trix.functional.ternary.weight_of_codes`.
         """
         if self.weight is not None:
             return
         codes, scale = self.codes_and_scale()
-        density = codes.abs().mean(dim=-1, keepdim=True).clamp_min(1.0 / self.shape[-1])
         self.packed = self.row_scale = None
-        self.weight = nn.Parameter(codes * scale.unsqueeze(-1) / density)
+        self.weight = nn.Parameter(weight_of_codes(codes, scale))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         packed, scale = state_dict.get(prefix + "packed"), state_dict.get(prefix + "row_scale")

@@ -10,7 +10,7 @@ from trix.functional.autocast import without_autocast
 from trix.functional.gates import Gate, softmax_weight
 from trix.functional.packing import check_packed, pack_ternary, packed_width, unpack_ternary
 from trix.functional.signatures import inverse_sqrt_active, signature_diversity_loss, signature_scores
-from trix.functional.ternary import threshold_ternary
+from trix.functional.ternary import straight_through, threshold_ternary
 from trix.functional.tile_matmul import select_top_k, signature_route
 from trix.outputs import Directions, RoutingDecision, RowContext
 from trix.routing.balance import ALL_STEPS, balance_nudge
@@ -46,9 +46,13 @@ class SignatureRouter(Router):
     (:func:`~trix.routing.balance.balance_nudge`), and each training batch counts as ten: it moves ten times as far and rests
     after 20 batches. A signature that is inserted frozen has a bias at rest.
 
+    ``gate``: ``softmax`` is the gate above. ``ones`` weighs each chosen tile 1, for tiles that were cut out of one layer
+    (:mod:`trix.upcycling`): all of them together are that layer. Its gradient is that of the softmax gate.
+
     Raises:
-        ValueError: top_k > num_tiles; x or the emergent signatures of a wrong size; emergent ones missing or not wanted; by
-            load_state_dict, frozen values outside {-1, 0, +1}, masses that are not finite, or fewer tiles in use than top_k.
+        ValueError: top_k > num_tiles; another gate, or ``ones`` together with max_k; x or the emergent signatures of a wrong
+            size; emergent ones missing or not wanted; by load_state_dict, frozen values outside {-1, 0, +1}, masses that are
+            not finite, or fewer tiles in use than top_k.
 
     Ties go to the lowest tile index, so results agree across devices and instruction sets.
     """
@@ -68,12 +72,17 @@ class SignatureRouter(Router):
         top_k: int = 1,
         balance_rate: float = 0.01,
         source: Literal["explicit", "emergent"] = "explicit",
+        gate: Literal["softmax", "ones"] = "softmax",
         **settings: Any,
     ) -> None:
         super().__init__(d_model, num_tiles, top_k, balance_rate, **settings)
         if source not in ("explicit", "emergent"):
             raise ValueError(f"source ({source!r}) must be 'explicit' or 'emergent'")
-        self.source = source
+        if gate not in ("softmax", "ones"):
+            raise ValueError(f"gate ({gate!r}) must be 'softmax' or 'ones'")
+        if gate == "ones" and self.is_adaptive:
+            raise ValueError(f"gate ({gate!r}) must be 'softmax' where max_k ({self._first_top_k}) chooses k token by token")
+        self.source, self.gate = source, gate
         explicit = nn.Parameter(self.draw()) if source == "explicit" else None
         self.register_parameter("raw_signatures", explicit)
         self.register_buffer("packed_signatures", None)
@@ -341,14 +350,16 @@ class SignatureRouter(Router):
         arguments = (self.top_k, int(self._packed_gate), self.confidence_threshold)
         with without_autocast(x_TD):
             decision = RoutingDecision(*signature_route(x_TD, packed, bias_E, self.log_mass_E, *arguments))
-        return decision._replace(score=decision.score + self.exclusion_E)
+        weight_TK = torch.ones_like(decision.weight) if self.gate == "ones" else decision.weight
+        return decision._replace(weight=weight_TK, score=decision.score + self.exclusion_E)
 
     @property
     def _packed_gate(self) -> Gate:
         return Gate.ADAPTIVE if self.is_adaptive else Gate.SOFTMAX
 
     def _gate(self, score_TE: Tensor, tile_idx_TK: Tensor) -> Tensor:
-        return softmax_weight(score_TE, tile_idx_TK, self.log_mass_E)
+        weight_TK = softmax_weight(score_TE, tile_idx_TK, self.log_mass_E)
+        return straight_through(torch.ones_like(weight_TK), weight_TK) if self.gate == "ones" else weight_TK
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         packed = state_dict.get(prefix + "packed_signatures")

@@ -239,6 +239,16 @@ def test_figures_can_be_left_out(
     assert read_events(tensorboard).Tags()["images"] == []
 
 
+def test_a_layer_of_one_tile_is_measured(
+    text: TextDataModule, make_trainer: MakeTrainer, tensorboard: TensorBoardLogger
+) -> None:
+    task = LanguageModelTask(text.vocabulary, small_network(ffn=FFNConfig(num_tiles=1, d_ff=32)))
+    make_trainer(logger=tensorboard, callbacks=[RoutingMonitor()]).fit(task, text)
+    events = read_events(tensorboard)
+    assert events.Scalars("tile_usage/layer_0/tile_0")[-1].value == 1.0
+    assert "routing/usage" in events.Tags()["images"]
+
+
 def test_other_loggers_get_the_scalars(
     language_model: LanguageModelTask, text: TextDataModule, make_trainer: MakeTrainer, tmp_path: object
 ) -> None:

@@ -14,18 +14,21 @@ import pytest
 import torch
 from onnx import helper
 from random_decoders import CONFIGS, RandomCheckpoint, quantised_activations
+from ternary_folders import tiny_model, write_master, write_packed
 from torch import nn
 
 from lightning_modules.cli import main
 from ort_ops.library import session_options
 from ort_ops.ternary_models.decoder_folder import write_decoder
 from ort_ops.ternary_models.decoder_graph import PRODUCTS
+from ort_ops.ternary_models.reading import open_checkpoint
 
 genai = pytest.importorskip("onnxruntime_genai", reason="needs onnxruntime-genai: make test-transformers")
 pytest.importorskip("transformers", reason="needs transformers: make test-transformers")
 tokenizers = pytest.importorskip("tokenizers", reason="needs tokenizers: make test-transformers")
 
 from hugging_face_decoders import PROJECTIONS, hugging_face_model  # noqa: E402  (it imports transformers)
+from transformers import AutoModelForCausalLM  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("native_library")
 
@@ -109,7 +112,7 @@ def assert_greedy(found: list[int], reference: Any, prompt: list[int]) -> bool:
     for place, (one, other) in enumerate(zip(found, expected, strict=False)):
         if one != other:
             score = logits[len(prompt) + place - 1]
-            assert score[other] - score[one] <= 0.02 * np.abs(score).max(), (place, found, expected)
+            assert score[other] - score[one] <= 0.01 * np.abs(score).max(), (place, found, expected)
             return False
     assert len(found) == len(expected)
     return True
@@ -117,6 +120,8 @@ def assert_greedy(found: list[int], reference: Any, prompt: list[int]) -> bool:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_64_greedy_tokens_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+    """Norms and attention add floats in another order, which now and then moves an activation across a step of the quantiser.
+    Transformers differs from itself so, too, between its eager and its SDPA attention."""
     equal = []
     for seed in range(5):
         checkpoint = checkpoint_of(name, seed)
@@ -133,7 +138,7 @@ def test_64_greedy_tokens_are_those_of_transformers(name: str, tmp_path: Path) -
 def test_whole_sequences_are_answered_as_by_transformers(name: str, seed: int, tmp_path: Path) -> None:
     """The model of transformers goes on from what each product reads and writes in onnxruntime, as one step of the quantiser
     that differs would change all that follows. The steps that differ are counted: in what a product reads and, by token, in
-    what it makes of it, for transformers computes 127 / m as 127 times the rounded 1 / m."""
+    what it makes of it."""
     checkpoint = checkpoint_of(name, seed)
     model = onnx.load(write(checkpoint, tmp_path / "decoder") / "model.onnx")
     products = {node.name.removesuffix(".out"): node for node in model.graph.node if node.op_type == "TernaryMatMul"}
@@ -218,6 +223,31 @@ def test_a_chat_is_templated_and_its_answer_streamed(tokenizer_files: tuple[Path
     assert len(streamed) > 5
     # decode gives up at the first bytes that are no UTF-8, which random weights soon write.
     assert streamed.startswith(tokenizer.decode(np.array(found, np.int32)).rstrip("\ufffd"))
+
+
+@pytest.mark.parametrize("kind", ["packed", "master", "TQ1_0", "TQ2_0"])
+def test_a_checkpoint_on_disk_is_imported_and_goes_on_as_in_transformers(kind: str, tmp_path: Path) -> None:
+    is_gguf = kind.startswith("TQ")
+    tiny, source = tiny_model("llama" if is_gguf else "bitnet", is_head_tied=False, seed=1), tmp_path / "source"
+    if is_gguf:
+        gguf = pytest.importorskip("gguf", reason="files in GGUF need gguf")
+        from ternary_gguf import write_gguf
+
+        path = write_gguf(tmp_path / "model.gguf", tiny, gguf.GGMLQuantizationType[kind])
+    else:
+        path = (write_packed if kind == "packed" else write_master)(source, tiny)
+    folder = tmp_path / "imported"
+    assert main(["import", str(path), "--output", str(folder), "--head", "float32"]) == 0
+    reference: Any = (  # of a file in GGUF transformers makes floats
+        hugging_face_model(open_checkpoint(path))
+        if is_gguf
+        else AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    )
+    prompt = [1, 9, 30, 17, 4]
+    (found,) = greedy(load(folder), [prompt], num_tokens=12)
+    with torch.no_grad():
+        answer = reference.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=2)[0]
+    assert found == answer[len(prompt) :].tolist()
 
 
 def test_the_command_continues_a_text(

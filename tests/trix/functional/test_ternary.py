@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trix.functional.ternary import absmean_codes, absmean_ternary, straight_through, threshold_ternary
+from trix.functional.ternary import absmean_codes, absmean_ternary, straight_through, threshold_ternary, weight_of_codes
 
 
 def test_absmean_matches_the_formula_row_by_row() -> None:
@@ -26,6 +26,17 @@ def test_a_row_of_zeros_has_code_zero_and_no_nan() -> None:
     codes, scale = absmean_codes(torch.zeros(2, 3))
     assert codes.eq(0).all()
     assert (codes * scale[:, None]).isfinite().all()
+
+
+@given(st.integers(1, 5), st.integers(1, 40), st.integers(0, 1000))
+def test_a_weight_made_of_codes_and_scales_has_them(rows: int, columns: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(-1, 2, (2, rows, columns), generator=generator).float()
+    scale = torch.rand(2, rows, generator=generator) + 0.01
+    found_codes, found_scale = absmean_codes(weight_of_codes(codes, scale))
+    assert torch.equal(found_codes, codes)
+    is_any = codes.ne(0).any(dim=-1)
+    torch.testing.assert_close(found_scale[is_any], scale[is_any], rtol=1e-6, atol=0)
 
 
 def test_scaling_a_weight_scales_its_ternary_value() -> None:

@@ -82,6 +82,36 @@ def test_gradient_reaches_explicit_signatures_through_the_gate() -> None:
     assert router.raw_signatures.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("source", ["explicit", "emergent"])
+def test_a_gate_of_ones_weighs_all_chosen_tiles_alike_and_learns_as_the_softmax_does(source: str) -> None:
+    torch.manual_seed(0)
+    emergent = torch.randn(6, 12, requires_grad=True) if source == "emergent" else None
+    ones, softmax = (SignatureRouter(12, 6, top_k=3, source=source, gate=gate) for gate in ("ones", "softmax"))
+    ones.load_state_dict(softmax.state_dict())
+    x, factor = torch.randn(40, 12), torch.randn(40, 3)
+    gradients = []
+    for router in (ones, softmax):
+        decision = router(x, emergent_ED=emergent)
+        learned = router.raw_signatures if emergent is None else emergent
+        gradients += torch.autograd.grad((decision.weight * factor).sum(), learned)
+    assert torch.equal(gradients[0], gradients[1])
+    assert gradients[0].abs().sum() > 0
+    decision = ones(x, emergent_ED=emergent)
+    assert torch.equal(decision.weight, torch.ones(40, 3))
+    assert torch.equal(decision.tile_idx, softmax(x, emergent_ED=emergent).tile_idx)
+    ones.pack_signatures(emergent)
+    packed = ones(x)
+    assert torch.equal(packed.weight, torch.ones(40, 3))
+    assert torch.equal(packed.tile_idx, decision.tile_idx)
+
+
+def test_other_gates_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"gate \('sigmoid'\) must be 'softmax' or 'ones'"):
+        SignatureRouter(8, 4, gate="sigmoid")
+    with pytest.raises(ValueError, match=r"gate \('ones'\) must be 'softmax' where max_k \(2\) chooses k token by token"):
+        SignatureRouter(8, 4, gate="ones", max_k=2)
+
+
 def test_emergent_signatures_must_be_given_and_explicit_ones_must_not() -> None:
     signatures, x = torch.ones(4, 8), torch.randn(2, 8)
     with pytest.raises(ValueError, match="'emergent' needs them"):
