@@ -22,7 +22,9 @@ _IMPORT = re.compile(
 )
 # A class of another kind than its place wants.
 _SUBCLASS = re.compile(r"Import path (?P<path>[\w.]+ )?does not correspond to a subclass of (?P<base>\w+)")
-_BASES = {"TrixTask": "lightning_modules.tasks.TrixTask, as CONTRIBUTING.md shows, so that checkpoints of it can be used"}
+_BASES = {
+    "TrixTask": "lightning_modules.tasks.TrixTask, as docs/how-to/own-task.md shows, so that checkpoints of it can be used"
+}
 _ABSTRACT = re.compile(r"Expected an instantiatable class, but (?P<path>[\w.]+ )?is abstract")
 # An option, or keys of a file, of a class that has not been named.
 _NO_CLASS = re.compile(

@@ -7,7 +7,7 @@ import lightning as L
 
 from lightning_modules.errors import UserError
 
-_SAVE = "self.save_hyperparameters({...}) with plain values, as CONTRIBUTING.md shows"
+_SAVE = "self.save_hyperparameters({...}) with plain values, as docs/how-to/own-task.md shows"
 
 
 def check_hyperparameters(part: L.LightningModule | L.LightningDataModule) -> None:

@@ -334,7 +334,7 @@ MISTAKES: dict[str, tuple[Callable[[], object], list[str], str]] = {
     "a plain LightningModule": (
         lambda: Path("plain.py").write_text(PLAIN),
         ["--model=plain.Plain"],
-        "class plain.Plain must derive from lightning_modules.tasks.TrixTask, as CONTRIBUTING.md shows",
+        "class plain.Plain must derive from lightning_modules.tasks.TrixTask, as docs/how-to/own-task.md shows",
     ),
     "a plain LightningModule in the file": (
         lambda: Path("plain.py").write_text(PLAIN) and edit("moons.yaml", "own_task.MoonsTask", "plain.Plain"),

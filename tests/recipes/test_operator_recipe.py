@@ -18,7 +18,7 @@ CONSISTENCY = "tests/architecture/test_schema_matches_native.py"
 # Where each recipe stands, and the files that it edits. The operator calls the kernel.
 RECIPES = [
     ("ort_ops/native/kernels/README.md", "A new kernel", {"ort_ops/native/kernels/kernels.inc"}),
-    ("CONTRIBUTING.md", "A new operator", {"ort_ops/native/ops/ops.inc", "ort_ops/operators/__init__.py"}),
+    ("docs/how-to/own-operator.md", "Write your own operator", {"ort_ops/native/ops/ops.inc", "ort_ops/operators/__init__.py"}),
 ]
 BOTH_PATHS = """
 import numpy as np
@@ -54,7 +54,7 @@ def built(copy: Path, cxx_compiler: str) -> Path:
     """The copy after both recipes, with its library. Compiled quickly, not for speed; the kernel tests of one kernel."""
     for text, title in (
         (ROOT / "ort_ops/native/kernels/README.md", "A new kernel"),
-        (ROOT / "CONTRIBUTING.md", "A new operator"),
+        (ROOT / "docs/how-to/own-operator.md", "Write your own operator"),
     ):
         apply(blocks(section(text.read_text(), title)), copy)
     build = copy / "build"

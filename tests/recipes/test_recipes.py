@@ -1,4 +1,4 @@
-"""The recipes of CONTRIBUTING.md, followed to the letter in a folder outside the packages."""
+"""The recipes docs/how-to/own-*.md, followed to the letter in a folder outside the packages."""
 
 import re
 import shlex
@@ -12,8 +12,6 @@ import pytest
 from lightning_modules.cli import main
 
 ROOT = Path(__file__).parents[2]
-TEXT = (ROOT / "CONTRIBUTING.md").read_text()
-SECTION = re.compile(r"^### (?P<title>.+?)\n(?P<body>.*?)(?=^###? |\Z)", re.MULTILINE | re.DOTALL)
 BLOCK = re.compile(r"^(?P<indent> *)```(?P<kind>\w+)\n(?P<text>.*?)^(?P=indent)```", re.MULTILINE | re.DOTALL)
 FILE_NAME = re.compile(r"# (\w+\.(py|yaml))\n")
 
@@ -29,25 +27,23 @@ def blocks(body: str) -> Iterator[Block]:
         yield Block(match["kind"], "".join(line.removeprefix(indent) for line in match["text"].splitlines(keepends=True)))
 
 
-RECIPES = {match["title"]: list(blocks(match["body"])) for match in SECTION.finditer(TEXT)}
-PARTS = [
-    title for title, of_title in RECIPES.items() if any(block.kind == "sh" and "trix fit" in block.text for block in of_title)
-]
+RECIPES = {path.stem: list(blocks(path.read_text())) for path in sorted((ROOT / "docs/how-to").glob("own-*.md"))}
+PARTS = [page for page, of_page in RECIPES.items() if any(FILE_NAME.match(block.text) for block in of_page)]
 
 
 def test_the_recipes_are_there() -> None:
-    kinds = ("tile type", "router", "mixer", "callback", "SAE architecture", "data module", "task")
-    assert [f"A new {kind}" for kind in kinds] == [title for title in PARTS if title.startswith("A new ")]
+    kinds = ("autoencoder", "callback", "data", "mixer", "router", "task", "tile")
+    assert PARTS == [f"own-{kind}" for kind in kinds]
 
 
-@pytest.mark.parametrize("title", PARTS)
+@pytest.mark.parametrize("page", PARTS)
 def test_a_recipe_works_as_it_stands(
-    title: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     modules = []
-    for kind, text in RECIPES[title]:
+    for kind, text in RECIPES[page]:
         if kind == "sh":
             run_commands(text, capfd)
             continue

@@ -1,18 +1,17 @@
 """Parts from outside the packages, as a user writes them: texts of modules, and configurations that name their classes."""
 
 import re
-import textwrap
 from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-RECIPES = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
-RECIPE = re.search(r"   ```python\n   (# own_task.py\n.*?)   ```", RECIPES, re.DOTALL)
+PAGE = (Path(__file__).parents[2] / "docs/how-to/own-task.md").read_text()
+RECIPE = re.search(r"```python\n(# own_task.py\n.*?)```", PAGE, re.DOTALL)
 assert RECIPE is not None
 # Whether a module has been run can be seen by a file "imported".
 MARK = '\nfrom pathlib import Path\nPath(__file__).with_name("imported").touch()\n'
-OWN_TASK = textwrap.dedent("   " + RECIPE[1]) + MARK
+OWN_TASK = RECIPE[1] + MARK
 
 OWN_DATA = (
     """\

@@ -21,12 +21,12 @@ class Block(NamedTuple):
 
 
 def section(text: str, title: str) -> str:
-    """What stands under `## title`.
+    """What stands under `# title` or `## title`.
 
     Raises:
         ValueError: no section has this title.
     """
-    found = re.search(rf"^## {re.escape(title)}$\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+    found = re.search(rf"^##? {re.escape(title)}$\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
     if found is None:
         raise ValueError(f"a section must be titled {title!r}")
     return found[1]
