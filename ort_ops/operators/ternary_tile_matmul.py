@@ -33,7 +33,8 @@ TERNARY_TILE_MATMUL = OpSchema(
         "activation_bits 24: to within m * 2^-23, and sums are float32. The error is at most |row_scale| * 2^-23 * (sum_k m "
         "|w| + (3 G + 2) sum_k |x w|). Where more than 1/4 of a group's nonzero |x| are below m / 2^12, the remainder after 24 "
         "bits is quantised and multiplied too. Such tokens are as exact as in float32, without the term sum_k m |w|. 8: to "
-        "round(x * (127 / m)) * m / 127, m at least min_magnitude, which must be 0 with 24 bits."
+        "round(x * (127 / m)) * m / 127, m at least min_magnitude, which must be 0 with 24 bits; where it is not 0, 127 / m is "
+        "127 * (1 / m), rounded twice, as in torch's BitLinear."
     ),
 )
 
@@ -130,10 +131,15 @@ def _quantised(x: str) -> list[NodeProto]:
         attribute_value("min_magnitude", "min_magnitude", AttributeProto.FLOAT),
         node("Max", ["largest_found", "min_magnitude"], ["largest"]),
         node("Constant", [], ["levels"], value_float=127.0),
-        node("Div", ["levels", "largest"], ["inverse"]),
+        # With a min_magnitude rounded twice, as torch divides a number by a tensor: so does BitLinear.
+        node("Reciprocal", ["largest"], ["reciprocal"]),
+        node("Mul", ["levels", "reciprocal"], ["rounded_twice"]),
+        node("Div", ["levels", "largest"], ["rounded_once"]),
+        node("Constant", [], ["no_scale"], value_float=0.0),
+        node("Greater", ["min_magnitude", "no_scale"], ["has_least"]),
+        node("Where", ["has_least", "rounded_twice", "rounded_once"], ["inverse"]),
         node("Constant", [], ["smallest"], value_float=SMALLEST),
         node("Less", ["largest_found", "smallest"], ["is_tiny"]),
-        node("Constant", [], ["no_scale"], value_float=0.0),
         node("Where", ["is_tiny", "no_scale", "inverse"], ["factor"]),
         node("Mul", ["group", "factor"], ["scaled"]),
         node("Round", ["scaled"], ["q"]),

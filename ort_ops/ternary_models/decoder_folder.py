@@ -219,9 +219,9 @@ def _check_projections(checkpoint: TernaryCheckpoint, proto: onnx.ModelProto, fo
 def bit_linear(
     x_TK: NDArray[np.float32], code_NK: NDArray[np.int8], scale: np.float32 | NDArray[np.float32]
 ) -> NDArray[np.float64]:
-    """scale * m / 127 * sum_k round(x * (127 / m)) * code, m = max(max |x|, 1e-5) of a token; sums are exact. [T, N]."""
+    """scale * m / 127 * sum_k round(x * (127 * (1 / m))) * code, m = max(max |x|, 1e-5) of a token; sums are exact. [T, N]."""
     largest_T1 = np.maximum(np.abs(x_TK).max(1, keepdims=True), np.float32(MIN_MAGNITUDE))
-    q_TK = np.rint(x_TK * (np.float32(127) / largest_T1)).astype(np.int32)
+    q_TK = np.rint(x_TK * (np.float32(127) * (np.float32(1) / largest_T1))).astype(np.int32)
     dot_TN = np.stack([np.einsum("k,nk->n", q_K, code_NK, dtype=np.int64) for q_K in q_TK])
     return dot_TN * np.asarray(scale, np.float64) * (largest_T1 / 127.0)
 

@@ -7,8 +7,7 @@
 
 f is SiLU, or the square of ReLU. A norm is x / sqrt(mean(x^2) + epsilon) * weight. The projections are those of BitLinear: x in
 8 bits with a scale for each token, m = max(max |x|, 1e-5). Source: Ma et al., 2025, BitNet b1.58 2B4T (arXiv:2504.12285); the
-arithmetic is that of BitLinear in transformers 5.24, whose 127 / m is 127 times the rounded 1 / m: fewer than one
-activation in a million is rounded to the other side there.
+arithmetic is that of BitLinear in transformers 5.24 to the bit, whose 127 / m is 127 times the rounded 1 / m.
 
 Inputs: input_ids int64 [B, T]; attention_mask int64 [B, P + T], 1 for the tokens of a text, then 0 up to the longest text;
 past_key_values.i.key and .value float32 [B, heads of keys, P, head size]. Outputs: logits float32 [B, T, V]; present.i.key and

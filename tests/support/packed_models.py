@@ -255,7 +255,8 @@ def quantised(x_TK: np.ndarray, group_size: int, min_magnitude: float = 0.0) -> 
     num_groups = -(-num_columns // size)
     group_TGC = np.pad(x_TK, ((0, 0), (0, num_groups * size - num_columns))).reshape(num_tokens, num_groups, size)
     largest = np.abs(group_TGC).max(-1, keepdims=True, initial=min_magnitude)
-    factor = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=largest > 0)
+    one = np.float32(1 if min_magnitude else 127)  # with a least magnitude 127 / m is 127 * (1 / m), rounded twice
+    factor = np.divide(one, largest, out=np.zeros_like(largest), where=largest > 0) * (np.float32(127) / one)
     q_TGC = np.rint(group_TGC * factor)
     return (q_TGC * (largest / np.float32(127))).reshape(num_tokens, num_groups * size)[:, :num_columns]
 

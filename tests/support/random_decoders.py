@@ -66,7 +66,7 @@ class RandomCheckpoint:
 def quantised_activations(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The whole numbers of BitLinear, and their step for each token."""
     largest = np.maximum(np.abs(x).max(-1, keepdims=True), np.float32(1e-5))
-    return np.rint(x * (np.float32(127) / largest)), largest / np.float32(127)
+    return np.rint(x * (np.float32(127) * (np.float32(1) / largest))), largest / np.float32(127)
 
 
 def bit_linear_reference(x: np.ndarray, matrix: TernaryMatrix) -> np.ndarray:

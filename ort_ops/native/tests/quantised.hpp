@@ -71,7 +71,10 @@ inline Quantised reference_quantised(const Product& p, bool has_groups, std::siz
             m = std::max(m, min_magnitude);
             if (num_planes == 3 && !is_zero && reference_is_wide(x, begin, end, m)) result.is_wide[t] = 1;
             const auto scaled = [&](float value) {
-                if (num_planes == 1) return static_cast<double>(value * (levels / m));
+                if (num_planes == 1) {
+                    const float factor = min_magnitude > 0 ? levels * (1.0f / m) : levels / m;
+                    return static_cast<double>(value * factor);
+                }
                 return static_cast<double>(value) * (static_cast<double>(levels) / static_cast<double>(m));
             };
             const std::size_t place = (t * result.num_groups + g) * num_planes;

@@ -15,9 +15,10 @@ void check_squared_rest(const char* name, const Product& p, const Quantised& x, 
     float largest = min_magnitude;
     for (std::size_t k = g * x.group_columns; k < end; ++k)
         largest = std::max(largest, std::abs(p.x[t * p.num_columns + k]));
+    const float factor = min_magnitude > 0 ? 127.0f * (1.0f / largest) : 127.0f / largest;
     double expected = 0;
     for (std::size_t k = g * x.group_columns; k < end; ++k) {
-        const double scaled = static_cast<double>(p.x[t * p.num_columns + k] * (127.0f / largest));
+        const double scaled = static_cast<double>(p.x[t * p.num_columns + k] * factor);
         const double rest = scaled - x.q[t * row_stride(p) + k];
         expected += rest * rest;
     }

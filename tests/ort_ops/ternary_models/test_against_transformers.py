@@ -36,7 +36,7 @@ def load(folder: Path, **options: Any) -> Any:
 def bit_linear(x_TK: np.ndarray, matrix: TernaryMatrix) -> np.ndarray:
     """What BitNet computes with 8 bits, in float32."""
     largest_T1 = np.maximum(np.abs(x_TK).max(axis=1, keepdims=True), np.float32(1e-5))
-    q_TK = np.rint(x_TK * (np.float32(127) / largest_T1))
+    q_TK = np.rint(x_TK * (np.float32(127) * (np.float32(1) / largest_T1)))
     return (q_TK @ matrix.code_NK.T.astype(np.float32)) * (largest_T1 / np.float32(127)) * matrix.scale
 
 

@@ -109,7 +109,7 @@ def assert_greedy(found: list[int], reference: Any, prompt: list[int]) -> bool:
     for place, (one, other) in enumerate(zip(found, expected, strict=False)):
         if one != other:
             score = logits[len(prompt) + place - 1]
-            assert score[other] - score[one] <= 0.02 * np.abs(score).max(), (place, found, expected)
+            assert score[other] - score[one] <= 0.01 * np.abs(score).max(), (place, found, expected)
             return False
     assert len(found) == len(expected)
     return True
@@ -117,6 +117,8 @@ def assert_greedy(found: list[int], reference: Any, prompt: list[int]) -> bool:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_64_greedy_tokens_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+    """Norms and attention add floats in another order, which now and then moves an activation across a step of the quantiser.
+    Transformers differs from itself so, too, between its eager and its SDPA attention."""
     equal = []
     for seed in range(5):
         checkpoint = checkpoint_of(name, seed)
@@ -133,7 +135,7 @@ def test_64_greedy_tokens_are_those_of_transformers(name: str, tmp_path: Path) -
 def test_whole_sequences_are_answered_as_by_transformers(name: str, seed: int, tmp_path: Path) -> None:
     """The model of transformers goes on from what each product reads and writes in onnxruntime, as one step of the quantiser
     that differs would change all that follows. The steps that differ are counted: in what a product reads and, by token, in
-    what it makes of it, for transformers computes 127 / m as 127 times the rounded 1 / m."""
+    what it makes of it."""
     checkpoint = checkpoint_of(name, seed)
     model = onnx.load(write(checkpoint, tmp_path / "decoder") / "model.onnx")
     products = {node.name.removesuffix(".out"): node for node in model.graph.node if node.op_type == "TernaryMatMul"}

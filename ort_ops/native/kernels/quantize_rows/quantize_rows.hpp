@@ -3,7 +3,8 @@
 //
 //   m = max |x[t, k]| over the group, min_magnitude where that is more
 //   v[k] = round(x[t, k] * (L / m)), to even    x[t, k] ~ v[k] * (m / L)
-//   8 bits, one plane:      L = 127, q[0] = v, x * (L / m) in float32
+//   8 bits, one plane:      L = 127, q[0] = v, x * (L / m) in float32; with a min_magnitude L / m is
+//                           L * (1 / m), rounded twice
 //   24 bits, three planes:  L = 127 (256^2 + 256 + 1), v = 256^2 q[0] + 256 q[1] + q[2] with q in
 //                           [-128, 127], x * (L / m) in float64
 //   scale[t, g, p] = m / L times 256^2, 256 and 1 (or 1), in float32

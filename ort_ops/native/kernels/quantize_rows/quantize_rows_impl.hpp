@@ -125,9 +125,11 @@ static inline void quantize_group(const float* x, std::size_t count, std::size_t
     }
     const float m = largest < min_magnitude ? min_magnitude : largest;
     if (num_planes == 1) {
+        // torch divides a number by a tensor so, and BitLinear's integers are those of torch.
+        const float factor = min_magnitude > 0.0f ? levels * (1.0f / m) : levels / m;
         scale[0] = m / levels;
-        sum[0] = Loops::quantize_8(x, count, levels / m, q);
-        if (squared_rest != nullptr) *squared_rest = sum_squared_rest(x, count, levels / m, q);
+        sum[0] = Loops::quantize_8(x, count, factor, q);
+        if (squared_rest != nullptr) *squared_rest = sum_squared_rest(x, count, factor, q);
         return;
     }
     if (is_wide != nullptr && is_wide_group(x, count, m, wide_rule)) *is_wide = 1;
