@@ -28,6 +28,14 @@ TRIX_INLINE __m256i four_columns(const std::int8_t* q) {
     return _mm256_set1_epi32(four);
 }
 
+// sum + the products of bytes, added in pairs. The compiler must not put off the addition to sum others
+// first: it would run out of registers.
+TRIX_INLINE __m256i add_pairs(__m256i sum, __m256i weight, __m256i x) {
+    sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(weight, x));
+    asm("" : "+x"(sum));
+    return sum;
+}
+
 TRIX_INLINE __m256 add_scaled(__m256 total, __m256i dot, std::int32_t sum, float scale) {
     const __m256 exact = _mm256_cvtepi32_ps(_mm256_sub_epi32(dot, _mm256_set1_epi32(sum)));
     return _mm256_add_ps(total, _mm256_mul_ps(exact, _mm256_set1_ps(scale)));
@@ -78,8 +86,7 @@ void multiply_vectors(const TernaryMatMulJob& job, const GroupShape& shape, cons
                     for (int r = 0; r < kRows; ++r) {
                         const __m256i x = four_columns(tokens.q[r] + block * kBlockColumns +
                                                        4 * static_cast<std::size_t>(s));
-                        for (int v = 0; v < kVectors; ++v)
-                            pairs[v][r] = _mm256_add_epi16(pairs[v][r], _mm256_maddubs_epi16(weight[v], x));
+                        for (int v = 0; v < kVectors; ++v) pairs[v][r] = add_pairs(pairs[v][r], weight[v], x);
                     }
                 }
             }
@@ -129,13 +136,10 @@ void multiply_one(const TernaryMatMulJob& job, const GroupShape& shape, const To
                         _mm_prefetch(reinterpret_cast<const char*>(place + kPrefetchBytes), _MM_HINT_NTA);
                     const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(place));
                     const __m256i moved = _mm256_srli_epi16(codes, 4);
-                    const auto add = [&](__m256i& sum, __m256i from, __m256i mask, __m256i by) {
-                        sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(_mm256_and_si256(from, mask), by));
-                    };
-                    add(low[v], codes, once, x[0]);
-                    add(high[v], codes, four_times, x[1]);
-                    add(low[v], moved, once, x[2]);
-                    add(high[v], moved, four_times, x[3]);
+                    low[v] = add_pairs(low[v], _mm256_and_si256(codes, once), x[0]);
+                    high[v] = add_pairs(high[v], _mm256_and_si256(codes, four_times), x[1]);
+                    low[v] = add_pairs(low[v], _mm256_and_si256(moved, once), x[2]);
+                    high[v] = add_pairs(high[v], _mm256_and_si256(moved, four_times), x[3]);
                 }
             }
             for (std::size_t v = 0; v < kPanelVectors; ++v) {
