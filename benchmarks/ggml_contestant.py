@@ -22,11 +22,17 @@ PACKAGE = "llama-cpp-python==0.3.36"
 TYPES = {"F32": 0, "Q8_0": 8, "TQ1_0": 34, "TQ2_0": 35}  # as in ggml.h
 # native: -march=native. avx2: ggml's own choice for CPUs with AVX2, FMA, F16C and BMI2.
 BUILDS = {"native": ("-DGGML_NATIVE=ON",), "avx2": ("-DGGML_NATIVE=OFF",)}
-OPTIONS = ("-DCMAKE_BUILD_TYPE=Release", "-DBUILD_SHARED_LIBS=OFF", "-DCMAKE_POSITION_INDEPENDENT_CODE=ON", "-DGGML_OPENMP=OFF")
+OPTIONS = (
+    "-DCMAKE_BUILD_TYPE=Release",
+    "-DBUILD_SHARED_LIBS=OFF",
+    "-DCMAKE_POSITION_INDEPENDENT_CODE=ON",
+    "-DGGML_OPENMP=OFF",
+    *(f"-DLLAMA_BUILD_{part}=OFF" for part in ("APP", "COMMON", "EXAMPLES", "SERVER", "TESTS", "TOOLS")),
+)
 
 
 def build(name: str) -> Path:
-    """The shared library of one of BUILDS; compiles what is not there yet, which takes a few minutes.
+    """The shared library of one of BUILDS; compiles what is not there yet, a minute or two of CPU time.
 
     Raises:
         UserError: the package cannot be downloaded, or a compiler or CMake is missing or fails.
@@ -34,13 +40,13 @@ def build(name: str) -> Path:
     source, library = HERE / "native" / "ggml_decoder.cpp", BUILD / f"{name}.so"
     if library.exists() and library.stat().st_mtime > source.stat().st_mtime:
         return library
-    ggml = _fetch() / "vendor" / "llama.cpp" / "ggml"
+    sources = _fetch() / "vendor" / "llama.cpp"
     made = BUILD / name
-    _call(["cmake", "-S", str(ggml), "-B", str(made), *OPTIONS, *BUILDS[name]], "configured")
+    _call(["cmake", "-S", str(sources), "-B", str(made), *OPTIONS, *BUILDS[name]], "configured")
     _call(["cmake", "--build", str(made), "--target", "ggml"], "compiled")
     # Two of these libraries live in one process: each keeps its ggml to itself.
-    archives = [str(made / "src" / archive) for archive in ("libggml-cpu.a", "libggml-base.a")]
-    command = ["c++", "-O2", "-std=c++17", "-fPIC", "-shared", f"-I{ggml / 'include'}", str(source), *archives]
+    archives = [str(made / "ggml" / "src" / archive) for archive in ("libggml-cpu.a", "libggml-base.a")]
+    command = ["c++", "-O2", "-std=c++17", "-fPIC", "-shared", f"-I{sources / 'ggml' / 'include'}", str(source), *archives]
     partial = library.with_suffix(".partial")
     _call([*command, "-Wl,--exclude-libs,ALL", "-Wl,-Bsymbolic", "-lpthread", "-ldl", "-o", str(partial)], "linked")
     partial.replace(library)
@@ -58,6 +64,7 @@ def _fetch() -> Path:
         with tarfile.open(archive) as file:
             file.extractall(unpacked, filter="data")
         (unpacked / folder.name).replace(folder)
+        unpacked.rmdir()
     return folder
 
 
