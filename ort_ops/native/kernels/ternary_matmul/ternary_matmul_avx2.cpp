@@ -2,9 +2,9 @@
 //
 // 8 rows stand in a vector. vpmaddubsw multiplies codes of 0 to 2 with int8 and adds pairs: a block adds at
 // most 4 * 2 * 128 * 2 to a sum of 16 bits, so that eight blocks fit (16384 <= 32767) before they go into
-// sums of 32. With one row of q, half of the codes stay two bits up, where they count four times: this saves
-// a third of the shifts, and eight blocks of them just fit (4 * 16384 / 2 = 32768, of which -32768 is the
-// worst).
+// sums of 32. With one row of q, half of the codes are masked where they stand, two bits up, and count four
+// times: one shift does for three. Eight blocks of them just fit, too: 8 * 2 * 8 * 128 * 2 = 32768 is reached
+// below 0 only.
 #include <immintrin.h>
 
 #include "kernels/ternary_matmul/token_blocks.hpp"
