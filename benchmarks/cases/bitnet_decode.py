@@ -116,6 +116,7 @@ def measure(
                     contender.prepare(token_T, num_past)
                 check(found)
                 times = interleaved(found, repeats, STEPS_PER_TURN.get(num_tokens, 1))
+                check(found)  # many runs later, too
                 case = {"layers": checkpoint.config.num_layers, "head": head if head == "int8" else None}
                 case |= {"threads": num_threads, "past": num_past, "tokens": num_tokens}
                 rows += summarise(case, times)

@@ -91,8 +91,11 @@ class Steps {
           num_past_(num_past) {
         position_ = ggml_new_tensor_1d(ctx_, GGML_TYPE_I32, num_tokens);
         mask_ = ggml_new_tensor_2d(ctx_, GGML_TYPE_F16, num_past + num_tokens, num_tokens);
-        ggml_set_input(position_);
-        ggml_set_input(mask_);
+        for (ggml_tensor* kept : {position_, mask_}) {
+            ggml_set_input(kept);
+            ggml_set_output(
+                kept);  // else a run may write other values in their place, and the next one reads these
+        }
     }
 
     // Once the graph has its memory.
