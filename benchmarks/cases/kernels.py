@@ -13,7 +13,6 @@ beside it (benchmarks/native/limits.cpp; needs a C++ compiler).
 """
 
 import argparse
-import os
 import statistics
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+from cpu_limits import limits
 from kernel_models import OURS, PRODUCTS, SCALE, Run, argmax, bind, graph_model, layer, route, session, stacked
 from matplotlib.figure import Figure
 from rich.progress import track
@@ -223,21 +223,6 @@ for _ in range(3):
     session.run(None, {"x": np.ones((1, int(sys.argv[2])), np.float32), "tile_idx": np.zeros(1, np.int64)})
 print(resident() - before)
 """
-
-
-def limits() -> dict[str, float] | None:
-    """Multiply-adds of int8 and bytes read, per second and thread; None without a compiler."""
-    compiler = os.environ.get("CXX", "c++")
-    source = Path(__file__).resolve().parents[1] / "native" / "limits.cpp"
-    with tempfile.TemporaryDirectory() as folder:
-        program = Path(folder) / "limits"
-        try:
-            subprocess.run([compiler, "-O3", "-std=c++17", "-o", str(program), str(source)], check=True, capture_output=True)
-            output = subprocess.run([str(program)], check=True, capture_output=True, text=True).stdout
-        except (OSError, subprocess.CalledProcessError):
-            return None
-    products, read = map(float, output.split())
-    return {"int8_products_per_s": products, "bytes_read_per_s": read}
 
 
 def table(results: dict[str, Any]) -> str:
