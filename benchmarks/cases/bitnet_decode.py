@@ -9,7 +9,7 @@ to the same tokens after the same past, and all must give nearly the same logits
   -march=native, and once more for AVX2 alone.
 - ort 2 bit: the same folder with MatMulNBits, without and with onnxruntime's option for products by tables (LUT). onnxruntime
   takes the instruction set that it likes: it cannot be held back to AVX2.
-- bitnet.cpp I2_S: not run, its sources are in no package.
+- bitnet.cpp I2_S: not run, its sources are not in the package.
 
 Then a model of --whole-layers layers with the vocabulary of 128256, one token: our embedding and head in int8, those of ggml in
 Q8_0.
@@ -212,7 +212,7 @@ def table(results: dict[str, Any]) -> str:
         shares = " | ".join("" if share is None else f"{share:.0%}" for share in shares_of_limits(results, row))
         case = f"{row['layers']} | {row['threads']} | {row['past']} | {row['tokens']}"
         lines.append(f"| {case} | {row['contender']} | {of_layer} |{ratios} {shares} |")
-    lines.append("\nbitnet.cpp I2_S: not run, its sources are in no package")
+    lines.append("\nbitnet.cpp I2_S: not run, its sources are not in the package")
     return "\n".join(lines)
 
 
