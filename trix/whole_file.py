@@ -111,10 +111,13 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def _about(target: Path, partials: Collection[Path], error: OSError) -> OSError | None:
-    """The error with the name of the target, where it is about the target: its partial files or the folders above it."""
+    """The error with the name of the target, where it is about the target: its partial files, what is in a partial folder, or
+    the folders above it."""
     named = [Path(os.fsdecode(name)) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
     own = (*partials, *target.parents)
-    is_about_target = not named or any(name in own for name in named)  # a full disk names nothing
+    is_about_target = not named or any(  # a full disk names nothing, or both files of a copy
+        name in own or any(partial in name.parents for partial in partials) for name in named
+    )
     if error.errno is None or not is_about_target:
         return None
     return OSError(error.errno, error.strerror, str(target))
