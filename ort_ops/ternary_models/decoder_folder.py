@@ -20,8 +20,8 @@ from ort_ops.file_format import DECODER, Activations, FileRecord
 from ort_ops.library import LIBRARY_NAME, get_library_path, session_options
 from ort_ops.schema import DOMAIN, OPSET_VERSION
 from ort_ops.ternary_models.data_file import DataFile
-from ort_ops.ternary_models.decoder_graph import MICROSOFT, MIN_MAGNITUDE, PAST, PRESENT, PRODUCTS, DecoderGraph
-from ort_ops.ternary_models.names import DATA, GENAI_CONFIG, MODEL
+from ort_ops.ternary_models.decoder_graph import MICROSOFT, MIN_MAGNITUDE, PRODUCTS, DecoderGraph
+from ort_ops.ternary_models.names import DATA, GENAI_CONFIG, INPUTS, MODEL, OUTPUTS, PAST
 from ort_ops.ternary_models.types import DecoderConfig, Head, TernaryCheckpoint
 from trix.whole_file import whole_folder
 
@@ -146,17 +146,8 @@ def genai_config(config: DecoderConfig, native: bool) -> dict[str, Any]:
         "num_attention_heads": config.num_heads,
         "num_hidden_layers": config.num_layers,
         "num_key_value_heads": config.num_key_value_heads,
-        "inputs": {
-            "input_ids": "input_ids",
-            "attention_mask": "attention_mask",
-            "past_key_names": f"{PAST}.%d.key",
-            "past_value_names": f"{PAST}.%d.value",
-        },
-        "outputs": {
-            "logits": "logits",
-            "present_key_names": f"{PRESENT}.%d.key",
-            "present_value_names": f"{PRESENT}.%d.value",
-        },
+        "inputs": INPUTS,
+        "outputs": OUTPUTS,
     }
     model = {"type": "llama", "context_length": config.max_position, "vocab_size": config.vocab_size, "decoder": decoder}
     search = {"do_sample": False, "max_length": config.max_position, "past_present_share_buffer": True}

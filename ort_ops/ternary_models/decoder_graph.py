@@ -28,13 +28,13 @@ from ort_ops.panels import to_panels
 from ort_ops.schema import DOMAIN
 from ort_ops.ternary_models import decoder_weights as weights
 from ort_ops.ternary_models.data_file import DataFile
+from ort_ops.ternary_models.names import PAST, PRESENT
 from ort_ops.ternary_models.types import DecoderConfig, Head, TernaryCheckpoint, TernaryMatrix
 
 MICROSOFT = "com.microsoft"
 MIN_MAGNITUDE = 1e-5  # BitLinear's, of the largest |x| of a token
 BIT_LINEAR: dict[str, Any] = {"activation_bits": 8, "group_size": 0, "min_magnitude": MIN_MAGNITUDE}  # of TernaryMatMul
 MAX_POSITIONS = 2**20
-PAST, PRESENT = "past_key_values", "present"
 # The products of a layer, and the projections whose rows each has, one below the other.
 PRODUCTS = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
 

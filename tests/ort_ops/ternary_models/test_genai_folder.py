@@ -68,6 +68,15 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "another kind": (lambda config: config["model"].update(type="whisper"), r"model\.type \('whisper'\) must be 'llama'"),
     "another model": (lambda config: config["model"].update(vision={}), r"model must hold .* alone, not \['vision'\]"),
     "something else": (lambda config: config.update(engine={}), r"it must hold model, search alone, not \['engine'\]"),
+    "another input": (
+        lambda config: config["model"]["decoder"]["inputs"].update(input_ids="logits"),
+        r"inputs \(\{'input_ids': 'logits'.* must be \{'input_ids': 'input_ids'",
+    ),
+    "a format that printf writes memory with": (  # onnxruntime-genai 0.18 dies of it
+        lambda config: config["model"]["decoder"]["outputs"].update(present_key_names="%s%s%n"),
+        r"outputs \(\{'logits': 'logits', 'present_key_names': '%s%s%n'.* must be \{",
+    ),
+    "no outputs": (lambda config: config["model"]["decoder"].pop("outputs"), r"outputs \(None\) must be \{"),
     "no model": (lambda config: config.pop("model"), r"model must hold .* alone, not None"),
     "a list": (lambda config: config.update(model=[]), r"model must hold .* alone, not \[\]"),
 }
