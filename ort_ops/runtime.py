@@ -56,8 +56,7 @@ class ExportedModel:
             raise ModelFileError(f"{path}: {error}") from error
         options = session_options() if use_library else ort.SessionOptions()
         if num_threads is not None:
-            if not 1 <= num_threads <= MAX_THREADS:
-                raise ValueError(f"num_threads ({num_threads}) must be >= 1 and <= {MAX_THREADS}")
+            check_num_threads(num_threads)
             options.intra_op_num_threads = num_threads
         options.log_severity_level = 3
         try:
@@ -228,6 +227,12 @@ class LanguageModelSession(ExportedModel):
             tokens.append(draw(logits, temperature, top_p, random))
             unread = tokens[-1:]
             yield self.vocabulary[tokens[-1]]
+
+
+def check_num_threads(num_threads: int) -> None:
+    """Raises ValueError for a number of threads that no session can have."""
+    if not 1 <= num_threads <= MAX_THREADS:
+        raise ValueError(f"num_threads ({num_threads}) must be >= 1 and <= {MAX_THREADS}")
 
 
 def check_logits(path: Path, logits: NDArray[np.float32]) -> None:

@@ -5,6 +5,7 @@ once it is complete and on the disk. Its writer holds a lock on it. A killed wri
 file that is written to the folder removes it. On a disk without locks such files stay. The same is true of folders.
 """
 
+import errno
 import os
 import re
 import secrets
@@ -83,6 +84,10 @@ def whole_folder(path: Path) -> Iterator[Path]:
     Raises:
         OSError: the folder cannot be written; it names `path`. Errors of the block about other files pass through.
     """
+    if not path.name or path.is_symlink() or os.path.ismount(path):
+        raise OSError(
+            errno.EINVAL, "must be a name for a new folder, not a link, a mount point or the working folder", str(path)
+        )
     partial = _partial(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -111,10 +116,13 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def _about(target: Path, partials: Collection[Path], error: OSError) -> OSError | None:
-    """The error with the name of the target, where it is about the target: its partial files or the folders above it."""
+    """The error with the name of the target, where it is about the target: its partial files, what is in a partial folder, or
+    the folders above it."""
     named = [Path(os.fsdecode(name)) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
     own = (*partials, *target.parents)
-    is_about_target = not named or any(name in own for name in named)  # a full disk names nothing
+    is_about_target = not named or any(  # a full disk names nothing, or both files of a copy
+        name in own or any(partial in name.parents for partial in partials) for name in named
+    )
     if error.errno is None or not is_about_target:
         return None
     return OSError(error.errno, error.strerror, str(target))

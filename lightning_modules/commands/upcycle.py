@@ -59,12 +59,16 @@ def _upcycle(options: Namespace, ckpt: Path, output: Path, trusted: Collection[s
         with output_folder(output.parent), whole_file(output) as partial:
             save(new, partial)
             _check_written(partial, output, made, new, trusted)
-        if options.report is not None:
-            write_whole((json.dumps({"checkpoint": str(ckpt)} | report.record(), indent=1) + "\n").encode(), options.report)
     except OSError as error:
         raise UserError(f"output {output} cannot be written: {error.strerror or error}") from error
+    if options.report is not None:
+        try:
+            write_whole((json.dumps({"checkpoint": str(ckpt)} | report.record(), indent=1) + "\n").encode(), options.report)
+        except OSError as error:
+            rule = f"report {options.report} cannot be written: {error.strerror or error}"
+            raise UserError(f"{rule}; the checkpoint {output} is there") from error
     print(report)
-    print(f"wrote   {output}  (read again: all stands in it)")
+    print(f"wrote   {output}  (read back and verified)")
     print(f"go on   {_command_to_go_on(ckpt, output, checkpoint, task.network.config.ffn, made.network.config.ffn)}")
     return 0
 
@@ -123,12 +127,14 @@ def _check_options(options: Namespace, ckpt: Path, output: Path) -> None:
             raise UserError(f"--{name.replace('_', '-')} ({getattr(options, name)}) must be >= 1")
     if not 0 <= options.seed < 2**32:
         raise UserError(f"--seed ({options.seed}) must be >= 0 and < 2**32")
+    if options.report is not None and options.report.resolve() == output.resolve():
+        raise UserError(f"--report ({options.report}) must be another file than --output ({output})")
     for path in (output, *([] if options.report is None else [options.report])):
         check_output_file(path, ckpt, kept=())  # below it replaces nothing at all
         if path.exists():
             raise UserError(f"output {path} must not exist yet: no file is replaced")
     if output.suffix.lower() == ".onnx":
-        raise UserError(f"output {output} must not end with .onnx: so do exported models alone")
+        raise UserError(f"output {output} must not end with .onnx: that ending is for exported models")
 
 
 def make_parser() -> CommandParser:

@@ -19,7 +19,7 @@ from lightning_modules.errors import UserError
 from lightning_modules.tasks.checkpoint import check_finite, make_task
 from lightning_modules.tasks.task import CHECKPOINT_KEY, CHECKPOINT_VERSION, CheckpointError, TrixTask
 from trix.regular_files import open_regular
-from trix.whole_file import whole_file, write_whole
+from trix.whole_file import whole_files
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 MAX_CONFIG_BYTES = 2**24
@@ -71,9 +71,10 @@ def write_pretrained(task: TrixTask, folder: Path) -> None:
         raise CheckpointError(f"the hyperparameters must be plain values: {one_line(error)}") from error
     # Copies, for the format knows no shared memory, as a head's with its embedding.
     weights = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
-    with whole_file(folder / WEIGHTS_FILE) as partial:
-        save_file(weights, partial, metadata={"format": "pt"})
-    write_whole(text.encode(), folder / CONFIG_FILE)
+    # Both are on the disk before either gets its name: old settings with new weights are a matter of microseconds.
+    with whole_files(folder / WEIGHTS_FILE, folder / CONFIG_FILE) as (weights_partial, config_partial):
+        save_file(weights, weights_partial, metadata={"format": "pt"})
+        config_partial.write_text(text, encoding="utf-8")
 
 
 def load_pretrained(name_or_path: Path | str, trusted: Collection[str] = (), revision: str | None = None) -> TrixTask:

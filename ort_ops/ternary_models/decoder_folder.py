@@ -20,8 +20,8 @@ from ort_ops.file_format import DECODER, Activations, FileRecord
 from ort_ops.library import LIBRARY_NAME, get_library_path, session_options
 from ort_ops.schema import DOMAIN, OPSET_VERSION
 from ort_ops.ternary_models.data_file import DataFile
-from ort_ops.ternary_models.decoder_graph import MICROSOFT, MIN_MAGNITUDE, PAST, PRESENT, PRODUCTS, DecoderGraph
-from ort_ops.ternary_models.names import DATA, GENAI_CONFIG, MODEL
+from ort_ops.ternary_models.decoder_graph import MICROSOFT, MIN_MAGNITUDE, PRODUCTS, DecoderGraph
+from ort_ops.ternary_models.names import DATA, GENAI_CONFIG, INPUTS, MODEL, OUTPUTS, PAST
 from ort_ops.ternary_models.types import DecoderConfig, Head, TernaryCheckpoint
 from trix.whole_file import whole_folder
 
@@ -129,6 +129,10 @@ def genai_config(config: DecoderConfig, native: bool) -> dict[str, Any]:
 
     Where the checkpoint names no end token, onnxruntime-genai takes token 0 for it. Keys and values are written in place, into
     memory for max_length tokens, which a program sets lower than the context where that takes too much.
+
+    The texts of a batch are padded at the end, as encode_batch of onnxruntime-genai does. Padding at the start, as transformers
+    does, raises no error there, but changes what is written. Logits are for all tokens of a prompt: of one place alone,
+    onnxruntime-genai would take the last, which for a shorter text is padding.
     """
     ends = list(config.eos_token_ids)
     pad = config.pad_token_id if config.pad_token_id is not None else next(iter(ends), 0)
@@ -146,17 +150,8 @@ def genai_config(config: DecoderConfig, native: bool) -> dict[str, Any]:
         "num_attention_heads": config.num_heads,
         "num_hidden_layers": config.num_layers,
         "num_key_value_heads": config.num_key_value_heads,
-        "inputs": {
-            "input_ids": "input_ids",
-            "attention_mask": "attention_mask",
-            "past_key_names": f"{PAST}.%d.key",
-            "past_value_names": f"{PAST}.%d.value",
-        },
-        "outputs": {
-            "logits": "logits",
-            "present_key_names": f"{PRESENT}.%d.key",
-            "present_value_names": f"{PRESENT}.%d.value",
-        },
+        "inputs": INPUTS,
+        "outputs": OUTPUTS,
     }
     model = {"type": "llama", "context_length": config.max_position, "vocab_size": config.vocab_size, "decoder": decoder}
     search = {"do_sample": False, "max_length": config.max_position, "past_present_share_buffer": True}

@@ -28,13 +28,13 @@ from ort_ops.panels import to_panels
 from ort_ops.schema import DOMAIN
 from ort_ops.ternary_models import decoder_weights as weights
 from ort_ops.ternary_models.data_file import DataFile
+from ort_ops.ternary_models.names import PAST, PRESENT
 from ort_ops.ternary_models.types import DecoderConfig, Head, TernaryCheckpoint, TernaryMatrix
 
 MICROSOFT = "com.microsoft"
 MIN_MAGNITUDE = 1e-5  # BitLinear's, of the largest |x| of a token
 BIT_LINEAR: dict[str, Any] = {"activation_bits": 8, "group_size": 0, "min_magnitude": MIN_MAGNITUDE}  # of TernaryMatMul
-MAX_POSITIONS = 2**20
-PAST, PRESENT = "past_key_values", "present"
+MAX_ROTATIONS = 2**27  # numbers in the tables of cos and sin
 # The products of a layer, and the projections whose rows each has, one below the other.
 PRODUCTS = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
 
@@ -47,8 +47,9 @@ def check_config(config: DecoderConfig, head: Head) -> None:
         )
     if config.head_size % 8:  # of GroupQueryAttention with rotation
         raise ValueError(f"head_size ({config.head_size}) must be a multiple of 8")
-    if config.max_position > MAX_POSITIONS:
-        raise ValueError(f"max_position ({config.max_position}) must be <= {MAX_POSITIONS}")
+    if config.max_position * config.head_size > MAX_ROTATIONS:
+        sizes = f"max_position ({config.max_position}) * head_size ({config.head_size})"
+        raise ValueError(f"{sizes} must be <= {MAX_ROTATIONS}")
     if head == "int8" and config.hidden_size % weights.BLOCK:
         rule = f"must be a multiple of {weights.BLOCK} for an int8 head"
         raise ValueError(f"hidden_size ({config.hidden_size}) {rule}; a float16 or float32 head takes any")

@@ -21,6 +21,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(read_regular(path, MAX_JSON_BYTES))
+        repr(content)  # what is nested too deeply to be shown in an error is refused here
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:

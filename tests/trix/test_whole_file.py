@@ -329,6 +329,37 @@ def test_a_folder_with_content_is_not_replaced_and_an_empty_one_is(tmp_path: Pat
     assert (names(tmp_path), names(path)) == (["a"], ["first.bin"])
 
 
+@pytest.mark.parametrize("is_copied", [False, True])
+def test_a_folder_whose_files_cannot_be_written_is_named(is_copied: bool, tmp_path: Path) -> None:
+    """Whichever file in it did not fit: a copy names its source first, which is not to blame."""
+
+    def write(partial: Path) -> None:
+        inner, source = str(partial / "inner" / "a.bin"), str(tmp_path / "source.bin")
+        names_of_files = (source, None, inner) if is_copied else (inner,)
+        raise OSError(errno.ENOSPC, "No space left on device", *names_of_files)
+
+    with pytest.raises(OSError, match="No space left on device") as caught, whole_folder(tmp_path / "a") as partial:
+        write(partial)
+    assert caught.value.filename == str(tmp_path / "a")
+    assert names(tmp_path) == []
+
+
+def test_a_link_and_a_path_without_a_name_are_refused_before_anything_is_done(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    for path in (tmp_path / "link", Path("/"), Path()):
+        with pytest.raises(OSError, match="must be a name for a new folder, not a link"), whole_folder(path):
+            raise AssertionError("the block was entered")
+    assert names(tmp_path) == ["link", "there"]
+
+
+def test_an_error_about_a_file_outside_of_the_folder_passes_through(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as caught, whole_folder(tmp_path / "a") as partial:
+        (partial / "a.bin").write_bytes((tmp_path / "source.bin").read_bytes())
+    assert caught.value.filename == str(tmp_path / "source.bin")
+    assert names(tmp_path) == []
+
+
 def test_a_killed_writer_of_a_folder_leaves_it_to_the_next_one(tmp_path: Path) -> None:
     killed, alive = start_folder_writer(tmp_path), start_folder_writer(tmp_path)
     killed.communicate()

@@ -214,7 +214,14 @@ MISTAKES = [
         "must be another file than the checkpoint",
     ),
     (["{one}", "--tiles", "4", "--top-k", "2", "--output", "{dir}"], "must be a file, not a directory"),
-    (["{one}", "--tiles", "4", "--top-k", "2", "--output", "{dir}/a.onnx"], "must not end with .onnx: so do exported models"),
+    (
+        ["{one}", "--tiles", "4", "--top-k", "2", "--output", "{dir}/a.onnx"],
+        "must not end with .onnx: that ending is for exported models",
+    ),
+    (
+        ["{one}", "--tiles", "4", "--top-k", "2", "--output", "{dir}/a.ckpt", "--report", "{dir}/a.ckpt"],
+        "must be another file than --output",
+    ),
     (["{one}", "--tiles", "4", "--top-k", "2", "--report", "{lm}"], "lm.ckpt must not exist yet: no file is replaced"),
     (["{one}", "--tiles", "4", "--top-k", "2", "--text-tokens", "0"], "--text-tokens (0) must be >= 1"),
     (["{one}", "--tiles", "4", "--top-k", "2", "--held-out-tokens", "-1"], "--held-out-tokens (-1) must be >= 1"),

@@ -328,7 +328,7 @@ REFUSALS: dict[str, tuple[RandomCheckpoint, dict[str, Any], str]] = {
     "positions": (
         RandomCheckpoint(replace(BITNET, max_position=2**40)),
         {},
-        r"max_position \(1099511627776\) must be <= 1048576",
+        r"max_position \(1099511627776\) \* head_size \(\d+\) must be <= 134217728",
     ),
     "width for int8": (
         RandomCheckpoint(replace(BITNET, hidden_size=24)),

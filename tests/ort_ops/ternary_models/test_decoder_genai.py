@@ -280,13 +280,56 @@ def test_the_command_refuses_what_the_model_cannot_do(
         (["--num-tokens", "200"], "+ num_tokens (200) must be <= the context of the model (128 tokens)"),
         (["--temperature", "-1"], "temperature (-1.0) must be finite and >= 0"),
         (["--top-p", "0"], "top_p (0.0) must be > 0 and <= 1"),
+        (["--seed", str(2**31)], "seed (2147483648) must be <= 2147483647"),
+        (["--threads", "0"], "num_threads (0) must be >= 1 and <= 1024"),
+        (["--prompt", "The \udc80"], "the prompt must be Unicode text: surrogates not allowed (place 4)"),
     ):
         assert main(["generate", folder, "--prompt", "The", *more]) == 2
         out, err = capsys.readouterr()
         assert out == ""
         assert text in err
+    assert main(["generate", folder, "--prompt", "The", "--num-tokens", "1", "--seed", str(2**31 - 1)]) == 0
     bare = tmp_path / "bare"
     shutil.copytree(folder, bare)
     (bare / "tokenizer.json").unlink()
     assert main(["generate", str(bare), "--prompt", "The"]) == 2
     assert "onnxruntime-genai can't load it" in capsys.readouterr().err
+
+
+def test_the_tokenizer_of_another_model_is_told(
+    tokenizer_files: tuple[Path, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write(checkpoint_of("bitnet", 3), tmp_path / "decoder", tokenizer_files)
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_tokens(["dinosaur"])
+    assert tokenizer.token_to_id("dinosaur") == CONFIGS["bitnet"].vocab_size
+    tokenizer.save(str(folder / "tokenizer.json"))
+    assert main(["generate", str(folder), "--prompt", "The cat", "--num-tokens", "4"]) == 0
+    capsys.readouterr()
+    assert main(["generate", str(folder), "--prompt", "The dinosaur", "--num-tokens", "4"]) == 2
+    out, err = capsys.readouterr()
+    text = "tokens of the prompt (320 is the largest) must be < vocab_size (320): the tokenizer is another model's"
+    assert (out, err) == ("", f"trix: error: {text}\n")
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value"),
+    [("model", "vocab_size", 319), ("model", "eos_token_id", -1), ("search", "num_beams", 0), ("search", "batch_size", 3)],
+)
+def test_what_fails_after_loading_is_one_line(
+    section: str,
+    name: str,
+    value: int,
+    tokenizer_files: tuple[Path, ...],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    folder = write(checkpoint_of("bitnet", 3), tmp_path / "decoder", tokenizer_files)
+    config = json.loads((folder / "genai_config.json").read_text())
+    config[section][name] = value
+    (folder / "genai_config.json").write_text(json.dumps(config))
+    assert main(["generate", str(folder), "--prompt", "The cat", "--num-tokens", "4"]) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.startswith(f"trix: error: {folder}: onnxruntime-genai can't run it: ")
+    assert err.count("\n") == 1

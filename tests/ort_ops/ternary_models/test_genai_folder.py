@@ -68,6 +68,20 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "another kind": (lambda config: config["model"].update(type="whisper"), r"model\.type \('whisper'\) must be 'llama'"),
     "another model": (lambda config: config["model"].update(vision={}), r"model must hold .* alone, not \['vision'\]"),
     "something else": (lambda config: config.update(engine={}), r"it must hold model, search alone, not \['engine'\]"),
+    "another input": (
+        lambda config: config["model"]["decoder"]["inputs"].update(input_ids="logits"),
+        r"inputs \(\{.*'input_ids': 'logits'.* must be \{'input_ids': 'input_ids'",
+    ),
+    "a format that printf writes memory with": (  # onnxruntime-genai 0.18 dies of it
+        lambda config: config["model"]["decoder"]["outputs"].update(present_key_names="%s%s%n"),
+        r"outputs \(\{.*'present_key_names': '%s%s%n'.* must be \{",
+    ),
+    "no outputs": (lambda config: config["model"]["decoder"].pop("outputs"), r"outputs \(None\) must be \{"),
+    "a size of 0": (
+        lambda config: config["model"]["decoder"].update(head_size=0),
+        r"model\.decoder\.head_size \(0\) must be an integer >= 1 and <= ",
+    ),
+    "a batch": (lambda config: config["search"].update(batch_size=3), r"search must hold .* alone, not \['batch_size'\]"),
     "no model": (lambda config: config.pop("model"), r"model must hold .* alone, not None"),
     "a list": (lambda config: config.update(model=[]), r"model must hold .* alone, not \[\]"),
 }
@@ -78,6 +92,15 @@ def test_a_configuration_that_names_anything_else_is_refused(case: str, folder: 
     edit, text = CHANGES[case]
     change(folder, edit)
     with pytest.raises(ModelFileError, match=text):
+        check_folder(folder)
+
+
+@pytest.mark.parametrize("name", ["model", "decoder", "session_options", "filename"])
+def test_a_name_that_stands_twice_is_refused(name: str, folder: Path) -> None:
+    """onnxruntime-genai reads both values: the first could name a library, and the second hide it."""
+    text = (folder / CONFIG).read_text()
+    (folder / CONFIG).write_text(text.replace(f'"{name}":', f'"{name}": {{"custom_ops_library": "evil.so"}}, "{name}":', 1))
+    with pytest.raises(ModelFileError, match=f"name '{name}' must stand once in an object"):
         check_folder(folder)
 
 
