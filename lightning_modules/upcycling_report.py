@@ -18,8 +18,7 @@ class UpcyclingReport:
 
     Args:
         num_neurons: of a layer. was_dense: its weights were floats.
-        all_tiles: of the tiles with every one of them chosen. The others are None where that is what was asked for, as they are
-            the same then. random_groups: neurons grouped at random. pruned_by_activity, pruned_by_magnitude: as many neurons as
+        all_tiles: loss with every tile chosen. With top_k = num_tiles the others are None, as they would equal it. random_groups: neurons grouped at random. pruned_by_activity, pruned_by_magnitude: as many neurons as
             the chosen tiles have, the same for all tokens. best_choice: with the tiles that the output needs most.
     """
 
@@ -64,7 +63,7 @@ class UpcyclingReport:
         controls = (self.random_groups, self.pruned_by_activity, self.pruned_by_magnitude)
         best = min((loss for loss in controls if loss is not None), default=None)
         if best is not None and self.upcycled is not None and self.upcycled >= best:
-            lines.append("note    a control is as good: here the groups, or their signatures, bring nothing")
+            lines.append("note    a control does as well: the groups or their signatures bring nothing here")
         return "\n".join(lines)
 
 

@@ -54,8 +54,8 @@ def make_parser() -> CommandParser:
         prog="trix import",
         description="Write a ternary language model, as a folder of Hugging Face or a GGUF file holds it, as a folder that\n"
         "onnxruntime-genai runs: the model in ONNX with its weights, the configuration of onnxruntime-genai, the native\n"
-        "library, and the files of the tokenizer. It is compared with the arithmetic of BitLinear first. What is no\n"
-        "ternary model, or not a whole one, is refused, and nothing is written.",
+        "library, and the files of the tokenizer. It is compared with the arithmetic of BitLinear first. A\n"
+        "checkpoint that is incomplete or not ternary is refused, and nothing is written.",
         epilog="examples:\n"
         "  trix import bitnet-b1.58-2B-4T --output bitnet\n"
         "  trix import Falcon3-3B-Instruct-1.58bit --output falcon --head float16\n"
@@ -88,7 +88,7 @@ def make_parser() -> CommandParser:
     parser.add_argument(
         "--no-native",
         action="store_true",
-        help="write onnxruntime's own 2-bit products, to compare with: they need no native library, and have a scale for each "
-        "128 activations, not the one for a whole token that the model was trained with",
+        help="write onnxruntime's own 2-bit products, to compare with: they need no native library, but use one scale "
+        "per 128 activations instead of the one per token used in training",
     )
     return parser

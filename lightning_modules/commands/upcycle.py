@@ -101,7 +101,7 @@ def _check_written(
 
     task, written = load_checkpoint(partial, trusted)
     if not is_equal(written, new) or not is_equal(task.state_dict(), made.state_dict()):
-        raise RuntimeError(f"all must stand in the new checkpoint {output}, and does not; no file is written")
+        raise RuntimeError(f"new checkpoint {output} must read back as it was written, and does not; no file is kept")
 
 
 def _command_to_go_on(ckpt: Path, output: Path, checkpoint: dict[str, Any], old: "FFNConfig", new: "FFNConfig") -> str:

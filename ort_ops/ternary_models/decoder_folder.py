@@ -57,7 +57,7 @@ class DecoderReport:
 
 
 def _ignore(done: int, total: int) -> None:
-    """The steps that nobody wants to know of."""
+    """The default of on_step: nothing is reported."""
 
 
 def write_decoder(

@@ -60,7 +60,7 @@ class HuggingFaceCheckpoint:
     """A :class:`~ort_ops.ternary_models.types.TernaryCheckpoint` of a folder; sizes and names are checked when it is made.
 
     Whether the projections are packed is what quantization_mode says, and the dtypes must agree. ``weight_scale`` is a factor
-    with linear_class autobitlinear, else it is divided by. With tie_word_embeddings, a stored head must equal the embedding.
+    with linear_class autobitlinear, otherwise a divisor. With tie_word_embeddings, a stored head must equal the embedding.
 
     Raises:
         CheckpointError: here for files, settings, names and shapes, in :meth:`ternary` and :meth:`float32` for values.

@@ -60,7 +60,7 @@ PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 class TernaryCheckpoint(Protocol):
-    """A checkpoint, read tensor by tensor: nothing is kept that was given.
+    """A checkpoint, read tensor by tensor; no tensor is kept in memory.
 
     Vectors and matrices of floats are named "embedding" [vocab, hidden], "head" [vocab, hidden] (only where it is not tied),
     "norm" [hidden], and within layer i "layers.i.attention_norm", "layers.i.ffn_norm" [hidden], "layers.i.attention_sub_norm"

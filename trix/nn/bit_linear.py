@@ -8,7 +8,7 @@ from trix.functional.tile_matmul import in_8bit_steps, ternary_tile_matmul_8bit
 from trix.nn.ternary_weight import TernaryWeight
 
 MIN_MAGNITUDE = 1e-5
-NEAR_TIE = 1e-4  # of a step: up to 127 steps, of which float32 sums leave some units of the last place open
+NEAR_TIE = 1e-4  # in steps: values reach 127, where float32 sums may differ in their last bits
 
 
 class BitLinear(TernaryWeight):
@@ -43,7 +43,7 @@ class BitLinear(TernaryWeight):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def num_near_ties(self, x: Tensor) -> int:
-        """How many values are so near to the middle between two steps that another order of float sums before may decide."""
+        """Values so close to halfway between two steps that the order of earlier float sums can decide the rounding."""
         steps, _ = in_8bit_steps(x, MIN_MAGNITUDE)
         return int(((steps - steps.floor() - 0.5).abs() <= NEAR_TIE).sum())
 

@@ -1,5 +1,6 @@
 """Folders of Hugging Face: every form gives the same model, and what is no ternary model is refused in one line."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -125,9 +126,7 @@ def test_sources_and_tokenizer_files(tmp_path: Path) -> None:
     digests = dict(checkpoint.sources)
     shards = [f"model-0000{shard}-of-00002.safetensors" for shard in (1, 2)]
     assert sorted(digests) == sorted(["config.json", "model.safetensors.index.json", *shards])
-    (folder / shards[1]).write_bytes((folder / shards[1]).read_bytes() + b" ")
-    write_packed(folder, MODEL, num_shards=2)
-    assert dict(open_checkpoint(folder).sources) == digests, "equal files have equal digests"
+    assert all(hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest for name, digest in digests.items())
 
 
 def test_neither_torch_nor_transformers_is_loaded(tmp_path: Path) -> None:

@@ -154,11 +154,11 @@ def test_the_best_tiles_are_those_with_the_least_left_out_where_outputs_are_orth
     assert torch.equal(found_TE, expected_TE)
 
 
-def test_two_tiles_that_cancel_are_left_out_together() -> None:
+def test_the_greedy_choice_is_not_always_the_best() -> None:
+    """Two tiles that cancel are kept, although leaving out both would lose nothing."""
     large = torch.tensor([5.0, 0.0])
     y_TED = torch.stack([large, -large, torch.tensor([0.0, 1.0]), torch.tensor([0.0, 0.5])])[None]
-    found_TE = best_tiles(y_TED, 2)
-    assert found_TE.tolist() == [[False, False, True, True]] or found_TE.tolist() == [[True, True, False, False]]
+    assert best_tiles(y_TED, 2).tolist() == [[True, True, False, False]]
     left_out = {
         chosen: float(y_TED[0, [tile for tile in range(4) if tile not in chosen]].sum(dim=0).norm())
         for chosen in itertools.combinations(range(4), 2)
