@@ -131,8 +131,8 @@ def genai_config(config: DecoderConfig, native: bool) -> dict[str, Any]:
     memory for max_length tokens, which a program sets lower than the context where that takes too much.
 
     The texts of a batch are padded at the end, as encode_batch of onnxruntime-genai does. Padding at the start, as transformers
-    does, raises no error there, but changes what is written. Logits are for all tokens of a prompt: onnxruntime-genai would take
-    those of the last place alone, which for a shorter text is padding.
+    does, raises no error there, but changes what is written. Logits are for all tokens of a prompt: onnxruntime-genai would
+    take those of the last place alone, which for a shorter text is padding.
     """
     ends = list(config.eos_token_ids)
     pad = config.pad_token_id if config.pad_token_id is not None else next(iter(ends), 0)
