@@ -18,8 +18,10 @@ class UpcyclingReport:
 
     Args:
         num_neurons: of a layer. was_dense: its weights were floats.
-        all_tiles: loss with every tile chosen. With top_k = num_tiles the others are None, as they would equal it. random_groups: neurons grouped at random. pruned_by_activity, pruned_by_magnitude: as many neurons as
-            the chosen tiles have, the same for all tokens. best_choice: with the tiles that the output needs most.
+        all_tiles: loss with every tile chosen. With top_k = num_tiles the others are None, as they would equal it.
+        random_groups: neurons grouped at random.
+        pruned_by_activity, pruned_by_magnitude: as many neurons as the chosen tiles have, the same for all tokens.
+        best_choice: with the tiles that the output needs most.
     """
 
     num_layers: int
