@@ -100,7 +100,7 @@ class SessionDecoder:
         }
 
     def prepare(self, token_T: NDArray[np.int64], num_past: int) -> None:
-        """What `run` answers to: these tokens, after so many others."""
+        """Choose what `run` reads: these tokens, after num_past tokens in the cache."""
         binding = self._session.io_binding()
         mask = np.ones((1, num_past + len(token_T)), np.int64)
         for name, array in (("input_ids", token_T[None]), ("attention_mask", mask)):

@@ -122,7 +122,7 @@ class GgmlDecoder:
             self._set(f"layers.{layer}.{name}", cache_HSD.transpose(1, 0, 2))
 
     def prepare(self, token_T: NDArray[np.int64], num_past: int) -> None:
-        """What `run` answers to: these tokens, after so many others."""
+        """Choose what `run` reads: these tokens, after num_past tokens in the cache."""
         self._token_T = token_T.astype(np.int32)
         if not self._calls.decoder_prepare(self._handle, len(token_T), num_past):
             raise MemoryError("ggml found no memory for the graph")

@@ -16,7 +16,7 @@ Q8_0.
 
 All contenders take turns in one process. Time is that of the calling thread on the CPU with one thread, wall time with more;
 both are recorded, medians of --repeats turns with quartiles. A ratio is the median over turns of our time / theirs: below 1
-ours is faster. The limits are measured beside it (benchmarks/native/limits.cpp; needs a C++ compiler).
+ours is faster. The same call measures the limits (benchmarks/native/limits.cpp; needs a C++ compiler).
 """
 
 import argparse

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lightning_modules.commands.arguments import FILE, CommandParser
-from lightning_modules.commands.output_file import check_output_folder
+from lightning_modules.commands.output_file import check_new_folder
 from lightning_modules.errors import UserError
 from lightning_modules.machine import git_state
 from ort_ops.library import LibraryNotFoundError
@@ -18,7 +18,7 @@ def run_import(arguments: list[str]) -> int:
     """Read the checkpoint, write the folder, and print what was written and how exact its products are."""
     options = make_parser().parse_strictly(arguments)
     checkpoint, output = Path(options.checkpoint), Path(options.output)
-    check_output_folder(output)
+    check_new_folder(output)
     from ort_ops.ternary_models.decoder_folder import write_decoder
     from ort_ops.ternary_models.reading import open_checkpoint
 

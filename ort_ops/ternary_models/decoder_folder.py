@@ -22,6 +22,7 @@ from ort_ops.schema import DOMAIN, OPSET_VERSION
 from ort_ops.ternary_models.data_file import DataFile
 from ort_ops.ternary_models.decoder_graph import MICROSOFT, MIN_MAGNITUDE, PRODUCTS, DecoderGraph
 from ort_ops.ternary_models.names import DATA, GENAI_CONFIG, INPUTS, MODEL, OUTPUTS, PAST
+from ort_ops.ternary_models.tensor_shapes import num_parameters
 from ort_ops.ternary_models.types import DecoderConfig, Head, TernaryCheckpoint
 from trix.whole_file import whole_folder
 
@@ -90,7 +91,7 @@ def write_decoder(
     num_steps = checkpoint.config.num_layers + 3
     with whole_folder(folder) as partial:
         try:
-            graph, num_parameters = _write_data(checkpoint, partial, head, native, lambda done: on_step(done, num_steps))
+            graph = _write_data(checkpoint, partial, head, native, lambda done: on_step(done, num_steps))
         except ValueError as error:
             raise DecoderError(str(error)) from error
         proto = helper.make_model(graph, opset_imports=_opsets(), ir_version=_IR_VERSION, producer_name="trix")
@@ -99,7 +100,7 @@ def write_decoder(
         parity = _check_projections(checkpoint, proto, partial) if native else {}
         record = FileRecord(
             task=DECODER,
-            float32_bytes=num_parameters * 4,
+            float32_bytes=num_parameters(checkpoint.config) * 4,
             config=asdict(checkpoint.config),
             context_length=checkpoint.config.max_position,
             activations=Activations(8, 0 if native else 128),
@@ -173,17 +174,15 @@ def _opsets() -> list[onnx.OperatorSetIdProto]:
 
 def _write_data(
     checkpoint: TernaryCheckpoint, folder: Path, head: Head, native: bool, on_step: Callable[[int], None]
-) -> tuple[onnx.GraphProto, int]:
-    """The graph, and the number of parameters of the model."""
-    config = checkpoint.config
+) -> onnx.GraphProto:
     with (folder / DATA).open("wb") as file:
         graph = DecoderGraph(checkpoint, DataFile(file, DATA), head, native)
         graph.begin()
         on_step(1)
-        for layer in range(config.num_layers):
+        for layer in range(checkpoint.config.num_layers):
             graph.add_layer(layer)
             on_step(layer + 2)
-        return graph.finish(), config.num_parameters
+        return graph.finish()
 
 
 def _check_projections(checkpoint: TernaryCheckpoint, proto: onnx.ModelProto, folder: Path) -> dict[str, float]:

@@ -63,7 +63,7 @@ class SafetensorsFolder:
             return values
 
     def rows(self, name: str, num_rows: int) -> Iterator[NDArray[Any]]:
-        """The tensor in parts of so many rows, in its own dtype."""
+        """The tensor in its own dtype, in parts of num_rows rows."""
         stored = self.stored[name]
         with _opened(stored.path) as file:
             part = file.get_slice(name)

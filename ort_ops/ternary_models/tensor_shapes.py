@@ -3,6 +3,8 @@
 Legend: N rows, K columns of a projection.
 """
 
+import math
+
 from ort_ops.ternary_models.types import PROJECTIONS, DecoderConfig
 
 
@@ -24,3 +26,8 @@ def float_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     if config.has_sub_norms:
         in_layer |= {"attention_sub_norm": (config.num_heads * config.head_size,), "ffn_sub_norm": (config.intermediate_size,)}
     return shapes | {f"layers.{layer}.{name}": shape for layer in range(config.num_layers) for name, shape in in_layer.items()}
+
+
+def num_parameters(config: DecoderConfig) -> int:
+    """Of embedding, head (unless it is tied), norms and projections."""
+    return sum(math.prod(shape) for shape in (*float_shapes(config).values(), *ternary_shapes(config).values()))

@@ -37,15 +37,6 @@ class DecoderConfig:
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
 
-    @property
-    def num_parameters(self) -> int:
-        """Of embedding, head (unless it is tied), norms and projections."""
-        D, F = self.hidden_size, self.intermediate_size
-        q_width, kv_width = self.num_heads * self.head_size, self.num_key_value_heads * self.head_size
-        norms = 2 * D + (q_width + F if self.has_sub_norms else 0)
-        layer = D * (2 * q_width + 2 * kv_width) + 3 * D * F + norms
-        return self.num_layers * layer + self.vocab_size * D * (1 if self.is_head_tied else 2) + D
-
 
 @dataclass(frozen=True)
 class TernaryMatrix:

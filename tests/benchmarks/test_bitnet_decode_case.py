@@ -16,6 +16,7 @@ import ggml_contestant
 from cases import bitnet_decode
 
 from lightning_modules.errors import UserError
+from ort_ops.ternary_models.tensor_shapes import num_parameters
 
 RUN = Path(__file__).parents[2] / "benchmarks" / "run.py"
 OWN = [f"trix, {isa}" for isa in bitnet_decode.own_instruction_sets()]
@@ -74,4 +75,4 @@ def test_a_missing_tool_is_told_in_one_line() -> None:
 
 def test_the_shape_is_that_of_2b4t() -> None:
     config = bitnet_shape.shape(30, 128256, 4096)
-    assert (config.hidden_size, config.intermediate_size, config.num_parameters) == (2560, 6912, 2412820480)
+    assert (config.hidden_size, config.intermediate_size, num_parameters(config)) == (2560, 6912, 2412820480)
